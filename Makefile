@@ -1,0 +1,43 @@
+# Every target works from a bare clone with python3 (3.10 or newer), a C++20 compiler and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc metal -name '*.cpp' -o -name '*.h' -o -name '*.metal')
+
+.PHONY: demo test bench lint format clean
+
+# A changed kernel, binding or dependency reinstalls the package; Python files are used in place.
+$(VENV)/.installed: pyproject.toml CMakeLists.txt $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "optiq needs Python 3.10 or newer; set PYTHON=/path/to/python3"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || \
+	  { echo "optiq needs a C++20 compiler; on Debian: apt-get install g++"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/pip install --quiet --group test --group lint
+	$(BIN)/pip install --quiet --editable . --config-settings=editable.mode=redirect
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/optiq demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m pytest bench --benchmark-only
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+clean:
+	rm -rf $(VENV) build dist demo

@@ -1,0 +1,28 @@
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/variant.h>
+
+#include <mlx/version.h>
+
+#include "cpu/pool.h"
+#include "ops/kl_divergence.h"
+#include "ops/linear.h"
+#include "ops/quantized_matmul.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+NB_MODULE(_ext, m) {
+  m.doc() = "Native kernels of optiq as MLX primitives; use them through optiq.ops.";
+  m.attr("mlx_version") = MLX_VERSION_NUMERIC;
+  m.def("isa", [] { return optiq::cpu::kernels().isa; });
+  m.def("num_threads", &optiq::cpu::num_threads);
+  m.def("linear", &optiq::linear, "x"_a, "w"_a, "transpose"_a = true, nb::kw_only(),
+      "indices"_a = nb::none(), "stream"_a = nb::none());
+  m.def("quantized_matmul", &optiq::quantized_matmul, "x"_a, "w"_a, "scales"_a, "biases"_a,
+      "transpose"_a = true, "group_size"_a = 64, "bits"_a = 4, nb::kw_only(),
+      "indices"_a = nb::none(), "stream"_a = nb::none());
+  m.def("kl_from_logits", &optiq::kl_from_logits, "p"_a, "q"_a, nb::kw_only(),
+      "stream"_a = nb::none());
+}

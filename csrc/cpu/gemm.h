@@ -1,0 +1,240 @@
+// Many rows of x: an outer-product micro-kernel over packed panels (the GotoBLAS scheme, Goto
+// and van de Geijn 2008). Decoding a weight happens in the packing, so each weight tile is
+// decoded once for all rows of x.
+#pragma once
+
+#include "decode.h"
+#include "pool.h"
+
+namespace optiq::cpu::OPTIQ_ISA {
+
+// The micro-kernel keeps kRows x 2 wide vectors of C in registers.
+#if defined(__AVX512F__)
+typedef float wide __attribute__((vector_size(64)));
+constexpr int kRows = 12;
+#else
+typedef f32x8 wide;
+constexpr int kRows = 6;
+#endif
+constexpr int kLanes = sizeof(wide) / sizeof(float);
+constexpr int kPanel = 2 * kLanes; // columns of C in one panel
+constexpr int kDepth = 256;        // of a panel; a multiple of every group size
+
+// c[i, 0:kPanel] (+)= sum_k a[i, k] b[k, 0:kPanel]; only `cols` columns are stored.
+template <int ROWS>
+void micro_kernel(const float* a, size_t lda, const float* b, size_t ldb, int depth, float* c,
+    size_t ldc, int cols, bool accumulate) {
+  wide acc[ROWS][2] = {};
+  for (int k = 0; k < depth; k++) {
+    wide b0 = load<wide>(b + k * ldb);
+    wide b1 = load<wide>(b + k * ldb + kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; i++) {
+      float x = a[i * lda + k];
+      acc[i][0] += x * b0;
+      acc[i][1] += x * b1;
+    }
+  }
+  for (int i = 0; i < ROWS; i++) {
+    float* ci = c + i * ldc;
+    if (cols == kPanel) {
+      if (accumulate) {
+        acc[i][0] += load<wide>(ci);
+        acc[i][1] += load<wide>(ci + kLanes);
+      }
+      store(ci, acc[i][0]);
+      store(ci + kLanes, acc[i][1]);
+    } else {
+      float row[kPanel];
+      store(row, acc[i][0]);
+      store(row + kLanes, acc[i][1]);
+      for (int j = 0; j < cols; j++) {
+        ci[j] = accumulate ? ci[j] + row[j] : row[j];
+      }
+    }
+  }
+}
+
+template <int ROWS = kRows>
+OPTIQ_INLINE void micro_kernel_edge(int rows, const float* a, size_t lda, const float* b,
+    size_t ldb, int depth, float* c, size_t ldc, int cols, bool accumulate) {
+  if constexpr (ROWS > 0) {
+    if (rows == ROWS) {
+      return micro_kernel<ROWS>(a, lda, b, ldb, depth, c, ldc, cols, accumulate);
+    }
+    micro_kernel_edge<ROWS - 1>(rows, a, lda, b, ldb, depth, c, ldc, cols, accumulate);
+  }
+}
+
+OPTIQ_INLINE void transpose(f32x8* v) {
+#define OPTIQ_SHUFFLE __builtin_shufflevector
+  f32x8 t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = OPTIQ_SHUFFLE(v[i], v[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    t[i + 1] = OPTIQ_SHUFFLE(v[i], v[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  f32x8 u[8];
+  for (int i = 0; i < 8; i += 4) {
+    for (int j = 0; j < 2; j++) {
+      u[i + 2 * j] = OPTIQ_SHUFFLE(t[i + j], t[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      u[i + 2 * j + 1] = OPTIQ_SHUFFLE(t[i + j], t[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  }
+  for (int i = 0; i < 4; i++) {
+    v[i] = OPTIQ_SHUFFLE(u[i], u[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    v[i + 4] = OPTIQ_SHUFFLE(u[i], u[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+#undef OPTIQ_SHUFFLE
+}
+
+// Values W[row, col..col+8) of a weight as floats; lanes past the last column are zero.
+template <int BITS>
+struct Reader {
+  const Weight& w;
+
+  OPTIQ_INLINE f32x8 operator()(int row, int col) const {
+    const char* p = static_cast<const char*>(w.data) + row * w.row_bytes();
+    if constexpr (BITS == 0) {
+      return col + 8 <= w.cols ? load_float(p, w.type, col)
+                               : load_tail(p, w.type, col, w.cols - col);
+    } else {
+      const uint8_t* codes = reinterpret_cast<const uint8_t*>(p) + col / 8 * BITS;
+      uint8_t last[8] = {};
+      if (row == w.rows - 1 && col + 16 > w.cols) { // decoding would read past the end
+        std::memcpy(last, codes, BITS);
+        codes = last;
+      }
+      size_t g = size_t(row) * w.groups() + col / w.group_size;
+      return decode_codes<BITS>(codes) * splat(scalar(w.scales, g)) + splat(scalar(w.biases, g));
+    }
+  }
+
+ private:
+  OPTIQ_INLINE float scalar(const void* p, size_t i) const {
+    switch (w.type) {
+      case Float::f32:
+        return static_cast<const float*>(p)[i];
+      case Float::bf16:
+        return bf16_to_f32(static_cast<const uint16_t*>(p)[i]);
+      default:
+        return load_tail(p, w.type, i, 1)[0];
+    }
+  }
+};
+
+// panel[k, j] = W[n0 + j, k0 + k]: the columns of C are rows of W.
+template <int BITS>
+struct PackRows {
+  Reader<BITS> read;
+
+  void operator()(int n0, int cols, int k0, int depth, float* panel) const {
+    for (int j = 0; j < kPanel; j += 8) {
+      for (int k = 0; k < depth; k += 8) {
+        f32x8 v[8];
+        for (int i = 0; i < 8; i++) {
+          v[i] = j + i < cols ? read(n0 + j + i, k0 + k) : f32x8{};
+        }
+        transpose(v);
+        for (int i = 0; i < 8 && k + i < depth; i++) {
+          store(panel + (k + i) * kPanel + j, v[i]);
+        }
+      }
+    }
+  }
+};
+
+// panel[k, j] = W[k0 + k, n0 + j]: the columns of C are columns of W.
+template <int BITS>
+struct PackColumns {
+  Reader<BITS> read;
+
+  void operator()(int n0, int cols, int k0, int depth, float* panel) const {
+    for (int k = 0; k < depth; k++) {
+      for (int j = 0; j < kPanel; j += 8) {
+        store(panel + k * kPanel + j, j < cols ? read(k0 + k, n0 + j) : f32x8{});
+      }
+    }
+  }
+};
+
+// C[m, n] (+)= A[m, k] B[k, n] where `pack` gives panels of B.
+template <class Pack>
+struct Product {
+  const float* a;
+  size_t lda;
+  float* c;
+  size_t ldc;
+  int m, n, k;
+  bool accumulate;
+  Pack pack;
+  int row_blocks; // the rows of A are cut too where there are fewer panels than threads
+
+  void operator()(int task) {
+    int n0 = task / row_blocks * kPanel;
+    int cols = n - n0 < kPanel ? n - n0 : kPanel;
+    int block = ((m + row_blocks - 1) / row_blocks + kRows - 1) / kRows * kRows;
+    int begin = task % row_blocks * block;
+    int end = begin + block < m ? begin + block : m;
+    Scratch<float> panel(size_t(kDepth) * kPanel);
+    for (int k0 = 0; k0 < k; k0 += kDepth) {
+      int depth = k - k0 < kDepth ? k - k0 : kDepth;
+      pack(n0, cols, k0, depth, panel);
+      for (int i = begin; i < end; i += kRows) {
+        int rows = end - i < kRows ? end - i : kRows;
+        micro_kernel_edge(rows, a + i * lda + k0, lda, panel, kPanel, depth, c + i * ldc + n0, ldc,
+            cols, accumulate || k0 > 0);
+      }
+    }
+  }
+
+  void run() {
+    int panels = (n + kPanel - 1) / kPanel;
+    row_blocks = 1;
+    if (panels < 2 * num_threads() && m >= 8 * kRows) {
+      row_blocks = (2 * num_threads() + panels - 1) / panels;
+    }
+    int tasks = panels * row_blocks;
+    if (2.0 * m * n * k < kSerialFlops) {
+      for (int i = 0; i < tasks; i++) {
+        (*this)(i);
+      }
+    } else {
+      parallel_for(tasks, *this);
+    }
+  }
+};
+
+template <int BITS>
+void tiled(const Matmul& a) {
+  const Weight& w = a.w;
+  if (a.transpose) {
+    Product<PackRows<BITS>>{
+        a.x, size_t(w.cols), a.y, size_t(w.rows), a.m, w.rows, w.cols, false, {{w}}, 1}
+        .run();
+  } else {
+    Product<PackColumns<BITS>>{
+        a.x, size_t(w.rows), a.y, size_t(w.cols), a.m, w.cols, w.rows, false, {{w}}, 1}
+        .run();
+  }
+}
+
+inline void tiled_matmul(const Matmul& a) {
+  switch (a.w.bits) {
+    case 0:
+      return tiled<0>(a);
+    case 2:
+      return tiled<2>(a);
+    case 3:
+      return tiled<3>(a);
+    case 4:
+      return tiled<4>(a);
+    case 5:
+      return tiled<5>(a);
+    case 6:
+      return tiled<6>(a);
+    default:
+      return tiled<8>(a);
+  }
+}
+
+} // namespace optiq::cpu::OPTIQ_ISA

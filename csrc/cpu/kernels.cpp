@@ -1,0 +1,92 @@
+// Compiled once per instruction set with OPTIQ_ISA set to its name (see CMakeLists.txt).
+#include "gemm.h"
+#include "kl.h"
+#include "rows.h"
+
+#define OPTIQ_STRING_(x) #x
+#define OPTIQ_STRING(x) OPTIQ_STRING_(x)
+
+namespace optiq::cpu::OPTIQ_ISA {
+namespace {
+
+void matmul(const Matmul& a) {
+  if (a.transpose && a.m <= kMaxDotRows) {
+    dots(a);
+  } else {
+    tiled_matmul(a);
+  }
+}
+
+void sgemm(const Sgemm& g) {
+  // One query row of attention against the keys: dot products need no packing.
+  if (g.m == 1 && g.trans_b && !g.trans_a && g.alpha == 1 && g.beta == 0) {
+    Weight b{.data = g.b, .type = Float::f32, .rows = g.n, .cols = g.k, .stride = g.ldb};
+    return dots({g.a, b, g.c, 1, true});
+  }
+  bool empty = g.alpha == 0 || g.k == 0;
+  if (g.beta != 1 && (g.beta != 0 || empty)) {
+    for (int i = 0; i < g.m; i++) {
+      for (int j = 0; j < g.n; j++) {
+        float& c = g.c[size_t(i) * g.ldc + j];
+        c = g.beta == 0 ? 0 : g.beta * c;
+      }
+    }
+  }
+  if (empty) {
+    return;
+  }
+  // A is read in rows; a transposed or scaled one is rewritten so.
+  bool rewrite = g.trans_a || g.alpha != 1;
+  Scratch<float> rows(rewrite ? size_t(g.m) * g.k : 1);
+  if (rewrite) {
+    for (int i = 0; i < g.m; i++) {
+      for (int k = 0; k < g.k; k++) {
+        float x = g.trans_a ? g.a[size_t(k) * g.lda + i] : g.a[size_t(i) * g.lda + k];
+        rows[size_t(i) * g.k + k] = g.alpha * x;
+      }
+    }
+  }
+  const float* a = rewrite ? rows : g.a;
+  size_t lda = rewrite ? g.k : g.lda;
+  bool accumulate = g.beta != 0;
+  Weight b{.data = g.b, .type = Float::f32, .stride = g.ldb};
+  b.rows = g.trans_b ? g.n : g.k;
+  b.cols = g.trans_b ? g.k : g.n;
+  if (g.trans_b) {
+    Product<PackRows<0>>{a, lda, g.c, size_t(g.ldc), g.m, g.n, g.k, accumulate, {{b}}, 1}.run();
+  } else {
+    Product<PackColumns<0>>{a, lda, g.c, size_t(g.ldc), g.m, g.n, g.k, accumulate, {{b}}, 1}.run();
+  }
+}
+
+void to_f32(const void* in, Float type, float* out, size_t n) {
+  size_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    store(out + i, load_float(in, type, i));
+  }
+  if (i < n) {
+    f32x8 tail = load_tail(in, type, i, n - i);
+    std::memcpy(out + i, &tail, (n - i) * sizeof(float));
+  }
+}
+
+void from_f32(const float* in, Float type, void* out, size_t n) {
+  if (type == Float::f32) {
+    std::memcpy(out, in, n * sizeof(float));
+  } else if (type == Float::bf16) {
+    for (size_t i = 0; i < n; i++) {
+      static_cast<uint16_t*>(out)[i] = f32_to_bf16(in[i]);
+    }
+  } else {
+    for (size_t i = 0; i < n; i++) {
+      static_cast<_Float16*>(out)[i] = _Float16(in[i]);
+    }
+  }
+}
+
+} // namespace
+
+extern const Kernels table = {
+    OPTIQ_STRING(OPTIQ_ISA), matmul, sgemm, kl_divergence, to_f32, from_f32};
+
+} // namespace optiq::cpu::OPTIQ_ISA

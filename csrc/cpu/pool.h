@@ -1,0 +1,23 @@
+// A small pool that keeps all cores on one loop: static threads, dynamic chunks.
+#pragma once
+
+#include "types.h"
+
+namespace optiq::cpu {
+
+// Runs body(context, i) for i in [0, n) on all threads and returns when all are done.
+// Calls from several threads are served one after the other; a nested call runs serially.
+void parallel_for(int n, void (*body)(void*, int), void* context);
+
+template <class F>
+void parallel_for(int n, F& body) {
+  parallel_for(n, [](void* f, int i) { (*static_cast<F*>(f))(i); }, &body);
+}
+
+// Work below this costs less than waking the other threads for it.
+constexpr double kSerialFlops = 1 << 18;
+
+// OPTIQ_NUM_THREADS, else the number of processors this process may run on.
+OPTIQ_API int num_threads();
+
+} // namespace optiq::cpu

@@ -1,0 +1,95 @@
+// Plain data shared by the CPU kernels and their callers. No MLX types here.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+// The few symbols the extension takes from the kernel library; all others are hidden.
+#define OPTIQ_API __attribute__((visibility("default")))
+
+namespace optiq::cpu {
+
+enum class Float : uint8_t { f32, f16, bf16 };
+
+inline constexpr size_t size_of(Float t) {
+  return t == Float::f32 ? 4 : 2;
+}
+
+// A row-major weight W[rows, cols]: dense, or MLX affine codes
+// (w = scale * code + bias per group, codes a little-endian bit stream per row).
+struct Weight {
+  const void* data = nullptr;   // dense values or packed codes
+  const void* scales = nullptr; // [rows, cols / group_size]
+  const void* biases = nullptr;
+  Float type = Float::f32; // of the dense values, or of scales and biases
+  int bits = 0;            // 0: dense
+  int group_size = 0;
+  int rows = 0;
+  int cols = 0;
+  int stride = 0; // elements from one dense row to the next; 0: cols
+
+  bool dense() const {
+    return bits == 0;
+  }
+  size_t row_bytes() const {
+    return dense() ? (stride ? stride : cols) * size_of(type) : size_t(cols) * bits / 8;
+  }
+  size_t groups() const {
+    return dense() ? 0 : cols / group_size;
+  }
+  // The e-th of several equal matrices stored back to back.
+  Weight expert(size_t e) const {
+    Weight w = *this;
+    w.data = static_cast<const char*>(data) + e * rows * row_bytes();
+    if (!dense()) {
+      size_t step = e * rows * groups() * size_of(type);
+      w.scales = static_cast<const char*>(scales) + step;
+      w.biases = static_cast<const char*>(biases) + step;
+    }
+    return w;
+  }
+};
+
+// y[m, :] = x[m, :] @ W.T   (transpose)   x: [m, cols], y: [m, rows]
+// y[m, :] = x[m, :] @ W     (otherwise)   x: [m, rows], y: [m, cols]
+struct Matmul {
+  const float* x;
+  Weight w;
+  float* y;
+  int m;
+  bool transpose;
+};
+
+// C = alpha * op(A) @ op(B) + beta * C, row-major, leading dimensions as in CBLAS.
+struct Sgemm {
+  int m, n, k;
+  const float *a, *b;
+  float* c;
+  int lda, ldb, ldc;
+  bool trans_a, trans_b;
+  float alpha, beta;
+};
+
+// Per row t of two [rows, vocab] logits: KL(softmax(p) || softmax(q)) in nats, and whether
+// both rows have the same first maximum.
+struct KlDivergence {
+  const float *p, *q;
+  float* kl;
+  bool* agree;
+  size_t rows, vocab;
+};
+
+// One set of kernels per instruction set, compiled from the same source.
+struct Kernels {
+  const char* isa;
+  void (*matmul)(const Matmul&);
+  void (*sgemm)(const Sgemm&);
+  void (*kl_divergence)(const KlDivergence&);
+  void (*to_f32)(const void* in, Float type, float* out, size_t n);
+  void (*from_f32)(const float* in, Float type, void* out, size_t n);
+};
+
+// The fastest set this processor runs; OPTIQ_ISA=scalar|avx2|avx512|neon overrides it.
+OPTIQ_API const Kernels& kernels();
+
+} // namespace optiq::cpu

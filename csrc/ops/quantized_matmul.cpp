@@ -1,0 +1,176 @@
+#include "ops/quantized_matmul.h"
+
+#include <sstream>
+#include <stdexcept>
+
+#include <mlx/ops.h>
+
+namespace optiq {
+
+using mx::array;
+
+namespace {
+
+template <class... Parts>
+[[noreturn]] void fail(Parts&&... parts) {
+  std::ostringstream msg;
+  msg << "[quantized_matmul] ";
+  (msg << ... << parts);
+  throw std::invalid_argument(msg.str());
+}
+
+// Shape of the dequantized weight; throws where the three arrays do not belong together.
+mx::Shape logical_shape(
+    const array& w, const array& scales, const array& biases, int group_size, int bits) {
+  if (bits < 2 || bits > 8 || bits == 7) {
+    fail("bits is ", bits, "; it must be 2, 3, 4, 5, 6 or 8");
+  }
+  if (group_size != 32 && group_size != 64 && group_size != 128) {
+    fail("group_size is ", group_size, "; it must be 32, 64 or 128");
+  }
+  if (w.dtype() != mx::uint32) {
+    fail("w is ", w.dtype(), "; packed codes are uint32");
+  }
+  require_floating("quantized_matmul", "scales", scales);
+  if (biases.dtype() != scales.dtype() || biases.shape() != scales.shape()) {
+    fail("scales ", scales.shape(), " ", scales.dtype(), " and biases ", biases.shape(), " ",
+        biases.dtype(), " must agree in shape and dtype");
+  }
+  if (w.ndim() < 2 || scales.ndim() != w.ndim()) {
+    fail("w ", w.shape(), " and scales ", scales.shape(), " must have the same two or three axes");
+  }
+  int64_t cols = int64_t(scales.shape(-1)) * group_size;
+  auto shape = scales.shape();
+  shape.back() = int(cols);
+  auto packed = shape;
+  packed.back() = int(cols * bits / 32);
+  if (w.shape() != packed) {
+    fail("w is ", w.shape(), " but scales ", scales.shape(), " at ", bits, " bits and group size ",
+        group_size, " need codes of shape ", packed);
+  }
+  return shape;
+}
+
+} // namespace
+
+array quantized_matmul(const array& x, const array& w, const array& scales, const array& biases,
+    bool transpose, int group_size, int bits, const std::optional<array>& indices,
+    mx::StreamOrDevice s) {
+  require_floating("quantized_matmul", "x", x);
+  auto weight = logical_shape(w, scales, biases, group_size, bits);
+  auto shape = matmul_shape("quantized_matmul", x, weight, transpose, indices);
+  std::vector<array> inputs = {x, w, scales, biases};
+  if (indices) {
+    inputs.push_back(*indices);
+  }
+  return array(std::move(shape), mx::promote_types(x.dtype(), scales.dtype()),
+      std::make_shared<QuantizedMatmul>(mx::to_stream(s), transpose, group_size, bits),
+      std::move(inputs));
+}
+
+void QuantizedMatmul::eval_cpu(const std::vector<array>& inputs, array& out) {
+  std::vector<array> in;
+  for (const auto& a : inputs) {
+    in.push_back(row_contiguous(a, stream()));
+  }
+  const array& scales = in[2];
+  cpu::Weight weight{
+      .data = in[1].data<char>(), .scales = scales.data<char>(), .biases = in[3].data<char>()};
+  weight.type = float_type(scales.dtype());
+  weight.bits = bits_;
+  weight.group_size = group_size_;
+  weight.rows = scales.shape(-2);
+  weight.cols = scales.shape(-1) * group_size_;
+  std::optional<array> indices;
+  if (in.size() == 5) {
+    indices = in[4];
+  }
+  eval_matmul(in[0], weight, indices ? scales.shape(0) : 1, transpose_, indices, out, stream());
+}
+
+void QuantizedMatmul::eval_gpu(const std::vector<array>&, array&) {
+  throw std::runtime_error("[quantized_matmul] has no GPU kernel; use mx.quantized_matmul there");
+}
+
+array QuantizedMatmul::apply(const std::vector<array>& inputs, const array& x, bool transpose) {
+  std::optional<array> indices;
+  if (inputs.size() == 5) {
+    indices = inputs[4];
+  }
+  return quantized_matmul(
+      x, inputs[1], inputs[2], inputs[3], transpose, group_size_, bits_, indices, stream());
+}
+
+std::vector<array> QuantizedMatmul::jvp(const std::vector<array>& primals,
+    const std::vector<array>& tangents, const std::vector<int>& argnums) {
+  if (argnums.size() != 1 || argnums[0] != 0) {
+    fail("forward-mode derivatives exist with respect to x only");
+  }
+  return {apply(primals, tangents[0], transpose_)};
+}
+
+std::vector<array> QuantizedMatmul::vjp(const std::vector<array>& primals,
+    const std::vector<array>& cotangents, const std::vector<int>& argnums,
+    const std::vector<array>&) {
+  const array& x = primals[0];
+  const array& dy = cotangents[0];
+  std::optional<array> dw; // [rows, groups, group_size], shared by scales and biases
+  std::vector<array> grads;
+  for (int arg : argnums) {
+    if (arg == 0) {
+      auto dx = apply(primals, dy, !transpose_);
+      grads.push_back(mx::astype(dx, x.dtype(), stream()));
+      continue;
+    }
+    if ((arg != 2 && arg != 3) || primals.size() == 5) {
+      fail("gradients exist with respect to x, and to scales and biases of a single weight");
+    }
+    const array& scales = primals[2];
+    if (!dw) {
+      auto rows = [&](const array& a) {
+        return mx::astype(mx::flatten(a, 0, -2, stream()), mx::float32, stream());
+      };
+      auto left = transpose_ ? rows(dy) : rows(x);
+      auto right = transpose_ ? rows(x) : rows(dy);
+      auto full = mx::matmul(mx::transpose(left, stream()), right, stream());
+      dw = mx::unflatten(full, -1, {scales.shape(-1), group_size_}, stream());
+    }
+    if (arg == 3) { // w = scale * code + bias
+      grads.push_back(mx::astype(mx::sum(*dw, -1, false, stream()), scales.dtype(), stream()));
+    } else {
+      auto ones = mx::ones_like(scales, stream());
+      auto zeros = mx::zeros_like(scales, stream());
+      auto codes = mx::dequantize(primals[1], ones, zeros, group_size_, bits_, "affine",
+          std::nullopt, std::nullopt, stream());
+      codes = mx::unflatten(codes, -1, {scales.shape(-1), group_size_}, stream());
+      auto product = mx::multiply(*dw, mx::astype(codes, mx::float32, stream()), stream());
+      grads.push_back(mx::astype(mx::sum(product, -1, false, stream()), scales.dtype(), stream()));
+    }
+  }
+  return grads;
+}
+
+std::pair<std::vector<array>, std::vector<int>> QuantizedMatmul::vmap(
+    const std::vector<array>& inputs, const std::vector<int>& axes) {
+  for (size_t i = 1; i < inputs.size(); i++) {
+    if (axes[i] != -1 || inputs.size() == 5) {
+      fail("vmap runs over x only");
+    }
+  }
+  auto x = mx::moveaxis(inputs[0], axes[0], 0, stream());
+  return {{apply(inputs, x, transpose_)}, {0}};
+}
+
+bool QuantizedMatmul::is_equivalent(const mx::Primitive& other) const {
+  auto& o = static_cast<const QuantizedMatmul&>(other);
+  return transpose_ == o.transpose_ && group_size_ == o.group_size_ && bits_ == o.bits_;
+}
+
+std::vector<mx::Shape> QuantizedMatmul::output_shapes(const std::vector<array>& inputs) {
+  auto shape = inputs[0].shape();
+  const auto& scales = inputs[2];
+  shape.back() = transpose_ ? scales.shape(-2) : scales.shape(-1) * group_size_;
+  return {shape};
+}
+
+} // namespace optiq
