@@ -1,0 +1,37 @@
+"""The one exception family of optiq.
+
+Every message is a single line that names the input, the limit it broke and the fix.
+The command line prints it and exits with `exit_code`; `--debug` adds the traceback.
+"""
+
+
+class OptiqError(Exception):
+    """Base of everything optiq raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(OptiqError):
+    """An option or argument that cannot be honoured."""
+
+    exit_code = 2
+
+
+class SourceError(OptiqError):
+    """The model to convert cannot be found, read or understood."""
+
+
+class CalibrationError(OptiqError):
+    """The calibration rows are malformed, too few or cannot be rendered."""
+
+
+class SensitivityError(OptiqError):
+    """Scores are missing, not finite, or belong to another model."""
+
+
+class BudgetError(OptiqError):
+    """No plan satisfies the byte budget and the floors."""
+
+
+class ExportError(OptiqError):
+    """The model could not be written, or what was written differs from the plan."""

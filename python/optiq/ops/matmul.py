@@ -1,0 +1,80 @@
+"""Products of activations with dense and quantized weights."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from . import native
+
+
+def linear(
+    x: mx.array, w: mx.array, *, transpose: bool = True, indices: mx.array | None = None
+) -> mx.array:
+    """`x @ w.T`, accumulated in float32.
+
+    Args:
+        x: Activations `[..., in]` in float32, float16 or bfloat16.
+        w: Weights `[out, in]`, or `[experts, out, in]` with `indices`.
+        transpose: `False` computes `x @ w` instead.
+        indices: uint32 `[rows]`; row `i` of a two-dimensional `x` uses weight `indices[i]`.
+
+    Returns:
+        `[..., out]` in the wider dtype of `x` and `w`.
+    """
+    if ext := native.active():
+        out: mx.array = ext.linear(x, w, transpose, indices=indices)
+        return out
+    if indices is None:
+        return x @ (w.swapaxes(-1, -2) if transpose else w)
+    dtype = mx.result_type(x, w)
+    right = w.swapaxes(-1, -2) if transpose else w
+    if native.on_cpu():  # gather_mm exists in float32 only there
+        x, right = x.astype(mx.float32), right.astype(mx.float32)
+    return mx.gather_mm(x[:, None, :], right, rhs_indices=indices).squeeze(-2).astype(dtype)
+
+
+def quantized_matmul(
+    x: mx.array,
+    w: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    transpose: bool = True,
+    group_size: int = 64,
+    bits: int = 4,
+    *,
+    indices: mx.array | None = None,
+) -> mx.array:
+    """`x @ dequantize(w).T` for affine codes, accumulated in float32.
+
+    Args:
+        x: Activations `[..., in]` in float32, float16 or bfloat16.
+        w: Codes `[out, in * bits / 32]` in uint32, as `mx.quantize` packs them; with `indices`
+            `[experts, out, in * bits / 32]`.
+        scales, biases: `[out, in / group_size]`; a weight is `scale * code + bias`.
+        transpose: `False` computes `x @ dequantize(w)` instead.
+        group_size: 32, 64 or 128.
+        bits: 2, 3, 4, 5, 6 or 8.
+        indices: uint32 `[rows]`; row `i` of a two-dimensional `x` uses weight `indices[i]`.
+
+    Returns:
+        `[..., out]` in the wider dtype of `x` and `scales`.
+    """
+    if ext := native.active():
+        out: mx.array = ext.quantized_matmul(
+            x, w, scales, biases, transpose, group_size, bits, indices=indices
+        )
+        return out
+    if indices is None:
+        return mx.quantized_matmul(
+            x, w, scales, biases, transpose=transpose, group_size=group_size, bits=bits
+        )
+    return mx.gather_qmm(
+        x[:, None, :],
+        w,
+        scales,
+        biases,
+        rhs_indices=indices,
+        transpose=transpose,
+        group_size=group_size,
+        bits=bits,
+    ).squeeze(-2)

@@ -1,0 +1,39 @@
+"""The operations in float64 NumPy: slow, obvious, and what every implementation is tested against."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float64 = NDArray[np.float64]
+
+
+def unpack(codes: NDArray[np.uint32], bits: int) -> NDArray[np.int64]:
+    """Integers of `bits` bits from rows of uint32 words, read as one little-endian bit stream.
+
+    `codes [..., words]` -> `[..., words * 32 / bits]`.
+    """
+    stream = np.unpackbits(codes.view(np.uint8), axis=-1, bitorder="little")
+    fields = stream.reshape(*codes.shape[:-1], -1, bits).astype(np.int64)
+    return np.asarray(fields @ (1 << np.arange(bits)))
+
+
+def dequantize(codes: Any, scales: Any, biases: Any, group_size: int, bits: int) -> Float64:
+    """`scale * code + bias` per group: `[..., out, in]`."""
+    q = unpack(np.ascontiguousarray(codes, dtype=np.uint32), bits)
+    s = np.repeat(np.asarray(scales, dtype=np.float64), group_size, axis=-1)
+    b = np.repeat(np.asarray(biases, dtype=np.float64), group_size, axis=-1)
+    return np.asarray(q * s + b)
+
+
+def kl_from_logits(p: Any, q: Any) -> Float64:
+    """KL(softmax(p) || softmax(q)) over the last axis, in nats."""
+    log_p, log_q = (_log_softmax(np.asarray(a, dtype=np.float64)) for a in (p, q))
+    return np.asarray(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1))
+
+
+def _log_softmax(x: Float64) -> Float64:
+    x = x - x.max(axis=-1, keepdims=True)
+    return np.asarray(x - np.log(np.exp(x).sum(axis=-1, keepdims=True)))

@@ -1,0 +1,3 @@
+"""optiq is imported before anything imports mlx, so that MLX gets the fast matmul (optiq.blas)."""
+
+import optiq  # noqa: F401

@@ -1,0 +1,195 @@
+"""Products of activations with dense and quantized weights, against float64."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optiq import ops
+from optiq.ops import native, reference
+
+from .cases import DENSE, EPS, QUANTIZED, Case
+
+
+def f64(a: mx.array) -> np.ndarray:
+    return np.array(a.astype(mx.float32), dtype=np.float64)
+
+
+def dequantized(case: Case) -> np.ndarray:
+    codes, scales, biases = case.quantized()
+    return reference.dequantize(
+        np.array(codes), f64(scales), f64(biases), case.group_size, case.bits
+    )
+
+
+def assert_product(out: mx.array, x: np.ndarray, w: np.ndarray, dtype: str) -> None:
+    """|out - x w.T| <= eps |out| + K eps32 |x| |w|.T: one output rounding, K float32 roundings."""
+    truth = x @ w.T
+    bound = EPS[dtype] * np.abs(truth) + x.shape[-1] * EPS["f32"] * (np.abs(x) @ np.abs(w).T)
+    assert out.shape == truth.shape
+    error = np.abs(f64(out) - truth)
+    assert (error <= bound + 1e-30).all(), f"{(error / (bound + 1e-30)).max():.2f} x the bound"
+
+
+def test_the_extension_is_what_is_tested() -> None:
+    assert native.extension is not None, native.reason
+
+
+@pytest.mark.parametrize("case", QUANTIZED, ids=str)
+def test_quantized_matmul(case: Case) -> None:
+    x, (codes, scales, biases) = case.activations(), case.quantized()
+    out = ops.quantized_matmul(x, codes, scales, biases, group_size=case.group_size, bits=case.bits)
+    assert out.dtype == x.dtype
+    assert_product(out, f64(x), dequantized(case), case.dtype)
+
+
+@pytest.mark.parametrize("case", QUANTIZED[::4], ids=str)
+def test_quantized_matmul_not_transposed(case: Case) -> None:
+    x, (codes, scales, biases) = case.activations(case.out), case.quantized()
+    out = ops.quantized_matmul(
+        x, codes, scales, biases, False, group_size=case.group_size, bits=case.bits
+    )
+    assert_product(out, f64(x), dequantized(case).T, case.dtype)
+
+
+@pytest.mark.parametrize("case", DENSE, ids=str)
+@pytest.mark.parametrize("transpose", [True, False])
+def test_linear(case: Case, transpose: bool) -> None:
+    w = case.weight()
+    x = case.activations(None if transpose else case.out)
+    out = ops.linear(x, w, transpose=transpose)
+    assert out.dtype == x.dtype
+    assert_product(out, f64(x), f64(w) if transpose else f64(w).T, case.dtype)
+
+
+def test_float32_activations_stay_float32() -> None:
+    case = Case(3, 40, 128, 4, dtype="bf16")
+    x = case.activations().astype(mx.float32)
+    codes, scales, biases = case.quantized()
+    out = ops.quantized_matmul(x, codes, scales, biases)
+    assert out.dtype == mx.float32
+    assert_product(out, f64(x), dequantized(case), "f32")
+    assert_product(ops.linear(x, case.weight()), f64(x), f64(case.weight()), "f32")
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_a_row_does_not_depend_on_the_rows_beside_it(bits: int) -> None:
+    """Batched or speculative decoding must not move near-tie tokens: bit-equal up to 16 rows."""
+    case = Case(16, 70, 256, bits)
+    x, (codes, scales, biases) = case.activations(), case.quantized()
+    together = ops.quantized_matmul(x, codes, scales, biases, bits=bits)
+    for m in (1, 2, 5):
+        alone = ops.quantized_matmul(x[:m], codes, scales, biases, bits=bits)
+        assert mx.array_equal(alone, together[:m])
+
+
+def test_leading_axes_strides_and_empty_inputs() -> None:
+    case = Case(12, 24, 64, 4)
+    x, (codes, scales, biases) = case.activations(), case.quantized()
+    flat = ops.quantized_matmul(x, codes, scales, biases)
+    folded = ops.quantized_matmul(x.reshape(2, 3, 2, 64), codes, scales, biases)
+    assert mx.array_equal(folded.reshape(12, 24), flat)
+    strided = mx.repeat(x, 2, axis=0)[::2]
+    assert mx.array_equal(ops.quantized_matmul(strided, codes, scales, biases), flat)
+    every_other = mx.repeat(codes, 2, axis=0)[::2], mx.repeat(scales, 2, axis=0)[::2]
+    assert mx.array_equal(ops.quantized_matmul(x, *every_other, biases), flat)
+    assert ops.quantized_matmul(x[:0], codes, scales, biases).shape == (0, 24)
+    assert mx.array_equal(ops.linear(mx.zeros((2, 0)), mx.zeros((3, 0))), mx.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_experts(bits: int) -> None:
+    rng = np.random.default_rng(0)
+    w = mx.array(rng.standard_normal((5, 24, 64), dtype=np.float32))
+    x = mx.array(rng.standard_normal((11, 64), dtype=np.float32))
+    which = rng.integers(0, 5, 11)
+    indices = mx.array(which.astype(np.uint32))
+    if bits:
+        codes, scales, biases = mx.quantize(w, 64, bits)
+        out = ops.quantized_matmul(x, codes, scales, biases, bits=bits, indices=indices)
+        w = mx.dequantize(codes, scales, biases, 64, bits)
+    else:
+        out = ops.linear(x, w, indices=indices)
+    for i, expert in enumerate(which):
+        assert_product(out[i : i + 1], f64(x[i : i + 1]), f64(w[int(expert)]), "f32")
+
+
+def test_gradients_match_stock() -> None:
+    case = Case(6, 40, 128, 4)
+    x, (codes, scales, biases) = case.activations(), case.quantized()
+    w, pull = case.weight(), mx.random.normal((6, 40))
+
+    def ours(x: mx.array, s: mx.array, b: mx.array) -> mx.array:
+        return (ops.quantized_matmul(x, codes, s, b) * pull).sum()
+
+    def stock(x: mx.array, s: mx.array, b: mx.array) -> mx.array:
+        return ((x @ mx.dequantize(codes, s, b, 64, 4).T) * pull).sum()
+
+    for argnum in range(3):
+        a = mx.grad(ours, argnum)(x, scales, biases)
+        b = mx.grad(stock, argnum)(x, scales, biases)
+        assert mx.allclose(a, b, rtol=1e-4, atol=1e-4)
+    for argnum in range(2):
+        a = mx.grad(lambda x, w: (ops.linear(x, w) * pull).sum(), argnum)(x, w)
+        b = mx.grad(lambda x, w: ((x @ w.T) * pull).sum(), argnum)(x, w)
+        assert mx.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_transforms() -> None:
+    case = Case(6, 40, 64, 5)
+    x, (codes, scales, biases) = case.activations(), case.quantized()
+
+    def f(x: mx.array) -> mx.array:
+        return ops.quantized_matmul(x, codes, scales, biases, bits=5)
+
+    y = f(x)
+    assert mx.allclose(mx.vmap(f)(x), y, atol=1e-5)
+    assert mx.allclose(mx.compile(f)(x), y, atol=1e-5)
+    assert mx.allclose(mx.compile(f, shapeless=True)(x[:3]), y[:3], atol=1e-5)
+    primal, tangent = mx.jvp(f, [x], [x])
+    assert mx.allclose(primal[0], y, atol=1e-5)
+    assert mx.allclose(tangent[0], y, atol=1e-5)
+
+
+CODES, SCALES, BIASES = Case(1, 16, 128, 4).quantized()
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"x": mx.zeros((2, 64))}, "x"),
+        ({"x": mx.zeros((2, 128), dtype=mx.int32)}, "x is"),
+        ({"w": CODES.astype(mx.int32)}, "uint32"),
+        ({"w": CODES[:, :-1]}, "codes of shape"),
+        ({"scales": SCALES[:, :1]}, "scales"),
+        ({"biases": BIASES.astype(mx.float16)}, "biases"),
+        ({"bits": 7}, "bits is 7"),
+        ({"bits": 3}, "codes of shape"),
+        ({"group_size": 48}, "group_size is 48"),
+        ({"indices": mx.array([0], dtype=mx.uint32)}, "indices"),
+    ],
+)
+def test_wrong_input_names_the_argument(change: dict[str, object], names: str) -> None:
+    inputs = {"x": mx.zeros((2, 128)), "w": CODES, "scales": SCALES, "biases": BIASES}
+    with pytest.raises(ValueError, match=names):
+        ops.quantized_matmul(**{**inputs, **change})  # type: ignore[arg-type]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_sgemm_that_mlx_calls(data: st.DataObject) -> None:
+    """MLX's own float32 matmul, which calls our cblas_sgemm on Linux."""
+    m, n, k = (data.draw(st.integers(1, 70)) for _ in range(3))
+    rng = np.random.default_rng(m * 7919 + n * 104729 + k)
+    a = rng.standard_normal((m, k), dtype=np.float32)
+    b = rng.standard_normal((k, n), dtype=np.float32)
+    left = mx.array(a.T.copy()).T if data.draw(st.booleans()) else mx.array(a)
+    right = mx.array(b.T.copy()).T if data.draw(st.booleans()) else mx.array(b)
+    assert_product(left @ right, a.astype(np.float64), b.T.astype(np.float64), "f32")
+    c = rng.standard_normal((m, n), dtype=np.float32)
+    out = mx.addmm(mx.array(c), left, right, alpha=0.5, beta=2.0)
+    truth = 0.5 * (a.astype(np.float64) @ b) + 2.0 * c
+    assert np.abs(f64(out) - truth).max() < 1e-4

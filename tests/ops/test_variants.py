@@ -1,0 +1,69 @@
+"""Every way to run the same maths agrees: instruction sets, thread counts, the fallback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROBE = """
+import warnings
+warnings.simplefilter("error")
+import optiq
+import mlx.core as mx, numpy as np
+from optiq import ops
+from optiq.ops import native
+from tests.ops.cases import Case
+from tests.ops.test_matmul import assert_product, dequantized, f64
+for case in [Case(m, 50, 384, b, g, d) for m in (1, 5, 40) for b, g in ((0, 64), (3, 128), (4, 64),
+             (4, 32), (8, 64)) for d in ("f32", "f16", "bf16")]:
+    x = case.activations().astype(mx.float32)
+    if case.bits:
+        out = ops.quantized_matmul(x, *case.quantized(), group_size=case.group_size, bits=case.bits)
+        w = dequantized(case)
+    else:
+        out, w = ops.linear(x, case.weight()), f64(case.weight())
+    assert_product(out, f64(x), w, "f32")
+p, q = mx.random.normal((9, 777), key=mx.random.key(1)), mx.random.normal((9, 777), key=mx.random.key(2))
+kl, agree = ops.kl_from_logits(p, q)
+assert np.allclose(np.array(kl), ops.reference.kl_from_logits(np.array(p), np.array(q)), rtol=1e-5)
+w = mx.random.normal((3, 8, 64)); x = mx.random.normal((6, 64))
+i = mx.array([2, 0, 1, 2, 2, 0], dtype=mx.uint32)
+assert mx.allclose(ops.linear(x, w, indices=i)[3], x[3] @ w[2].T, atol=1e-4)
+codes = mx.quantize(w, 64, 4)
+assert mx.allclose(ops.quantized_matmul(x, *codes, indices=i)[3],
+                   x[3] @ mx.dequantize(codes[0][2], codes[1][2], codes[2][2], 64, 4).T, atol=1e-4)
+print(native.extension.isa() if native.extension else "fallback")
+"""
+
+
+def run(**env: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", PROBE],
+        env=os.environ | env,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "neon"])
+def test_instruction_sets(isa: str) -> None:
+    got = run(OPTIQ_ISA=isa)
+    if got != isa:
+        pytest.skip(f"this processor runs {got}, not {isa}")
+
+
+def test_one_thread_and_many() -> None:
+    run(OPTIQ_NUM_THREADS="1")
+    run(OPTIQ_NUM_THREADS="7")
+
+
+def test_fallback() -> None:
+    assert run(OPTIQ_NATIVE="0") == "fallback"
