@@ -1,0 +1,204 @@
+"""Read calibration rows from JSON Lines and name every fault by its line.
+
+A row is `{"domain", "text"}` or `{"domain", "messages", "tools"?}` with messages and tools in the
+OpenAI shape. Other keys are kept and ignored, except `line`, which load_rows sets itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..errors import CalibrationError
+
+BUNDLED = Path(__file__).with_name("optiq.jsonl")
+ROLES = ("system", "user", "assistant", "tool")
+HELD_OUT_EVERY = 8
+
+Row = dict[str, Any]
+
+
+def load_rows(path: str | os.PathLike[str] | None = None) -> list[Row]:
+    """Rows of the file at `path` (None: the bundled mix), each with its 1-based `line`.
+
+    Tool-call arguments given as a JSON string come back as a dict. Blank lines are skipped.
+    Raises CalibrationError "PATH line N: what is wrong; what is expected" at the first bad row,
+    and for a file that cannot be read, is not UTF-8, or holds no rows.
+    """
+    where = BUNDLED if path is None else Path(path)
+    rows = []
+    for number, line in enumerate(_read(where).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append({**check_row(_parse(line)), "line": number})
+        except CalibrationError as fault:
+            raise CalibrationError(f"{where} line {number}: {fault}") from None
+    if not rows:
+        raise CalibrationError(f"{where}: no rows; expected JSON Lines, one sample on each line")
+    return rows
+
+
+def split(rows: Iterable[Row], which: str) -> list[Row]:
+    """The "calibration" or the "heldout" part of `rows`, in their order; the two never overlap.
+
+    Held out is every 8th row of each domain; of a domain with 2 to 7 rows, its last one.
+    """
+    if which not in ("calibration", "heldout"):
+        raise CalibrationError(f"no split is called {which!r}; use 'calibration' or 'heldout'")
+    rows = list(rows)
+    places: dict[str, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        places[row["domain"]].append(index)
+    held: set[int] = set()
+    for members in places.values():
+        short = len(members) < HELD_OUT_EVERY
+        held.update(members[1:][-1:] if short else members[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
+    return [row for index, row in enumerate(rows) if (index in held) == (which == "heldout")]
+
+
+def check_row(value: object) -> Row:
+    """`value` as a valid row, null fields dropped; the CalibrationError names no line."""
+    if not isinstance(value, dict):
+        _bad(f"the row is {_kind(value)}", 'a JSON object like {"domain": "prose", "text": "..."}')
+    row = {key: item for key, item in value.items() if item is not None}
+    domain = row.get("domain")
+    if not isinstance(domain, str) or not domain.strip():
+        _bad(f"domain is {_show(domain)}", "a non-empty string")
+    if ("text" in row) == ("messages" in row):
+        found = "both text and messages" if "text" in row else "neither text nor messages"
+        _bad(f"the row has {found}", "exactly one of the two")
+    if "text" in row:
+        if not isinstance(row["text"], str) or not row["text"].strip():
+            _bad(f"text is {_show(row['text'])}", "a non-empty string")
+        if "tools" in row:
+            _bad("a text row has tools", "tools only next to messages")
+    else:
+        row["messages"] = list(_messages(row["messages"]))
+        for index, tool in enumerate(_list(row.get("tools", []), "tools")):
+            _function(tool, f"tools[{index}]")
+    return row
+
+
+def _messages(value: object) -> Iterator[dict[str, Any]]:
+    messages = _list(value, "messages")
+    if not messages:
+        _bad("messages is empty", "at least one message")
+    call_ids: set[str] = set()
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        if not isinstance(message, dict):
+            _bad(f"{where} is {_kind(message)}", "an object with role and content")
+        message = {key: item for key, item in message.items() if item is not None}
+        role = message.get("role")
+        if role not in ROLES:
+            _bad(f"{where}.role is {_show(role)}", "one of " + ", ".join(ROLES))
+        if "tool_calls" in message:
+            if role != "assistant":
+                _bad(f"{where} has tool_calls in a {role} turn", "them in assistant turns only")
+            message["tool_calls"] = list(_calls(message["tool_calls"], f"{where}.tool_calls"))
+            call_ids.update(call["id"] for call in message["tool_calls"] if "id" in call)
+        elif "content" not in message:
+            _bad(f"{where} has no content", "a string (null only next to tool_calls)")
+        if not isinstance(message.get("content", ""), str):
+            _bad(f"{where}.content is {_kind(message['content'])}", "a string")
+        answers = message.get("tool_call_id")
+        if answers is not None and (not isinstance(answers, str) or answers not in call_ids):
+            _bad(
+                f"{where}.tool_call_id is {_show(answers)}",
+                "the id of a tool call in an earlier message",
+            )
+        yield message
+
+
+def _calls(value: object, where: str) -> Iterator[dict[str, Any]]:
+    calls = _list(value, where)
+    if not calls:
+        _bad(f"{where} is empty", "at least one call, or no tool_calls key")
+    for index, call in enumerate(calls):
+        here = f"{where}[{index}]"
+        function = _function(call, here)
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = _parse(arguments)
+            except CalibrationError:
+                _bad(f"{here}.function.arguments is not JSON text", "a JSON object")
+        if not isinstance(arguments, dict):
+            _bad(f"{here}.function.arguments is {_kind(arguments)}", "a JSON object")
+        if not isinstance(call.get("id", ""), str):
+            _bad(f"{here}.id is {_kind(call['id'])}", "a string")
+        yield {**call, "function": {**function, "arguments": arguments}}
+
+
+def _function(value: object, where: str) -> dict[str, Any]:
+    function = value.get("function") if isinstance(value, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(function, dict) or not isinstance(name, str) or not name:
+        _bad(
+            f"{where} has no function name",
+            'an object like {"type": "function", "function": {"name": "..."}}',
+        )
+    return function
+
+
+def _list(value: object, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        _bad(f"{where} is {_kind(value)}", "a list")
+    return value
+
+
+def _read(where: Path) -> str:
+    try:
+        data = where.read_bytes()
+    except (OSError, ValueError) as fault:
+        reason = getattr(fault, "strerror", None) or fault
+        raise CalibrationError(
+            f"{where}: cannot be read ({reason}); expected a JSON Lines file"
+        ) from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as fault:
+        number = data.count(b"\n", 0, fault.start) + 1
+        raise CalibrationError(
+            f"{where} line {number}: not UTF-8 text; expected JSON Lines in UTF-8"
+        ) from None
+
+
+def _parse(text: str) -> object:
+    try:
+        value: object = json.loads(text, parse_constant=_no_constant)
+        # A lone surrogate is legal JSON ("\ud800") but no tokenizer can encode it.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except json.JSONDecodeError as fault:
+        _bad(f"not JSON ({fault.msg} at column {fault.pos + 1})", "one JSON object on the line")
+    except RecursionError:
+        _bad("the JSON is nested too deeply", "a flat row")
+    except UnicodeEncodeError:
+        _bad("a string holds half of a surrogate pair", "valid Unicode text")
+    except ValueError as fault:
+        _bad(f"not usable JSON ({fault})", "one JSON object on the line")
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _bad(what: str, expected: str) -> NoReturn:
+    raise CalibrationError(f"{what}; expected {expected}")
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    return "missing" if value is None else names.get(type(value), "a number")
+
+
+def _show(value: object) -> str:
+    if isinstance(value, str):
+        return repr(value if len(value) <= 40 else value[:37] + "...")
+    return _kind(value)
