@@ -1,0 +1,198 @@
+"""One self-contained HTML page about one conversion: no scripts, no fonts, nothing fetched."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ..errors import ExportError
+from . import compare, maps
+from .colors import stylesheet
+from .curve import trace
+from .layout import Grid, lay_out
+from .svg import chart
+from .text import MISSING, UNKNOWN, count, data, esc, finite, number
+
+_METHODS = {
+    "kl": "One module at a time was rounded to one format, and the KL divergence this causes "
+    "against the same module at full precision was averaged over the tokens of the calibration "
+    "text.",
+    "fisher": "Each score estimates, from one backward pass over the calibration text, the KL "
+    "divergence that rounding one module to one format causes (Fisher information times squared "
+    "rounding error).",
+}
+_REFERENCES = {
+    "bf16": "All other modules stayed unquantized.",
+    "uniform4": "All other modules ran in uniform 4-bit, because the unquantized model did not fit "
+    "in memory.",
+}
+
+
+def write(plan: dict[str, Any], scores: dict[str, Any], path: str | Path) -> None:
+    """Write `render(plan, scores)` to `path` as UTF-8."""
+    page = render(plan, scores)
+    try:
+        Path(path).write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ExportError(
+            f"the report {path} cannot be written ({error.strerror}); choose a writable folder"
+        ) from error
+
+
+def render(plan: dict[str, Any], scores: dict[str, Any]) -> str:
+    """The page for a parsed plan.json and the sensitivity.json it was made from.
+
+    Raises SensitivityError when the two are about different models.
+    """
+    grid = lay_out(plan, scores)
+    ours, stock = compare.sides(plan, scores, grid)
+    name = esc(plan["model"]["name"])
+    css = files(__package__).joinpath("style.css").read_text(encoding="utf-8")
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{name}: optiq report</title>
+<style>
+{css}{stylesheet()}
+</style>
+</head>
+<body>
+<main>
+<header>
+<p class="kicker">optiq report</p>
+<h1><bdi>{name}</bdi></h1>
+{compare.headline(ours, stock)}
+</header>
+<section>
+<h2>Against stock uniform 4-bit</h2>
+{compare.table(ours, stock)}
+</section>
+{_maps(plan, grid)}
+{_curve(plan, scores, grid)}
+<section>
+<h2>Every module</h2>
+<details>
+<summary>{len(grid.cells)} modules: KL ± standard error of every format,
+in thousandths of a nat per token</summary>
+{maps.module_table(grid)}
+</details>
+</section>
+{_provenance(plan, scores)}
+</main>
+</body>
+</html>
+"""
+
+
+def _maps(plan: dict[str, Any], grid: Grid) -> str:
+    fixed = plan["nbytes"] - sum(cell.nbytes for cell in grid.cells)
+    basis = f'style="--columns:{max(4, len(grid.columns))}"'
+    return f"""<div class="pair">
+<section {basis}>
+<h2>Sensitivity</h2>
+{maps.sensitivity_map(grid)}
+</section>
+<section {basis}>
+<h2>Formats</h2>
+{maps.format_map(grid)}
+</section>
+</div>
+<section>
+<h2>Bytes per format</h2>
+{maps.bytes_per_format(grid, fixed)}
+</section>"""
+
+
+def _curve(plan: dict[str, Any], scores: dict[str, Any], grid: Grid) -> str:
+    curve = trace(plan, scores, grid)
+    drawings = (chart(curve, 810, 440), chart(curve, 360, 340))
+    figure = "".join(
+        f'<div class="{css}">{svg}</div>'
+        for css, svg in zip(("wide", "narrow"), drawings, strict=True)
+    )
+    if not curve.frontier:
+        figure += f"<p>Frontier: {MISSING}, some modules have no score.</p>"
+    if curve.unpredicted:
+        widths = ", ".join(f"{bits}-bit" for bits in curve.unpredicted)
+        figure += f"<p>Uniform {widths}: {MISSING}, some modules have no score at that width.</p>"
+    return f"""<section>
+<h2>KL against size</h2>
+<p>The line is the lowest predicted KL at each size. Hollow marks are predicted, filled marks
+measured on the whole model, with one standard error up and down.</p>
+<figure>{figure}</figure>
+</section>"""
+
+
+def _provenance(plan: dict[str, Any], scores: dict[str, Any]) -> str:
+    model, objective, budget = plan["model"], plan["objective"], plan["budget"]
+    mix = scores.get("calibration") or {}
+    domains = mix.get("tokens_per_domain") or {}
+    gap = finite(objective["gap"])
+    rows = [
+        ("Model", esc(model["name"])),
+        ("Fingerprint", _code(model["fingerprint"])),
+        ("Type", f"{_known(model['model_type'])}, {_known(model['dtype'])}"),
+        ("Budget", f"{_known(budget['asked'])}: {count(budget['bytes'])} bytes"),
+        ("Predicted KL", data(objective["predicted_kl"])),
+        ("Proven lower bound", data(objective["bound"])),
+        ("Gap to the bound", data(gap, f"{number(100 * gap, 2)} %" if gap is not None else None)),
+        ("Reference", _known(scores.get("reference"))),
+        ("Method", _known(scores.get("method"))),
+        ("Rounding", _known(scores.get("rounding"))),
+        ("Calibration", _known(mix.get("source"))),
+        ("Tokens", _known(mix.get("tokens"))),
+        ("Tokens per domain", _pairs(domains)),
+        ("Sequences", _known(mix.get("sequences"))),
+        ("Text sha256", _code(mix.get("sha256"))),
+        ("Seed", f"{_known(mix.get('seed'))} (text), {_known(plan.get('seed'))} (plan)"),
+        ("Seconds measuring", data(scores.get("seconds"))),
+        ("Command", _code(plan.get("command") or None)),
+        ("Versions", _pairs(plan.get("versions"))),
+        ("Machine", _pairs(plan.get("machine"))),
+    ]
+    for key in ("versions", "machine"):
+        if scores.get(key) != plan.get(key):
+            rows.append((f"{key.capitalize()}, scores", _pairs(scores.get(key))))
+    body = "".join(f"<div><dt>{term}</dt><dd>{value}</dd></div>" for term, value in rows)
+    return f"""<section>
+<h2>How the numbers were made</h2>
+{_notes(scores)}
+<dl class="facts">{body}</dl>
+</section>"""
+
+
+def _notes(scores: dict[str, Any]) -> str:
+    method = _METHODS.get(str(scores.get("method")), "How the scores were made is not recorded.")
+    reference = _REFERENCES.get(str(scores.get("reference")), "")
+    return f"""<p>KL divergence says how far the quantized model&rsquo;s next-token probabilities
+are from the unquantized model&rsquo;s, in nats per token; zero is no change. {method} {reference}
+Error bars are one standard error of the mean, with the tokens of one sequence not taken as
+independent; the error of a difference takes the two sides as independent.</p>
+<p>A predicted KL is the sum of the scores of the chosen formats. It assumes that the errors of
+modules add up, so it ranks plans well and states a level less well; a measured KL comes from
+running the whole quantized model. Bits per weight are eight times the bytes of all tensors
+(scales, biases, norms and embeddings included) over the number of weights.</p>"""
+
+
+def _known(value: object) -> str:
+    if value is None:
+        return UNKNOWN
+    return data(value, count(value)) if isinstance(value, int) else esc(value)
+
+
+def _code(value: object) -> str:
+    return UNKNOWN if value is None else f"<code>{esc(value)}</code>"
+
+
+def _pairs(values: dict[str, Any] | None) -> str:
+    """Key and value of a flat dict, comma-separated; a nested value as JSON."""
+    pairs = (
+        f"{esc(key)} {_known(v if isinstance(v, str | int | float | None) else json.dumps(v))}"
+        for key, v in (values or {}).items()
+    )
+    return ", ".join(pairs) or UNKNOWN

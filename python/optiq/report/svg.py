@@ -1,0 +1,138 @@
+"""The line chart of size against KL as inline SVG: linear bytes across, KL on a log scale up."""
+
+from __future__ import annotations
+
+from math import ceil, floor, log10
+
+from .curve import Curve, Point
+from .text import UNITS, esc, number, plus_minus, size
+
+TOP, RIGHT, BOTTOM, LEFT = 30, 18, 46, 58  # px around the plot
+LINE = 15  # px between two labels that would overlap
+GLYPH = 7.5  # px, a generous width of one letter
+
+
+def chart(curve: Curve, width: int, height: int) -> str:
+    """An `<svg>` of `width` x `height` px. Text stays at its own size: draw it again, narrower,
+    for a narrow screen instead of scaling it."""
+    spots = [(p.nbytes, p.kl) for p in curve.points] + curve.frontier
+    spots += [(p.nbytes, p.kl + (p.se or 0)) for p in curve.points]
+    spots += [(p.nbytes, p.kl - (p.se or 0)) for p in curve.points]
+    heights = [kl for _, kl in spots if kl > 0]
+    if not heights:
+        return ""
+    plot = _Plot([b for b, _ in spots], heights, width, height)
+    parts = [
+        f'<svg class="chart" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        'role="img" aria-label="KL divergence against size">',
+        *_axes(plot),
+    ]
+    line = " ".join(f"{plot.x(b):.1f},{plot.y(kl):.1f}" for b, kl in curve.frontier if kl > 0)
+    if line:
+        parts.append(f'<polyline class="frontier" points="{line}"/>')
+    drawn = [p for p in curve.points if p.kl > 0]
+    parts += [_mark(plot, p) for p in drawn]
+    parts += _labels(plot, drawn)
+    return "\n".join([*parts, "</svg>"])
+
+
+class _Plot:
+    """Maps bytes and KL to pixels."""
+
+    def __init__(self, xs: list[int], ys: list[float], width: int, height: int) -> None:
+        margin = 0.04 * (max(xs) - min(xs)) or 0.1 * max(xs)
+        self.left, self.right = min(xs) - margin, max(xs) + margin
+        self.low, self.high = log10(min(ys)) - 0.4, log10(max(ys)) + 0.1
+        self.width, self.height = width, height
+
+    def x(self, nbytes: float) -> float:
+        share = (nbytes - self.left) / (self.right - self.left)
+        return LEFT + share * (self.width - LEFT - RIGHT)
+
+    def y(self, kl: float) -> float:
+        """Values below the axis (an error bar that reaches zero) end on it."""
+        share = (log10(kl) - self.low) / (self.high - self.low) if kl > 0 else 0
+        return self.height - BOTTOM - max(0.0, share) * (self.height - TOP - BOTTOM)
+
+
+def _x_ticks(plot: _Plot) -> list[float]:
+    """Round sizes, 70 px apart or more."""
+    wanted = (plot.right - plot.left) / max(2, (plot.width - LEFT - RIGHT) // 70)
+    power = 10 ** floor(log10(wanted))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= wanted)
+    return [i * step for i in range(ceil(plot.left / step), floor(plot.right / step) + 1)]
+
+
+def _y_ticks(plot: _Plot) -> list[float]:
+    """1, 2 and 5 of each decade, or the decades alone when there are many."""
+    decades = plot.high - plot.low
+    digits = (1, 2, 5) if decades < 2.5 else (1, 3) if decades < 4 else (1,)
+    ticks = [d * 10.0**e for e in range(floor(plot.low), ceil(plot.high) + 1) for d in digits]
+    return [t for t in ticks if plot.low <= log10(t) <= plot.high]
+
+
+def _axes(plot: _Plot) -> list[str]:
+    floor_y, end_x = plot.height - BOTTOM, plot.width - RIGHT
+    parts = [_text("tick", 4, TOP - 14, "KL, nats per token")]
+    for kl in _y_ticks(plot):
+        y = plot.y(kl)
+        parts.append(f'<line class="rule" x1="{LEFT}" x2="{end_x}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_text("tick end", LEFT - 8, y + 4, number(kl, 1)))
+    unit, scale = next(u for u in UNITS if plot.right >= u[1])
+    for nbytes in _x_ticks(plot):
+        x = plot.x(nbytes)
+        parts.append(
+            f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{floor_y}" y2="{floor_y + 5}"/>'
+        )
+        parts.append(_text("tick mid", x, floor_y + 19, f"{nbytes / scale:g} {unit}"))
+    parts.append(f'<line class="axis" x1="{LEFT}" x2="{end_x}" y1="{floor_y}" y2="{floor_y}"/>')
+    parts.append(_text("tick end", end_x, plot.height - 8, "size of all tensors"))
+    return parts
+
+
+def _text(css: str, x: float, y: float, text: str) -> str:
+    return f'<text class="{css}" x="{x:.1f}" y="{y:.1f}">{esc(text)}</text>'
+
+
+def _mark(plot: _Plot, p: Point) -> str:
+    """Circles for the plan, squares for uniform widths; filled when measured, hollow when not."""
+    x, y = plot.x(p.nbytes), plot.y(p.kl)
+    css = f"mark {p.kind}{' measured' if p.measured else ''}"
+    parts = [f'<g class="{css}"><title>{esc(_sentence(p))}</title>']
+    if p.se:
+        high, low = plot.y(p.kl + p.se), plot.y(p.kl - p.se)
+        parts.append(
+            f'<path class="error" d="M{x:.1f} {high:.1f}V{low:.1f}'
+            f'M{x - 5:.1f} {high:.1f}h10M{x - 5:.1f} {low:.1f}h10"/>'
+        )
+    if p.kind == "plan":
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5.5"/>')
+    else:
+        parts.append(f'<rect x="{x - 4.5:.1f}" y="{y - 4.5:.1f}" width="9" height="9"/>')
+    return "".join([*parts, "</g>"])
+
+
+def _sentence(p: Point) -> str:
+    how = "measured" if p.measured else "predicted"
+    return f"{p.label}: {size(p.nbytes)}, {how} KL {plus_minus(p.kl, p.se)} nats per token"
+
+
+def _labels(plot: _Plot, points: list[Point]) -> list[str]:
+    """Plan labels left of their marks, below the frontier; uniform labels right, above it.
+
+    Labels keep `LINE` apart; the predicted and the measured mark of one model share a label when
+    they are closer. Without room on the right a label goes below its mark.
+    """
+    parts = []
+    for kind in ("plan", "uniform"):
+        last, said = -1e9, ""
+        for p in sorted((p for p in points if p.kind == kind), key=lambda p: plot.y(p.kl)):
+            x, y = plot.x(p.nbytes), plot.y(p.kl) + 4
+            if p.label == said and y < last + LINE:
+                continue
+            css, x = ("end", x - 12) if kind == "plan" else ("start", x + 11)
+            if css == "start" and x + GLYPH * len(p.label) > plot.width - 4:
+                css, x, y = "end", plot.width - 4, y + 22
+            last, said = max(y, last + LINE), p.label
+            parts.append(_text(f"label {kind} {css}", x, last, p.label))
+    return parts

@@ -1,0 +1,286 @@
+"""The page as a reader gets it: well-formed, offline, complete, honest about what is missing."""
+
+from __future__ import annotations
+
+import re
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+
+from optiq.errors import ExportError, SensitivityError
+from optiq.plan import build
+from optiq.report import render, write
+from optiq.report.text import TIMES
+
+from . import fakes
+from .fakes import Pair
+from .page import Element, figures, read, rows
+
+MODELS = {"smollm2": fakes.smollm2(), "moe": fakes.moe(), "tiny": fakes.tiny()}
+HOSTILE = "</title><script>alert('x')</script>\"><img src=http://evil onerror=1>&amp;"
+
+
+@pytest.fixture(params=list(MODELS))
+def model(request: pytest.FixtureRequest) -> Pair:
+    return deepcopy(MODELS[request.param])
+
+
+@pytest.fixture
+def small() -> Pair:
+    return deepcopy(MODELS["tiny"])
+
+
+def section(root: Element, title: str) -> Element:
+    return next(s for s in root.all("section") if s.first("h2").text == title)
+
+
+def test_balanced_and_self_contained(model: Pair) -> None:
+    html = render(*model)
+    root = read(html)
+    assert not list(root.all("script"))
+    assert not list(root.all("link"))
+    for element in root.all():
+        assert not {"src", "href", "srcset", "data", "action"} & set(element.attrs)
+        assert not any(name.startswith("on") for name in element.attrs)
+    style = root.first("style").text
+    assert "url(" not in style
+    assert "@import" not in style
+    assert "http" not in html
+
+
+def test_order_of_sections(small: Pair) -> None:
+    root = read(render(*small))
+    assert root.first("h1").text == "tiny"
+    assert [h.text for h in root.all("h2")] == [
+        "Against stock uniform 4-bit",
+        "Sensitivity",
+        "Formats",
+        "Bytes per format",
+        "KL against size",
+        "Every module",
+        "How the numbers were made",
+    ]
+
+
+def test_every_module_is_in_both_maps_and_the_table(model: Pair) -> None:
+    plan, scores = model
+    root = read(render(plan, scores))
+    formats = {m["path"]: m["format"] for m in plan["modules"]}
+    exact = {m["path"]: m["scores"] for m in scores["modules"]}
+    for title in ("Sensitivity", "Formats"):
+        table = section(root, title).first("table", "map")
+        cells = [td for td in table.all("td") if "title" in td.attrs]
+        tips = {td.attrs["title"].split("\n")[0]: td for td in cells}
+        assert len(cells) == len(formats)
+        assert set(tips) == set(formats)
+        for path, td in tips.items():
+            for name, score in exact[path].items():
+                assert f"{name}  {score['kl']} ± {score['se']}" in td.attrs["title"]
+            if title == "Formats":
+                assert td.text.split()[0] == formats[path]
+    table = section(root, "Every module").first("table")
+    assert {path: cells[2].text for path, cells in rows(table).items()} == formats
+    names = [th.text for th in table.first("thead").all("th")][1:]
+    for path, cells in rows(table).items():
+        for name, cell in zip(names[4:], cells[4:], strict=True):
+            score = exact[path].get(name)
+            assert figures(cell) == ([score["kl"]] if score else [])
+
+
+def test_rows_are_blocks_in_order(model: Pair) -> None:
+    plan, scores = model
+    table = section(read(render(plan, scores)), "Formats").first("table", "map")
+    labels = [tr.first("th").text for tr in table.first("tbody").all("tr")]
+    blocks = sorted({m["block"] for m in plan["modules"]} - {None})
+    head = [m["role"] for m in plan["modules"] if m["role"] == "head"]
+    assert labels == ["embedding", *map(str, blocks), *head]
+
+
+def test_experts_and_routers_have_columns() -> None:
+    table = section(read(render(*MODELS["moe"])), "Formats").first("table", "map")
+    groups, leaves = (list(tr.all("th"))[1:] for tr in table.first("thead").all("tr"))
+    assert [th.text for th in groups] == ["self_attn", "mlp", "switch_mlp", "shared_expert"]
+    assert sum(int(th.attrs["colspan"]) for th in groups) == len(leaves) == 15
+    dense = {"q", "k", "v", "o", "gate", "up", "down"}
+    assert {th.text for th in leaves} == dense | {"shared_expert_gate"}
+
+
+def test_comparison_equals_the_inputs(model: Pair) -> None:
+    plan, scores = model
+    table = rows(section(read(render(plan, scores)), "Against stock uniform 4-bit").first("table"))
+    for side, (ours, nbytes) in enumerate(
+        (
+            (plan["measured"], plan["nbytes"]),
+            (plan["uniform4"]["measured"], plan["uniform4"]["nbytes"]),
+        )
+    ):
+        kl = ours["kl"]
+        assert figures(table["Bytes of all tensors"][side]) == [nbytes]
+        assert figures(table["Bits per weight"][side]) == pytest.approx([ours["bpw"]], rel=1e-12)
+        assert figures(table["KL, mean ± se"][side]) == [kl["mean"], kl["se"]]
+        assert figures(table["KL, median"][side]) == [kl["median"]]
+        assert figures(table["KL, 95th percentile"][side]) == [kl["p95"]]
+        assert figures(table["KL, 99th percentile"][side]) == [kl["p99"]]
+        assert figures(table["KL, 99.9th percentile"][side]) == [kl["p999"]]
+        assert figures(table["KL, largest"][side]) == [kl["max"]]
+        top1 = ours["top1"]
+        assert figures(table["Same top token, % ± se"][side]) == [top1["mean"], top1["se"]]
+        assert figures(table["Perplexity ratio"][side]) == [ours["ppl_ratio"]]
+
+
+def test_headline(small: Pair) -> None:
+    plan, scores = small
+    plan["measured"]["kl"] |= {"mean": 0.02, "se": 0.001}
+    plan["uniform4"]["measured"]["kl"] |= {"mean": 0.05, "se": 0.003}
+    header = read(render(plan, scores)).first("header").text
+    assert "Measured KL" in header
+    assert "0.0200 ± 0.0010" in header
+    assert "uniform 4-bit: 0.0500 ± 0.0030" in header
+    assert f"2.50 {TIMES}" in header
+    assert "more than two standard errors" in header
+
+
+def test_a_difference_within_its_error_is_no_win(small: Pair) -> None:
+    plan, scores = small
+    plan["measured"]["kl"] |= {"mean": 0.050, "se": 0.003}
+    plan["uniform4"]["measured"]["kl"] |= {"mean": 0.053, "se": 0.003}
+    assert "neither is shown to be better" in read(render(plan, scores)).first("header").text
+
+
+def test_missing_measurements_are_named(small: Pair) -> None:
+    plan, scores = small
+    plan["measured"] = None
+    plan["uniform4"]["measured"] = None
+    root = read(render(plan, scores))
+    header = root.first("header").text
+    assert "Predicted KL" in header
+    assert "The exported model was not measured" in header
+    table = rows(section(root, "Against stock uniform 4-bit").first("table"))
+    unmeasured = [name for name, cells in table.items() if not figures(cells[0])]
+    assert len(unmeasured) == 8
+    for name in unmeasured:
+        assert [cell.text for cell in table[name]] == ["not measured", "not measured"]
+    assert not list(root.all("g", "measured"))
+
+
+def test_one_missing_metric(small: Pair) -> None:
+    plan, scores = small
+    del plan["measured"]["kl"]["p999"]
+    plan["measured"]["top1"] = None
+    plan["measured"]["kl"]["max"] = float("inf")
+    table = rows(section(read(render(plan, scores)), "Against stock uniform 4-bit").first("table"))
+    assert table["KL, 99.9th percentile"][0].text == "not measured"
+    assert table["Same top token, % ± se"][0].text == "not measured"
+    assert table["KL, largest"][0].text == "inf"
+    assert figures(table["KL, 99th percentile"][0])
+
+
+def test_unscored_module(small: Pair) -> None:
+    plan, scores = small
+    path = scores["modules"][3]["path"]
+    scores["modules"][3]["scores"] = {}
+    plan["objective"] = {"predicted_kl": None, "bound": None, "gap": None}
+    root = read(render(plan, scores))
+    table = section(root, "Sensitivity").first("table", "map")
+    (cell,) = [td for td in table.all("td") if td.attrs.get("title", "").startswith(path + "\n")]
+    assert cell.classes == ["unmeasured"]
+    curve = section(root, "KL against size")
+    assert "Frontier: not measured" in curve.text
+    assert not list(curve.all("polyline"))
+
+
+def test_scores_without_errors_or_provenance(small: Pair) -> None:
+    plan, scores = small
+    for module in scores["modules"]:
+        module["scores"] = {name: {"kl": s["kl"]} for name, s in module["scores"].items()}
+    for key in ("method", "calibration", "machine", "versions", "seconds", "rounding"):
+        del scores[key]
+    plan |= {"calibration": {}, "machine": {}, "versions": {}, "command": ""}
+    text = section(read(render(plan, scores)), "How the numbers were made").text
+    assert "How the scores were made is not recorded" in text
+    assert "Machinenot recorded" in text
+
+
+def test_hostile_names_stay_text(small: Pair) -> None:
+    plan, scores = small
+    for part in (plan, scores):
+        part["model"] = part["model"] | {"name": HOSTILE, "model_type": HOSTILE}
+        part["machine"] = {HOSTILE: {"nested": [HOSTILE]}}
+        part["modules"][0]["path"] = HOSTILE
+        part["modules"][1]["path"] = f"model.layers.0.{HOSTILE}.q_proj"
+    plan["command"] = HOSTILE
+    plan["measured"]["text_sha256"] = "&<>\"'" * 4
+    scores["calibration"] |= {"source": HOSTILE, "tokens_per_domain": {HOSTILE: 1}}
+    root = read(render(plan, scores))
+    assert not list(root.all("script"))
+    assert not list(root.all("img"))
+    assert root.first("h1").text == HOSTILE
+    assert root.first("title").text == f"{HOSTILE}: optiq report"
+
+
+def test_unprintable_names_can_be_written(small: Pair, tmp_path: Path) -> None:
+    plan, scores = small
+    plan["model"] = plan["model"] | {"name": "a\ud800b\x00c\u202ed"}
+    write(plan, scores, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert read(page).first("h1").text == "a\ufffdb\ufffdc\ufffdd"
+
+
+def test_provenance(model: Pair) -> None:
+    plan, scores = model
+    scores["machine"] = {"cpu": "another"}
+    text = section(read(render(plan, scores)), "How the numbers were made").text
+    calibration = scores["calibration"]
+    for value in (
+        plan["model"]["name"], plan["model"]["fingerprint"], plan["command"], calibration["sha256"],
+        "optiq.jsonl", "8,192", "prose 1,633", "tool_call 1,636", "mlx 0.32.4", "Intel Xeon",
+        "cpu another", "nats per token", "standard error", "unquantized",
+    ):  # fmt: skip
+        assert value in text
+
+
+def test_other_sizes_and_other_texts_are_said(small: Pair) -> None:
+    plan, scores = small
+    plan["uniform4"]["nbytes"] = round(plan["nbytes"] * 0.8)
+    plan["uniform4"]["measured"]["text_sha256"] = "another text"
+    root = read(render(plan, scores))
+    assert "25.0 % more bytes" in root.first("header").text
+    assert "cannot be compared" in section(root, "Against stock uniform 4-bit").text
+
+
+def test_bytes_per_format_add_up(model: Pair) -> None:
+    plan, scores = model
+    table = rows(section(read(render(plan, scores)), "Bytes per format").first("table"))
+    assert sum(figures(cells[2])[0] for cells in table.values()) == plan["nbytes"]
+    assert figures(table["norms, biases"][2]) == [plan["model"]["fixed_bytes"]]
+    counts = [int(cells[3].text) for cells in table.values() if cells[3].text]
+    assert sum(counts) == len(plan["modules"])
+
+
+def test_a_plan_made_from_the_scores_has_a_page(model: Pair) -> None:
+    _, scores = model
+    plan = build(scores, "5bpw").to_json()
+    root = read(render(plan, scores))
+    assert root.first("h1").text == plan["model"]["name"]
+    assert "Predicted KL" in root.first("header").text
+
+
+def test_same_input_same_bytes(model: Pair) -> None:
+    plan, scores = model
+    before = deepcopy(model)
+    assert render(plan, scores) == render(*before)
+    assert (plan, scores) == before
+
+
+def test_scores_of_another_model_are_refused(small: Pair) -> None:
+    plan, scores = small
+    scores["model"] = scores["model"] | {"fingerprint": "another"}
+    with pytest.raises(SensitivityError, match="another"):
+        render(plan, scores)
+
+
+def test_unwritable_path_is_one_clear_line(small: Pair, tmp_path: Path) -> None:
+    path = tmp_path / "absent" / "report.html"
+    with pytest.raises(ExportError, match=re.escape(str(path))):
+        write(*small, path)
