@@ -1,0 +1,81 @@
+"""Tiny sources with random scores, for tests of what happens between a plan and a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from optiq.formats import DEFAULT_MENU, DENSE
+from optiq.plan import Plan, uniform_plan
+from optiq.roles import allowed, fixed_bytes, quantizable
+from optiq.sources import Source, load, resolve
+from tests.tiny import tiny_folder
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"hidden_size": 128}),
+    "llama-untied": ("llama", {"tie_word_embeddings": False}),
+    "llama-bf16": ("llama", {"dtype": "bfloat16"}),
+    "qwen2": ("qwen2", {}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "gemma3_text": ("gemma3_text", {}),
+    "shards": ("llama", {"shards": 3}),
+}
+
+
+def source_of(parent: Path, variant: str = "llama") -> Source:
+    kind, config = VARIANTS[variant]
+    return resolve(str(tiny_folder(parent, kind, name=f"source-{variant}", **config)))
+
+
+def describe(source: Source) -> tuple[dict[str, Any], Any]:
+    loaded = load(source)
+    modules = quantizable(loaded.model)
+    return {
+        "name": source.name,
+        "fingerprint": source.fingerprint,
+        "model_type": loaded.config["model_type"],
+        "dtype": str(loaded.dtype).removeprefix("mlx.core."),
+        "itemsize": loaded.dtype.size,
+        "fixed_bytes": fixed_bytes(loaded.model, modules),
+    }, modules
+
+
+def scores_of(source: Source) -> dict[str, Any]:
+    """Random scores that fall with the bits: they make every plan mix many formats."""
+    model, modules = describe(source)
+    rng = np.random.default_rng(0)
+    rows = []
+    for m in modules:
+        spread = rng.lognormal(0, 2)
+        scores = {
+            str(f): {"kl": 0.0 if f == DENSE else spread * 4.0**-f.bits, "se": 0.0}
+            for f in allowed(m, DEFAULT_MENU)
+        }
+        rows.append(
+            {
+                "path": m.path,
+                "role": m.role.value,
+                "unit": m.unit,
+                "block": m.block,
+                "shape": list(m.shape),
+                "scores": scores,
+            }
+        )
+    return {
+        "schema": 1,
+        "kind": "optiq.sensitivity",
+        "model": model,
+        "reference": "bf16",
+        "modules": rows,
+    }
+
+
+def uniform(source: Source) -> Plan:
+    model, modules = describe(source)
+    return uniform_plan(modules, model)
+
+
+def leftovers(parent: Path) -> list[str]:
+    return sorted(p.name for p in parent.iterdir() if not p.name.startswith("source"))
