@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml CMakeLists.txt $(SOURCES)
 	  { echo "optiq needs a C++20 compiler; on Debian: apt-get install g++"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/pip install --quiet --group test --group lint
+	$(BIN)/pip install --quiet --group test --group lint --group bench
 	$(BIN)/pip install --quiet --editable . --config-settings=editable.mode=redirect
 	@touch $@
 

@@ -1,7 +1,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
-#include <nanobind/stl/pair.h>
 #include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
 
 #include <mlx/version.h>
 
@@ -23,6 +23,6 @@ NB_MODULE(_ext, m) {
   m.def("quantized_matmul", &optiq::quantized_matmul, "x"_a, "w"_a, "scales"_a, "biases"_a,
       "transpose"_a = true, "group_size"_a = 64, "bits"_a = 4, nb::kw_only(),
       "indices"_a = nb::none(), "stream"_a = nb::none());
-  m.def("kl_from_logits", &optiq::kl_from_logits, "p"_a, "q"_a, nb::kw_only(),
+  m.def("compare_logits", &optiq::compare_logits, "p"_a, "q"_a, nb::kw_only(),
       "stream"_a = nb::none());
 }

@@ -96,6 +96,8 @@ struct KlRows {
       dot += sum(ds);
     }
     a.kl[t] = float(dot / p_sum + __builtin_log(q_sum / p_sum));
+    a.lse_p[t] = float(p_max + __builtin_log(p_sum));
+    a.lse_q[t] = float(q_max + __builtin_log(q_sum));
     a.agree[t] = find(p, a.vocab, p_max) == find(q, a.vocab, q_max);
   }
 };

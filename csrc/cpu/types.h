@@ -70,12 +70,13 @@ struct Sgemm {
   float alpha, beta;
 };
 
-// Per row t of two [rows, vocab] logits: KL(softmax(p) || softmax(q)) in nats, and whether
-// both rows have the same first maximum.
+// Per row of two [rows, vocab] logits: KL(softmax(p) || softmax(q)) in nats, whether both rows
+// have the same first maximum, and both log-sum-exps.
 struct KlDivergence {
   const float *p, *q;
   float* kl;
   bool* agree;
+  float *lse_p, *lse_q;
   size_t rows, vocab;
 };
 

@@ -13,21 +13,21 @@ namespace optiq {
 
 using mx::array;
 
-std::pair<array, array> kl_from_logits(const array& p, const array& q, mx::StreamOrDevice s) {
-  require_floating("kl_from_logits", "p", p);
-  require_floating("kl_from_logits", "q", q);
+std::vector<array> compare_logits(const array& p, const array& q, mx::StreamOrDevice s) {
+  require_floating("compare_logits", "p", p);
+  require_floating("compare_logits", "q", q);
   if (p.shape() != q.shape() || p.ndim() == 0 || p.shape(-1) == 0) {
     std::ostringstream msg;
-    msg << "[kl_from_logits] p " << p.shape() << " and q " << q.shape()
+    msg << "[compare_logits] p " << p.shape() << " and q " << q.shape()
         << " must have the same shape, with at least one logit";
     throw std::invalid_argument(msg.str());
   }
   auto shape = p.shape();
   shape.pop_back();
-  auto outs = array::make_arrays({shape, shape}, {mx::float32, mx::bool_},
+  return array::make_arrays({shape, shape, shape, shape},
+      {mx::float32, mx::bool_, mx::float32, mx::float32},
       std::make_shared<KlDivergence>(mx::to_stream(s)),
       {mx::astype(p, mx::float32, s), mx::astype(q, mx::float32, s)});
-  return {outs[0], outs[1]};
 }
 
 void KlDivergence::eval_cpu(const std::vector<array>& inputs, std::vector<array>& outs) {
@@ -41,12 +41,13 @@ void KlDivergence::eval_cpu(const std::vector<array>& inputs, std::vector<array>
   encoder.set_input_array(p);
   encoder.set_input_array(q);
   cpu::KlDivergence work{p.data<float>(), q.data<float>(), outs[0].data<float>(),
-      outs[1].data<bool>(), outs[0].size(), size_t(p.shape(-1))};
+      outs[1].data<bool>(), outs[2].data<float>(), outs[3].data<float>(), outs[0].size(),
+      size_t(p.shape(-1))};
   encoder.dispatch([work]() { cpu::kernels().kl_divergence(work); });
 }
 
 void KlDivergence::eval_gpu(const std::vector<array>&, std::vector<array>&) {
-  throw std::runtime_error("[kl_from_logits] has no GPU kernel; use the mx.* formula there");
+  throw std::runtime_error("[compare_logits] has no GPU kernel; use the mx.* formula there");
 }
 
 } // namespace optiq

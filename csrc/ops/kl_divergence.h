@@ -7,8 +7,11 @@ namespace optiq {
 
 namespace mx = mlx::core;
 
-/** KL(softmax(p) || softmax(q)) over the last axis, and whether both have the same maximum. */
-std::pair<mx::array, mx::array> kl_from_logits(
+/**
+ * Over the last axis: KL(softmax(p) || softmax(q)), whether both have the same maximum, and the
+ * log-sum-exps of p and of q.
+ */
+std::vector<mx::array> compare_logits(
     const mx::array& p, const mx::array& q, mx::StreamOrDevice s = {});
 
 class KlDivergence : public mx::Primitive {

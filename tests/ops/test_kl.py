@@ -20,6 +20,10 @@ def test_matches_float64(vocabulary: int, noise: float) -> None:
     q = (p + noise * rng.standard_normal(p.shape)).astype(np.float32)
     kl, agree = ops.kl_from_logits(mx.array(p), mx.array(q))
     np.testing.assert_allclose(np.array(kl), reference.kl_from_logits(p, q), rtol=2e-5, atol=2e-7)
+    both = ops.compare_logits(mx.array(p), mx.array(q))
+    for lse, logits in ((both.lse_p, p), (both.lse_q, q)):
+        truth = np.log(np.exp(logits.astype(np.float64)).sum(-1))
+        np.testing.assert_allclose(np.array(lse), truth, rtol=1e-6, atol=1e-6)
     assert (np.array(agree) == (p.argmax(-1) == q.argmax(-1))).all()
 
 

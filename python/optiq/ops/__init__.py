@@ -3,7 +3,7 @@
 `reference.py` holds the float64 definition every implementation is tested against.
 """
 
-from .kl import kl_from_logits
+from .kl import Comparison, compare_logits, kl_from_logits
 from .matmul import linear, quantized_matmul
 
-__all__ = ["kl_from_logits", "linear", "quantized_matmul"]
+__all__ = ["Comparison", "compare_logits", "kl_from_logits", "linear", "quantized_matmul"]
