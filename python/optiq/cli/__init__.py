@@ -1,0 +1,57 @@
+"""The `optiq` command: parsing and printing. Each command is a module here.
+
+Exit codes: 0 done, 1 failed (one line that says why and what to do), 2 wrong usage, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from ..errors import OptiqError
+
+COMMANDS = {
+    "convert": "measure, plan, round and write a model",
+    "sensitivity": "measure how much each module suffers from fewer bits",
+    "plan": "a plan for another size, from scores already measured",
+    "compare": "KL, top-1 agreement and perplexity of models against a reference",
+    "generate": "answer one prompt",
+    "doctor": "what this machine runs optiq with, and what to improve",
+    "demo": "fetch a small real model, convert it and compare it with uniform 4-bit",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="optiq", description="Mixed-precision quantization of language models for MLX."
+    )
+    parser.add_argument("--version", action="version", version=f"optiq {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    chosen = next((a for a in argv if not a.startswith("-")), None)
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=f"optiq {name}: {text}.")
+        command.add_argument("--debug", action="store_true", help="print the traceback of an error")
+        if name == chosen:  # only this command's options are needed
+            importlib.import_module(f".{name}", __package__).add_arguments(command)
+    args = parser.parse_args(argv)
+    try:
+        module = importlib.import_module(f".{args.command}", __package__)
+        code: int = module.run(args)
+        return code
+    except OptiqError as error:
+        if args.debug:
+            raise
+        print(f"optiq {args.command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"\noptiq {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as in `optiq plan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

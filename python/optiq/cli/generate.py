@@ -1,0 +1,54 @@
+"""`optiq generate MODEL --prompt TEXT`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from . import options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+    parser.add_argument("-p", "--prompt", required=True, help="the prompt; - reads it from stdin")
+    parser.add_argument("--system", help="a system message")
+    parser.add_argument("-m", "--max-tokens", type=options.positive, default=256)
+    parser.add_argument("--temp", type=float, default=0.0, help="0 (the default) is greedy")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--raw", action="store_true", help="no chat template")
+    options.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..errors import UsageError
+    from ..generate import Request, stream
+    from ..runtime import load
+
+    if args.temp < 0:
+        raise UsageError(f"--temp {args.temp} is negative; give 0 or more")
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    request = Request(prompt, args.system, args.max_tokens, args.temp, args.seed, args.raw)
+    model, tokenizer = load(args.model, revision=args.revision)
+    text, last = "", None
+    for last in stream(model, tokenizer, request):
+        text += last.text
+        if not args.json:
+            print(last.text, end="", flush=True)
+    assert last is not None  # max_tokens is at least 1
+    facts = {
+        "prompt_tokens": last.prompt_tokens,
+        "prompt_tokens_per_second": last.prompt_tps,
+        "generated_tokens": last.generation_tokens,
+        "generated_tokens_per_second": last.generation_tps,
+        "finish_reason": last.finish_reason,
+    }
+    if args.json:
+        print(json.dumps({"text": text} | facts, indent=1))
+    else:
+        print(
+            f"\n\n{last.prompt_tokens} prompt tokens at {last.prompt_tps:.1f}/s, "
+            f"{last.generation_tokens} generated at {last.generation_tps:.1f}/s",
+            file=sys.stderr,
+        )
+    return 0

@@ -1,0 +1,58 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a model folder, a hub id (org/name) or a .gguf file")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--size",
+        default="uniform4",
+        help="uniform4 (the bytes of stock uniform 4-bit, the default), 4.8bpw, 6.1GB or bytes",
+    )
+
+
+def add_formats(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--formats", help="menu of widths or formats (default: 3,4,5,6,8,bf16; also 4g64)"
+    )
+
+
+def add_measuring(parser: argparse.ArgumentParser) -> None:
+    add_formats(parser)
+    parser.add_argument(
+        "--sensitivity",
+        choices=("auto", "kl", "fisher"),
+        default="auto",
+        help="kl: exact, one module and format at a time; fisher: estimated from one backward "
+        "pass; auto: kl for models with experts, else fisher",
+    )
+    parser.add_argument(
+        "--reference",
+        choices=("auto", "bf16", "uniform4"),
+        default="auto",
+        help="what the rest of the model runs in while one module is measured (auto: by memory)",
+    )
+    parser.add_argument("--calibration", metavar="MIX.jsonl", help="your own samples")
+    parser.add_argument("--tokens", type=positive, help="calibration tokens")
+    parser.add_argument("--rounding", choices=("minmax",), default="minmax")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")

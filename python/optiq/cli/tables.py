@@ -1,0 +1,109 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def grid(rows: Sequence[Sequence[str]]) -> str:
+    """Left-aligned first column, right-aligned others, two spaces between."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = (
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def number(value: float | None, se: float | None = None) -> str:
+    """A figure in four digits with its standard error, or a dash where there is none."""
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if se is None else f"{value:.4g} ± {se:.2g}"
+
+
+def _percent(top1: Mapping[str, Any]) -> str:
+    se = None if top1["se"] is None else 100 * top1["se"]
+    return f"{number(100 * top1['mean'], se)} %"
+
+
+def size(nbytes: int) -> str:
+    unit, name = (1e9, "GB") if nbytes >= 1e9 else (1e6, "MB")
+    return f"{nbytes / unit:.2f} {name}"
+
+
+def metrics_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """One column per model, one row per metric; KL in nats per token."""
+    columns = list(metrics.values())
+    rows = [["", *metrics]]
+    rows.append(["size", *(size(m["nbytes"]) for m in columns)])
+    rows.append(["bits per weight", *(f"{m['bpw']:.3f}" for m in columns)])
+    rows.append(["KL mean", *(number(m["kl"]["mean"], m["kl"]["se"]) for m in columns)])
+    for key, label in (
+        ("median", "KL median"),
+        ("p95", "KL 95 %"),
+        ("p99", "KL 99 %"),
+        ("p999", "KL 99.9 %"),
+        ("max", "KL max"),
+    ):
+        rows.append([label, *(number(m["kl"][key]) for m in columns)])
+    rows.append(["same top token", *(_percent(m["top1"]) for m in columns)])
+    rows.append(["perplexity ratio", *(f"{m['ppl_ratio']:.4f}" for m in columns)])
+    rows.append(["tokens", *(str(m["tokens"]) for m in columns)])
+    return grid(rows)
+
+
+def plan_table(plan: Mapping[str, Any], path: Path | None) -> str:
+    """What was planned, and if it was written and measured, how it compares."""
+    count, nbytes = Counter[str](), Counter[str]()
+    for module in plan["modules"]:
+        count[module["format"]] += 1
+        nbytes[module["format"]] += module["nbytes"]
+    rows = [["format", "modules", "bytes"]]
+    rows += [[fmt, str(count[fmt]), f"{nbytes[fmt]:,}"] for fmt in sorted(count)]
+    budget, objective = plan["budget"], plan["objective"]
+    lines = [
+        grid(rows),
+        "",
+        f"size       {plan['nbytes']:,} bytes, {plan['bpw']:.3f} bits per weight",
+        f"budget     {budget['bytes']:,} bytes ({budget['asked']}), "
+        f"{100 * plan['nbytes'] / budget['bytes']:.2f} % used",
+        f"predicted  KL {number(objective['predicted_kl'])} nats per token, "
+        f"optimal within {100 * (objective['gap'] or 0):.2g} %",
+    ]
+    if plan.get("measured"):
+        both = {"optiq": plan["measured"]}
+        if plan["uniform4"].get("measured"):
+            both["uniform 4-bit"] = plan["uniform4"]["measured"]
+        lines += ["", metrics_table(both)]
+    if path is not None:
+        lines += ["", f"model      {path}", f"report     {path / 'optiq' / 'report.html'}"]
+    return "\n".join(lines)
+
+
+def scores_table(scores: Mapping[str, Any], path: Path) -> str:
+    """The most sensitive modules, and what was measured."""
+    fmt = "4g64"
+    scored = [m for m in scores["modules"] if fmt in m["scores"]]
+    scored.sort(key=lambda m: -m["scores"][fmt]["kl"])
+    rows = [[f"most sensitive at {fmt}", "KL (nats per token)"]]
+    for module in scored[:10]:
+        score = module["scores"][fmt]
+        rows.append([module["path"], number(score["kl"], score["se"])])
+    calibration = scores["calibration"]
+    return "\n".join(
+        [
+            grid(rows),
+            "",
+            f"{len(scores['modules'])} modules, method {scores['method']}, reference "
+            f"{scores['reference']}, {calibration['tokens']} tokens of {calibration['source']}, "
+            f"{scores['seconds']:.0f} s",
+            f"written to {path}; optiq plan {path} --size 4.8bpw",
+        ]
+    )

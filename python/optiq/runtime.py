@@ -1,0 +1,69 @@
+"""Models ready to run: stock mlx-lm classes with native layers."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .formats import DENSE
+from .nn import accelerate, quantized, replace
+from .plan import Plan
+from .rounding import round_weight
+from .sources import LoadedModel, resolve
+from .sources import load as load_source
+
+
+def load(name: str, *, revision: str | None = None) -> tuple[nn.Module, Any]:
+    """`mlx_lm.load` with native layers: a folder, hub id or .gguf file, quantized or not.
+
+    Returns the model and its tokenizer. Raises SourceError.
+    """
+    loaded = load_source(resolve(name, revision=revision), allow_quantized=True)
+    accelerate(loaded.model)
+    return loaded.model, loaded.tokenizer
+
+
+def render(loaded: LoadedModel, plan: Plan, *, rounding: str = "minmax") -> nn.Module:
+    """The model that `plan` describes, in memory: each weight is rounded and its source dropped.
+
+    Takes over `loaded.model`, whose weights should still be lazy.
+    """
+    leaves: dict[str, nn.Module] = dict(
+        tree_flatten(loaded.model.leaf_modules(), is_leaf=nn.Module.is_module)
+    )
+    for planned in plan.modules:
+        if planned.format != DENSE:
+            path, fmt = planned.module.path, planned.format
+            module = leaves.pop(path)
+            rounded = round_weight(module.weight, fmt, rounding=rounding, name=path)
+            mx.eval(rounded)
+            replace(loaded.model, path, quantized(module, *rounded, fmt))
+    accelerate(loaded.model)
+    return loaded.model
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of all tensors of a model."""
+    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+
+
+def parameters(model: nn.Module) -> int:
+    """Logical parameters: a quantized weight counts as the weight it stands for."""
+    tensors: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    groups: dict[str, int] = {
+        path: module.group_size
+        for path, module in model.named_modules()
+        if hasattr(module, "group_size")
+    }
+    total = 0
+    for name, array in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        if path not in groups or leaf == "bias":
+            total += array.size
+        elif leaf == "scales":
+            total += prod(array.shape) * groups[path]
+    return total

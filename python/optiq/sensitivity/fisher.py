@@ -1,0 +1,263 @@
+"""Scores from one backward pass: a quadratic model of the divergence.
+
+To second order, a small change dW of a weight moves the model's output distribution p to q with
+
+    KL(p || q), summed over a sequence = 1/2 dW' F dW,   F = mean over labels y of g g',
+
+where g = d/dW sum_t log p(y_t) and every label y_t is drawn from p itself, not from the text
+(Amari, Information Geometry and Its Applications, 1.6.2). One draw of labels gives, from the
+gradient M = g of shape (..., out, in) of one sequence and the change dW = W_f - W that format f
+makes,
+
+    score(m, f) = 1/2 sum_rows (sum_in M * dW)^2 / tokens          in nats per token.
+
+It keeps what couples the errors within a row of W, and leaves out what couples different rows,
+whose single-draw estimate is all noise. Keeping less (the diagonal at the layer's outputs, token by
+token) misses that a row's error repeats at every token, and underrates values that attention
+averages. The output head needs no such model: its divergence is computed exactly from the cached
+final hidden states. That an MoE router picks another expert is not smooth, and so invisible here.
+
+The backward pass goes call by call through the blocks, from the recorded outputs of the blocks
+before. What it holds at a time: the block outputs of a batch, their gradients, and the activations
+of one block; then the gradients of one weight for as many sequences as GRADIENT_BYTES allow.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from ..errors import SensitivityError
+from ..progress import Progress
+from ..roles import Module, Role
+from .job import Job, is_head
+from .kl import LOGITS_BYTES, add, divergences, record
+from .replay import Pass, Replay, Tape
+from .swap import render
+from .taps import Taps
+
+# Bytes of float32 gradients of one weight, each of one sequence, that are held together.
+GRADIENT_BYTES = 1 << 30
+
+# One call of a module: its args and kwargs, and the gradient at its output.
+Call = tuple[Sequence[Any], dict[str, Any], mx.array]
+# By module path and format name: a sum over tokens for each sequence of the batch.
+Totals = dict[str, dict[str, list[float]]]
+
+
+def score_by_fisher(job: Job) -> None:
+    """Score into `job.checkpoint`, from its place on."""
+    batches = job.batches()
+    first, _ = job.checkpoint.place
+    work = sum(len(job.rounded(m)) for m in job.modules)
+    with (
+        Replay(job.model, job.modules) as replay,
+        Progress(
+            len(batches) * work, "rounded layers", done=first * work, enabled=job.progress
+        ) as progress,
+    ):
+        for b in range(first, len(batches)):
+            job.reference.begin()
+            _Batch(job, replay, batches[b], progress).score()
+            job.checkpoint.save(b + 1, 0)
+
+
+class _Batch:
+    """Sequences that go backward through the model together, sharing each rounded layer."""
+
+    def __init__(
+        self, job: Job, replay: Replay, indices: Sequence[int], progress: Progress
+    ) -> None:
+        self.job, self.replay, self.progress = job, replay, progress
+        self.tapes = record(replay, job, indices)
+        keys = mx.random.split(mx.random.key(job.seed), len(job.sequences))
+        self.keys = [keys[i] for i in indices]
+        # By tape and block call: gradients of the call's floating point outputs.
+        self.gradients = [
+            [[mx.zeros_like(a) for a in _floats(out)] for out in tape.outputs]
+            for tape in self.tapes
+        ]
+        self.totals: Totals = defaultdict(lambda: defaultdict(lambda: [0.0] * len(self.tapes)))
+
+    def score(self) -> None:
+        job, replay, tapes = self.job, self.replay, self.tapes
+        outside = [m for m in job.modules if m.block is None and m.role is not Role.HEAD]
+        # By tape: calls of the modules outside the blocks, which any block's input may depend on.
+        shared: list[dict[str, list[Call]]] = []
+        for t, tape in enumerate(tapes):
+            at_head = [_head_gradient(replay, tape, self.keys[t])]
+            calls = self._backward(t, len(replay.order), outside, at_head)
+            shared.append({m.path: calls.get(m.path, []) for m in outside})
+        waiting: list[dict[str, list[Call]]] = [defaultdict(list) for _ in tapes]
+        for n in reversed(range(len(replay.order))):
+            block = replay.order[n]
+            inside = [m for m in job.modules if m.block == block]
+            for t in range(len(tapes)):
+                gradients, self.gradients[t][n] = self.gradients[t][n], []
+                calls = self._backward(t, n, [*outside, *inside], gradients)
+                for m in inside:
+                    waiting[t][m.path] += calls.get(m.path, [])
+                for path, earlier in shared[t].items():
+                    shared[t][path] = _sum(earlier, calls.get(path, []))
+            if n == replay.order.index(block):
+                for m in inside:
+                    self._score_module(m, [calls.pop(m.path) for calls in waiting])
+        for m in outside:
+            self._score_module(m, [calls[m.path] for calls in shared])
+        for m in job.modules:
+            if m.role is Role.HEAD:
+                self._score_module(m, [[] for _ in tapes])
+        for m in job.modules:
+            for fmt in job.rounded(m):
+                add(job, m, fmt, self.totals[m.path][str(fmt)], tapes)
+
+    def _backward(
+        self, t: int, n: int, modules: Sequence[Module], gradients: Sequence[mx.array]
+    ) -> dict[str, list[Call]]:
+        """Take `gradients`, at the floating point outputs of block call n, back through it.
+
+        Adds what reaches earlier blocks' outputs to `self.gradients[t]`; returns the calls of
+        `modules`. With n beyond the last block call, the start is the input of the head instead.
+        """
+        tape = self.tapes[t]
+        live = range(n, min(n + 1, len(tape.outputs)))
+
+        def target(run: Pass) -> list[mx.array]:
+            return _floats(run.outputs[n] if live else run.hidden)
+
+        with Taps(self.replay, modules) as taps:
+            self.replay.run(tape.tokens, tape.outputs, live)  # for the shapes; nothing computes
+            deltas = tree_map(mx.zeros_like, taps.outputs)
+
+            def product(variables: dict[str, Any]) -> mx.array:
+                taps.start(variables["deltas"])
+                outputs = _with_floats(tape.outputs[:n], variables["outputs"])
+                run = self.replay.run(tape.tokens, [*outputs, *tape.outputs[n:]], live)
+                pairs = zip(target(run), gradients, strict=True)
+                return sum((mx.sum(a * g) for a, g in pairs), mx.array(0.0))
+
+            variables = {"outputs": _floats(tape.outputs[:n]), "deltas": deltas}
+            found = mx.grad(product)(variables)
+            arguments = taps.arguments
+        earlier = iter(found["outputs"])
+        for kept in self.gradients[t][:n]:
+            kept[:] = [g + next(earlier) for g in kept]
+        mx.eval(self.gradients[t][:n], found["deltas"], arguments)
+        return {
+            path: [
+                (args, kwargs, g)
+                for (args, kwargs), g in zip(arguments[path], found["deltas"][path], strict=True)
+            ]
+            for path in arguments
+        }
+
+    def _score_module(self, module: Module, calls: Sequence[list[Call]]) -> None:
+        """Add to `totals` the scores of one module, whose `calls` are given by tape."""
+        job = self.job
+        formats = job.rounded(module)
+        if not formats:
+            return
+        if module.role is not Role.HEAD and not all(calls):
+            raise SensitivityError(
+                f"the model never calls {module.path} as a layer, so it has no Fisher score; "
+                "use --sensitivity kl"
+            )
+        dense = job.reference.dense(module.path)
+        totals = self.totals[module.path]
+        together = max(1, GRADIENT_BYTES // (4 * dense.weight.size))
+        for start in range(0, len(self.tapes), together):
+            group = range(start, min(start + together, len(self.tapes)))
+            gradients = [_weight_gradient(dense, calls[t]) for t in group]
+            for fmt in formats:
+                layer = render(dense, fmt, job.rounding, module.path)
+                change = _shipped(layer) - dense.weight.astype(mx.float32)
+                for t, gradient in zip(group, gradients, strict=True):
+                    rows = mx.sum(gradient * change, axis=-1)
+                    totals[str(fmt)][t] += 0.5 * mx.sum(mx.square(rows)).item()
+                    if is_head(module):
+                        hidden = self.tapes[t].hidden
+                        pair = (hidden, dense), [(hidden, layer)]
+                        totals[str(fmt)][t] += divergences(self.replay, self.tapes[t], *pair)[0]
+        for _ in formats:
+            self.progress.step(note=module.path)
+
+
+def _head_gradient(replay: Replay, tape: Tape, key: mx.array) -> mx.array:
+    """Gradient [1, T, d] at the head's input of sum_t log p(y_t), y_t drawn from p."""
+    rows = max(1, LOGITS_BYTES // (4 * tape.vocabulary))
+    hidden = tape.hidden[0]
+    parts = []
+    for start in range(0, hidden.shape[0], rows):
+        key, draw = mx.random.split(key)
+        part = mx.grad(_likelihood(replay, tape, draw))(hidden[start : start + rows])
+        mx.eval(part)
+        parts.append(part)
+    return mx.concatenate(parts)[None]
+
+
+def _likelihood(replay: Replay, tape: Tape, key: mx.array) -> Callable[[mx.array], mx.array]:
+    def likelihood(rows: mx.array) -> mx.array:
+        logits = replay.logits(tape, rows).astype(mx.float32)
+        labels = mx.random.categorical(mx.stop_gradient(logits), key=key)
+        chosen = mx.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+        return mx.sum(chosen - mx.logsumexp(logits, axis=-1))
+
+    return likelihood
+
+
+def _weight_gradient(layer: nn.Module, calls: Sequence[Call]) -> mx.array:
+    """Gradient at the weight of a linear layer, lookup or expert layer, float32, of its calls."""
+    linear = copy.copy(layer)
+    linear.pop("bias", None)
+    zeros = mx.zeros(layer.weight.shape)
+    total = zeros
+    for args, kwargs, gradient in calls:
+
+        def apply(weight: mx.array, args: Any = args, kwargs: Any = kwargs) -> mx.array:
+            linear.weight = weight
+            return linear(*args, **kwargs)
+
+        total = total + mx.vjp(apply, [zeros], [gradient])[1][0]
+    mx.eval(total)
+    return total
+
+
+def _shipped(layer: nn.Module) -> mx.array:
+    """The weight that a quantized layer stands for, float32."""
+    return mx.dequantize(
+        layer.weight,
+        layer.scales.astype(mx.float32),
+        layer.biases.astype(mx.float32),
+        group_size=layer.group_size,
+        bits=layer.bits,
+    )
+
+
+def _sum(calls: list[Call], more: list[Call]) -> list[Call]:
+    """Calls of two passes over the same code, with their gradients added; one may be missing."""
+    if not calls or not more:
+        return calls or more
+    return [(args, kw, g + h) for (args, kw, g), (_, _, h) in zip(calls, more, strict=True)]
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
+
+
+def _floats(tree: Any) -> list[mx.array]:
+    """The floating point arrays among the leaves."""
+    found: list[mx.array] = []
+    tree_map(lambda leaf: found.append(leaf) if _is_float(leaf) else None, tree)
+    return found
+
+
+def _with_floats(tree: Any, floats: Sequence[mx.array]) -> Any:
+    """The tree with its floating point leaves replaced by `floats`, in order."""
+    rest = iter(floats)
+    return tree_map(lambda leaf: next(rest) if _is_float(leaf) else leaf, tree)

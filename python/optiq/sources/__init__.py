@@ -1,0 +1,47 @@
+"""Models from a local folder, the Hugging Face hub or a GGUF file, all as an mlx-lm folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import SourceError
+from .folder import check_folder, fingerprint
+from .loading import LoadedModel, Source, check_finite, load
+
+__all__ = ["LoadedModel", "Source", "check_finite", "load", "resolve"]
+
+
+def resolve(name: str, *, revision: str | None = None, cache_dir: Path | None = None) -> Source:
+    """Find the model `name`, fetch or convert it if need be, and check all but the weights' values.
+
+    `name` is a folder, a .gguf file, or "organisation/model" on the hub (then `revision` may be a
+    branch, tag or commit). A GGUF file is converted once into `cache_dir` (default: OPTIQ_CACHE,
+    else ~/.cache/optiq). Raises SourceError, also when an option does not apply.
+    """
+    from . import gguf, hub
+
+    path = Path(name).expanduser()
+    commit = None
+    if path.is_dir():
+        kind = "folder"
+    elif path.suffix.lower() == ".gguf":
+        kind = "gguf"
+        if not path.is_file():
+            raise SourceError(f"there is no file {name}")
+    elif path.exists():
+        raise SourceError(f"{name} is a file; give a model folder, a .gguf file or a hub id")
+    elif hub.is_repo_id(name):
+        kind = "hub"
+    else:
+        raise SourceError(
+            f"{name!r} is neither an existing folder nor a .gguf file nor a hub id "
+            "like organisation/model"
+        )
+    if revision is not None and kind != "hub":
+        raise SourceError(f"{name} is local; a revision ({revision!r}) only applies to a hub id")
+    if kind == "gguf":
+        path = gguf.convert(path, cache_dir)
+    elif kind == "hub":
+        path, commit = hub.download(name, revision)
+    folder = check_folder(path)
+    return Source(name, kind, path, commit, fingerprint(folder))

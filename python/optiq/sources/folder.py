@@ -1,0 +1,137 @@
+"""A local Hugging Face or mlx-lm folder: everything that can be checked without reading weights."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import SourceError
+from .safetensors_file import TensorInfo, read_header
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model*.safetensors"  # what mlx_lm.load reads
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A checked folder: its config and, per weight file name, the tensors in it."""
+
+    path: Path
+    config: dict[str, Any]
+    files: dict[str, dict[str, TensorInfo]]
+
+
+def check_folder(path: Path) -> Folder:
+    """Check config, architecture, weight headers, shard index and tokenizer files, in that order.
+
+    Raises SourceError for the first thing that mlx-lm could not load.
+    """
+    config = read_config(path)
+    check_architecture(path, config)
+    files = {file.name: read_header(file) for file in sorted(path.glob(WEIGHTS))}
+    if not files:
+        raise SourceError(f"{path} has no {WEIGHTS}; {_other_weights(path)}")
+    _check_index(path, files)
+    if not any(any(path.glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise SourceError(
+            f"{path} has no tokenizer (one of {', '.join(TOKENIZER_FILES)}); "
+            "copy the tokenizer files of the model into it"
+        )
+    return Folder(path, config, files)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json as a dict, or a SourceError."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise SourceError(f"{path} has no config.json; give a Hugging Face or mlx-lm model folder")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"{file} cannot be read: {one_line(error)}") from error
+    if not isinstance(config, dict):
+        raise SourceError(f"{file} is not a JSON object")
+    return config
+
+
+def check_architecture(path: Path, config: dict[str, Any]) -> None:
+    """Raise SourceError unless the installed mlx-lm has a module for the config's model_type."""
+    if "model_file" in config:
+        raise SourceError(
+            f"{path}/config.json asks to run the code in {config['model_file']!r}; "
+            "optiq never runs code from a model; use an architecture that mlx-lm has"
+        )
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise SourceError(f"{path}/config.json has no model_type")
+    from mlx_lm import utils  # here: it imports transformers, about two seconds
+
+    module = utils.MODEL_REMAPPING.get(model_type, model_type)
+    by_architecture: dict[tuple[str, str], str] = getattr(utils, "MODEL_ARCHITECTURE_REMAPPING", {})
+    known = re.fullmatch(r"[\w-]+", module) and importlib.util.find_spec(f"mlx_lm.models.{module}")
+    if not known and not any(name == model_type for name, _ in by_architecture):
+        raise SourceError(
+            f"{path}: the architecture {model_type!r} is not in mlx-lm {mlx_lm_version()}; "
+            "a newer mlx-lm may have it"
+        )
+
+
+def fingerprint(folder: Folder) -> str:
+    """sha256 of config.json, the weight files' names and sizes, and all their headers.
+
+    Cheap (no weight is read), so it tells models apart, not damaged copies of one model.
+    """
+    digest = hashlib.sha256((folder.path / "config.json").read_bytes())
+    for name, tensors in folder.files.items():
+        rows = [[n, t.dtype, t.shape, t.begin, t.end] for n, t in tensors.items()]
+        size = (folder.path / name).stat().st_size
+        digest.update(json.dumps([name, size, rows]).encode())
+    return digest.hexdigest()
+
+
+def mlx_lm_version() -> str:
+    """The installed mlx-lm's version."""
+    return importlib.metadata.version("mlx-lm")
+
+
+def one_line(error: BaseException) -> str:
+    """An exception of another library as one line of at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _check_index(path: Path, files: dict[str, dict[str, TensorInfo]]) -> None:
+    index = path / INDEX
+    if not index.is_file():
+        return
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        rows = [(str(name), str(file)) for name, file in weight_map.items()]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise SourceError(f"{index} cannot be read: {one_line(error)}") from error
+    for file in sorted({file for _, file in rows}):
+        if file not in files:
+            raise SourceError(f"{path} lacks the shard {file} named in {INDEX}; download it again")
+    for name, file in rows:
+        if name not in files[file]:
+            raise SourceError(
+                f"{path / file} lacks tensor {name!r} named in {INDEX}; download both again"
+            )
+
+
+def _other_weights(path: Path) -> str:
+    for pattern, fix in (
+        ("*.gguf", "give the .gguf file itself"),
+        ("*.safetensors", "rename the weights to model.safetensors"),
+        ("*.bin", "convert the PyTorch weights to safetensors"),
+    ):
+        if found := sorted(path.glob(pattern)):
+            return f"it has {found[0].name}: {fix}"
+    return "download the weights into it"

@@ -1,0 +1,138 @@
+"""Loading: stock mlx-lm classes, weights left on disk, and one clear line for what fails."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.utils import load_model, quantize_model, save_model
+
+from optiq.errors import SourceError
+from optiq.sources import check_finite, load, resolve
+from tests.tiny import BOS, EOS, KINDS, tiny_folder, write_tokenizer
+
+TOKENS = mx.array([[1, 40, 300, 77, 12]])
+
+
+def refused(folder: Path, **options: Any) -> str:
+    source = resolve(str(folder))
+    with pytest.raises(SourceError) as caught:
+        load(source, **options)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert str(folder) in text
+    return text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_model_is_the_stock_model(tmp_path: Path, kind: str) -> None:
+    folder = tiny_folder(tmp_path, kind, shards=2)
+    stock, config = load_model(folder)
+    loaded = load(resolve(str(folder)))
+    assert type(loaded.model) is type(stock)
+    assert loaded.config == config
+    assert loaded.dtype == mx.float32
+    np.testing.assert_array_equal(loaded.model(TOKENS), stock(TOKENS))
+    assert loaded.tokenizer.encode("Hello")[0] == BOS
+    assert loaded.tokenizer.eos_token_ids == {EOS}
+
+
+def test_dtype_is_that_of_most_bytes(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, dtype="bfloat16")
+    path = str(folder / "model.safetensors")
+    weights = mx.load(path)
+    norms = {n: w.astype(mx.float32) for n, w in weights.items() if "norm" in n}
+    mx.save_safetensors(path, {**weights, **norms})
+    assert load(resolve(str(folder))).dtype == mx.bfloat16
+
+
+def test_weights_stay_on_disk_until_used(tmp_path: Path) -> None:
+    big = {"hidden_size": 1024, "intermediate_size": 8192, "num_attention_heads": 8}
+    folder = tiny_folder(tmp_path, head_dim=16, **big)
+    assert (folder / "model.safetensors").stat().st_size > 200e6
+    source = resolve(str(folder))
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    loaded = load(source)
+    assert mx.get_peak_memory() - before < 10e6
+    check_finite("norm", loaded.model.model.norm.weight)
+    assert mx.get_peak_memory() - before < 10e6
+
+
+def quantized_folder(tmp_path: Path) -> Path:
+    """A tiny model as stock mlx-lm quantizes it."""
+    folder = tiny_folder(tmp_path, name="original")
+    model, config = load_model(folder)
+    model, config = quantize_model(model, config, group_size=64, bits=4)
+    out = tmp_path / "quantized"
+    save_model(out, model)
+    (out / "config.json").write_text(json.dumps(config))
+    write_tokenizer(out)
+    return out
+
+
+def test_a_quantized_model_is_only_taken_where_allowed(tmp_path: Path) -> None:
+    folder = quantized_folder(tmp_path)
+    assert "already quantized (affine 4-bit); give the unquantized original" in refused(folder)
+    loaded = load(resolve(str(folder)), allow_quantized=True)
+    assert loaded.dtype == mx.float32
+    stock, _ = load_model(folder)
+    np.testing.assert_array_equal(loaded.model(TOKENS), stock(TOKENS))
+
+
+def test_what_mlx_lm_refuses_is_one_line(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, name="shape")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 32}))
+    assert "cannot load" in refused(folder)
+    del config["num_hidden_layers"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "num_hidden_layers" in refused(folder)
+    folder = tiny_folder(tmp_path, name="missing")
+    path = str(folder / "model.safetensors")
+    weights = mx.load(path)
+    weights.pop("model.norm.weight")
+    mx.save_safetensors(path, weights)
+    assert "model.norm.weight" in refused(folder)
+
+
+@pytest.mark.parametrize("text", ["{", '{"version": "1.0"}', '{"model": 3}'])
+def test_a_broken_tokenizer_is_one_line(tmp_path: Path, text: str) -> None:
+    folder = tiny_folder(tmp_path)
+    (folder / "tokenizer.json").write_text(text)
+    assert f"the tokenizer of {folder} cannot be loaded" in refused(folder)
+
+
+def test_a_tokenizer_with_its_own_code_is_refused_without_asking(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config |= {
+        "tokenizer_class": "OwnTokenizer",
+        "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]},
+    }
+    path.write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with contextlib.suppress(SourceError):
+        load(resolve(str(folder)))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_a_weight_that_is_not_finite_is_named(value: float, dtype: mx.Dtype) -> None:
+    weight = mx.zeros((4, 8), dtype=dtype)
+    check_finite("model.layers.3.w", weight)
+    weight[2, 5] = value
+    with pytest.raises(SourceError, match=r"model\.layers\.3\.w holds NaN or infinite"):
+        check_finite("model.layers.3.w", weight)
+
+
+def test_packed_codes_are_always_finite() -> None:
+    check_finite("w", mx.full((4,), 2**32 - 1, dtype=mx.uint32))
