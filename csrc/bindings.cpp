@@ -8,6 +8,7 @@
 #include "cpu/pool.h"
 #include "ops/kl_divergence.h"
 #include "ops/linear.h"
+#include "ops/quantize.h"
 #include "ops/quantized_matmul.h"
 
 namespace nb = nanobind;
@@ -23,6 +24,8 @@ NB_MODULE(_ext, m) {
   m.def("quantized_matmul", &optiq::quantized_matmul, "x"_a, "w"_a, "scales"_a, "biases"_a,
       "transpose"_a = true, "group_size"_a = 64, "bits"_a = 4, nb::kw_only(),
       "indices"_a = nb::none(), "stream"_a = nb::none());
+  m.def("quantize", &optiq::quantize, "w"_a, "importance"_a = nb::none(), "group_size"_a = 64,
+      "bits"_a = 4, nb::kw_only(), "stream"_a = nb::none());
   m.def("compare_logits", &optiq::compare_logits, "p"_a, "q"_a, nb::kw_only(),
       "stream"_a = nb::none());
 }

@@ -1,6 +1,7 @@
 // Compiled once per instruction set with OPTIQ_ISA set to its name (see CMakeLists.txt).
 #include "gemm.h"
 #include "kl.h"
+#include "quantize.h"
 #include "rows.h"
 
 #define OPTIQ_STRING_(x) #x
@@ -87,6 +88,6 @@ void from_f32(const float* in, Float type, void* out, size_t n) {
 } // namespace
 
 extern const Kernels table = {
-    OPTIQ_STRING(OPTIQ_ISA), matmul, sgemm, kl_divergence, to_f32, from_f32};
+    OPTIQ_STRING(OPTIQ_ISA), matmul, sgemm, kl_divergence, quantize, to_f32, from_f32};
 
 } // namespace optiq::cpu::OPTIQ_ISA

@@ -80,12 +80,25 @@ struct KlDivergence {
   size_t rows, vocab;
 };
 
+// Codes, scales and biases of w[rows, cols]; scales and biases come out as float32 values that
+// `type` represents exactly. Row r uses importance[r / rows_per_importance, :], or ones.
+struct Quantize {
+  const float* w;
+  const float* importance;
+  uint8_t* codes;
+  float *scales, *biases;
+  size_t rows, cols, rows_per_importance;
+  int group_size, bits;
+  Float type;
+};
+
 // One set of kernels per instruction set, compiled from the same source.
 struct Kernels {
   const char* isa;
   void (*matmul)(const Matmul&);
   void (*sgemm)(const Sgemm&);
   void (*kl_divergence)(const KlDivergence&);
+  void (*quantize)(const Quantize&);
   void (*to_f32)(const void* in, Float type, float* out, size_t n);
   void (*from_f32)(const float* in, Float type, void* out, size_t n);
 };

@@ -1,4 +1,4 @@
-"""The operations in float64 NumPy: slow, obvious, and what every implementation is tested against."""
+"""The operations in float64 NumPy: slow and obvious, what all others are tested against."""
 
 from __future__ import annotations
 
@@ -32,6 +32,15 @@ def kl_from_logits(p: Any, q: Any) -> Float64:
     """KL(softmax(p) || softmax(q)) over the last axis, in nats."""
     log_p, log_q = (_log_softmax(np.asarray(a, dtype=np.float64)) for a in (p, q))
     return np.asarray(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1))
+
+
+def search_weights(w: Any, importance: Any, group_size: int) -> Float64:
+    """c = importance * sqrt(2 mean(w^2) + w^2), the mean over each group: the shape of `w`."""
+    w = np.asarray(w, dtype=np.float64)
+    groups = w.reshape(*w.shape[:-1], -1, group_size)
+    mean = np.mean(groups**2, axis=-1, keepdims=True)
+    magnitude = np.sqrt(2 * mean + groups**2).reshape(w.shape)
+    return np.asarray(magnitude * np.asarray(importance, dtype=np.float64)[..., None, :])
 
 
 def _log_softmax(x: Float64) -> Float64:

@@ -1,0 +1,221 @@
+// Affine codes, scale and bias for each group of a row, by weighted search.
+//
+// Minimises sum_k c_k (scale * code_k + bias - w_k)^2 over a group, with
+// c_k = importance_k * sqrt(2 mean(w^2) + w_k^2). The importance of an input column is the second
+// moment of its activations: the output error of a linear layer is (dw . x)^2. The magnitude term
+// and the search over slightly narrower and wider grids, each with its closed-form least squares
+// fit, are those of llama.cpp's make_qkx3_quants (ggml-quants.c). Codes are then derived again
+// from scale and bias as they are stored, since a 16-bit scale is not the one that was fitted.
+#pragma once
+
+#include "pool.h"
+#include "simd.h"
+
+namespace optiq::cpu::OPTIQ_ISA {
+
+constexpr int kMaxGroup = 128;
+constexpr int kSteps = 36; // grids tried: from nine tenths of a step wider to as much narrower
+constexpr float kStep = 0.05f;
+constexpr int kRefits = 3; // of scale and bias to the codes that were derived from stored values
+
+struct SearchRows {
+  const Quantize& a;
+  static constexpr int kRowsPerTask = 8;
+
+  void operator()(int task) {
+    size_t begin = size_t(task) * kRowsPerTask;
+    size_t end = begin + kRowsPerTask < a.rows ? begin + kRowsPerTask : a.rows;
+    size_t groups = a.cols / a.group_size;
+    for (size_t row = begin; row < end; row++) {
+      const float* importance =
+          a.importance ? a.importance + row / a.rows_per_importance * a.cols : nullptr;
+      for (size_t g = 0; g < groups; g++) {
+        group(row * groups + g, importance ? importance + g * a.group_size : nullptr);
+      }
+    }
+  }
+
+ private:
+  // One fit: scale and bias as stored, the codes they give, and the weighted squared error.
+  struct Fit {
+    float scale = 0, bias = 0, error = 0;
+    f32x8 codes[kMaxGroup / 8];
+  };
+
+  // What does not change while a group is searched.
+  struct Group {
+    f32x8 w[kMaxGroup / 8], c[kMaxGroup / 8];
+    float sum_c = 0, sum_cw = 0;
+  };
+
+  OPTIQ_INLINE static f32x8 round(f32x8 x) {
+    constexpr float kShift = 12582912.0f; // 1.5 * 2^23
+    return (x + kShift) - kShift;
+  }
+
+  OPTIQ_INLINE static f32x8 clamp(f32x8 x, float top) {
+    x = select(x > 0.0f, x, f32x8{});
+    return select(x < top, x, splat(top));
+  }
+
+  float stored(float x) const {
+    switch (a.type) {
+      case Float::f32:
+        return x;
+      case Float::bf16:
+        return bf16_to_f32(f32_to_bf16(x));
+      default:
+        return float(_Float16(x));
+    }
+  }
+
+  void group(size_t index, const float* importance) {
+    const int vectors = a.group_size / 8;
+    const float top = float((1 << a.bits) - 1);
+    Group in;
+    f32x8 squares = {}, low, high;
+    low = high = load<f32x8>(a.w + index * a.group_size);
+    for (int i = 0; i < vectors; i++) {
+      in.w[i] = load<f32x8>(a.w + index * a.group_size + 8 * i);
+      squares += in.w[i] * in.w[i];
+      low = select(in.w[i] < low, in.w[i], low);
+      high = max(high, in.w[i]);
+    }
+    float least = low[0], most = high[0];
+    for (int j = 1; j < 8; j++) {
+      least = low[j] < least ? low[j] : least;
+      most = high[j] > most ? high[j] : most;
+    }
+    float sigma = 2 * sum(squares) / float(a.group_size);
+    f32x8 sum_c = {}, sum_cw = {};
+    for (int i = 0; i < vectors; i++) {
+      f32x8 magnitude = in.w[i] * in.w[i] + sigma;
+      for (int j = 0; j < 8; j++) {
+        magnitude[j] = __builtin_sqrtf(magnitude[j]);
+      }
+      in.c[i] = importance ? magnitude * load<f32x8>(importance + 8 * i) : magnitude;
+      sum_c += in.c[i];
+      sum_cw += in.c[i] * in.w[i];
+    }
+    in.sum_c = sum(sum_c);
+    in.sum_cw = sum(sum_cw);
+
+    Fit best = start(in, vectors, top, least, most);
+    if (most > least && in.sum_c > 0) {
+      search(in, vectors, top, least, most, best);
+    }
+    write(index, vectors, best);
+  }
+
+  // MLX's own scale and bias (quantized.cpp), so that the search never does worse: the edge of
+  // larger magnitude is hit exactly, and zero is a code.
+  Fit start(const Group& in, int vectors, float top, float least, float most) {
+    bool negative = -least > most;
+    float scale = (most - least) / top;
+    scale = scale > 1e-7f ? scale : 1e-7f;
+    scale = negative ? scale : -scale;
+    float edge = negative ? least : most;
+    float steps = __builtin_rintf(edge / scale);
+    bool at_zero = steps == 0;
+    Fit fit;
+    derive(in, vectors, top, at_zero ? scale : edge / steps, at_zero ? 0 : edge, fit);
+    return fit;
+  }
+
+  void search(const Group& in, int vectors, float top, float least, float most, Fit& best) {
+    Fit found = best;
+    float error = best.error;
+    for (int s = 0; s <= kSteps; s++) {
+      float inverse = (top - 0.9f + kStep * float(s)) / (most - least);
+      f32x8 codes[kMaxGroup / 8];
+      for (int i = 0; i < vectors; i++) {
+        codes[i] = clamp(round((in.w[i] - least) * inverse), top);
+      }
+      float scale, bias;
+      if (!least_squares(in, vectors, codes, scale, bias)) {
+        continue;
+      }
+      float e = weighted_error(in, vectors, codes, scale, bias);
+      if (e < error) {
+        error = e;
+        found.scale = scale;
+        found.bias = bias;
+      }
+    }
+    Fit fit;
+    derive(in, vectors, top, found.scale, found.bias, fit);
+    for (int i = 0; i < kRefits; i++) {
+      if (fit.error < best.error) {
+        best = fit;
+      }
+      float scale, bias;
+      if (!least_squares(in, vectors, fit.codes, scale, bias)) {
+        return;
+      }
+      derive(in, vectors, top, scale, bias, fit);
+    }
+    if (fit.error < best.error) {
+      best = fit;
+    }
+  }
+
+  // The scale and bias of least weighted error for given codes.
+  static bool least_squares(
+      const Group& in, int vectors, const f32x8* codes, float& scale, float& bias) {
+    f32x8 cq = {}, cqq = {}, cqw = {};
+    for (int i = 0; i < vectors; i++) {
+      f32x8 t = in.c[i] * codes[i];
+      cq += t;
+      cqq += t * codes[i];
+      cqw += t * in.w[i];
+    }
+    double q = sum(cq), qq = sum(cqq), qw = sum(cqw), c = in.sum_c, w = in.sum_cw;
+    double determinant = c * qq - q * q;
+    if (!(determinant > 0)) {
+      return false;
+    }
+    scale = float((c * qw - w * q) / determinant);
+    bias = float((qq * w - q * qw) / determinant);
+    return true;
+  }
+
+  static float weighted_error(
+      const Group& in, int vectors, const f32x8* codes, float scale, float bias) {
+    f32x8 error = {};
+    for (int i = 0; i < vectors; i++) {
+      f32x8 d = codes[i] * scale + bias - in.w[i];
+      error += in.c[i] * d * d;
+    }
+    return sum(error);
+  }
+
+  void derive(const Group& in, int vectors, float top, float scale, float bias, Fit& fit) {
+    fit.scale = stored(scale);
+    fit.bias = stored(bias);
+    float inverse = fit.scale != 0 ? 1 / fit.scale : 0;
+    for (int i = 0; i < vectors; i++) {
+      fit.codes[i] = clamp(round((in.w[i] - fit.bias) * inverse), top);
+    }
+    fit.error = weighted_error(in, vectors, fit.codes, fit.scale, fit.bias);
+  }
+
+  void write(size_t index, int vectors, const Fit& fit) {
+    uint8_t* out = a.codes + index * a.group_size * a.bits / 8;
+    for (int i = 0; i < vectors; i++) {
+      uint64_t word = 0;
+      for (int j = 0; j < 8; j++) {
+        word |= uint64_t(fit.codes[i][j]) << (j * a.bits);
+      }
+      std::memcpy(out + i * a.bits, &word, a.bits);
+    }
+    a.scales[index] = fit.scale;
+    a.biases[index] = fit.bias;
+  }
+};
+
+inline void quantize(const Quantize& a) {
+  SearchRows body{a};
+  parallel_for(int((a.rows + SearchRows::kRowsPerTask - 1) / SearchRows::kRowsPerTask), body);
+}
+
+} // namespace optiq::cpu::OPTIQ_ISA

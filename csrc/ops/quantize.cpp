@@ -1,0 +1,85 @@
+#include "ops/quantize.h"
+
+#include <sstream>
+#include <stdexcept>
+
+#include <mlx/allocator.h>
+#include <mlx/backend/cpu/encoder.h>
+#include <mlx/ops.h>
+
+namespace optiq {
+
+std::vector<array> quantize(const array& w, const std::optional<array>& importance, int group_size,
+    int bits, mx::StreamOrDevice s) {
+  auto fail = [](auto&&... parts) {
+    std::ostringstream msg;
+    msg << "[quantize] ";
+    (msg << ... << parts);
+    throw std::invalid_argument(msg.str());
+  };
+  require_floating("quantize", "w", w);
+  if (bits < 2 || bits > 8 || bits == 7) {
+    fail("bits is ", bits, "; it must be 2, 3, 4, 5, 6 or 8");
+  }
+  if (group_size != 32 && group_size != 64 && group_size != 128) {
+    fail("group_size is ", group_size, "; it must be 32, 64 or 128");
+  }
+  if (w.ndim() < 2 || w.shape(-1) % group_size != 0) {
+    fail("w ", w.shape(), " must have two or more axes, the last a multiple of ", group_size);
+  }
+  std::vector<array> inputs = {mx::astype(w, mx::float32, s)};
+  if (importance) {
+    mx::Shape shared = {w.shape(-1)}, each = {w.shape(0), w.shape(-1)};
+    if (importance->shape() != shared && (w.ndim() != 3 || importance->shape() != each)) {
+      fail("importance is ", importance->shape(), "; it must be ", shared,
+          w.ndim() == 3 ? " or one row per expert" : "");
+    }
+    inputs.push_back(mx::astype(*importance, mx::float32, s));
+  }
+  auto packed = w.shape(), groups = w.shape();
+  packed.back() = int(int64_t(w.shape(-1)) * bits / 32);
+  groups.back() = w.shape(-1) / group_size;
+  auto outs = array::make_arrays({packed, groups, groups}, {mx::uint32, mx::float32, mx::float32},
+      std::make_shared<Quantize>(mx::to_stream(s), group_size, bits, w.dtype()), inputs);
+  return {outs[0], mx::astype(outs[1], w.dtype(), s), mx::astype(outs[2], w.dtype(), s)};
+}
+
+void Quantize::eval_cpu(const std::vector<array>& inputs, std::vector<array>& outs) {
+  array w = row_contiguous(inputs[0], stream());
+  auto& encoder = mx::cpu::get_command_encoder(stream());
+  encoder.set_input_array(w);
+  for (auto& out : outs) {
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+    encoder.set_output_array(out);
+  }
+  cpu::Quantize work{.w = w.data<float>(),
+      .importance = nullptr,
+      .codes = outs[0].data<uint8_t>(),
+      .scales = outs[1].data<float>(),
+      .biases = outs[2].data<float>(),
+      .rows = w.shape(-1) == 0 ? 0 : w.size() / w.shape(-1),
+      .cols = size_t(w.shape(-1)),
+      .rows_per_importance = 1,
+      .group_size = group_size_,
+      .bits = bits_,
+      .type = float_type(dtype_)};
+  if (inputs.size() == 2) {
+    array importance = row_contiguous(inputs[1], stream());
+    encoder.set_input_array(importance);
+    work.importance = importance.data<float>();
+    size_t count = importance.size() / work.cols;
+    work.rows_per_importance = work.rows / count;
+  }
+  encoder.dispatch([work]() { cpu::kernels().quantize(work); });
+}
+
+void Quantize::eval_gpu(const std::vector<array>&, std::vector<array>&) {
+  throw std::runtime_error("[quantize] has no GPU kernel; use the mx.* formula there");
+}
+
+bool Quantize::is_equivalent(const mx::Primitive& other) const {
+  auto& o = static_cast<const Quantize&>(other);
+  return group_size_ == o.group_size_ && bits_ == o.bits_ && dtype_ == o.dtype_;
+}
+
+} // namespace optiq
