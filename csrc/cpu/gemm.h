@@ -66,27 +66,6 @@ OPTIQ_INLINE void micro_kernel_edge(int rows, const float* a, size_t lda, const 
   }
 }
 
-OPTIQ_INLINE void transpose(f32x8* v) {
-#define OPTIQ_SHUFFLE __builtin_shufflevector
-  f32x8 t[8];
-  for (int i = 0; i < 8; i += 2) {
-    t[i] = OPTIQ_SHUFFLE(v[i], v[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    t[i + 1] = OPTIQ_SHUFFLE(v[i], v[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-  }
-  f32x8 u[8];
-  for (int i = 0; i < 8; i += 4) {
-    for (int j = 0; j < 2; j++) {
-      u[i + 2 * j] = OPTIQ_SHUFFLE(t[i + j], t[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-      u[i + 2 * j + 1] = OPTIQ_SHUFFLE(t[i + j], t[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-    }
-  }
-  for (int i = 0; i < 4; i++) {
-    v[i] = OPTIQ_SHUFFLE(u[i], u[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    v[i + 4] = OPTIQ_SHUFFLE(u[i], u[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-  }
-#undef OPTIQ_SHUFFLE
-}
-
 // Values W[row, col..col+8) of a weight as floats; lanes past the last column are zero.
 template <int BITS>
 struct Reader {

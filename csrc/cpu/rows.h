@@ -22,20 +22,27 @@ inline int rows_per_task(const Matmul& a) {
   return (tiles + tasks - 1) / tasks * kTile;
 }
 
+inline size_t padded(size_t n) {
+  return (n + 7) / 8 * 8;
+}
+
 // y[m, n] = sum_g scale[n, g] * (sum_{k in g} x[m, k] code[n, k]) + sum_g bias[n, g] * xsum[m, g]
 template <class Codes>
 struct AffineDots {
   const Matmul& a;
   const float* x;    // [m, cols] swizzled
-  const float* xsum; // [m, groups] sum of x over each group
+  const float* xsum; // [m, padded groups] sum of x over each group, then zeros
   int rows_each;
 
   void operator()(int task) {
     const Weight& w = a.w;
     int groups = w.cols / w.group_size;
     int end = min((task + 1) * rows_each, w.rows);
-    Scratch<float> scales(size_t(kTile) * groups);
-    Scratch<float> biases(size_t(kTile) * groups);
+    // Zeros after the end: finish() multiplies whole vectors with the padded xsum.
+    Scratch<float> scales(size_t(kTile) * groups + 8);
+    Scratch<float> biases(size_t(kTile) * groups + 8);
+    std::memset(scales, 0, (size_t(kTile) * groups + 8) * sizeof(float));
+    std::memset(biases, 0, (size_t(kTile) * groups + 8) * sizeof(float));
     Scratch<float> codes(size_t(kTile) * w.group_size);
     Scratch<uint8_t> last(w.row_bytes() + 8); // for the last row, which decode() may read past
     for (int n = task * rows_each; n < end; n += kTile) {
@@ -48,9 +55,9 @@ struct AffineDots {
           std::memcpy(last, row[r], w.row_bytes());
           row[r] = last;
         }
-        widen(w.scales, w.type, size_t(i) * groups, groups, scales + r * groups);
-        widen(w.biases, w.type, size_t(i) * groups, groups, biases + r * groups);
       }
+      widen(w.scales, w.type, size_t(n) * groups, tile * groups, scales);
+      widen(w.biases, w.type, size_t(n) * groups, tile * groups, biases);
       a.m == 1 ? one(row, n, tile, scales, biases) : several(row, n, tile, scales, biases, codes);
     }
   }
@@ -71,15 +78,18 @@ struct AffineDots {
     }
   }
 
-  void finish(int m, int n, int tile, const f32x8* acc, const float* biases) {
+  void finish(int m, int n, int tile, f32x8* acc, const float* biases) {
     int groups = a.w.cols / a.w.group_size;
-    for (int r = 0; r < tile; r++) {
-      float bias = 0;
-      for (int g = 0; g < groups; g++) {
-        bias += biases[r * groups + g] * xsum[m * groups + g];
+    const float* xs = xsum + size_t(m) * padded(groups);
+    for (int g = 0; g < groups; g += 8) {
+      f32x8 x8 = load<f32x8>(xs + g);
+      for (int r = 0; r < kTile; r++) {
+        acc[r] += load<f32x8>(biases + r * groups + g) * x8;
       }
-      a.y[size_t(m) * a.w.rows + n + r] = sum(acc[r]) + bias;
     }
+    transpose(acc); // now each lane holds one row, and eight rows are summed at once
+    f32x8 y = ((acc[0] + acc[4]) + (acc[2] + acc[6])) + ((acc[1] + acc[5]) + (acc[3] + acc[7]));
+    std::memcpy(a.y + size_t(m) * a.w.rows + n, &y, tile * sizeof(float));
   }
 
   // One row of x: codes go from register to fma.
@@ -156,7 +166,8 @@ void affine_dots(const Matmul& a) {
   const Weight& w = a.w;
   int groups = w.cols / w.group_size;
   Scratch<float> swizzled(size_t(a.m) * w.cols);
-  Scratch<float> xsum(size_t(a.m) * groups);
+  Scratch<float> xsum(size_t(a.m) * padded(groups));
+  std::memset(xsum, 0, size_t(a.m) * padded(groups) * sizeof(float));
   for (int m = 0; m < a.m; m++) {
     const float* x = a.x + size_t(m) * w.cols;
     Codes::swizzle(x, swizzled + size_t(m) * w.cols, w.cols);
@@ -165,7 +176,7 @@ void affine_dots(const Matmul& a) {
       for (int k = 0; k < w.group_size; k += 8) {
         acc += load<f32x8>(x + size_t(g) * w.group_size + k);
       }
-      xsum[m * groups + g] = sum(acc);
+      xsum[size_t(m) * padded(groups) + g] = sum(acc);
     }
   }
   int each = rows_per_task(a);
