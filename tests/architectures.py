@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import mlx.nn as nn
+from mlx_lm.utils import _get_classes
 
 COMMON = {
     "hidden_size": 64,
@@ -86,6 +86,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "global_head_dim": 16,
     },
     "phi3": {"original_max_position_embeddings": 512},
+    "mistral": {"sliding_window": None},
+    "olmo2": {},
     "gpt2": {"n_ctx": 64, "n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 64}
     | {"layer_norm_epsilon": 1e-5},
     "lfm2": {
@@ -103,6 +105,6 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def construct(model_type: str) -> nn.Module:
-    arch = importlib.import_module(f"mlx_lm.models.{model_type}")
     config = {"model_type": model_type, **COMMON, **MODELS[model_type]}
-    return arch.Model(arch.ModelArgs.from_dict(config))
+    model_class, args_class = _get_classes(config)
+    return model_class(args_class.from_dict(config))

@@ -10,7 +10,9 @@ import numpy as np
 from optiq.formats import DEFAULT_MENU, DENSE
 from optiq.plan import Plan, uniform_plan
 from optiq.roles import allowed, fixed_bytes, quantizable
+from optiq.scores import describe_module
 from optiq.sources import Source, load, resolve
+from tests.scored import PROVENANCE
 from tests.tiny import tiny_folder
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -53,23 +55,8 @@ def scores_of(source: Source) -> dict[str, Any]:
             str(f): {"kl": 0.0 if f == DENSE else spread * 4.0**-f.bits, "se": 0.0}
             for f in allowed(m, DEFAULT_MENU)
         }
-        rows.append(
-            {
-                "path": m.path,
-                "role": m.role.value,
-                "unit": m.unit,
-                "block": m.block,
-                "shape": list(m.shape),
-                "scores": scores,
-            }
-        )
-    return {
-        "schema": 1,
-        "kind": "optiq.sensitivity",
-        "model": model,
-        "reference": "bf16",
-        "modules": rows,
-    }
+        rows.append({**describe_module(m), "scores": scores})
+    return {**PROVENANCE, "model": model, "modules": rows}
 
 
 def uniform(source: Source) -> Plan:

@@ -17,6 +17,7 @@ from optiq.export import export
 from optiq.formats import UNIFORM4
 from optiq.plan import Plan, build
 from optiq.roles import quantizable
+from optiq.rounding import MINMAX
 from optiq.sources import Source, load, resolve
 from tests.planned import VARIANTS, leftovers, scores_of, source_of, uniform
 from tests.tiny import tiny_folder
@@ -161,6 +162,6 @@ def test_weights_are_released_one_by_one(tmp_path: Path) -> None:
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    for _ in export_module._tensors(loaded, plan, "minmax"):
+    for _ in export_module._tensors(loaded, plan, MINMAX):
         pass
     assert mx.get_peak_memory() - before < 6 * largest

@@ -8,9 +8,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from optiq import ops
 from optiq.errors import SourceError, UsageError
 from optiq.formats import AFFINE_BITS, AFFINE_GROUPS, DENSE, UNIFORM4, Format
-from optiq.rounding import round_weight
+from optiq.rounding import Rounding, round_weight
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 
@@ -62,22 +63,35 @@ def test_a_weight_that_is_not_finite_is_named(bad: float) -> None:
     w = mx.zeros((4, 64))
     w[2, 7] = bad
     with pytest.raises(SourceError, match=r"model\.x\.weight holds NaN or infinite") as error:
-        round_weight(w, UNIFORM4, name="model.x.weight")
+        round_weight(w, UNIFORM4, path="model.x")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("w", "fmt", "rounding", "message"),
+    ("w", "fmt", "message"),
     [
-        (mx.zeros((4, 96)), UNIFORM4, "minmax", r"shape \(4, 96\) .* groups of 64"),
-        (mx.zeros(64), UNIFORM4, "minmax", r"shape \(64,\)"),
-        (mx.zeros((4, 64)), DENSE, "minmax", "not rounded"),
-        (mx.zeros((4, 64), mx.int32), UNIFORM4, "minmax", "int32"),
-        (mx.zeros((4, 64)), UNIFORM4, "best", "unknown rounding 'best'; use one of minmax"),
+        (mx.zeros((4, 96)), UNIFORM4, r"shape \(4, 96\) .* groups of 64"),
+        (mx.zeros(64), UNIFORM4, r"shape \(64,\)"),
+        (mx.zeros((4, 64)), DENSE, "not rounded"),
+        (mx.zeros((4, 64), mx.int32), UNIFORM4, "int32"),
     ],
 )
-def test_what_cannot_be_rounded_is_refused(
-    w: mx.array, fmt: Format, rounding: str, message: str
-) -> None:
+def test_what_cannot_be_rounded_is_refused(w: mx.array, fmt: Format, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        round_weight(w, fmt, rounding=rounding, name="w")
+        round_weight(w, fmt, path="w")
+
+
+def test_an_unknown_rounding_is_refused() -> None:
+    with pytest.raises(UsageError, match="unknown rounding 'best'; use one of search, minmax"):
+        Rounding("best")
+
+
+def test_search_uses_the_importance_of_its_module_only() -> None:
+    w = mx.random.normal((8, 64), key=mx.random.key(1))
+    importance = mx.random.uniform(0, 9, (64,), key=mx.random.key(2))
+    rounding = Rounding("search", {"a": importance})
+    searched = round_weight(w, UNIFORM4, rounding, "a")
+    other = round_weight(w, UNIFORM4, rounding, "b")
+    assert all(map(mx.array_equal, searched, ops.quantize(w, UNIFORM4, importance)))
+    assert all(map(mx.array_equal, other, mx.quantize(w, 64, 4)))
+    assert not mx.array_equal(searched[0], other[0])

@@ -19,8 +19,8 @@ from . import blas
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .convert import Result as Result
-    from .convert import convert as convert
+    from .conversion import Result as Result
+    from .conversion import convert as convert
     from .nn import accelerate as accelerate
     from .runtime import load as load
 
@@ -28,8 +28,8 @@ blas.provide()
 
 _LAZY = {
     "accelerate": ("optiq.nn", "accelerate"),
-    "convert": ("optiq.convert", "convert"),
-    "Result": ("optiq.convert", "Result"),
+    "convert": ("optiq.conversion", "convert"),
+    "Result": ("optiq.conversion", "Result"),
     "load": ("optiq.runtime", "load"),
 }
 

@@ -21,7 +21,6 @@ from . import ops
 from .calibration import Sample, token_hash
 from .errors import OptiqError
 from .progress import Progress
-from .runtime import parameters, tensor_bytes
 from .sensitivity.tally import Tally
 
 # Bytes of float32 logits of one model at a time; longer sequences run in chunks with a cache.
@@ -37,7 +36,7 @@ def measure(
     *,
     progress: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """Metrics of each candidate, as plan.json stores them; see `summary`."""
+    """Metrics of each candidate, as plan.json stores them but for the size; see `summary`."""
     tables: dict[str, Table] = {name: [] for name in candidates}
     total = sum(len(s.tokens) for s in sequences)
     with Progress(total, "tokens compared", enabled=progress) as bar:
@@ -46,15 +45,22 @@ def measure(
                 tables[name].append(column)
             bar.step(len(sample.tokens))
     digest = token_hash(sequences)
-    return {
-        name: summary(tables[name])
-        | {
-            "nbytes": tensor_bytes(model),
-            "bpw": 8 * tensor_bytes(model) / parameters(model),
-            "text_sha256": digest,
-        }
-        for name, model in candidates.items()
-    }
+    return {name: summary(table) | {"text_sha256": digest} for name, table in tables.items()}
+
+
+def check_tokens(
+    reference: Any, candidates: Mapping[str, Any], sequences: Sequence[Sample]
+) -> None:
+    """Raise OptiqError unless the tokenizers agree on what the tokens of `sequences` stand for."""
+    used = sorted({token for sample in sequences for token in sample.tokens})
+    expected = reference.convert_ids_to_tokens(used)
+    for name, tokenizer in candidates.items():
+        for token, a, b in zip(used, expected, tokenizer.convert_ids_to_tokens(used), strict=True):
+            if a != b:
+                raise OptiqError(
+                    f"token {token} is {a!r} to the reference and {b!r} to {name}; "
+                    "compare models that share a tokenizer"
+                )
 
 
 def summary(table: Table) -> dict[str, Any]:
@@ -93,9 +99,9 @@ def clustered(values: Sequence[NDArray[np.float64]]) -> tuple[float, float | Non
 
 
 def _sequence(
-    reference: nn.Module, candidates: Mapping[str, nn.Module], tokens: Sequence[int]
+    reference: nn.Module, candidates: Mapping[str, nn.Module], tokens: list[int]
 ) -> dict[str, NDArray[np.float64]]:
-    """Per candidate [3, T - 1]: KL, agreement, loss of log-likelihood, at each token but the last."""
+    """Per candidate [3, T - 1]: KL, agreement and log-likelihood lost, for each next token."""
     from mlx_lm.models.cache import make_prompt_cache
 
     models = {"": reference, **candidates}
@@ -113,22 +119,27 @@ def _sequence(
                     f"{name} has {q.shape[-1]} logits and the reference {p.shape[-1]}; "
                     "compare models that share a tokenizer"
                 )
-            columns[name].append(_columns(p, q, following))
+            columns[name].append(_columns(name, p, q, following))
         rows = max(1, LOGITS_BYTES // (4 * p.shape[-1]))
         start = stop
     return {name: np.concatenate(parts, axis=1) for name, parts in columns.items()}
 
 
 def _logits(model: nn.Module, ids: mx.array, cache: list[Any]) -> mx.array:
-    logits = model(ids, cache=cache)[0]
+    logits: mx.array = model(ids, cache=cache)[0]
     mx.eval(logits)
     return logits
 
 
-def _columns(p: mx.array, q: mx.array, following: mx.array) -> NDArray[np.float64]:
+def _columns(name: str, p: mx.array, q: mx.array, following: mx.array) -> NDArray[np.float64]:
     both = ops.compare_logits(p, q)
     at = following[:, None]
     log_p = mx.take_along_axis(p, at, axis=-1)[:, 0].astype(mx.float32) - both.lse_p
     log_q = mx.take_along_axis(q, at, axis=-1)[:, 0].astype(mx.float32) - both.lse_q
     rows = mx.stack([both.kl, both.agree.astype(mx.float32), log_p - log_q])
-    return np.array(rows, dtype=np.float64)
+    columns = np.array(rows, dtype=np.float64)
+    if not np.isfinite(columns).all():
+        raise OptiqError(
+            f"the reference or {name} gives NaN or infinite logits; check each with optiq generate"
+        )
+    return columns

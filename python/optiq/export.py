@@ -23,7 +23,7 @@ from .formats import DENSE, Format
 from .plan import Plan
 from .progress import Progress
 from .roles import fixed_bytes, quantizable
-from .rounding import round_weight
+from .rounding import MINMAX, Rounding, round_weight
 from .shards import SHARD_BYTES, Spec, checksum, write_shards
 from .sources import LoadedModel, Source, check_finite, load
 from .sources.folder import one_line, read_config
@@ -42,7 +42,7 @@ def export(
     *,
     scores: Mapping[str, Any] | None = None,
     extra: Mapping[str, str] | None = None,
-    rounding: str = "minmax",
+    rounding: Rounding = MINMAX,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write `source` rounded as `plan` says to the folder `out`, which must not exist or be empty.
@@ -145,7 +145,7 @@ def _layout(loaded: LoadedModel, plan: Plan) -> dict[str, Spec]:
     return layout
 
 
-def _tensors(loaded: LoadedModel, plan: Plan, rounding: str) -> Iterator[tuple[str, mx.array]]:
+def _tensors(loaded: LoadedModel, plan: Plan, rounding: Rounding) -> Iterator[tuple[str, mx.array]]:
     """The tensors of `_layout`, evaluated; the model is emptied so that each can be released."""
     formats = {f"{m.module.path}.weight": m.format for m in plan.modules}
     model, dtype = loaded.model, loaded.dtype
@@ -160,14 +160,14 @@ def _tensors(loaded: LoadedModel, plan: Plan, rounding: str) -> Iterator[tuple[s
 
 
 def _stored(
-    name: str, array: mx.array, fmt: Format | None, dtype: mx.Dtype, rounding: str
+    name: str, array: mx.array, fmt: Format | None, dtype: mx.Dtype, rounding: Rounding
 ) -> Iterator[tuple[str, mx.array]]:
     """One parameter as it is stored. Planned weights take the model's dtype, others keep theirs."""
     if fmt is None or fmt == DENSE:
         check_finite(name, array)
         yield name, array if fmt is None else array.astype(dtype)
         return
-    rounded = round_weight(array.astype(dtype), fmt, rounding=rounding, name=name)
+    rounded = round_weight(array.astype(dtype), fmt, rounding, name.removesuffix(".weight"))
     mx.eval(*rounded)
     base = name.removesuffix("weight")
     yield from zip((name, f"{base}scales", f"{base}biases"), rounded, strict=True)

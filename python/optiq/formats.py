@@ -20,7 +20,7 @@ AFFINE_GROUPS = (32, 64, 128)
 
 @dataclass(frozen=True, order=True)
 class Format:
-    """`mode` is "affine" (bits and group size as in `mx.quantize`) or "dense" (left unquantized)."""
+    """`mode` is "affine" (bits and group size as in `mx.quantize`) or "dense" (not quantized)."""
 
     mode: str
     bits: int
@@ -32,7 +32,9 @@ class Format:
                 raise UsageError("a dense format has bits=16 and group_size=0; use DENSE")
         elif self.mode == "affine":
             if self.bits not in AFFINE_BITS:
-                raise UsageError(f"{self.bits} bits is not an affine width; use one of {AFFINE_BITS}")
+                raise UsageError(
+                    f"{self.bits} bits is not an affine width; use one of {AFFINE_BITS}"
+                )
             if self.group_size not in AFFINE_GROUPS:
                 raise UsageError(
                     f"group size {self.group_size} is not supported; use one of {AFFINE_GROUPS}"

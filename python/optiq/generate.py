@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .errors import UsageError
+from .sources.folder import one_line
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ def prompt_tokens(tokenizer: Any, request: Request) -> list[int]:
     try:
         return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
     except Exception as error:  # whatever a template raises
-        raise UsageError(f"the model's chat template refuses these messages: {error}") from error
+        raise UsageError(
+            f"the model's chat template refuses these messages ({one_line(error)}); try --raw"
+        ) from error
 
 
 def answer(model: nn.Module, tokenizer: Any, prompt: str, max_tokens: int = 64) -> str:

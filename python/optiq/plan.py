@@ -17,7 +17,7 @@ from .allocation import Choice, Item, allocate
 from .errors import UsageError
 from .formats import DENSE, UNIFORM4, Format
 from .roles import Module, allowed
-from .scores import module_of, parse
+from .scores import describe_module, module_of, parse
 
 Json = dict[str, Any]
 
@@ -39,13 +39,8 @@ class Planned:
     kl: float | None
 
     def to_json(self) -> Json:
-        m = self.module
         return {
-            "path": m.path,
-            "role": m.role.value,
-            "unit": m.unit,
-            "block": m.block,
-            "shape": list(m.shape),
+            **describe_module(self.module),
             "format": str(self.format),
             "nbytes": self.nbytes,
             "kl": self.kl,
@@ -153,14 +148,12 @@ def build(
 ) -> Plan:
     """The plan of least predicted KL within `size`, from a parsed sensitivity.json.
 
-    `menu` limits the formats; None stands for all that the file has scores for. Floors are
+    `menu` limits the formats; None stands for all that a module has scores for. Floors are
     constraints. Raises SensitivityError for malformed or missing scores, UsageError for a size
     that cannot be read, BudgetError for one that is too small.
     """
     read = parse(scores)
     model, modules = read.model, [scored.module for scored in read.modules]
-    if menu is None:
-        menu = sorted({fmt for scored in read.modules for fmt in scored.losses})
     itemsize, fixed = int(model["itemsize"]), int(model["fixed_bytes"])
     uniform4 = uniform_plan(modules, model).nbytes
     budget = parse_size(size, params=_params(model, modules), uniform4=uniform4)
@@ -169,7 +162,7 @@ def build(
         shape = scored.module.shape
         choices = (
             Choice(fmt, fmt.nbytes(shape, itemsize), scored.loss(fmt))
-            for fmt in allowed(scored.module, menu)
+            for fmt in allowed(scored.module, sorted(scored.losses) if menu is None else menu)
         )
         items.append(Item(scored.module.path, tuple(choices)))
     found = allocate(items, budget)

@@ -10,11 +10,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .formats import DENSE
-from .nn import accelerate, quantized, replace
+from .nn import accelerate
 from .plan import Plan
-from .rounding import round_weight
+from .rounding import MINMAX, Rounding
+from .rounding import render as render_layer
 from .sources import LoadedModel, resolve
 from .sources import load as load_source
+from .swap import slot_at
 
 
 def load(name: str, *, revision: str | None = None) -> tuple[nn.Module, Any]:
@@ -27,7 +29,7 @@ def load(name: str, *, revision: str | None = None) -> tuple[nn.Module, Any]:
     return loaded.model, loaded.tokenizer
 
 
-def render(loaded: LoadedModel, plan: Plan, *, rounding: str = "minmax") -> nn.Module:
+def render(loaded: LoadedModel, plan: Plan, *, rounding: Rounding = MINMAX) -> nn.Module:
     """The model that `plan` describes, in memory: each weight is rounded and its source dropped.
 
     Takes over `loaded.model`, whose weights should still be lazy.
@@ -39,31 +41,30 @@ def render(loaded: LoadedModel, plan: Plan, *, rounding: str = "minmax") -> nn.M
         if planned.format != DENSE:
             path, fmt = planned.module.path, planned.format
             module = leaves.pop(path)
-            rounded = round_weight(module.weight, fmt, rounding=rounding, name=path)
-            mx.eval(rounded)
-            replace(loaded.model, path, quantized(module, *rounded, fmt))
+            layer = render_layer(module, fmt, rounding, path)
+            mx.eval(layer.parameters())
+            slot_at(loaded.model, path).set(layer)
     accelerate(loaded.model)
     return loaded.model
 
 
-def tensor_bytes(model: nn.Module) -> int:
-    """Bytes of all tensors of a model."""
-    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+def size(model: nn.Module) -> dict[str, Any]:
+    """Bytes of all tensors, and bits per logical parameter, of a model as it came from its files.
 
-
-def parameters(model: nn.Module) -> int:
-    """Logical parameters: a quantized weight counts as the weight it stands for."""
+    A quantized weight counts as the weight it stands for.
+    """
     tensors: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     groups: dict[str, int] = {
         path: module.group_size
         for path, module in model.named_modules()
         if hasattr(module, "group_size")
     }
-    total = 0
+    parameters = 0
     for name, array in tensors.items():
         path, _, leaf = name.rpartition(".")
         if path not in groups or leaf == "bias":
-            total += array.size
+            parameters += array.size
         elif leaf == "scales":
-            total += prod(array.shape) * groups[path]
-    return total
+            parameters += prod(array.shape) * groups[path]
+    nbytes = sum(array.nbytes for array in tensors.values())
+    return {"nbytes": nbytes, "bpw": 8 * nbytes / parameters}

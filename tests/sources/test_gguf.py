@@ -135,8 +135,7 @@ def test_llama3_rope_divisors_become_the_config_that_makes_them(tmp_path: Path) 
     }
     folder = tiny_folder(tmp_path, head_dim=64, rope_theta=500000.0, rope_scaling=scaling)
     divisors = llama3_divisors(64, 500000.0, scaling).astype(np.float32)
-    assert divisors.min() == 1
-    assert divisors.max() == 32
+    assert (divisors.min(), divisors.max()) == (1, 32)
     extra = {"rope_freqs.weight": (divisors, "F32")}
     out, logits = converted(
         write_gguf(folder, tmp_path / "m.gguf", extra=extra), tmp_path / "cache"
@@ -159,7 +158,6 @@ def test_token_ids_and_end_of_turn(tmp_path: Path) -> None:
     loaded = load(source)
     assert loaded.tokenizer.eos_token_ids == {0, EOS}
     assert loaded.config["eos_token_id"] == [0, EOS]
-    assert loaded.dtype == mx.float32
 
 
 def test_a_file_is_converted_once(tmp_path: Path) -> None:
@@ -187,9 +185,8 @@ def test_the_cache_folder_is_where_the_environment_says(
 
 
 def _nan(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-4:] = np.float32("nan").tobytes()
-    path.write_bytes(data)
+    data = path.read_bytes()
+    path.write_bytes(data[:-4] + np.float32("nan").tobytes())
 
 
 FAULTS = {

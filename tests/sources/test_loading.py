@@ -52,17 +52,17 @@ def test_dtype_is_that_of_most_bytes(tmp_path: Path) -> None:
 
 
 def test_weights_stay_on_disk_until_used(tmp_path: Path) -> None:
-    big = {"hidden_size": 1024, "intermediate_size": 8192, "num_attention_heads": 8}
+    big = {"hidden_size": 512, "intermediate_size": 4096, "num_attention_heads": 8}
     folder = tiny_folder(tmp_path, head_dim=16, **big)
-    assert (folder / "model.safetensors").stat().st_size > 200e6
+    assert (folder / "model.safetensors").stat().st_size > 50e6
     source = resolve(str(folder))
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     loaded = load(source)
-    assert mx.get_peak_memory() - before < 10e6
+    assert mx.get_peak_memory() - before < 1e6
     check_finite("norm", loaded.model.model.norm.weight)
-    assert mx.get_peak_memory() - before < 10e6
+    assert mx.get_peak_memory() - before < 1e6
 
 
 def quantized_folder(tmp_path: Path) -> Path:

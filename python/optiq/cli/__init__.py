@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == chosen:  # only this command's options are needed
             importlib.import_module(f".{name}", __package__).add_arguments(command)
     args = parser.parse_args(argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is not for our users
     try:
         module = importlib.import_module(f".{args.command}", __package__)
         code: int = module.run(args)
@@ -49,9 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"optiq {args.command}: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print(f"\noptiq {args.command}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\noptiq {args.command}: interrupted{stop}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as in `optiq plan ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:  # a bug, or a limit of the system such as a path that is too long
+        if args.debug:
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"optiq {args.command}: {reason}; --debug shows where", file=sys.stderr)
         return 1

@@ -9,38 +9,54 @@ from . import options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("models", nargs="+", help="models to compare: folders, hub ids, .gguf files")
-    parser.add_argument("--reference", help="what they are compared with (default: the first model)")
+    parser.add_argument(
+        "models", nargs="+", help="models to compare: folders, hub ids, .gguf files"
+    )
+    parser.add_argument(
+        "--reference", help="what they are compared with (default: the first model)"
+    )
     parser.add_argument("--text", metavar="ROWS.jsonl", help="rows to measure on")
-    parser.add_argument("--tokens", type=options.positive, default=4096, help="tokens to measure on")
+    parser.add_argument(
+        "--tokens", type=options.positive, default=4096, help="tokens to measure on"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from .. import calibration
-    from ..compare import measure
+    from ..compare import check_tokens, measure
     from ..errors import UsageError
-    from ..runtime import load
+    from ..nn import accelerate
+    from ..runtime import size
+    from ..sources import load, resolve
     from .tables import metrics_table
 
     names = list(args.models)
-    reference = args.reference or names.pop(0)
+    first = args.reference or names.pop(0)
     if not names:
         raise UsageError("one model alone cannot be compared; give a second one or --reference")
     if len(set(names)) < len(names):
         raise UsageError("the same model is named twice; name different ones")
-    model, tokenizer = load(reference)
     if args.text:
         rows = calibration.load_rows(args.text)
     else:
         rows = calibration.split(calibration.load_rows(), "heldout")
-    text = calibration.batches(rows, tokenizer, tokens=args.tokens, seed=args.seed)
-    metrics = measure(model, {name: load(name)[0] for name in names}, text.sequences)
-    result = {"reference": reference, "text": args.text or "optiq.jsonl, held-out rows"}
+    reference = load(resolve(first), allow_quantized=True)
+    loaded = {name: load(resolve(name), allow_quantized=True) for name in names}
+    text = calibration.batches(rows, reference.tokenizer, tokens=args.tokens, seed=args.seed)
+    tokenizers = {name: candidate.tokenizer for name, candidate in loaded.items()}
+    check_tokens(reference.tokenizer, tokenizers, text.sequences)
+    sizes = {name: size(candidate.model) for name, candidate in loaded.items()}
+    models = {name: candidate.model for name, candidate in loaded.items()}
+    for model in (reference.model, *models.values()):
+        accelerate(model)
+    metrics = measure(reference.model, models, text.sequences)
+    metrics = {name: metrics[name] | sizes[name] for name in names}
+    result = {"reference": first, "text": args.text or "optiq.jsonl, held-out rows"}
     if args.json:
         print(json.dumps(result | {"models": metrics}, indent=1))
     else:
-        print(f"reference: {reference}\ntext: {result['text']}\n")
+        print(f"reference: {first}\ntext: {result['text']}\n")
         print(metrics_table(metrics))
     return 0

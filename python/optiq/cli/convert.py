@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from pathlib import Path
 
 from . import options
 
@@ -21,10 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..convert import CALIBRATION_TOKENS, CHECKPOINT, convert, work_folder
+    from ..conversion import CALIBRATION_TOKENS, CHECKPOINT, SCORES, convert, work_folder
     from .tables import plan_table
 
-    try:
+    with options.resumable(work_folder(args.out) / CHECKPOINT):
         result = convert(
             args.model,
             args.out,
@@ -41,14 +39,11 @@ def run(args: argparse.Namespace) -> int:
             resume=args.resume,
             dry_run=args.dry_run,
         )
-    except KeyboardInterrupt:
-        if (work_folder(Path(args.out)) / CHECKPOINT).exists():
-            print(
-                "\noptiq convert: interrupted; the same command with --resume goes on from here",
-                file=sys.stderr,
-            )
-            return 130
-        raise
     plan = result.plan.to_json()
     print(json.dumps(plan, indent=1) if args.json else plan_table(plan, result.path))
+    if args.dry_run and not (args.scores or args.json):
+        print(
+            f"\nscores     {work_folder(args.out) / SCORES}; the same command with --resume and "
+            "without --dry-run writes the model"
+        )
     return 0

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import sys
 import time
 from pathlib import Path
+
+from . import options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dir", default="demo", help="folder for the model and the result")
+    options.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -18,11 +23,16 @@ def run(args: argparse.Namespace) -> int:
     from ..demo import run as run_demo
     from .tables import plan_table
 
-    folder = Path(args.dir)
-    folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    outcome = run_demo(folder, say=lambda line: print(line, flush=True))
-    print("\n" + plan_table(outcome.result.plan.to_json(), outcome.result.path))
+    steps = sys.stderr if args.json else sys.stdout
+    outcome = run_demo(Path(args.dir), say=lambda line: print(line, file=steps, flush=True))
+    plan = outcome.result.plan.to_json()
+    if args.json:
+        answers = {"optiq": outcome.answer, "uniform4": outcome.uniform4_answer}
+        found = {"model": outcome.source, "question": QUESTION, "answers": answers, "plan": plan}
+        print(json.dumps(found, indent=1))
+        return 0
+    print("\n" + plan_table(plan, outcome.result.path))
     print(f"\nasked      {QUESTION}")
     print(f"optiq      {outcome.answer!r} (stock mlx-lm, float32)")
     print(f"uniform 4  {outcome.uniform4_answer!r}")

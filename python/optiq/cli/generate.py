@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from math import inf
 
 from . import options
 
@@ -25,8 +26,8 @@ def run(args: argparse.Namespace) -> int:
     from ..generate import Request, stream
     from ..runtime import load
 
-    if args.temp < 0:
-        raise UsageError(f"--temp {args.temp} is negative; give 0 or more")
+    if not 0 <= args.temp < inf:
+        raise UsageError(f"--temp {args.temp} is not a temperature; give 0 or more")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     request = Request(prompt, args.system, args.max_tokens, args.temp, args.seed, args.raw)
     model, tokenizer = load(args.model, revision=args.revision)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 def positive(text: str) -> int:
@@ -53,6 +56,20 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--calibration", metavar="MIX.jsonl", help="your own samples")
     parser.add_argument("--tokens", type=positive, help="calibration tokens")
-    parser.add_argument("--rounding", choices=("minmax",), default="minmax")
+    parser.add_argument(
+        "--rounding",
+        choices=("search", "minmax"),
+        help="search (the default): scales fitted to what drives each layer; minmax: as stock",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+
+
+@contextmanager
+def resumable(checkpoint: Path) -> Iterator[None]:
+    """Ctrl-C says how to go on, if there is something to go on from."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        hint = "; the same command with --resume goes on from here" if checkpoint.exists() else ""
+        raise KeyboardInterrupt(hint) from None

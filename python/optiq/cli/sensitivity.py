@@ -18,31 +18,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from .. import sensitivity
-    from ..convert import CALIBRATION_TOKENS, gather_text
+    from ..conversion import CALIBRATION_TOKENS, choose_rounding, gather, text_name
+    from ..errors import UsageError
     from ..formats import DEFAULT_MENU, parse_menu
+    from ..preflight import check_weights, check_writable
     from ..sources import load, resolve
     from .tables import scores_table
 
+    out = Path(args.out).expanduser().resolve()
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder; name a file in it, such as scores.json")
+    check_writable(out)
     menu = DEFAULT_MENU if args.formats is None else parse_menu(args.formats)
     source = resolve(args.model, revision=args.revision)
     loaded = load(source)
     tokens = args.tokens or CALIBRATION_TOKENS
-    text = gather_text(loaded, args.calibration, tokens, tokens, args.seed)
-    out = Path(args.out)
+    text = gather(loaded.tokenizer, args.calibration, "calibration", tokens, args.seed)
+    check_weights(source)
+    rounding = choose_rounding(args.rounding or "search", source, text, args.reference)
     checkpoint = out.with_name(out.name + ".checkpoint")
-    scores = sensitivity.measure(
-        source,
-        loaded=loaded,
-        menu=menu,
-        calibration=text.calibration,
-        calibration_source=text.source,
-        method=args.sensitivity,
-        reference=args.reference,
-        rounding=args.rounding,
-        seed=args.seed,
-        checkpoint=checkpoint,
-        resume=args.resume,
-    )
+    with options.resumable(checkpoint):
+        scores = sensitivity.measure(
+            source,
+            loaded=loaded,
+            menu=menu,
+            calibration=text,
+            calibration_source=text_name(args.calibration),
+            method=args.sensitivity,
+            reference=args.reference,
+            rounding=rounding,
+            seed=args.seed,
+            checkpoint=checkpoint,
+            resume=args.resume,
+        )
     sensitivity.save(scores, out)
     checkpoint.unlink(missing_ok=True)
     print(json.dumps(scores, indent=1) if args.json else scores_table(scores, out))

@@ -2,13 +2,13 @@
 
 Each layer is its stock counterpart with the same parameters; only the product differs. On the
 CPU activations are float32: the kernels accumulate in it anyway, and 16-bit activations would
-only cost accuracy and conversions.
+only cost accuracy and conversions. So that nothing else is rounded to 16 bits on the way (as the
+`1 + weight` of Gemma's norms would be), vectors such as norm weights become float32, too.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 
 from ..formats import AFFINE_BITS, AFFINE_GROUPS, Format
 from ..ops import native
+from ..swap import slot_at
 from .layers import (
     Embedding,
     Linear,
@@ -51,17 +52,21 @@ def accelerate(model: nn.Module) -> Accelerated:
     """Swap linear, embedding and expert layers of an mlx-lm model for native ones, in place.
 
     On a GPU nothing is swapped: there are no GPU kernels yet and stock MLX is the best choice.
+    Layers that are native already are in neither list.
     """
     report = Accelerated()
     swaps: list[tuple[str, nn.Module]] = []
     classes = stock_classes()
-    leaves: list[tuple[str, nn.Module]] = tree_flatten(
-        model.leaf_modules(), is_leaf=nn.Module.is_module
+    leaves: dict[str, nn.Module] = dict(
+        tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
     )
-    for path, module in leaves:
+    for path, module in leaves.items():
         native_class = classes.get(type(module))
+        if type(module) in classes.values():
+            continue
         if native_class is None:
-            if hasattr(module, "weight") and module["weight"].ndim > 1:
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, mx.array) and weight.ndim > 1:
                 report.left[path] = f"{type(module).__name__} has no native counterpart"
         elif reason := _unsupported(module):
             report.left[path] = reason
@@ -69,20 +74,10 @@ def accelerate(model: nn.Module) -> Accelerated:
             swaps.append((path, native_class.adopt(module)))
             report.swapped.append(path)
     for path, module in swaps:
-        replace(model, path, module)
+        slot_at(model, path).set(module)
+    if native.on_cpu():
+        model.apply(_exact)
     return report
-
-
-def replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` at a dotted `path` such as "model.layers.3.mlp.up_proj"."""
-    parent: Any = model
-    *parents, name = path.split(".")
-    for part in parents:
-        parent = parent[int(part)] if isinstance(parent, list) else parent[part]
-    if isinstance(parent, list):
-        parent[int(name)] = module
-    else:
-        parent[name] = module
 
 
 def quantized(
@@ -108,6 +103,11 @@ def quantized(
         out.bias = module["bias"]
     out.freeze()
     return out
+
+
+def _exact(parameter: mx.array) -> mx.array:
+    vector = parameter.ndim <= 1 and mx.issubdtype(parameter.dtype, mx.floating)
+    return parameter.astype(mx.float32) if vector else parameter
 
 
 def _unsupported(module: nn.Module) -> str:

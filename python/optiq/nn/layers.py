@@ -14,7 +14,7 @@ from ..ops import native
 M = TypeVar("M", bound="_Adopting")
 
 
-class _Adopting(nn.Module):  # type: ignore[misc]
+class _Adopting(nn.Module):
     """Makes a layer out of another's parameters, without initialising random ones first."""
 
     @classmethod
@@ -35,19 +35,19 @@ def _activation(x: mx.array) -> mx.array:
     return x.astype(mx.float32) if native.on_cpu() else x
 
 
-class Linear(_Adopting, nn.Linear):  # type: ignore[misc]
+class Linear(_Adopting, nn.Linear):
     def __call__(self, x: mx.array) -> mx.array:
         y = ops.linear(x, self["weight"])
         return y + self["bias"] if "bias" in self else y
 
 
-class QuantizedLinear(_Adopting, nn.QuantizedLinear):  # type: ignore[misc]
+class QuantizedLinear(_Adopting, nn.QuantizedLinear):
     def __call__(self, x: mx.array) -> mx.array:
         y = _product(self, x)
         return y + self["bias"] if "bias" in self else y
 
 
-class Embedding(_Adopting, nn.Embedding):  # type: ignore[misc]
+class Embedding(_Adopting, nn.Embedding):
     def __call__(self, ids: mx.array) -> mx.array:
         return _activation(self["weight"][ids])
 
@@ -55,7 +55,7 @@ class Embedding(_Adopting, nn.Embedding):  # type: ignore[misc]
         return ops.linear(x, self["weight"])
 
 
-class QuantizedEmbedding(_Adopting, nn.QuantizedEmbedding):  # type: ignore[misc]
+class QuantizedEmbedding(_Adopting, nn.QuantizedEmbedding):
     def __call__(self, ids: mx.array) -> mx.array:
         return mx.dequantize(
             self["weight"][ids],

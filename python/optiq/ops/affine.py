@@ -86,7 +86,8 @@ def _search(w: mx.array, fmt: Format, importance: mx.array) -> Quantized:
         candidate = derive(*fit(candidate[0]))
     best = better(best, candidate)
     q, scale, bias = best
-    return _pack(q.flatten(-2), fmt.bits), *(a[..., 0].astype(dtype) for a in (scale, bias))
+    codes = _pack(q.flatten(-2), fmt.bits)
+    return codes, scale[..., 0].astype(dtype), bias[..., 0].astype(dtype)
 
 
 def _pack(q: mx.array, bits: int) -> mx.array:

@@ -13,10 +13,12 @@ from types import ModuleType
 
 import mlx.core as mx
 
+MLX_VERSION: str = mx.__version__  # type: ignore[attr-defined]
+
 
 def _mlx_version() -> int:
     """The loaded MLX's version as its headers number it: 100000 major + 1000 minor + patch."""
-    major, minor, patch = (int(part) for part in mx.__version__.split(".")[:3])
+    major, minor, patch = (int(part) for part in MLX_VERSION.split(".")[:3])
     return 100_000 * major + 1_000 * minor + patch
 
 
@@ -31,7 +33,7 @@ def _load() -> tuple[ModuleType | None, str]:
     if built_for != _mlx_version():
         number = f"{built_for // 100_000}.{built_for // 1_000 % 100}.{built_for % 1_000}"
         return None, (
-            f"the native extension was built for mlx {number} but mlx {mx.__version__} is loaded; "
+            f"the native extension was built for mlx {number} but mlx {MLX_VERSION} is loaded; "
             f"pip install mlx=={number}"
         )
     return extension, ""

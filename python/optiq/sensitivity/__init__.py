@@ -16,16 +16,19 @@ import mlx.nn as nn
 from ..calibration import Calibration
 from ..errors import UsageError
 from ..formats import DENSE, Format
+from ..machine import machine, versions
 from ..progress import Progress
 from ..roles import Module, Role, allowed, fixed_bytes, quantizable
+from ..rounding import MINMAX, Rounding
+from ..scores import KIND, SCHEMA, describe_module
+from ..scores import read as load
 from ..sources import LoadedModel, Source
 from .checkpoint import Checkpoint
 from .fisher import score_by_fisher
 from .job import Job
 from .kl import score_by_kl
-from .machine import machine, versions
 from .reference import Bf16, Reference, Uniform4, choose, weight_bytes
-from .store import KIND, SCHEMA, describe_module, load, save
+from .store import save
 
 __all__ = ["describe_model", "load", "measure", "save"]
 
@@ -41,7 +44,7 @@ def measure(
     calibration_source: str = "optiq.jsonl",
     method: str = "auto",
     reference: str = "auto",
-    rounding: str = "minmax",
+    rounding: Rounding = MINMAX,
     seed: int = 0,
     checkpoint: Path | None = None,
     resume: bool = False,
@@ -75,7 +78,7 @@ def measure(
         "menu": [str(fmt) for fmt in menu],
         "method": method,
         "reference": chosen,
-        "rounding": rounding,
+        "rounding": rounding.name,
         "seed": seed,
         "versions": versions(),
     }
@@ -100,7 +103,7 @@ def measure(
         "method": method,
         "metric": "nats per token",
         "reference": chosen,
-        "rounding": rounding,
+        "rounding": rounding.name,
         "calibration": {
             "source": calibration_source,
             "tokens": sum(lengths),
@@ -151,7 +154,7 @@ def _choose_method(method: str, modules: Sequence[Module]) -> str:
 
 
 def _reference(
-    name: str, source: Source, model: nn.Module, modules: Sequence[Module], rounding: str
+    name: str, source: Source, model: nn.Module, modules: Sequence[Module], rounding: Rounding
 ) -> Reference:
     if name == "bf16":
         return Bf16(model, modules)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -78,4 +79,5 @@ def write_json(path: Path, data: Any, *, indent: int | None) -> None:
             f"{path} cannot be written ({error}); free space or name another place"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

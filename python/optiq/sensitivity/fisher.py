@@ -11,10 +11,13 @@ makes,
 
     score(m, f) = 1/2 sum_rows (sum_in M * dW)^2 / tokens          in nats per token.
 
-It keeps what couples the errors within a row of W, and leaves out what couples different rows,
-whose single-draw estimate is all noise. Keeping less (the diagonal at the layer's outputs, token by
-token) misses that a row's error repeats at every token, and underrates values that attention
-averages. The output head needs no such model: its divergence is computed exactly from the cached
+It keeps what couples the errors within a row of W, which repeat at every token, and leaves out what
+couples different rows, whose estimate from one draw is mostly noise. The spread of
+log(score / exact KL) over 42 module-format pairs of SmolLM2-135M was 0.14 so; 0.16 with single
+weights for rows, 0.30 with every token and output apart, 0.37 with every token apart, and 0.68 with
+all of a sequence coupled.
+
+The output head needs no such model: its divergence is computed exactly from the cached
 final hidden states. That an MoE router picks another expert is not smooth, and so invisible here.
 
 The backward pass goes call by call through the blocks, from the recorded outputs of the blocks
@@ -24,29 +27,28 @@ of one block; then the gradients of one weight for as many sequences as GRADIENT
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_map
 
 from ..errors import SensitivityError
 from ..progress import Progress
 from ..roles import Module, Role
+from ..rounding import render
+from .gradients import Call, add_calls, looked_up, weight_gradient
 from .job import Job, is_head
-from .kl import LOGITS_BYTES, add, divergences, record
-from .replay import Pass, Replay, Tape
-from .swap import render
+from .kl import LOGITS_BYTES, add, divergences, head_groups, record
+from .replay import Pass, Replay, Tape, arrays
 from .taps import Taps
 
 # Bytes of float32 gradients of one weight, each of one sequence, that are held together.
 GRADIENT_BYTES = 1 << 30
 
-# One call of a module: its args and kwargs, and the gradient at its output.
-Call = tuple[Sequence[Any], dict[str, Any], mx.array]
 # By module path and format name: a sum over tokens for each sequence of the batch.
 Totals = dict[str, dict[str, list[float]]]
 
@@ -104,7 +106,7 @@ class _Batch:
                 for m in inside:
                     waiting[t][m.path] += calls.get(m.path, [])
                 for path, earlier in shared[t].items():
-                    shared[t][path] = _sum(earlier, calls.get(path, []))
+                    shared[t][path] = add_calls(earlier, calls.get(path, []))
             if n == replay.order.index(block):
                 for m in inside:
                     self._score_module(m, [calls.pop(m.path) for calls in waiting])
@@ -148,7 +150,7 @@ class _Batch:
         earlier = iter(found["outputs"])
         for kept in self.gradients[t][:n]:
             kept[:] = [g + next(earlier) for g in kept]
-        mx.eval(self.gradients[t][:n], found["deltas"], arguments)
+        mx.eval(self.gradients[t][:n], found["deltas"], arrays(arguments))
         return {
             path: [
                 (args, kwargs, g)
@@ -169,23 +171,36 @@ class _Batch:
                 "use --sensitivity kl"
             )
         dense = job.reference.dense(module.path)
-        totals = self.totals[module.path]
-        together = max(1, GRADIENT_BYTES // (4 * dense.weight.size))
-        for start in range(0, len(self.tapes), together):
-            group = range(start, min(start + together, len(self.tapes)))
-            gradients = [_weight_gradient(dense, calls[t]) for t in group]
-            for fmt in formats:
-                layer = render(dense, fmt, job.rounding, module.path)
-                change = _shipped(layer) - dense.weight.astype(mx.float32)
-                for t, gradient in zip(group, gradients, strict=True):
-                    rows = mx.sum(gradient * change, axis=-1)
-                    totals[str(fmt)][t] += 0.5 * mx.sum(mx.square(rows)).item()
-                    if is_head(module):
-                        hidden = self.tapes[t].hidden
-                        pair = (hidden, dense), [(hidden, layer)]
-                        totals[str(fmt)][t] += divergences(self.replay, self.tapes[t], *pair)[0]
+        if module.role is not Role.HEAD:
+            self._add_smooth_part(module, *looked_up(dense, calls))
+        if is_head(module):
+            self._add_head_part(module, dense)
         for _ in formats:
             self.progress.step(note=module.path)
+
+    def _add_smooth_part(
+        self, module: Module, layer: nn.Module, calls: Sequence[list[Call]]
+    ) -> None:
+        together = max(1, GRADIENT_BYTES // (4 * layer.weight.size))
+        for start in range(0, len(calls), together):
+            group = range(start, min(start + together, len(calls)))
+            gradients = [weight_gradient(layer, calls[t]) for t in group]
+            for fmt in self.job.rounded(module):
+                rounded = render(layer, fmt, self.job.rounding, module.path)
+                change = np.asarray(_shipped(rounded) - layer.weight.astype(mx.float32))
+                for t, gradient in zip(group, gradients, strict=True):
+                    rows = np.einsum("...i,...i->...", gradient, change)
+                    score = 0.5 * float(np.square(rows).sum(dtype=np.float64))
+                    self.totals[module.path][str(fmt)][t] += score
+
+    def _add_head_part(self, module: Module, dense: nn.Module) -> None:
+        for group in head_groups(self.job.rounded(module), dense):
+            heads = [render(dense, fmt, self.job.rounding, module.path) for fmt in group]
+            for t, tape in enumerate(self.tapes):
+                students = [(tape.hidden, head) for head in heads]
+                found = divergences(self.replay, tape, (tape.hidden, dense), students)
+                for fmt, total in zip(group, found, strict=True):
+                    self.totals[module.path][str(fmt)][t] += total
 
 
 def _head_gradient(replay: Replay, tape: Tape, key: mx.array) -> mx.array:
@@ -211,23 +226,6 @@ def _likelihood(replay: Replay, tape: Tape, key: mx.array) -> Callable[[mx.array
     return likelihood
 
 
-def _weight_gradient(layer: nn.Module, calls: Sequence[Call]) -> mx.array:
-    """Gradient at the weight of a linear layer, lookup or expert layer, float32, of its calls."""
-    linear = copy.copy(layer)
-    linear.pop("bias", None)
-    zeros = mx.zeros(layer.weight.shape)
-    total = zeros
-    for args, kwargs, gradient in calls:
-
-        def apply(weight: mx.array, args: Any = args, kwargs: Any = kwargs) -> mx.array:
-            linear.weight = weight
-            return linear(*args, **kwargs)
-
-        total = total + mx.vjp(apply, [zeros], [gradient])[1][0]
-    mx.eval(total)
-    return total
-
-
 def _shipped(layer: nn.Module) -> mx.array:
     """The weight that a quantized layer stands for, float32."""
     return mx.dequantize(
@@ -237,13 +235,6 @@ def _shipped(layer: nn.Module) -> mx.array:
         group_size=layer.group_size,
         bits=layer.bits,
     )
-
-
-def _sum(calls: list[Call], more: list[Call]) -> list[Call]:
-    """Calls of two passes over the same code, with their gradients added; one may be missing."""
-    if not calls or not more:
-        return calls or more
-    return [(args, kw, g + h) for (args, kw, g), (_, _, h) in zip(calls, more, strict=True)]
 
 
 def _is_float(leaf: Any) -> bool:

@@ -9,12 +9,13 @@ import mlx.nn as nn
 
 from ..formats import DENSE, Format
 from ..roles import Module, Role
+from ..rounding import Rounding
 from .checkpoint import Checkpoint
 from .reference import Reference
 
 # Tokens whose block outputs are kept at a time. A layer is rounded once per batch and format, so
 # a batch must be worth that; all of a batch's tokens are in memory at every block.
-BATCH_TOKENS = 1024
+BATCH_TOKENS = 2048
 
 
 @dataclass
@@ -27,7 +28,7 @@ class Job:
     sequences: Sequence[Sequence[int]]
     reference: Reference
     checkpoint: Checkpoint
-    rounding: str
+    rounding: Rounding
     seed: int
     progress: bool
 

@@ -21,12 +21,15 @@ from ..errors import SensitivityError
 from ..formats import DENSE, Format
 from ..progress import Progress
 from ..roles import Module, Role
+from ..rounding import render
 from .job import Job, is_head
 from .replay import Replay, Tape
-from .swap import render
 
 # Bytes of float32 logits of one model at a time; a longer sequence is compared in chunks of rows.
 LOGITS_BYTES = 64 << 20
+
+# Bytes of the dense weights whose rounded versions are held together, for the head's logits.
+HEAD_BYTES = 1 << 30
 
 # The input of the head [1, T, d] and the head that makes logits of it (None: the model's own).
 Output = tuple[mx.array, nn.Module | None]
@@ -106,6 +109,15 @@ def add(job: Job, module: Module, fmt: Format, totals: Sequence[float], tapes: l
         job.checkpoint.tally.add(module.path, str(fmt), total, tape.tokens.shape[1])
 
 
+def head_groups(formats: Sequence[Format], dense: nn.Module) -> list[Sequence[Format]]:
+    """The formats in groups whose rounded heads may be held together.
+
+    Heads must be kept until their logits are compared, and one run of the teacher's serves all.
+    """
+    size = max(1, HEAD_BYTES // dense.weight.nbytes)
+    return [formats[i : i + size] for i in range(0, len(formats), size)]
+
+
 def _probe(job: Job, replay: Replay, tapes: list[Tape], module: Module) -> None:
     """Score one module in all its formats on one batch."""
     formats = job.rounded(module)
@@ -125,8 +137,7 @@ def _probe(job: Job, replay: Replay, tapes: list[Tape], module: Module) -> None:
             return [(replay.final(tape, module), head) for tape in tapes]
 
     teachers = outputs(dense, DENSE)
-    # A rounded head must be kept for its logits, so heads are compared one at a time.
-    for group in [[fmt] for fmt in formats] if own_head else [formats]:
+    for group in head_groups(formats, dense) if own_head else [formats]:
         students = [outputs(render(dense, f, job.rounding, module.path), f) for f in group]
         totals = [
             divergences(replay, tape, teachers[i], [of[i] for of in students])

@@ -13,14 +13,15 @@ from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from ..errors import SensitivityError, UsageError
 from ..formats import DENSE, UNIFORM4, Format
+from ..machine import available_memory
 from ..roles import Module, allowed
+from ..rounding import Rounding, render
 from ..sources import Source
-from .machine import available_memory
-from .swap import render, slot_at
+from ..swap import slot_at
+from .replay import arrays
 
 _SHARE = 0.7  # of the available memory; the rest is for activations, logits and the system
 
@@ -83,7 +84,7 @@ class Uniform4:
     name = "uniform4"
 
     def __init__(
-        self, source: Source, model: nn.Module, modules: Sequence[Module], rounding: str
+        self, source: Source, model: nn.Module, modules: Sequence[Module], rounding: Rounding
     ) -> None:
         self._source = source
         self._formats = {m.path: allowed(m, _RUNNING)[0] for m in modules}
@@ -118,4 +119,4 @@ class Uniform4:
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters, without reading them."""
-    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    return sum(array.nbytes for array in arrays(model.parameters()))

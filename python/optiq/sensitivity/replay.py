@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from ..errors import SensitivityError
 from ..roles import Module, Role
-from .swap import Slot, slot_at
+from ..swap import Slot, Wrapper, slot_at
 
 
 @dataclass
@@ -41,24 +41,6 @@ class Pass:
     logits: mx.array
 
 
-class Wrapper(nn.Module):  # type: ignore[misc]
-    """Stands in for `inner`: same attributes, same answer to isinstance."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def __getattr__(self, key: str) -> Any:
-        value = self.get(key)
-        return value if value is not None else getattr(self.get("inner"), key)
-
-    # Model files ask isinstance(layer, ...) to choose a layer's mask.
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        inner = self.get("inner")
-        return type(self) if inner is None else type(inner)
-
-
 class _Block(Wrapper):
     def __init__(self, inner: nn.Module, index: int, replay: Replay) -> None:
         super().__init__(inner)
@@ -77,7 +59,8 @@ class _Head(Wrapper):
 
     def __call__(self, x: mx.array) -> mx.array:
         if self.tied:
-            return self.inner(x)
+            found: mx.array = self.inner(x)
+            return found
         return self.replay.project(self.inner, x)
 
     def as_linear(self, x: mx.array) -> mx.array:
@@ -102,6 +85,7 @@ class Replay:
         self._outputs: Sequence[Any] = ()
         self._rows: mx.array | None = None
         self._rows_head: nn.Module | None = None
+        self._hidden: mx.array | None = None
         self._begin()
 
     def __enter__(self) -> Replay:
@@ -179,26 +163,27 @@ class Replay:
         n = self._call
         self._call += 1
         if n not in self._live:
-            return _handles(self._outputs[n])
+            return handles(self._outputs[n])
         if n == len(self.order):
             self.order.append(index)
         self.executions += 1
         out = inner(*args, **kwargs)
-        self._ran[n] = _handles(out)
+        self._ran[n] = handles(out)
         return out
 
-    def project(self, inner: nn.Module, x: mx.array) -> mx.array:
+    def project(self, inner: Any, x: mx.array) -> mx.array:
         """The head's call: note its input; with `rows` set, answer for those instead."""
-        self._hidden = x
+        self._hidden = copy.copy(x)
         if self._rows is not None:
             inner, x = self._rows_head or inner, self._rows[None]
         tied = self._head is not None and self._head.tied
-        return inner.as_linear(x) if tied else inner(x)
+        logits: mx.array = inner.as_linear(x) if tied else inner(x)
+        return logits
 
     def _begin(self) -> None:
         self._call = 0
         self._ran: dict[int, Any] = {}
-        self._hidden: mx.array | None = None
+        self._hidden = None
 
     def _wrap(self, slot: Slot, wrapper: Wrapper) -> None:
         slot.set(wrapper)
@@ -207,11 +192,15 @@ class Replay:
 
 def arrays(tree: Any) -> list[mx.array]:
     """The arrays among the leaves of nested lists, tuples and dicts."""
-    return [leaf for _, leaf in tree_flatten(tree) if isinstance(leaf, mx.array)]
+    leaves = cast(list[tuple[str, Any]], tree_flatten(tree))
+    return [leaf for _, leaf in leaves if isinstance(leaf, mx.array)]
 
 
-def _handles(tree: Any) -> Any:
-    # `x += y` in a model file changes the array object in place: never hand out the kept one.
+def handles(tree: Any) -> Any:
+    """The tree with new array objects over the same values.
+
+    `x += y` in a model file changes the array object in place, so what is kept is never shared.
+    """
     return tree_map(lambda leaf: copy.copy(leaf) if isinstance(leaf, mx.array) else leaf, tree)
 
 

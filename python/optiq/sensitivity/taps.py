@@ -10,7 +10,8 @@ import mlx.nn as nn
 
 from ..errors import SensitivityError
 from ..roles import Module
-from .replay import Replay, Wrapper
+from ..swap import Wrapper
+from .replay import Replay, handles
 
 # By module path, one entry per call of a forward pass.
 Deltas = dict[str, list[mx.array]]
@@ -62,5 +63,5 @@ class Taps:
             )
         n = len(self.outputs.setdefault(path, []))
         self.outputs[path].append(out)
-        self.arguments.setdefault(path, []).append(arguments)
+        self.arguments.setdefault(path, []).append(handles(arguments))
         return out if self._deltas is None else out + self._deltas[path][n]

@@ -9,9 +9,6 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ..formats import Format
-from ..rounding import round_weight
-
 
 @dataclass(frozen=True)
 class Slot:
@@ -21,7 +18,8 @@ class Slot:
     key: str | int
 
     def get(self) -> nn.Module:
-        return self.parent[self.key]
+        module: nn.Module = self.parent[self.key]
+        return module
 
     def set(self, module: nn.Module) -> None:
         self.parent[self.key] = module
@@ -46,12 +44,21 @@ def slot_at(model: nn.Module, path: str) -> Slot:
     return Slot(parent, int(last) if isinstance(parent, list) else last)
 
 
-def render(module: nn.Module, fmt: Format, rounding: str, path: str) -> nn.Module:
-    """The layer that `module` becomes when its weight is rounded exactly as it would be shipped.
+class Wrapper(nn.Module):
+    """Stands in for `inner`: same attributes, same answer to isinstance."""
 
-    Raises SourceError naming `path` when the weight is not finite.
-    """
-    from .. import nn as optiq_nn
+    inner: Any
 
-    rounded = round_weight(module.weight, fmt, rounding=rounding, name=path)
-    return optiq_nn.quantized(module, *rounded, fmt)
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.inner = inner
+
+    def __getattr__(self, key: str) -> Any:
+        value = self.get(key)
+        return value if value is not None else getattr(self.get("inner"), key)
+
+    # Model files ask isinstance(layer, ...) to choose a layer's mask.
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        inner = self.get("inner")
+        return type(self) if inner is None else type(inner)

@@ -1,4 +1,4 @@
-"""The machine a score was measured on, and how much memory it has to spare."""
+"""The machine that figures were measured on, and how much memory it has to spare."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
-    from .. import __version__
+    from . import __version__
 
     found = {"optiq": __version__}
     for key, package in (("mlx", "mlx"), ("mlx_lm", "mlx-lm")):

@@ -1,0 +1,259 @@
+"""The main job: measure, plan, round, export, then measure what came out.
+
+    result = convert("Qwen/Qwen3-0.6B", "out", size="uniform4")
+
+Work in progress lies in `OUT.optiq-work` beside the output: scores as they are measured, so that
+an interrupted run goes on with `resume=True`, and a failure after measuring costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from . import calibration as cal
+from . import compare, importance, report
+from . import sensitivity as scoring
+from .errors import CalibrationError, ExportError, SensitivityError
+from .export import check_target, export
+from .formats import DEFAULT_MENU, Format, parse_menu
+from .machine import available_memory
+from .nn import accelerate
+from .plan import Plan, build, parse_size, uniform_plan
+from .preflight import check_budget, check_space, check_weights, check_writable
+from .progress import Progress
+from .roles import quantizable
+from .rounding import MINMAX, Rounding
+from .runtime import load as load_native
+from .runtime import render
+from .sensitivity.reference import Uniform4, choose, weight_bytes
+from .sources import LoadedModel, Source, load, resolve
+
+# Enough for stable scores of a small model; the scores' error bars say whether it was.
+CALIBRATION_TOKENS = 8192
+HELD_OUT_TOKENS = 4096
+CHECKPOINT = "sensitivity.checkpoint.json"
+SCORES = "sensitivity.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `convert` made. `kl` is measured on held-out text in nats per token, if it was."""
+
+    plan: Plan
+    scores: dict[str, Any]
+    path: Path | None
+
+    @property
+    def kl(self) -> float | None:
+        return self.plan.measured["kl"]["mean"] if self.plan.measured else None
+
+    @property
+    def nbytes(self) -> int:
+        return self.plan.nbytes
+
+
+def convert(
+    model: str,
+    out: str | Path,
+    *,
+    size: str = "uniform4",
+    formats: str | Sequence[Format] | None = None,
+    sensitivity: str = "auto",
+    reference: str = "auto",
+    calibration: str | Path | None = None,
+    tokens: int = CALIBRATION_TOKENS,
+    held_out_tokens: int = HELD_OUT_TOKENS,
+    rounding: str | None = None,
+    scores: str | Path | None = None,
+    revision: str | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    dry_run: bool = False,
+    progress: bool = True,
+) -> Result:
+    """Write `model` to the folder `out` as a stock mlx-lm model of at most `size`.
+
+    Args:
+        model: A Hugging Face or mlx-lm folder, a hub id, or a .gguf file.
+        out: A folder that does not exist or is empty.
+        size: "uniform4" (the bytes of stock uniform 4-bit), "4.8bpw", "6.1GB" or bytes.
+        formats: The menu, such as "3,4,5,6,8,bf16".
+        sensitivity: "kl" (exact, slow), "fisher" (one backward pass) or "auto".
+        reference: "bf16", "uniform4" (for models that do not fit memory) or "auto".
+        calibration: JSON Lines of samples in place of the bundled mix.
+        rounding: "search" (weighted by what drives each layer; the default) or "minmax" (stock).
+        tokens, held_out_tokens: How much text to score with, and to measure the result on.
+        scores: A sensitivity.json to use instead of measuring.
+        resume: Go on with an interrupted measurement of the same job.
+        dry_run: Stop at the plan; nothing is written but the work folder's scores.
+
+    Raises an OptiqError that says what to change; `out` then does not exist.
+    """
+    out = Path(out).expanduser().resolve()
+    check_target(out)
+    check_writable(out)
+    menu = _menu(formats)
+    parse_size(size, params=1, uniform4=1)  # a misspelled size is refused before any work
+    source = resolve(model, revision=revision)
+    loaded = load(source)
+    held_out = gather(loaded.tokenizer, calibration, "heldout", held_out_tokens, seed)
+    text = gather(loaded.tokenizer, calibration, "calibration", tokens, seed)
+    work = work_folder(out)
+    if scores is not None:
+        found = _given(Path(scores), source, loaded)
+        how = choose_rounding(rounding or found["rounding"], source, text, reference, progress)
+    else:
+        needed = check_budget(source, loaded, size, menu)
+        if not dry_run:
+            check_space(out, needed)
+        check_weights(source)
+        how = choose_rounding(rounding or "search", source, text, reference, progress)
+        found = scoring.measure(
+            source,
+            loaded=loaded,
+            menu=menu,
+            calibration=text,
+            calibration_source=text_name(calibration),
+            method=sensitivity,
+            reference=reference,
+            rounding=how,
+            seed=seed,
+            checkpoint=work / CHECKPOINT,
+            resume=resume,
+            progress=progress,
+        )
+        scoring.save(found, work / SCORES)
+    del loaded  # its weights are in memory by now
+    limit = menu if formats is not None else None
+    plan = build(found, size, limit, seed=seed, command=_command())
+    if dry_run:
+        return Result(plan, found, None)
+    try:
+        export(source, plan, out, scores=found, rounding=how)
+    except ExportError as error:
+        kept = f"; the scores are kept, --resume uses them ({work})" if work.exists() else ""
+        raise ExportError(f"{error}{kept}") from error
+    try:
+        plan = _measured(source, plan, out, held_out, progress)
+        _finish(plan, found, out)
+    except BaseException:  # also Ctrl-C: what is there is whole, or not there
+        shutil.rmtree(out)
+        raise
+    shutil.rmtree(work, ignore_errors=True)
+    return Result(plan, found, out)
+
+
+def work_folder(out: str | Path) -> Path:
+    """Where scores lie until `out` is complete."""
+    out = Path(out).expanduser().resolve()
+    return out.with_name(out.name + ".optiq-work")
+
+
+def text_name(path: str | Path | None) -> str:
+    """What a plan calls the rows at `path`."""
+    return str(path or cal.BUNDLED.name)
+
+
+def gather(
+    tokenizer: Any, path: str | Path | None, which: str, tokens: int, seed: int
+) -> cal.Calibration:
+    """Sequences from the "calibration" or the "heldout" rows at `path`; no row is in both."""
+    rows = cal.split(cal.load_rows(path), which)
+    if not rows:
+        raise CalibrationError(
+            f"{text_name(path)} has a single row of each domain, and one of two is held out to "
+            "judge the result; add rows"
+        )
+    found = cal.batches(rows, tokenizer, tokens=tokens, seed=seed)
+    if found.note:
+        Progress(0, "").say(f"{which} text of {text_name(path)}: {found.note}")
+    return found
+
+
+def choose_rounding(
+    name: str, source: Source, text: cal.Calibration, reference: str, progress: bool = True
+) -> Rounding:
+    """The rounding called `name`; for "search", the importance of all columns is measured.
+
+    It is measured on the model that scores are measured in: the source's, or that in 4 bits.
+    """
+    if name == MINMAX.name:
+        return MINMAX
+    Rounding(name)  # an unknown name is refused before the measuring
+    model = load(source).model
+    modules = quantizable(model)
+    chosen, _ = choose(reference, weight_bytes(model))
+    if chosen == "uniform4":
+        Uniform4(source, model, modules, MINMAX)
+    accelerate(model)
+    sequences = [sample.tokens for sample in text.sequences]
+    return Rounding(name, importance.measure(model, modules, sequences, progress=progress))
+
+
+def _menu(formats: str | Sequence[Format] | None) -> tuple[Format, ...]:
+    if formats is None:
+        return DEFAULT_MENU
+    return parse_menu(formats) if isinstance(formats, str) else tuple(formats)
+
+
+def _command() -> str:
+    program, *arguments = sys.argv or [""]
+    return shlex.join(["optiq", *arguments]) if Path(program).name == "optiq" else ""
+
+
+def _given(path: Path, source: Source, loaded: LoadedModel) -> dict[str, Any]:
+    """The scores of a file, if they are those of this model."""
+    modules = quantizable(loaded.model)
+    described = scoring.describe_model(source, loaded, modules)
+    found = scoring.load(path, model=described, modules=modules)
+    if found["model"]["fingerprint"] != source.fingerprint:
+        raise SensitivityError(
+            f"{path} holds the scores of {found['model']['name']}, not of {source.name} as it is "
+            "now; measure again"
+        )
+    return found
+
+
+def _measured(
+    source: Source, plan: Plan, out: Path, held_out: cal.Calibration, progress: bool
+) -> Plan:
+    """The plan with the KL of the exported folder, and of stock uniform 4-bit, in it."""
+    baseline = uniform_plan([m.module for m in plan.modules], plan.model)
+    dense = sum(prod(m.module.shape) for m in plan.modules) * plan.model["itemsize"]
+    needed = dense + plan.nbytes + baseline.nbytes
+    if needed > available_memory():
+        return plan  # the report says "not measured"
+    reference = load(source).model
+    accelerate(reference)
+    candidates = {
+        "exported": load_native(str(out))[0],
+        "uniform4": render(load(source), baseline),
+    }
+    metrics = compare.measure(reference, candidates, held_out.sequences, progress=progress)
+    sizes = {"exported": plan, "uniform4": baseline}
+    measured = {
+        name: metrics[name] | {"nbytes": sizes[name].nbytes, "bpw": sizes[name].bpw}
+        for name in candidates
+    }
+    return replace(
+        plan,
+        measured=measured["exported"],
+        uniform4={"nbytes": baseline.nbytes, "measured": measured["uniform4"]},
+    )
+
+
+def _finish(plan: Plan, scores: dict[str, Any], out: Path) -> None:
+    """Put the measured plan and the report into the exported folder, each in one step."""
+    path = out / "optiq" / "plan.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(plan.to_json(), indent=1) + "\n")
+    partial.replace(path)
+    report.write(plan.to_json(), scores, out / "optiq" / "report.html")

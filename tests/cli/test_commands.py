@@ -1,0 +1,222 @@
+"""Every command on tiny models: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from mlx_lm.utils import load_model
+
+from optiq import demo as demo_module
+from optiq.cli import main
+from optiq.conversion import convert
+from optiq.formats import Format
+from optiq.plan import Plan
+from optiq.scores import check
+from tests.scored import PEER
+from tests.tiny import tiny_folder
+
+Optiq = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `model` and its conversion `out`."""
+    home = tmp_path_factory.mktemp("cli")
+    tiny_folder(home, name="model")
+    convert(str(home / "model"), home / "out", tokens=320, held_out_tokens=320)
+    return home
+
+
+@pytest.fixture
+def optiq(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Optiq:
+    """Run a command in `folder` that succeeds; returns what it printed."""
+    monkeypatch.chdir(folder)
+
+    def run(*argv: str) -> str:
+        capsys.readouterr()
+        assert main(argv) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_convert(optiq: Optiq, tmp_path: Path) -> None:
+    out = str(tmp_path / "q")
+    text = optiq("convert", "model", "-o", out, "--tokens", "320", "--size", "5bpw")
+    for word in ("(5bpw)", "% used", "predicted", "KL mean", "uniform 4-bit", "report.html"):
+        assert word in text
+    assert str(tmp_path / "q" / "optiq" / "report.html") in text
+    given = ["--scores", f"{out}/optiq/sensitivity.json", "--json"]
+    data = json.loads(optiq("convert", "model", "-o", str(tmp_path / "again"), *given))
+    plan = Plan.from_json(data)
+    assert plan.asked == "uniform4"
+    assert plan.measured is not None
+    stored = json.loads((tmp_path / "again" / "optiq" / "plan.json").read_text())
+    assert Plan.from_json(stored) == plan
+
+
+def test_a_dry_run_says_where_its_scores_are(optiq: Optiq, tmp_path: Path) -> None:
+    out = str(tmp_path / "q")
+    quick = ["--tokens", "320", "--formats", "4,8"]
+    text = optiq("convert", "model", "-o", out, *quick, "--dry-run")
+    assert f"{out}.optiq-work" in text
+    assert "--resume" in text
+    assert not (tmp_path / "q").exists()
+    json.loads(optiq("convert", "model", "-o", out, *quick, "--resume", "--dry-run", "--json"))
+
+
+def test_sensitivity_and_plan(optiq: Optiq, folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "new" / "scores.json"
+    measure = ["sensitivity", "model", "-o", str(file), "--tokens", "320"]
+    text = optiq(*measure)
+    assert "most sensitive at 4g64" in text
+    assert "15 modules, method fisher, reference bf16, 320 tokens of optiq.jsonl" in text
+    assert [p.name for p in file.parent.iterdir()] == ["scores.json"]
+    scores = json.loads(file.read_text())
+    check(scores, "it")
+    converted = json.loads((folder / "out" / "optiq" / "sensitivity.json").read_text())
+    assert scores["modules"] == converted["modules"]  # the same text and seed
+
+    data = json.loads(optiq("plan", str(file), "--json"))
+    written = json.loads((folder / "out" / "optiq" / "plan.json").read_text())
+    assert data["modules"] == written["modules"]
+    assert data["nbytes"] <= data["budget"]["bytes"]
+    text = optiq("plan", str(file), "--size", "6bpw", "--formats", "4,8")
+    assert "(6bpw)" in text
+    formats = [line.split()[0] for line in text.split("\n\n")[0].splitlines()[1:]]
+    assert {Format.parse(f).bits for f in formats} == {4, 8}
+
+    data = json.loads(optiq(*measure, "--formats", "4", "--sensitivity", "kl", "--json"))
+    assert data["method"] == "kl"
+    assert data == json.loads(file.read_text())
+
+
+def test_plan_of_the_peers_file(optiq: Optiq, tmp_path: Path) -> None:
+    file = tmp_path / "sensitivity.json"
+    file.write_text(json.dumps(PEER))
+    data = json.loads(optiq("plan", str(file), "--size", "8bpw", "--json"))
+    assert data["model"]["name"] == "org/model"
+    assert len(data["modules"]) == 3
+    assert "4g64" in optiq("plan", str(file), "--size", "7.5bpw")
+
+
+def test_compare(optiq: Optiq, folder: Path) -> None:
+    text = optiq("compare", "model", "out", "--tokens", "320")
+    for word in ("reference: model", "held-out rows", "bits per weight", "KL 99.9 %", "out"):
+        assert word in text
+    data = json.loads(optiq("compare", "out", "model", "--reference", "model", "--json"))
+    written = json.loads((folder / "out" / "optiq" / "plan.json").read_text())
+    assert list(data["models"]) == ["out", "model"]
+    assert data["models"]["out"]["nbytes"] == written["nbytes"]
+    assert data["models"]["out"]["bpw"] == pytest.approx(written["bpw"])
+    assert data["models"]["model"]["kl"]["mean"] == pytest.approx(0, abs=1e-7)
+    assert data["models"]["model"]["bpw"] == 32
+    sizes = [a.nbytes for a in load_model(folder / "model")[0].model.embed_tokens.values()]
+    assert data["models"]["model"]["nbytes"] > sum(sizes)
+
+
+def test_compare_gives_the_numbers_of_the_conversion(optiq: Optiq, folder: Path) -> None:
+    """The same held-out text, tokens and seed."""
+    data = json.loads(optiq("compare", "model", "out", "--tokens", "320", "--json"))
+    written = json.loads((folder / "out" / "optiq" / "plan.json").read_text())
+    assert data["models"]["out"] == written["measured"]
+
+
+def test_compare_on_rows_of_ones_own(optiq: Optiq, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    text = "The river turned silver when the evening light reached it. " * 6
+    rows.write_text(json.dumps({"domain": "prose", "text": text}))
+    data = json.loads(optiq("compare", "model", "out", "--text", str(rows), "--json"))
+    assert data["text"] == str(rows)
+    assert data["models"]["out"]["sequences"] == 1
+    assert data["models"]["out"]["kl"]["se"] is None
+    assert "KL mean" in optiq("compare", "model", "out", "--text", str(rows))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["model"], "one model alone cannot be compared"),
+        (["out", "out", "--reference", "model"], "named twice"),
+    ],
+)
+def test_compare_refuses(
+    optiq: Optiq, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    assert main(["compare", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_generate(optiq: Optiq, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = optiq("generate", "out", "-p", "Hello", "-m", "5")
+    data = json.loads(optiq("generate", "out", "-p", "Hello", "-m", "5", "--json"))
+    assert data["text"] == text
+    assert 1 <= data["generated_tokens"] <= 5
+    assert data["finish_reason"] in ("length", "stop")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello"))
+    assert optiq("generate", "out", "-p", "-", "-m", "5") == text
+    assert optiq("generate", "out", "-p", "Hello", "-m", "5", "--raw") != ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["-p", " "], "the prompt is empty"),
+        (["-p", "x", "--temp=-1"], "--temp -1.0 is not a temperature"),
+        (["-p", "x", "--temp", "nan"], "--temp nan is not a temperature"),
+        (["-p", "x", "--raw", "--system", "s"], "--system needs a chat template"),
+    ],
+)
+def test_generate_refuses(
+    optiq: Optiq, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    assert main(["generate", "model", *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+
+
+def test_doctor(optiq: Optiq) -> None:
+    text = optiq("doctor")
+    names = [finding["name"] for finding in json.loads(optiq("doctor", "--json"))]
+    assert {"optiq", "python", "mlx", "mlx-lm", "native kernels", "memory"} <= set(names)
+    assert all(name in text for name in names)
+
+
+def test_doctor_prints_advice_under_its_finding(
+    optiq: Optiq, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finding = SimpleNamespace(name="compiler", value="none", advice="apt-get install g++")
+    monkeypatch.setattr("optiq.doctor.examine", lambda: [finding])
+    assert optiq("doctor") == "compiler  none\n          -> apt-get install g++\n"
+
+
+def test_demo(optiq: Optiq, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(demo_module, "fetch", lambda folder, say: "model")
+    monkeypatch.setenv("OPTIQ_PROGRESS", "0")  # which the demo would switch on
+    monkeypatch.setattr(demo_module, "TOKENS", 320)
+    monkeypatch.setattr(demo_module, "HELD_OUT_TOKENS", 320)
+    text = optiq("demo", "--dir", str(tmp_path))
+    for word in ("320 tokens only", "What is the capital of France?", "report.html", "took"):
+        assert word in text
+    data: dict[str, Any] = json.loads(optiq("demo", "--dir", str(tmp_path), "--json"))
+    assert set(data["answers"]) == {"optiq", "uniform4"}
+    assert Plan.from_json(data["plan"]).measured is not None
+
+
+@pytest.mark.parametrize("out", [".", "model"])
+def test_sensitivity_needs_a_file_to_write(
+    optiq: Optiq, capsys: pytest.CaptureFixture[str], out: str
+) -> None:
+    assert main(["sensitivity", "model", "-o", out]) == 2
+    assert "is a folder; name a file in it" in capsys.readouterr().err
+    assert main(["sensitivity", "model", "-o", "model/config.json/x"]) == 1
+    assert "cannot be written: Not a directory" in capsys.readouterr().err
