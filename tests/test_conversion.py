@@ -283,3 +283,23 @@ def test_the_function_stays_callable_after_its_module_is_imported(tmp_path: Path
     assert callable(optiq.accelerate)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = optiq.nothing
+
+
+def test_a_size_in_bytes_bounds_the_file(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, "llama", name="model")
+    for size in (70_000, 90_000):
+        out = tmp_path / f"out{size}"
+        convert(str(folder), out, size=str(size), **QUICK)
+        nbytes = (out / "model.safetensors").stat().st_size
+        assert 0.97 * size <= nbytes <= size
+
+
+def test_uniform4_is_what_stock_mlx_lm_writes(tmp_path: Path) -> None:
+    """Also where a model file insists on 8-bit routers."""
+    from mlx_lm import convert as stock_convert
+
+    folder = tiny_folder(tmp_path, "qwen3_moe", name="model")
+    stock_convert(str(folder), str(tmp_path / "stock"), quantize=True, q_bits=4, q_group_size=64)
+    stock = mx.load(str(tmp_path / "stock" / "model.safetensors"))
+    result = convert(str(folder), tmp_path / "out", **QUICK)
+    assert result.plan.uniform4["nbytes"] == sum(t.nbytes for t in stock.values())

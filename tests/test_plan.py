@@ -136,6 +136,15 @@ def test_sizes(text: str, nbytes: int) -> None:
     assert parse_size(text, params=1000, uniform4=777) == nbytes
 
 
+def test_a_size_in_bytes_is_one_of_files() -> None:
+    """The header of the weight files comes off sizes in bytes, not off bits per weight."""
+    assert parse_size("5000", params=1000, uniform4=777, header=600) == 4400
+    assert parse_size("5kB", params=1000, uniform4=777, header=600) == 4400
+    assert parse_size("500B", params=1000, uniform4=777, header=600) == 0
+    assert parse_size("8bpw", params=1000, uniform4=777, header=600) == 1000
+    assert parse_size("uniform4", params=1000, uniform4=777, header=600) == 777
+
+
 @pytest.mark.parametrize("text", ["", "4.8", "4.8bit", "-5GB", "1e9", "uniform8", "GB", "4..8bpw"])
 def test_sizes_that_are_not_understood(text: str) -> None:
     with pytest.raises(UsageError, match=r"write uniform4, 4\.8bpw, 6\.1GB or bytes"):

@@ -109,7 +109,8 @@ def convert(
     work = work_folder(out)
     if scores is not None:
         found = _given(Path(scores), source, loaded)
-        how = choose_rounding(rounding or found["rounding"], source, text, reference, progress)
+        name = MINMAX.name if dry_run else rounding or found["rounding"]
+        how = choose_rounding(name, source, text, reference, progress)
     else:
         needed = check_budget(source, loaded, size, menu)
         if not dry_run:

@@ -156,7 +156,12 @@ def build(
     model, modules = read.model, [scored.module for scored in read.modules]
     itemsize, fixed = int(model["itemsize"]), int(model["fixed_bytes"])
     uniform4 = uniform_plan(modules, model).nbytes
-    budget = parse_size(size, params=_params(model, modules), uniform4=uniform4)
+    budget = parse_size(
+        size,
+        params=_params(model, modules),
+        uniform4=uniform4,
+        header=int(model.get("header_bytes") or 0),
+    )
     items = [Item("the tensors that are never quantized", (Choice(DENSE, fixed, 0.0),))]
     for scored in read.modules:
         shape = scored.module.shape
@@ -188,20 +193,25 @@ def build(
 
 
 def uniform_plan(modules: Sequence[Module], model: Json, fmt: Format = UNIFORM4) -> Plan:
-    """What stock `mlx_lm.convert` does: `fmt` for every module it fits, the rest left dense."""
+    """What stock `mlx_lm.convert` does: `fmt` for every module it fits, the rest left dense.
+
+    A model file may insist on another format for some modules (`Module.stock`).
+    """
     itemsize = int(model["itemsize"])
     planned = []
     for module in modules:
-        used = fmt if fmt.fits(module.shape) else DENSE
+        wanted = module.stock or fmt
+        used = wanted if wanted.fits(module.shape) else DENSE
         planned.append(Planned(module, used, used.nbytes(module.shape, itemsize), None))
     plan = Plan(model=model, asked=f"uniform {fmt}", budget=0, modules=tuple(planned))
     return replace(plan, budget=plan.nbytes)
 
 
-def parse_size(text: str, *, params: int, uniform4: int) -> int:
-    """Bytes for "uniform4", "4.8bpw" (of `params`), "6.1GB", "512MiB" or a plain number of bytes.
+def parse_size(text: str, *, params: int, uniform4: int, header: int = 0) -> int:
+    """Bytes of tensors for "uniform4", "4.8bpw" (of `params`), "6.1GB", "512MiB" or plain bytes.
 
-    GB and MB are decimal. A fraction of a byte is dropped, so that the budget is never exceeded.
+    A size in bytes is one of weight files, so their `header` bytes are taken off. GB and MB are
+    decimal. A fraction of a byte is dropped, so that the budget is never exceeded.
     """
     size = text.strip().lower().replace("_", "")
     if size == "uniform4":
@@ -212,9 +222,9 @@ def parse_size(text: str, *, params: int, uniform4: int) -> int:
         if unit == "bpw":
             return int(number * params / 8)
         if unit in _UNITS:
-            return int(number * _UNITS[unit])
+            return max(0, int(number * _UNITS[unit]) - header)
         if not unit and number.denominator == 1:
-            return int(number)
+            return max(0, int(number) - header)
     raise UsageError(f"size {text!r} is not understood; write uniform4, 4.8bpw, 6.1GB or bytes")
 
 

@@ -33,7 +33,8 @@ def check_budget(source: Source, loaded: LoadedModel, size: str, menu: Sequence[
     model = describe_model(source, loaded, modules)
     uniform4 = uniform_plan(modules, model)
     params = round(8 * uniform4.nbytes / uniform4.bpw)
-    budget = parse_size(size, params=params, uniform4=uniform4.nbytes)
+    header: int = model["header_bytes"]
+    budget = parse_size(size, params=params, uniform4=uniform4.nbytes, header=header)
     sizes = [[f.nbytes(m.shape, model["itemsize"]) for f in allowed(m, menu)] for m in modules]
     fixed: int = model["fixed_bytes"]
     least = fixed + sum(map(min, sizes))

@@ -2,8 +2,8 @@
 
 Everything else asks here for a module's role, fused unit, block, floor and allowed formats. The
 names are those of the model files in mlx-lm 0.32. A model file that says which of its modules must
-not be quantized (`quant_predicate` giving False) is obeyed; its bit widths are not, since they are
-positions copied from other models and here the scores decide.
+not be quantized (`quant_predicate` giving False) is obeyed; the bit widths it fixes are noted, for
+the comparison with stock, but here the scores decide.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Module:
     `shape` is that of the unquantized weight: (out, in), (vocabulary, width) for an embedding,
     (experts, out, in) for expert layers, (heads, ...) for absorbed latent attention. Modules that
     multiply the same input share a `unit`. `block` is the index in `model.layers`, None outside.
-    `tied` marks the embedding that is also the output head.
+    `tied` marks the embedding that is also the output head. `stock` is the format that mlx-lm's
+    own converter gives this module whatever width is asked for, where its model file insists.
     """
 
     path: str
@@ -50,6 +51,7 @@ class Module:
     shape: tuple[int, ...]
     block: int | None
     tied: bool = False
+    stock: Format | None = None
 
 
 # Router logits decide which weights run at all, so an error there is not a small one; embeddings
@@ -134,6 +136,7 @@ def unit_of(path: str) -> str:
 def quantizable(model: nn.Module) -> list[Module]:
     """Every module of an unquantized mlx-lm model that can be stored quantized, in flow order."""
     found = _candidates(model)
+    insisted = _stock_formats(model, found)
     blocks = _blocks(model)
     embeddings = [path for path, m in found.items() if hasattr(m, "as_linear")]
     vocabulary = found[embeddings[0]].weight.shape[0] if embeddings else None
@@ -150,7 +153,8 @@ def quantizable(model: nn.Module) -> list[Module]:
         elif hasattr(m, "num_experts") and role is not Role.ATTENTION:
             role = Role.EXPERT
         unit = unit_of(path)
-        modules.append(Module(path, role, unit if units[unit] > 1 else path, shape, block))
+        unit = unit if units[unit] > 1 else path
+        modules.append(Module(path, role, unit, shape, block, stock=insisted.get(path)))
     if embeddings and all(m.role is not Role.HEAD for m in modules):
         modules = [replace(m, tied=m.path == embeddings[0]) for m in modules]
     return _flow_order(modules)
@@ -179,6 +183,17 @@ def _candidates(model: nn.Module) -> dict[str, Any]:
         if hasattr(m, "to_quantized")
         and "mode" in inspect.signature(m.to_quantized).parameters
         and predicate(path, m)
+    }
+
+
+def _stock_formats(model: nn.Module, found: dict[str, Any]) -> dict[str, Format]:
+    """What the model file's `quant_predicate` fixes for some modules, such as 8-bit routers."""
+    predicate = getattr(model, "quant_predicate", None) or (lambda path, module: True)
+    fixed = {path: predicate(path, m) for path, m in found.items()}
+    return {
+        path: Format("affine", params["bits"], params["group_size"])
+        for path, params in fixed.items()
+        if isinstance(params, dict) and params.get("mode", "affine") == "affine"
     }
 
 

@@ -116,6 +116,7 @@ def module_of(row: Json) -> Module:
         unit=row["unit"],
         shape=tuple(row["shape"]),
         block=row["block"],
+        stock=Format.parse(row["stock"]) if row.get("stock") else None,
     )
 
 
@@ -127,6 +128,7 @@ def describe_module(module: Module) -> Json:
         "unit": module.unit,
         "block": module.block,
         "shape": list(module.shape),
+        "stock": str(module.stock) if module.stock else None,
     }
 
 

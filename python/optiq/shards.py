@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -101,6 +101,21 @@ def tensor_bytes(array: mx.array) -> memoryview:
     if array.size == 0:
         return memoryview(b"")
     return np.asarray(array.reshape(-1).view(mx.uint8)).data
+
+
+def header_bound(tensors: Mapping[str, Iterable[int]], rounded: Container[str]) -> int:
+    """At least the bytes of all shards' headers, if the weights in `rounded` are stored quantized.
+
+    `tensors` are the shapes of a model's parameters by name.
+    """
+    entries: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, shape in tensors.items():
+        entries[name] = ("F32", tuple(shape))
+        if name in rounded:
+            base = name.removesuffix("weight")
+            entries |= {f"{base}{part}": entries[name] for part in ("scales", "biases")}
+    nbytes = sum(4 * prod(shape) for _, shape in entries.values())
+    return len(encode_header(entries, {"format": "mlx"})) + 64 * (1 + nbytes // SHARD_BYTES)
 
 
 def _split(layout: Mapping[str, Spec], shard_bytes: int) -> list[list[str]]:

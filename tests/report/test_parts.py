@@ -157,15 +157,15 @@ def test_frontier_is_the_best_at_each_size() -> None:
     assert len(sizes) > 20
     assert list(losses) == sorted(losses, reverse=True)
     for point in curve.points:
-        if point.kind == "uniform" and not point.measured and point.label != "uniform 3-bit":
+        if point.kind == "uniform" and not point.measured and point.label != "3-bit everywhere":
             better = [kl for nbytes, kl in curve.frontier if nbytes <= point.nbytes]
             assert min(better) <= point.kl
     labels = [(p.label, p.measured, p.se is not None) for p in curve.points]
     assert labels == [
-        *((f"uniform {bits}-bit", False, False) for bits in (3, 4, 5, 6, 8)),
+        *((f"{bits}-bit everywhere", False, False) for bits in (3, 4, 5, 6, 8)),
         ("plan", False, False),
         ("plan", True, True),
-        ("uniform 4-bit", True, True),
+        ("stock uniform 4-bit", True, True),
     ]
 
 

@@ -37,7 +37,10 @@ class Side:
 def sides(plan: dict[str, Any], scores: dict[str, Any], grid: Grid) -> tuple[Side, Side]:
     """(this plan, stock uniform 4-bit)."""
     stock = plan.get("uniform4") or {}
-    predicted = uniform(grid, 4, scores["model"]["itemsize"])
+    # The scores predict stock uniform 4-bit only where they are those of stock rounding.
+    predicted = None
+    if scores.get("rounding") == "minmax":
+        predicted = uniform(grid, 4, scores["model"]["itemsize"])
     nbytes = stock.get("nbytes")
     if nbytes is None and predicted:
         nbytes = predicted[0] + scores["model"]["fixed_bytes"]

@@ -50,12 +50,12 @@ def trace(plan: dict[str, Any], scores: dict[str, Any], grid: Grid) -> Curve:
             unpredicted.append(bits)
             continue
         nbytes, kl = predicted
-        points.append(Point(f"uniform {bits}-bit", "uniform", nbytes + fixed, kl))
+        points.append(Point(f"{bits}-bit everywhere", "uniform", nbytes + fixed, kl))
     predicted_kl = finite(plan["objective"]["predicted_kl"])
     if predicted_kl is not None:
         points.append(Point("plan", "plan", plan["nbytes"], predicted_kl))
     stock = plan.get("uniform4") or {}
-    for label, kind, owner in (("plan", "plan", plan), ("uniform 4-bit", "uniform", stock)):
+    for label, kind, owner in (("plan", "plan", plan), ("stock uniform 4-bit", "uniform", stock)):
         stat = (owner.get("measured") or {}).get("kl") or {}
         mean = finite(stat.get("mean"))
         if mean is not None:

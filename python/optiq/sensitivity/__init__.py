@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ..calibration import Calibration
 from ..errors import UsageError
@@ -22,6 +24,7 @@ from ..roles import Module, Role, allowed, fixed_bytes, quantizable
 from ..rounding import MINMAX, Rounding
 from ..scores import KIND, SCHEMA, describe_module
 from ..scores import read as load
+from ..shards import header_bound
 from ..sources import LoadedModel, Source
 from .checkpoint import Checkpoint
 from .fisher import score_by_fisher
@@ -134,6 +137,8 @@ def describe_model(
     source: Source, loaded: LoadedModel, modules: Sequence[Module]
 ) -> dict[str, Any]:
     """The "model" entry of sensitivity.json; `loaded` as it came from the source."""
+    parameters: dict[str, mx.array] = dict(tree_flatten(loaded.model.parameters()))
+    shapes = {name: array.shape for name, array in parameters.items()}
     return {
         "name": source.name,
         "fingerprint": source.fingerprint,
@@ -141,6 +146,7 @@ def describe_model(
         "dtype": str(loaded.dtype).removeprefix("mlx.core."),
         "itemsize": loaded.dtype.size,
         "fixed_bytes": fixed_bytes(loaded.model, modules),
+        "header_bytes": header_bound(shapes, {f"{m.path}.weight" for m in modules}),
     }
 
 
