@@ -3,8 +3,6 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
-#include <mlx/version.h>
-
 #include "cpu/pool.h"
 #include "ops/kl_divergence.h"
 #include "ops/linear.h"
@@ -16,7 +14,6 @@ using namespace nb::literals;
 
 NB_MODULE(_ext, m) {
   m.doc() = "Native kernels of optiq as MLX primitives; use them through optiq.ops.";
-  m.attr("mlx_version") = MLX_VERSION_NUMERIC;
   m.def("isa", [] { return optiq::cpu::kernels().isa; });
   m.def("num_threads", &optiq::cpu::num_threads);
   m.def("linear", &optiq::linear, "x"_a, "w"_a, "transpose"_a = true, nb::kw_only(),

@@ -74,14 +74,11 @@ void to_f32(const void* in, Float type, float* out, size_t n) {
 void from_f32(const float* in, Float type, void* out, size_t n) {
   if (type == Float::f32) {
     std::memcpy(out, in, n * sizeof(float));
-  } else if (type == Float::bf16) {
-    for (size_t i = 0; i < n; i++) {
-      static_cast<uint16_t*>(out)[i] = f32_to_bf16(in[i]);
-    }
-  } else {
-    for (size_t i = 0; i < n; i++) {
-      static_cast<_Float16*>(out)[i] = _Float16(in[i]);
-    }
+    return;
+  }
+  auto* halves = static_cast<uint16_t*>(out);
+  for (size_t i = 0; i < n; i++) {
+    halves[i] = type == Float::bf16 ? f32_to_bf16(in[i]) : f32_to_f16(in[i]);
   }
 }
 

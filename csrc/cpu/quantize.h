@@ -64,8 +64,10 @@ struct SearchRows {
         return x;
       case Float::bf16:
         return bf16_to_f32(f32_to_bf16(x));
-      default:
-        return float(_Float16(x));
+      default: {
+        uint16_t half = f32_to_f16(x);
+        return load_tail(&half, Float::f16, 0, 1)[0];
+      }
     }
   }
 

@@ -70,6 +70,26 @@ OPTIQ_INLINE uint16_t f32_to_bf16(float f) {
   return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// Round to nearest even, without a 16-bit float type: not every compiler has one.
+OPTIQ_INLINE uint16_t f32_to_f16(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  uint32_t sign = bits >> 16 & 0x8000;
+  bits &= 0x7fffffff;
+  if (bits >= 0x47800000) { // 2^16 and above, Inf, NaN
+    return uint16_t(sign | (bits > 0x7f800000 ? 0x7e00 : 0x7c00));
+  }
+  if (bits < 0x38800000) { // subnormal: adding 0.5 lines its last bit up with that of a float
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;
+    std::memcpy(&bits, &magnitude, 4);
+    return uint16_t(sign | (bits - 0x3f000000));
+  }
+  bits += 0xc8000fff + (bits >> 13 & 1); // exponent from bias 127 to 15, and the rounding
+  return uint16_t(sign | bits >> 13);
+}
+
 OPTIQ_INLINE f32x8 load_bf16(const void* p) {
   return f32x8(__builtin_convertvector(load<u16x8>(p), u32x8) << 16);
 }

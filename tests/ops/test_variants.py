@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from optiq.ops import native
 
 PROBE = """
 import warnings
@@ -68,3 +71,27 @@ def test_one_thread_and_many() -> None:
 
 def test_fallback() -> None:
     assert run(OPTIQ_NATIVE="0") == "fallback"
+
+
+def test_another_mlx_means_one_warning_and_the_fallback() -> None:
+    code = "import mlx.core; mlx.core.__version__ = '0.31.0'" + PROBE.replace(
+        'warnings.simplefilter("error")', 'warnings.simplefilter("always")'
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "fallback"
+    assert result.stderr.count("RuntimeWarning") == 1
+    assert (
+        "built for mlx 0.32.4, but mlx 0.31.0 is loaded; pip install mlx==0.32.4" in result.stderr
+    )
+
+
+def test_the_version_built_for_is_the_pinned_one() -> None:
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert set(re.findall(r'"mlx(?:\[cpu\])?==([\d.]+)', project)) == {native.BUILT_FOR}

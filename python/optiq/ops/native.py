@@ -13,30 +13,23 @@ from types import ModuleType
 
 import mlx.core as mx
 
-MLX_VERSION: str = mx.__version__  # type: ignore[attr-defined]
-
-
-def _mlx_version() -> int:
-    """The loaded MLX's version as its headers number it: 100000 major + 1000 minor + patch."""
-    major, minor, patch = (int(part) for part in MLX_VERSION.split(".")[:3])
-    return 100_000 * major + 1_000 * minor + patch
+# The release that pyproject.toml pins for the build.
+BUILT_FOR = "0.32.4"
 
 
 def _load() -> tuple[ModuleType | None, str]:
     if os.environ.get("OPTIQ_NATIVE") == "0":
         return None, "switched off by OPTIQ_NATIVE=0"
-    try:
-        extension = importlib.import_module("optiq._ext")
-    except (ImportError, OSError) as error:
-        return None, f"the native extension does not load ({error}); reinstall optiq-mlx"
-    built_for = extension.mlx_version
-    if built_for != _mlx_version():
-        number = f"{built_for // 100_000}.{built_for // 1_000 % 100}.{built_for % 1_000}"
+    loaded: str = mx.__version__  # type: ignore[attr-defined]
+    if loaded != BUILT_FOR:  # asked first: importing the extension would fail on a missing symbol
         return None, (
-            f"the native extension was built for mlx {number} but mlx {MLX_VERSION} is loaded; "
-            f"pip install mlx=={number}"
+            f"its native part is built for mlx {BUILT_FOR}, but mlx {loaded} is loaded; "
+            f"pip install mlx=={BUILT_FOR}"
         )
-    return extension, ""
+    try:
+        return importlib.import_module("optiq._ext"), ""
+    except ImportError as error:
+        return None, f"the native part does not load ({error}); reinstall optiq-mlx"
 
 
 extension, reason = _load()

@@ -1,0 +1,170 @@
+"""The documentation says what the code does: commands, names, paths and examples."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import inspect
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import optiq
+from optiq import cli, plan, scores
+from optiq.calibration.rows import check_row
+from optiq.compare import summary
+from optiq.formats import Format
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "python" / "optiq"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OURS = [ROOT / "CONTRIBUTING.md", *PAGES]
+SOURCES = {".py", ".h", ".cpp", ".metal", ".md", ".toml"}
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    """Fenced code blocks of these languages."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.M | re.S)
+    return [body for language, body in fenced if language in languages]
+
+
+def spans(page: Path) -> list[str]:
+    """Inline code outside the fenced blocks."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
+
+
+def commands(page: Path) -> list[str]:
+    """Command lines of a page; one named in passing, as `optiq plan`, has nothing to parse."""
+    lines = "\n".join(blocks(page, "", "sh", "bash")).split("\n")
+    lines += [span for span in spans(page) if len(span.split()) != 2]
+    lines = [line.removeprefix("$ ") for line in lines]
+    return [line for line in lines if line.startswith("optiq ")]
+
+
+COMMANDS = [(page.name, line) for page in PAGES for line in commands(page)]
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS)
+def test_command_lines_parse(page: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    for name in cli.COMMANDS:
+        module = importlib.import_module(f"optiq.cli.{name}")
+        monkeypatch.setattr(module, "run", lambda args: ran.append(args) or 0)
+    _, *argv = shlex.split(line, comments=True)
+    assert cli.main(argv) == 0
+    assert len(ran) == 1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_named_exist(page: Path) -> None:
+    named = {span.split()[1] for span in spans(page) if span.startswith("optiq ")}
+    assert named <= cli.COMMANDS.keys()
+
+
+def test_commands_were_found() -> None:
+    assert {shlex.split(line)[1] for _, line in COMMANDS} >= {"convert", "plan", "compare"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_options_named_exist(page: Path) -> None:
+    known = {"--debug", "--version"}
+    for name in cli.COMMANDS:
+        parser = argparse.ArgumentParser()
+        importlib.import_module(f"optiq.cli.{name}").add_arguments(parser)
+        known |= {option for action in parser._actions for option in action.option_strings}
+    named = {word for span in spans(page) for word in re.findall(r"(?<!\S)--[\w-]+", span)}
+    assert named <= known
+
+
+@pytest.mark.parametrize("page", OURS, ids=lambda p: p.name)
+def test_python_blocks_compile_and_use_what_exists(page: Path) -> None:
+    for body in blocks(page, "python", "py"):
+        compile(body, str(page), "exec")
+        for node in ast.walk(ast.parse(body)):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    if alias.name.split(".")[0] == "optiq":
+                        importlib.import_module(alias.name)
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("optiq"):
+                module = importlib.import_module(node.module or "")
+                for alias in node.names:
+                    assert hasattr(module, alias.name), f"{node.module}.{alias.name}"
+            elif isinstance(node, ast.Call) and (target := attribute(node.func)) is not None:
+                keywords = {k.arg: None for k in node.keywords if k.arg}
+                inspect.signature(target).bind(*node.args, **keywords)
+
+
+def attribute(node: ast.expr) -> Any:
+    """What `optiq.name` stands for; None for other expressions."""
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        return getattr(optiq, node.attr) if node.value.id == "optiq" else None
+    return None
+
+
+@pytest.mark.parametrize("page", OURS, ids=lambda p: p.name)
+def test_links_and_paths_exist(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    for link in (link for link in links if not re.match(r"[a-z]+:|#", link)):
+        assert (page.parent / link.partition("#")[0]).exists(), link
+    files = {
+        f.name for part in ("python", "csrc", "docs", "tests") for f in (ROOT / part).rglob("*")
+    }
+    for span in spans(page):
+        if not re.fullmatch(r"[\w.][\w./-]*", span):
+            continue
+        if "/" in span and (span.endswith("/") or Path(span).suffix in SOURCES):
+            places = [folder / span for folder in (ROOT, PACKAGE, page.parent)]
+            assert any(place.exists() for place in places), span
+        elif Path(span).suffix in SOURCES:
+            assert span in files or (ROOT / span).exists(), span
+
+
+def example(kind: str) -> dict[str, Any]:
+    """The JSON example of docs/files.md with this kind, or this key."""
+    found = [json.loads(body) for body in blocks(ROOT / "docs" / "files.md", "json")]
+    (one,) = [data for data in found if data.get("kind") == kind or kind in data]
+    return dict(one)
+
+
+def test_sensitivity_example_is_read() -> None:
+    data = example("optiq.sensitivity")
+    scores.check(data, "the example")
+    (row,) = data["modules"]
+    module = scores.module_of(row)
+    assert {**scores.describe_module(module), "scores": row["scores"]} == row
+    assert plan.build(data, "8bpw").modules[0].module == module
+
+
+def test_plan_example_has_every_key() -> None:
+    data = example("optiq.plan")
+    made = plan.build(example("optiq.sensitivity"), "8bpw").to_json()
+    assert data.keys() == made.keys()
+    for key in ("model", "budget", "objective", "uniform4"):
+        assert data[key].keys() == made[key].keys()
+    (row,) = data["modules"]
+    assert row.keys() == made["modules"][0].keys()
+    fmt, itemsize = Format.parse(row["format"]), data["model"]["itemsize"]
+    assert row["nbytes"] == fmt.nbytes(row["shape"], itemsize)
+    measured = summary([np.zeros((3, 4))])
+    assert data["measured"].keys() == {*measured, "text_sha256", "nbytes", "bpw"}
+    assert data["measured"]["kl"].keys() == measured["kl"].keys()
+
+
+def test_config_example_is_the_plans() -> None:
+    data, row = example("quantization")["quantization"], example("optiq.plan")["modules"][0]
+    assert data.pop(row["path"]) == Format.parse(row["format"]).config()
+    assert data == Format.parse("4g64").config()
+
+
+def test_rows_in_the_docs_are_valid() -> None:
+    rows = [line for page in PAGES for b in blocks(page, "jsonl") for line in b.splitlines()]
+    assert len(rows) == 2
+    for row in rows:
+        check_row(json.loads(row))
