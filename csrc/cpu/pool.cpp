@@ -7,6 +7,8 @@
 #include <thread>
 #include <vector>
 
+#include <pthread.h>
+
 #ifdef __linux__
 #include <sched.h>
 #endif
@@ -39,15 +41,6 @@ class Pool {
     }
   }
 
-  ~Pool() {
-    stop_ = true;
-    generation_.fetch_add(1);
-    generation_.notify_all();
-    for (auto& w : workers_) {
-      w.join();
-    }
-  }
-
   void run(int n, void (*body)(void*, int), void* context) {
     std::lock_guard lock(one_job_);
     body_ = body;
@@ -61,10 +54,6 @@ class Pool {
     for (int spins = 0; busy_.load() != 0; spins++) {
       spins < kSpins ? pause() : std::this_thread::yield();
     }
-  }
-
-  size_t size() const {
-    return workers_.size() + 1;
   }
 
  private:
@@ -84,9 +73,6 @@ class Pool {
       }
       generation_.wait(seen);
       seen = generation_.load();
-      if (stop_) {
-        return;
-      }
       drain();
       busy_.fetch_sub(1);
     }
@@ -101,7 +87,6 @@ class Pool {
   std::atomic<uint32_t> generation_{0};
   std::atomic<int> next_{0};
   std::atomic<int> busy_{0};
-  std::atomic<bool> stop_{false};
   void (*body_)(void*, int) = nullptr;
   void* context_ = nullptr;
   int n_ = 0;
@@ -125,6 +110,25 @@ int available_threads() {
   return int(std::thread::hardware_concurrency());
 }
 
+std::atomic<Pool*> pool{nullptr};
+std::mutex making;
+
+// Never destroyed: at process exit the workers may outlive static destructors of other
+// libraries, and joining there can deadlock.
+Pool& current_pool() {
+  if (Pool* made = pool.load()) {
+    return *made;
+  }
+  std::lock_guard lock(making);
+  if (!pool.load()) {
+    // A forked child has none of the workers: it makes its own.
+    [[maybe_unused]] static const int registered =
+        pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
+    pool.store(new Pool(num_threads()));
+  }
+  return *pool.load();
+}
+
 } // namespace
 
 int num_threads() {
@@ -142,10 +146,7 @@ void parallel_for(int n, void (*body)(void*, int), void* context) {
     }
     return;
   }
-  // Never destroyed: at process exit the workers may outlive static destructors of other
-  // libraries, and joining there can deadlock.
-  static Pool& pool = *new Pool(num_threads());
-  pool.run(n, body, context);
+  current_pool().run(n, body, context);
 }
 
 } // namespace optiq::cpu

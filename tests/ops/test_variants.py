@@ -95,3 +95,28 @@ def test_another_mlx_means_one_warning_and_the_fallback() -> None:
 def test_the_version_built_for_is_the_pinned_one() -> None:
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert set(re.findall(r'"mlx(?:\[cpu\])?==([\d.]+)', project)) == {native.BUILT_FOR}
+
+
+def test_a_forked_child_can_multiply() -> None:
+    """MLX's own matmul goes through our thread pool, whose threads a fork does not copy."""
+    code = """
+import ctypes, os, sys
+import optiq
+import numpy as np
+gemm = ctypes.CDLL(None).cblas_sgemm
+a = np.ones((200, 200), dtype=np.float32)
+def product():
+    c = np.zeros_like(a)
+    p = ctypes.c_void_p
+    gemm(101, 111, 111, 200, 200, 200, ctypes.c_float(1), p(a.ctypes.data), 200,
+         p(a.ctypes.data), 200, ctypes.c_float(0), p(c.ctypes.data), 200)
+    return (c == 200).all()
+assert product()
+child = os.fork()
+if child == 0:
+    os._exit(0 if product() else 1)
+_, status = os.waitpid(child, 0)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
