@@ -18,7 +18,7 @@ from mlx_lm.utils import load_model
 import optiq
 from optiq import conversion
 from optiq.conversion import Result, convert, gather, work_folder
-from optiq.errors import ExportError
+from optiq.errors import ExportError, UsageError
 from optiq.formats import DEFAULT_MENU, DENSE, Format
 from optiq.plan import Plan
 from optiq.roles import allowed, floor, quantizable
@@ -303,3 +303,13 @@ def test_uniform4_is_what_stock_mlx_lm_writes(tmp_path: Path) -> None:
     stock = mx.load(str(tmp_path / "stock" / "model.safetensors"))
     result = convert(str(folder), tmp_path / "out", **QUICK)
     assert result.plan.uniform4["nbytes"] == sum(t.nbytes for t in stock.values())
+
+
+def test_paths_and_numbers_as_arguments(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, "llama", name="model")
+    result = convert(
+        folder, tmp_path / "out", size=80_000, formats=[Format("affine", 4, 64)], **QUICK
+    )
+    assert result.plan.asked == "80000"
+    with pytest.raises(UsageError, match="list of formats is empty"):
+        convert(folder, tmp_path / "none", formats=[], **QUICK)

@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -24,6 +25,9 @@ namespace {
 // the workers awake between them, then they sleep in the kernel. Spinning longer would take the
 // core from the thread that builds the next graph.
 constexpr int kSpins = 300;
+
+// More threads than this only wait for each other; the limit keeps a typing error harmless.
+constexpr int kMostThreadsPerProcessor = 4;
 
 void pause() {
 #if defined(__x86_64__)
@@ -94,20 +98,21 @@ class Pool {
 
 thread_local bool Pool::inside = false;
 
-int available_threads() {
-  if (const char* asked = std::getenv("OPTIQ_NUM_THREADS")) {
-    int n = std::atoi(asked);
-    if (n > 0) {
-      return n;
-    }
-  }
+int processors() {
 #ifdef __linux__
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof(set), &set) == 0) {
     return CPU_COUNT(&set);
   }
 #endif
-  return int(std::thread::hardware_concurrency());
+  return std::max(1, int(std::thread::hardware_concurrency()));
+}
+
+int available_threads() {
+  int most = processors();
+  const char* asked = std::getenv("OPTIQ_NUM_THREADS");
+  int n = asked ? std::atoi(asked) : most;
+  return n > 0 ? std::min(n, kMostThreadsPerProcessor * most) : most;
 }
 
 std::atomic<Pool*> pool{nullptr};

@@ -17,7 +17,7 @@ void parallel_for(int n, F& body) {
 // Work below this costs less than waking the other threads for it.
 constexpr double kSerialFlops = 1 << 18;
 
-// OPTIQ_NUM_THREADS, else the number of processors this process may run on.
+// OPTIQ_NUM_THREADS within reason, else the number of processors this process may run on.
 OPTIQ_API int num_threads();
 
 } // namespace optiq::cpu

@@ -52,12 +52,15 @@ void Quantize::eval_cpu(const std::vector<array>& inputs, std::vector<array>& ou
     out.set_data(mx::allocator::malloc(out.nbytes()));
     encoder.set_output_array(out);
   }
+  if (w.size() == 0) {
+    return;
+  }
   cpu::Quantize work{.w = w.data<float>(),
       .importance = nullptr,
       .codes = outs[0].data<uint8_t>(),
       .scales = outs[1].data<float>(),
       .biases = outs[2].data<float>(),
-      .rows = w.shape(-1) == 0 ? 0 : w.size() / w.shape(-1),
+      .rows = w.size() / w.shape(-1),
       .cols = size_t(w.shape(-1)),
       .rows_per_importance = 1,
       .group_size = group_size_,

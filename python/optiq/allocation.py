@@ -72,7 +72,7 @@ def allocate(items: Sequence[Item], budget: int, *, max_states: int = MAX_STATES
     if smallest > budget:
         raise BudgetError(
             f"a budget of {budget:,} bytes is too small: the smallest possible plan takes "
-            f"{smallest:,} bytes; raise the size or allow narrower formats"
+            f"{smallest:,} bytes; raise the size or allow narrower formats within each role's floor"
         )
     base, price, incumbent = _relax(menu, budget)
     start = _Incumbent(menu, base, incumbent, budget)

@@ -8,6 +8,7 @@ an interrupted run goes on with `resume=True`, and a failure after measuring cos
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import shutil
@@ -27,7 +28,13 @@ from .formats import DEFAULT_MENU, Format, parse_menu
 from .machine import available_memory
 from .nn import accelerate
 from .plan import Plan, build, parse_size, uniform_plan
-from .preflight import check_budget, check_space, check_weights, check_writable
+from .preflight import (
+    check_budget,
+    check_space,
+    check_unfinished,
+    check_weights,
+    check_writable,
+)
 from .progress import Progress
 from .roles import quantizable
 from .rounding import MINMAX, Rounding
@@ -61,10 +68,10 @@ class Result:
 
 
 def convert(
-    model: str,
+    model: str | Path,
     out: str | Path,
     *,
-    size: str = "uniform4",
+    size: str | int = "uniform4",
     formats: str | Sequence[Format] | None = None,
     sensitivity: str = "auto",
     reference: str = "auto",
@@ -97,16 +104,19 @@ def convert(
 
     Raises an OptiqError that says what to change; `out` then does not exist.
     """
+    model, size = str(model), str(size)
     out = Path(out).expanduser().resolve()
+    work = work_folder(out)
     check_target(out)
     check_writable(out)
+    if scores is None:
+        check_unfinished(work / CHECKPOINT, resume)
     menu = _menu(formats)
     parse_size(size, params=1, uniform4=1)  # a misspelled size is refused before any work
     source = resolve(model, revision=revision)
     loaded = load(source)
     held_out = gather(loaded.tokenizer, calibration, "heldout", held_out_tokens, seed)
     text = gather(loaded.tokenizer, calibration, "calibration", tokens, seed)
-    work = work_folder(out)
     if scores is not None:
         found = _given(Path(scores), source, loaded)
         name = MINMAX.name if dry_run else rounding or found["rounding"]
@@ -148,14 +158,22 @@ def convert(
     except BaseException:  # also Ctrl-C: what is there is whole, or not there
         shutil.rmtree(out)
         raise
-    shutil.rmtree(work, ignore_errors=True)
+    _remove_work(work)
     return Result(plan, found, out)
 
 
 def work_folder(out: str | Path) -> Path:
     """Where scores lie until `out` is complete."""
     out = Path(out).expanduser().resolve()
-    return out.with_name(out.name + ".optiq-work")
+    return out.parent / f"{out.name}.optiq-work"
+
+
+def _remove_work(work: Path) -> None:
+    """Remove our own files; anything else in the folder is somebody's."""
+    for name in (CHECKPOINT, SCORES):
+        (work / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        work.rmdir()
 
 
 def text_name(path: str | Path | None) -> str:
@@ -202,7 +220,7 @@ def choose_rounding(
 def _menu(formats: str | Sequence[Format] | None) -> tuple[Format, ...]:
     if formats is None:
         return DEFAULT_MENU
-    return parse_menu(formats) if isinstance(formats, str) else tuple(formats)
+    return parse_menu(formats if isinstance(formats, str) else map(str, formats))
 
 
 def _command() -> str:

@@ -6,10 +6,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import BudgetError, ExportError
+from .errors import BudgetError, ExportError, SensitivityError, UsageError
 from .formats import Format
 from .plan import parse_size, uniform_plan
 from .roles import allowed, quantizable
+from .scores import read
 from .sources import LoadedModel, Source, check_finite
 
 
@@ -23,6 +24,27 @@ def check_writable(path: Path) -> None:
         raise ExportError(
             f"{path} cannot be written: {error.strerror}; choose another place"
         ) from error
+
+
+def check_unfinished(checkpoint: Path, resume: bool) -> None:
+    """Raise UsageError rather than overwrite what an interrupted measurement left."""
+    if checkpoint.exists() and not resume:
+        raise UsageError(
+            f"{checkpoint} holds an unfinished measurement; add --resume to go on with it, or "
+            "delete it"
+        )
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise UsageError unless `path` does not exist or holds scores, which may be replaced."""
+    if not path.exists() and not path.is_symlink():
+        return
+    try:
+        if not path.is_file():
+            raise UsageError(f"{path} is no plain file; name a new file, such as scores.json")
+        read(path)
+    except SensitivityError as error:
+        raise UsageError(f"{path} exists and holds no scores; name another file") from error
 
 
 def check_budget(source: Source, loaded: LoadedModel, size: str, menu: Sequence[Format]) -> int:
@@ -42,7 +64,7 @@ def check_budget(source: Source, loaded: LoadedModel, size: str, menu: Sequence[
         raise BudgetError(
             f"--size {size} is {budget:,} bytes, but the smallest possible with these formats is "
             f"{least:,} bytes ({8 * least / params:.2f} bits per weight); raise --size or add "
-            "narrower --formats"
+            "narrower --formats (embeddings and heads take 4 bits or more, routers 8)"
         )
     return min(budget, fixed + sum(map(max, sizes)))
 

@@ -158,7 +158,7 @@ def test_compare_refuses(
 def test_generate(optiq: Optiq, monkeypatch: pytest.MonkeyPatch) -> None:
     text = optiq("generate", "out", "-p", "Hello", "-m", "5")
     data = json.loads(optiq("generate", "out", "-p", "Hello", "-m", "5", "--json"))
-    assert data["text"] == text
+    assert data["text"] + "\n" == text
     assert 1 <= data["generated_tokens"] <= 5
     assert data["finish_reason"] in ("length", "stop")
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello"))
@@ -217,6 +217,20 @@ def test_sensitivity_needs_a_file_to_write(
     optiq: Optiq, capsys: pytest.CaptureFixture[str], out: str
 ) -> None:
     assert main(["sensitivity", "model", "-o", out]) == 2
-    assert "is a folder; name a file in it" in capsys.readouterr().err
+    assert "is no plain file; name a new file" in capsys.readouterr().err
     assert main(["sensitivity", "model", "-o", "model/config.json/x"]) == 1
     assert "cannot be written: Not a directory" in capsys.readouterr().err
+
+
+def test_sensitivity_never_overwrites_what_is_not_scores(
+    optiq: Optiq, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("precious")
+    assert main(["sensitivity", "model", "-o", str(file), "--tokens", "320"]) == 2
+    assert "exists and holds no scores" in capsys.readouterr().err
+    assert file.read_text() == "precious"
+    scores = tmp_path / "scores.json"
+    optiq("sensitivity", "model", "-o", str(scores), "--tokens", "320", "--formats", "4")
+    optiq("sensitivity", "model", "-o", str(scores), "--tokens", "320", "--formats", "4,8")
+    assert "8g64" in scores.read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import statistics
 import subprocess
@@ -117,7 +118,8 @@ def test_the_reader_of_the_output_may_leave(tmp_path: Path) -> None:
     process.stderr.close()
 
 
-def test_ctrl_c_while_measuring_and_resume(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_while_measuring_and_resume(tmp_path: Path, stop: signal.Signals) -> None:
     tiny_folder(tmp_path, name="model", num_hidden_layers=4)
     job = ["convert", "model", "-o", "out", "--sensitivity", "kl", "--tokens", "640"]
     process = subprocess.Popen(
@@ -131,14 +133,30 @@ def test_ctrl_c_while_measuring_and_resume(tmp_path: Path) -> None:
     until = time.monotonic() + 60
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(stop)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert out == ""
     hint = "interrupted; the same command with --resume goes on from here"
     assert err == f"\noptiq convert: {hint}\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out.optiq-work"]
+    done = optiq(*job, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "holds an unfinished measurement; add --resume" in done.stderr
+    (tmp_path / "out.optiq-work" / "mine.txt").write_text("not optiq's")
     done = optiq(*job, "--resume", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "report.html" in done.stdout
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "out.optiq-work"]
+    assert [p.name for p in (tmp_path / "out.optiq-work").iterdir()] == ["mine.txt"]
+
+
+def test_closed_standard_input(tmp_path: Path) -> None:
+    tiny_folder(tmp_path, name="model")
+    command = [sys.executable, "-c", CODE, "generate", "model", "-p"]
+    for prompt, code in (("hello", 0), ("-", 2)):
+        line = shlex.join([*command, prompt, "-m", "2"])
+        done = subprocess.run(
+            ["sh", "-c", f"{line} <&-"], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == code, done.stderr

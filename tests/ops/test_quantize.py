@@ -139,3 +139,11 @@ def test_wrong_input_names_the_argument() -> None:
         mx.eval(ops.quantize(w[:, :96], fmt, importance[:96]))
     with pytest.raises(ValueError, match="w is"):
         mx.eval(ops.quantize(mx.zeros((2, 64), dtype=mx.int32), fmt, importance[:64]))
+
+
+def test_empty_weights() -> None:
+    fmt = Format("affine", 4, 64)
+    for shape in ((4, 0), (0, 64)):
+        codes, scales, _ = ops.quantize(mx.zeros(shape), fmt, mx.ones(shape[-1]))
+        mx.eval(codes, scales)
+        assert codes.size == scales.size == 0

@@ -67,6 +67,7 @@ def test_instruction_sets(isa: str) -> None:
 def test_one_thread_and_many() -> None:
     run(OPTIQ_NUM_THREADS="1")
     run(OPTIQ_NUM_THREADS="7")
+    run(OPTIQ_NUM_THREADS="1000000")  # a typing error, not an order
 
 
 def test_fallback() -> None:

@@ -8,8 +8,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 from .. import __version__
 from ..errors import OptiqError
@@ -40,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == chosen:  # only this command's options are needed
             importlib.import_module(f".{name}", __package__).add_arguments(command)
     args = parser.parse_args(argv)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is not for our users
+    _prepare_process()
     try:
         module = importlib.import_module(f".{args.command}", __package__)
         code: int = module.run(args)
@@ -62,3 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         print(f"optiq {args.command}: {reason}; --debug shows where", file=sys.stderr)
         return 1
+
+
+def _prepare_process() -> None:
+    """Make termination clean up as Ctrl-C does, and give closed standard streams a place to go."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is not for our users
+    if sys.stdin is None:  # else the next file opened would be taken for it
+        sys.stdin = Path(os.devnull).open()  # noqa: SIM115 (for the life of the process)
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.default_int_handler)

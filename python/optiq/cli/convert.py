@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..conversion import CALIBRATION_TOKENS, CHECKPOINT, SCORES, convert, work_folder
-    from .tables import plan_table
+    from .tables import plan_table, scores_line
 
     with options.resumable(work_folder(args.out) / CHECKPOINT):
         result = convert(
@@ -40,7 +40,11 @@ def run(args: argparse.Namespace) -> int:
             dry_run=args.dry_run,
         )
     plan = result.plan.to_json()
-    print(json.dumps(plan, indent=1) if args.json else plan_table(plan, result.path))
+    if args.json:
+        print(json.dumps(plan, indent=1))
+    else:
+        print(plan_table(plan, result.path))
+        print(f"scores     {scores_line(result.scores)}")
     if args.dry_run and not (args.scores or args.json):
         print(
             f"\nscores     {work_folder(args.out) / SCORES}; the same command with --resume and "

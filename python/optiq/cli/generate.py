@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", help="a system message")
     parser.add_argument("-m", "--max-tokens", type=options.positive, default=256)
     parser.add_argument("--temp", type=float, default=0.0, help="0 (the default) is greedy")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=options.seed, default=0)
     parser.add_argument("--raw", action="store_true", help="no chat template")
     options.add_json(parser)
 
@@ -47,8 +47,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"text": text} | facts, indent=1))
     else:
+        print()
         print(
-            f"\n\n{last.prompt_tokens} prompt tokens at {last.prompt_tps:.1f}/s, "
+            f"\n{last.prompt_tokens} prompt tokens at {last.prompt_tps:.1f}/s, "
             f"{last.generation_tokens} generated at {last.generation_tps:.1f}/s",
             file=sys.stderr,
         )

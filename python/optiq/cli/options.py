@@ -16,6 +16,14 @@ def positive(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    """A whole number that seeds every generator in use."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 4294967295")
+    return value
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model folder, a hub id (org/name) or a .gguf file")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
@@ -61,7 +69,7 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
         choices=("search", "minmax"),
         help="search (the default): scales fitted to what drives each layer; minmax: as stock",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
 
 

@@ -19,16 +19,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from .. import sensitivity
     from ..conversion import CALIBRATION_TOKENS, choose_rounding, gather, text_name
-    from ..errors import UsageError
     from ..formats import DEFAULT_MENU, parse_menu
-    from ..preflight import check_weights, check_writable
+    from ..preflight import check_replaceable, check_unfinished, check_weights, check_writable
     from ..sources import load, resolve
     from .tables import scores_table
 
     out = Path(args.out).expanduser().resolve()
-    if out.is_dir():
-        raise UsageError(f"{out} is a folder; name a file in it, such as scores.json")
+    checkpoint = out.with_name(out.name + ".checkpoint")
+    check_replaceable(out)
     check_writable(out)
+    check_unfinished(checkpoint, args.resume)
     menu = DEFAULT_MENU if args.formats is None else parse_menu(args.formats)
     source = resolve(args.model, revision=args.revision)
     loaded = load(source)
@@ -36,7 +36,6 @@ def run(args: argparse.Namespace) -> int:
     text = gather(loaded.tokenizer, args.calibration, "calibration", tokens, args.seed)
     check_weights(source)
     rounding = choose_rounding(args.rounding or "search", source, text, args.reference)
-    checkpoint = out.with_name(out.name + ".checkpoint")
     with options.resumable(checkpoint):
         scores = sensitivity.measure(
             source,

@@ -96,14 +96,21 @@ def scores_table(scores: Mapping[str, Any], path: Path) -> str:
     for module in scored[:10]:
         score = module["scores"][fmt]
         rows.append([module["path"], number(score["kl"], score["se"])])
-    calibration = scores["calibration"]
     return "\n".join(
         [
             grid(rows),
             "",
-            f"{len(scores['modules'])} modules, method {scores['method']}, reference "
-            f"{scores['reference']}, {calibration['tokens']} tokens of {calibration['source']}, "
-            f"{scores['seconds']:.0f} s",
+            f"{len(scores['modules'])} modules, {scores_line(scores)}",
             f"written to {path}; optiq plan {path} --size 4.8bpw",
         ]
+    )
+
+
+def scores_line(scores: Mapping[str, Any]) -> str:
+    """How scores were made, in one line."""
+    calibration = scores["calibration"]
+    return (
+        f"method {scores['method']}, reference {scores['reference']}, "
+        f"{calibration['tokens']} tokens of {calibration['source']}, "
+        f"rounding {scores['rounding']}"
     )
