@@ -38,13 +38,15 @@ def test_every_module_has_a_score_for_every_allowed_format(
     if name == "qwen3_moe":
         assert sum(row["role"] == "expert" for row in found["modules"]) == 6
     for row, m in zip(found["modules"], modules, strict=True):
-        assert row.keys() == {"path", "role", "unit", "block", "shape", "scores"}
+        assert row.keys() == {"path", "role", "unit", "block", "shape", "stock", "scores"}
         assert row["shape"] == list(m.shape)
         assert row["block"] == m.block
         assert list(row["scores"]) == [str(fmt) for fmt in allowed(m, MENU)]
         for fmt, score in row["scores"].items():
             dense = fmt == "bf16"
             assert score == {"kl": 0, "se": 0} if dense else score["kl"] > 0 and score["se"] > 0
+    with (source.path / "model.safetensors").open("rb") as file:
+        assert found["model"].pop("header_bytes") > int.from_bytes(file.read(8), "little")
     assert found["model"] == {
         "name": source.name,
         "fingerprint": source.fingerprint,
