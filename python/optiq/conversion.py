@@ -40,6 +40,7 @@ from .roles import quantizable
 from .rounding import MINMAX, Rounding
 from .runtime import load as load_native
 from .runtime import render
+from .sensitivity.checkpoint import saved_reference
 from .sensitivity.reference import Uniform4, choose, weight_bytes
 from .sources import LoadedModel, Source, load, resolve
 
@@ -111,6 +112,8 @@ def convert(
     check_writable(out)
     if scores is None:
         check_unfinished(work / CHECKPOINT, resume)
+        if resume and reference == "auto":  # free memory may have changed since
+            reference = saved_reference(work / CHECKPOINT) or reference
     menu = _menu(formats)
     parse_size(size, params=1, uniform4=1)  # a misspelled size is refused before any work
     source = resolve(model, revision=revision)

@@ -16,7 +16,7 @@ from optiq.formats import DENSE, Format
 from optiq.machine import available_memory, machine
 from optiq.roles import allowed, fixed_bytes, quantizable
 from optiq.sensitivity import checkpoint, job, measure, reference
-from optiq.sources import load
+from optiq.sources import Source, load
 from tests.sensitivity.cases import MENU, calibration, tiny_source
 
 TEXT = calibration(14, 23, 9)
@@ -142,13 +142,48 @@ def test_checkpoints_of_other_measurements_are_refused(tmp_path: Path) -> None:
         run(menu=MENU)
     with pytest.raises(SensitivityError, match="another method, seed"):
         run(method="kl", seed=1)
-    kept.write_text("{")
-    with pytest.raises(SensitivityError, match=r"c\.json cannot be read"):
-        run()
-    kept.write_text("[]")
+    kept.write_text("{}")
     with pytest.raises(SensitivityError, match="not a checkpoint"):
         run()
     assert numbers(run(resume=False)) == numbers(first)  # without resume it starts anew
+
+
+def test_the_reference_of_the_checkpoint_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OPTIQ_PROGRESS", "1")
+    source, kept = tiny_source(tmp_path, "llama tied"), tmp_path / "c.json"
+
+    def run(memory: int, **options: Any) -> Any:
+        monkeypatch.setattr(reference, "available_memory", lambda: memory)
+        return measure(source, menu=MENU[1:3], calibration=TEXT, checkpoint=kept, **options)
+
+    for before, now, chosen in ((1 << 40, 1 << 16, "bf16"), (1 << 16, 1 << 40, "uniform4")):
+        first = run(before)
+        assert first["reference"] == chosen
+        again = run(now, resume=True)
+        assert (again["reference"], numbers(again)) == (chosen, numbers(first))
+        assert f"reference {chosen}: as in the checkpoint" in capsys.readouterr().err
+        other = {"bf16": "uniform4", "uniform4": "bf16"}[chosen]
+        with pytest.raises(SensitivityError, match="another reference"):
+            run(before, resume=True, reference=other)  # what is asked for outright is not changed
+        assert run(now)["reference"] == other  # nor is anything kept without resume
+        kept.unlink()
+        assert run(now, resume=True)["reference"] == other
+        kept.unlink()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 10**30])
+def test_a_seed_out_of_range_is_refused_before_any_work(seed: int) -> None:
+    source = Source("absent", "folder", Path("absent"), None, "")
+    with pytest.raises(UsageError, match=f"seed {seed} is not between 0 and 4294967295"):
+        measure(source, menu=MENU, calibration=TEXT, seed=seed)
+
+
+def test_the_largest_seed_works(tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, "llama tied")
+    found = measure(source, menu=MENU[:1], calibration=TEXT, seed=2**32 - 1, progress=False)
+    assert found["calibration"]["seed"] == 2**32 - 1
 
 
 def test_options_are_chosen_and_explained(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,89 @@ def test_a_quantized_model_is_only_taken_where_allowed(tmp_path: Path) -> None:
     assert loaded.dtype == mx.float32
     stock, _ = load_model(folder)
     np.testing.assert_array_equal(loaded.model(TOKENS), stock(TOKENS))
+
+
+def configured(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, mx.array]], None]) -> None:
+    path = str(folder / "model.safetensors")
+    weights = {name: mx.array(w) for name, w in mx.load(path).items()}
+    mx.eval(weights)
+    change(weights)
+    mx.save_safetensors(path, weights)
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["gptq", "awq", "bitsandbytes", "compressed-tensors", "mxfp4", "modelopt", "bitnet", "hqq"],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_every_declared_method_is_refused(tmp_path: Path, method: str, nested: bool) -> None:
+    folder = tiny_folder(tmp_path)
+    declared = {"quantization_config": {"quant_method": method, "bits": 4}}
+    configured(folder, **({"text_config": declared} if nested else declared))
+    said = f"is already quantized ({method}); give the unquantized original model"
+    assert said in refused(folder)
+
+
+def test_where_quantization_is_allowed_mlx_lm_decides(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path)
+    configured(folder, quantization_config={"quant_method": "bitsandbytes"})
+    load(resolve(str(folder)), allow_quantized=True)
+    configured(folder, quantization_config={"quant_method": "modelopt", "quant_algo": "FP8"})
+    assert "Unsupported modelopt quant_algo: FP8" in refused(folder, allow_quantized=True)
+
+
+@pytest.mark.parametrize("declared", [{"load_in_4bit": True}, [4], "4-bit"])
+def test_a_quantization_without_a_method_is_refused(tmp_path: Path, declared: Any) -> None:
+    folder = tiny_folder(tmp_path)
+    configured(folder, quantization_config=declared)
+    assert "already quantized (by an unnamed method)" in refused(folder)
+
+
+@pytest.mark.parametrize("nothing", [None, {}])
+def test_an_empty_declaration_declares_nothing(tmp_path: Path, nothing: Any) -> None:
+    folder = tiny_folder(tmp_path)
+    configured(folder, quantization_config=nothing)
+    load(resolve(str(folder)))
+
+
+def test_the_file_of_modelopt_is_seen(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path)
+    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4"}}')
+    assert "already quantized (modelopt)" in refused(folder)
+
+
+@pytest.mark.parametrize(("suffix", "method"), [("g_idx", "gptq"), ("qweight", "packed weights")])
+def test_packed_weights_without_a_declaration_are_refused(
+    tmp_path: Path, suffix: str, method: str
+) -> None:
+    folder = tiny_folder(tmp_path)
+    name = f"model.layers.0.mlp.up_proj.{suffix}"
+    rewritten(folder, lambda weights: weights.update({name: mx.zeros(8, dtype=mx.int32)}))
+    assert f"already quantized ({method})" in refused(folder)
+
+
+def test_fp8_is_taken_only_where_mlx_lm_dequantizes_it(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path)
+    configured(folder, quantization_config={"quant_method": "fp8"})
+    load(resolve(str(folder)))  # as after mlx-lm's own conversion: the weights are floats
+    name = "model.layers.0.mlp.up_proj.weight_scale_inv"
+    rewritten(folder, lambda weights: weights.update({name: mx.ones((1, 1))}))
+    assert "already quantized (fp8)" in refused(folder)
+
+
+@pytest.mark.parametrize("dtype", [mx.uint8, mx.int32])
+@pytest.mark.parametrize("module", ["model.layers.1.mlp.up_proj", "model.embed_tokens"])
+def test_a_weight_of_integers_is_named(tmp_path: Path, dtype: mx.Dtype, module: str) -> None:
+    folder = tiny_folder(tmp_path)
+    name = f"{module}.weight"
+    rewritten(folder, lambda weights: weights.update({name: weights[name].astype(dtype)}))
+    said = f"the weight {name} of {folder} holds {str(dtype).removeprefix('mlx.core.')}"
+    assert said in refused(folder)
 
 
 def test_what_mlx_lm_refuses_is_one_line(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..scores import KIND, SCHEMA, describe_module
 from ..scores import read as load
 from ..shards import header_bound
 from ..sources import LoadedModel, Source
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, saved_reference
 from .fisher import score_by_fisher
 from .job import Job
 from .kl import score_by_kl
@@ -58,21 +59,30 @@ def measure(
     `loaded` is the model of `source` if it is loaded already. It is used up: its layers become
     native ones, and with the reference "uniform4" its weights 4-bit. `method` is "kl", "fisher" or
     "auto" (kl for models with experts, else fisher), `reference` "bf16", "uniform4" or "auto" (by
-    memory). Progress goes to `checkpoint`, from where `resume` goes on to the very same numbers;
-    the file is left there when all is done. Returns the content of sensitivity.json. Raises
-    UsageError for a wrong option, SourceError for a weight that is not finite, and
+    memory, or as in the checkpoint that is resumed). Progress goes to `checkpoint`, from where
+    `resume` goes on to the very same numbers; the file is left there when all is done. `seed` is
+    at least 0 and below 2**32. Returns the content of sensitivity.json. Raises UsageError for a
+    wrong option, SourceError for a weight that is not finite, and
     SensitivityError for a score that is not or a checkpoint of another measurement.
     """
     from ..nn import accelerate
     from ..sources import load as load_model
 
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"the seed {seed} is not between 0 and {2**32 - 1}; choose one that is")
     started = time.monotonic()
     loaded = loaded or load_model(source)
     model = loaded.model
     modules = quantizable(model)
     described = describe_model(source, loaded, modules)
     method = _choose_method(method, modules)
-    chosen, why = choose(reference, weight_bytes(model))
+    # The memory that is free now may say otherwise than before the stop.
+    kept = saved_reference(checkpoint) if resume and checkpoint and reference == "auto" else None
+    chosen, why = (
+        (kept, "as in the checkpoint")
+        if kept in ("bf16", "uniform4")
+        else choose(reference, weight_bytes(model))
+    )
     Progress(0, "", enabled=progress).say(f"reference {chosen}: {why}; method {method}")
     lengths = [len(sample.tokens) for sample in calibration.sequences]
     identity = {
@@ -98,6 +108,7 @@ def measure(
         seed=seed,
         progress=progress,
     )
+    state.check(len(job.batches()), _steps(job), partial=method == "kl")
     _METHODS[method](job)
     return {
         "schema": SCHEMA,
@@ -157,6 +168,14 @@ def _choose_method(method: str, modules: Sequence[Module]) -> str:
         return method
     routed = any(m.role in (Role.EXPERT, Role.ROUTER) for m in modules)
     return "kl" if routed else "fisher"
+
+
+def _steps(job: Job) -> list[set[tuple[str, str]]]:
+    """The (module path, format name) that each step of a batch scores: a step is a block."""
+    return [
+        {(m.path, str(fmt)) for m in modules for fmt in job.rounded(m)}
+        for _, modules in groupby(job.modules, key=lambda m: m.block)
+    ]
 
 
 def _reference(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import SensitivityError
 from .tally import Tally
@@ -41,10 +43,24 @@ class Checkpoint:
             }
             write_json(self._path, state, indent=None)
 
+    def check(self, batches: int, steps: Sequence[set[tuple[str, str]]], *, partial: bool) -> None:
+        """Raise SensitivityError unless the tally is what it must be at this place.
+
+        `steps` has the (module path, format name) that each step of a batch scores; without
+        `partial`, only whole batches are saved.
+        """
+        if self._path is None:
+            return
+        batch, step = self.place
+        last = len(steps) if partial and batch < batches else 0
+        if batch > batches or step > last:
+            _damaged(self._path, "its place is beyond the end")
+        scored: set[tuple[str, str]] = set().union(*(steps if batch else steps[:step]))
+        if {(path, fmt) for path, sums in self.tally.sums.items() for fmt in sums} != scored:
+            _damaged(self._path, "its sums are not those of its place")
+
     def _read(self, path: Path) -> None:
-        state = read_json(path)
-        if not isinstance(state, dict) or state.get("kind") != _KIND:
-            raise SensitivityError(f"{path} is not a checkpoint of optiq; delete it to start anew")
+        state = _read_state(path)
         theirs = state["identity"]
         differing = [k for k, v in self._identity.items() if theirs.get(k) != v]
         if differing:
@@ -57,14 +73,61 @@ class Checkpoint:
         self.place = (batch, step)
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; SensitivityError names the file when it cannot be read."""
+def saved_reference(path: Path) -> str | None:
+    """The reference that the checkpoint at `path` was made with; None without a checkpoint."""
+    if not path.exists():
+        return None
+    name = _read_state(path)["identity"].get("reference")
+    return name if isinstance(name, str) else None
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """What `Checkpoint.save` wrote, or a SensitivityError."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
         raise SensitivityError(
             f"{path} cannot be read ({error}); delete it or name another"
         ) from error
+    except (ValueError, RecursionError) as error:
+        _damaged(path, f"not JSON: {error}")
+    if not isinstance(state, dict):
+        _damaged(path, "not a JSON object")
+    if state.get("kind") != _KIND:
+        raise SensitivityError(f"{path} is not a checkpoint of optiq; delete it to start anew")
+    if not isinstance(state.get("identity"), dict):
+        _damaged(path, "no identity")
+    if not _is_place(state.get("place")):
+        _damaged(path, "its place is not two counts")
+    if not _are_sums(state.get("sums")):
+        _damaged(path, "its sums are not three finite numbers each")
+    return state
+
+
+def _is_place(value: object) -> bool:
+    # type() and not isinstance(): JSON's true is an int to Python.
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(type(n) is int and n >= 0 for n in value)
+    )
+
+
+def _are_sums(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(by_format, dict)
+        and all(
+            isinstance(sums, list)
+            and len(sums) == 3
+            and all(isinstance(x, float) and isfinite(x) for x in sums)
+            for sums in by_format.values()
+        )
+        for by_format in value.values()
+    )
+
+
+def _damaged(path: Path, what: str) -> NoReturn:
+    raise SensitivityError(f"{path} is damaged ({what}); delete it and start without --resume")
 
 
 def write_json(path: Path, data: Any, *, indent: int | None) -> None:

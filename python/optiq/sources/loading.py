@@ -12,7 +12,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import SourceError
-from .folder import mlx_lm_version, one_line
+from .folder import WEIGHTS, mlx_lm_version, one_line, read_config
+from .safetensors_file import read_header
 
 
 @dataclass(frozen=True)
@@ -44,28 +45,39 @@ def load(source: Source, *, lazy: bool = True, allow_quantized: bool = False) ->
     """
     from mlx_lm.utils import load_model, load_tokenizer  # here: two seconds of transformers
 
+    # Some architectures dequantize fp8 weights in mlx-lm's own code; of the others it says so.
+    if not allow_quantized and (how := quantization(source.path)) not in (None, "fp8"):
+        raise _already_quantized(source, how)
     try:
         model, config = load_model(source.path, lazy=lazy)
     except Exception as error:
+        if not allow_quantized and (how := quantization(source.path) or _packing(source.path)):
+            raise _already_quantized(source, how) from error
         raise SourceError(
             f"mlx-lm {mlx_lm_version()} cannot load {source.name}: {one_line(error)}"
         ) from error
-    if not allow_quantized and (how := quantization(config)):
-        raise SourceError(
-            f"{source.name} is already quantized ({how}); give the unquantized original model"
-        )
+    if not allow_quantized:
+        if config.get("quantization"):  # mlx-lm keeps the fp8 weights packed
+            raise _already_quantized(source, quantization(source.path))
+        _check_dense(source, model)
     tokenizer = _load_tokenizer(load_tokenizer, source, config)
     return LoadedModel(model, tokenizer, config, _main_dtype(source, model))
 
 
-def quantization(config: dict[str, Any]) -> str | None:
-    """How the config of a model loaded by mlx-lm says it is quantized, or None."""
-    # mlx-lm puts `quantization` in itself for every packed format it keeps (AWQ, MXFP4, ...);
-    # an fp8 checkpoint that it dequantizes has only `quantization_config`.
+def quantization(path: Path) -> str | None:
+    """How the configuration files of the folder `path` say its weights are quantized, or None."""
+    config = read_config(path)
     if params := config.get("quantization"):
+        if not isinstance(params, dict):
+            return str(params)
         return f"{params.get('mode', 'affine')} {params.get('bits')}-bit"
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    return "bitnet" if method == "bitnet" else None
+    text_config = config.get("text_config")
+    for holder in (config, text_config if isinstance(text_config, dict) else {}):
+        if params := holder.get("quantization_config"):
+            method = params.get("quant_method") if isinstance(params, dict) else None
+            return str(method or "by an unnamed method")
+    # Where NVIDIA's exporter writes what others write into config.json.
+    return "modelopt" if (path / "hf_quant_config.json").exists() else None
 
 
 def check_finite(name: str, array: mx.array) -> None:
@@ -75,6 +87,32 @@ def check_finite(name: str, array: mx.array) -> None:
             f"the weight {name} holds NaN or infinite values; "
             "the file is damaged or was saved badly: get it again"
         )
+
+
+def _already_quantized(source: Source, how: str | None) -> SourceError:
+    return SourceError(
+        f"{source.name} is already quantized ({how}); give the unquantized original model"
+    )
+
+
+def _packing(path: Path) -> str | None:
+    """The method that the names of the tensors show, where no configuration file names one."""
+    names = [name for file in path.glob(WEIGHTS) for name in read_header(file)]
+    if any(name.endswith(".g_idx") for name in names):
+        return "gptq"
+    return "packed weights" if any(name.endswith(".qweight") for name in names) else None
+
+
+def _check_dense(source: Source, model: nn.Module) -> None:
+    """Raise SourceError for a weight to be quantized that holds integers."""
+    layers: Any = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
+    for path, layer in layers:
+        if hasattr(layer, "to_quantized") and not mx.issubdtype(layer.weight.dtype, mx.floating):
+            dtype = str(layer.weight.dtype).removeprefix("mlx.core.")
+            raise SourceError(
+                f"the weight {path}.weight of {source.name} holds {dtype}, no floating point "
+                "numbers; give the unquantized original model"
+            )
 
 
 def _load_tokenizer(load_tokenizer: Any, source: Source, config: dict[str, Any]) -> Any:
