@@ -98,3 +98,20 @@ def test_without_the_native_part_it_says_so() -> None:
     if sys.platform == "linux":
         assert found["float32 matmul of MLX"]["value"] != "optiq's"
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only MLX's Linux wheel needs another BLAS")
+def test_mlx_imported_first_is_found_out() -> None:
+    code = """
+import mlx.core as mx
+import optiq
+from optiq import ops
+from optiq.doctor import examine
+found = {f.name: f for f in examine()}["float32 matmul of MLX"]
+assert found.value == "reference BLAS", found
+assert "import optiq before mlx" in found.advice
+assert ops.native.extension is not None
+assert mx.allclose(ops.linear(mx.ones((3, 64)), mx.ones((5, 64))), mx.full((3, 5), 64.0))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
