@@ -9,8 +9,9 @@ import numpy as np
 
 from optiq.formats import DEFAULT_MENU, DENSE
 from optiq.plan import Plan, uniform_plan
-from optiq.roles import allowed, fixed_bytes, quantizable
+from optiq.roles import allowed, quantizable
 from optiq.scores import describe_module
+from optiq.sensitivity import describe_model
 from optiq.sources import Source, load, resolve
 from tests.scored import PROVENANCE
 from tests.tiny import tiny_folder
@@ -34,14 +35,7 @@ def source_of(parent: Path, variant: str = "llama") -> Source:
 def describe(source: Source) -> tuple[dict[str, Any], Any]:
     loaded = load(source)
     modules = quantizable(loaded.model)
-    return {
-        "name": source.name,
-        "fingerprint": source.fingerprint,
-        "model_type": loaded.config["model_type"],
-        "dtype": str(loaded.dtype).removeprefix("mlx.core."),
-        "itemsize": loaded.dtype.size,
-        "fixed_bytes": fixed_bytes(loaded.model, modules),
-    }, modules
+    return describe_model(source, loaded, modules), modules
 
 
 def scores_of(source: Source) -> dict[str, Any]:
