@@ -1,0 +1,114 @@
+// One dispatch: buffers in, every threadgroup, buffers out; faults and the time limit.
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/time.h>
+#include <time.h>
+#include <ucontext.h>
+
+#include "runtime.h"
+
+static const int kSignals[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGVTALRM};
+constexpr u32 kSignalCount = sizeof kSignals / sizeof *kSignals;
+static struct sigaction previous[kSignalCount];
+
+static u64 program_counter(void* context) {
+#if defined(__x86_64__)
+  return ((ucontext_t*)context)->uc_mcontext.gregs[REG_RIP];
+#else
+  return ((ucontext_t*)context)->uc_mcontext.pc;
+#endif
+}
+
+static void on_signal(int signal, siginfo_t* info, void* context) {
+  if (signal == SIGVTALRM) {
+    if (!pthread_equal(pthread_self(), engine.owner)) {
+      pthread_kill(engine.owner, signal); // the timer may strike any thread of the process
+    } else if (engine.armed) {
+      fail("the kernel ran for more than %u seconds and is now at <pc:%lx>", engine.launch->seconds,
+          program_counter(context) - (u64)&__ehdr_start + 1);
+    }
+    return;
+  }
+  if (!engine.armed || !pthread_equal(pthread_self(), engine.owner)) {
+    for (u32 i = 0; i < kSignalCount; i++) { // not ours: it strikes again, with the old handler
+      if (kSignals[i] == signal) {
+        sigaction(signal, &previous[i], nullptr);
+      }
+    }
+    return;
+  }
+  report_fault((u64)info->si_addr, program_counter(context), signal);
+}
+
+static void set_timer(u32 seconds) {
+  struct itimerval timer = {};
+  timer.it_value.tv_sec = seconds;
+  setitimer(ITIMER_VIRTUAL, &timer, nullptr);
+}
+
+static double now() {
+  struct timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return time.tv_sec + 1e-9 * time.tv_nsec;
+}
+
+static void run_grid() {
+  const Launch& launch = *engine.launch;
+  u32 groups[3], at[3];
+  for (u32 axis = 0; axis < 3; axis++) {
+    groups[axis] = launch.flags & kGridIsThreads
+                       ? (launch.grid[axis] + launch.threads[axis] - 1) / launch.threads[axis]
+                       : launch.grid[axis];
+  }
+  engine.threadgroup_number = 0;
+  for (at[2] = 0; at[2] < groups[2]; at[2]++) {
+    for (at[1] = 0; at[1] < groups[1]; at[1]++) {
+      for (at[0] = 0; at[0] < groups[0]; at[0]++) {
+        run_threadgroup(at, groups);
+        if (engine.counters.error[0]) {
+          return;
+        }
+        engine.threadgroup_number++;
+      }
+    }
+  }
+}
+
+// Returns 0, or 1 with the report in counters->error.
+MSL_ENTRY int msl_launch(const Launch* launch, Counters* counters) {
+  static u8 signal_stack[65536];
+  engine.launch = launch;
+  engine.owner = pthread_self();
+  engine.random = launch->seed * 2 + 1;
+  memset(&engine.counters, 0, sizeof engine.counters);
+  if (!prepare_stacks(launch->threads[0] * launch->threads[1] * launch->threads[2]) ||
+      !place_buffers()) {
+    snprintf(counters->error, sizeof counters->error, "out of memory for the buffers");
+    return 1;
+  }
+  stack_t stack = {}, old_stack;
+  stack.ss_sp = signal_stack;
+  stack.ss_size = sizeof signal_stack;
+  sigaltstack(&stack, &old_stack);
+  struct sigaction action = {};
+  action.sa_sigaction = on_signal;
+  action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER; // a handler that reports never returns
+  for (u32 i = 0; i < kSignalCount; i++) {
+    sigaction(kSignals[i], &action, &previous[i]);
+  }
+  set_timer(launch->seconds);
+  const double start = now();
+  engine.armed = true;
+  run_grid();
+  engine.armed = false;
+  engine.counters.seconds = now() - start;
+  set_timer(0);
+  for (u32 i = 0; i < kSignalCount; i++) {
+    sigaction(kSignals[i], &previous[i], nullptr);
+  }
+  sigaltstack(&old_stack, nullptr);
+  take_buffers_back();
+  memcpy(counters, &engine.counters, sizeof *counters);
+  return counters->error[0] != 0;
+}
