@@ -39,7 +39,11 @@ def _line(library: Path, offset: int) -> str:
         command = ["addr2line", "-i", "-f", "-e", str(library), where]
     output = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
     frames = [m for frame in output if (m := re.match(r"(.+):(\d+)(?:[: ].*)?$", frame))]
-    known = [f"{_short(m.group(1))}:{m.group(2)}" for m in frames if "<launcher>" not in m.group(1)]
+    known = [
+        f"{_short(m.group(1))}:{m.group(2)}"
+        for m in frames
+        if "<launcher>" not in m.group(1) and m.group(2) != "0"  # 0 is a compiler's own frame
+    ]
     if not known:
         return f"{library.name}+{where}"
     return known[0] if len(known) == 1 else f"{known[0]} (inlined into {known[-1]})"
