@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc metal -name '*.cpp' -o -name '*.h' -o -name '*.metal')
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench lint format clean wheel-macos wheel-linux test-aarch64 evidence
 
 # A changed kernel, binding or dependency reinstalls the package; Python files are used in place.
 $(VENV)/.installed: pyproject.toml CMakeLists.txt $(SOURCES)
@@ -38,6 +38,11 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
+
+# Wheels for other machines and a check of the NEON kernels; see cross/README.md. What they need
+# beside python3 they fetch into build/cross, or name the apt-get command.
+wheel-macos wheel-linux test-aarch64 evidence:
+	@PYTHON="$(PYTHON)" bash cross/$(subst -,_,$@).sh
 
 clean:
 	rm -rf $(VENV) build dist demo

@@ -1,0 +1,1 @@
+"""Wheels for other machines, built and checked here; see cross/README.md."""

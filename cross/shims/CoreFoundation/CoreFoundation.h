@@ -1,0 +1,3 @@
+// The only name of CoreFoundation that metal-cpp's headers use.
+#pragma once
+typedef double CFTimeInterval;
