@@ -287,6 +287,7 @@ static inline void access(void* where, u32 bytes, bool writes, void* pc, bool at
     return;
   }
   settle();
+  engine.last_call = pc;
   const u64 address = (u64)where;
   if (in_own_stack(address)) {
     return;

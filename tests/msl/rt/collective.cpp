@@ -10,7 +10,7 @@ static inline __attribute__((always_inline)) u8 (*meet(u32 operation, const void
   settle();
   Fiber* me = engine.current;
   Simdgroup& s = engine.simdgroups[me->simdgroup];
-  me->waits_at = pc;
+  engine.last_call = me->waits_at = pc;
   me->waits_for = operation;
   if (!s.arrived) {
     s.operation = operation;
@@ -148,7 +148,7 @@ MSL_ENTRY void __msl_simdgroup_barrier(u32 flags) {
 MSL_ENTRY void __msl_threadgroup_barrier(u32 flags) {
   settle();
   Fiber* me = engine.current;
-  void* pc = me->waits_at = __builtin_return_address(0);
+  void* pc = engine.last_call = me->waits_at = __builtin_return_address(0);
   me->waits_for = kThreadgroupBarrier;
   if (engine.live != engine.threads) {
     fail("threadgroup_barrier at <pc:%lx> after %u of %u threads have returned", module_offset(pc),
@@ -259,6 +259,7 @@ static u64 combine(u32 operation, u64 old, u64 with, u32 bytes) {
   }
 }
 MSL_ENTRY u64 __msl_atomic(void* where, u32 bytes, u32 operation, u64 operand, u64 expected) {
+  engine.last_call = __builtin_return_address(0);
   check_atomic(where, bytes, operation != kStore, operation != kLoad, __builtin_return_address(0));
   u64 old = 0;
   memcpy(&old, where, bytes);

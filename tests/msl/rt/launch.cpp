@@ -25,8 +25,11 @@ static void on_signal(int signal, siginfo_t* info, void* context) {
     if (!pthread_equal(pthread_self(), engine.owner)) {
       pthread_kill(engine.owner, signal); // the timer may strike any thread of the process
     } else if (engine.armed) {
-      fail("the kernel ran for more than %u seconds and is now at <pc:%lx>", engine.launch->seconds,
-          program_counter(context) - (u64)&__ehdr_start + 1);
+      fail(
+          "the kernel ran for more than %u seconds and is now at <pc:%lx>; it last called the "
+          "emulator at <pc:%lx>",
+          engine.launch->seconds, program_counter(context) - (u64)&__ehdr_start + 1,
+          module_offset(engine.last_call));
     }
     return;
   }
@@ -99,6 +102,7 @@ MSL_ENTRY int msl_launch(const Launch* launch, Counters* counters) {
   }
   set_timer(launch->seconds);
   const double start = now();
+  engine.last_call = nullptr;
   engine.armed = true;
   run_grid();
   engine.armed = false;

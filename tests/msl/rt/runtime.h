@@ -134,6 +134,7 @@ struct Engine {
   u64 random;
   bool armed; // inside a kernel: faults and checked accesses are the kernel's
   pthread_t owner;
+  void* last_call; // from the kernel into the runtime
   u64 buffers[kBuffers], threadgroup[kBuffers];
   Slot slots[256];
   u32 slot_count, threadgroup_used, threadgroup_bytes;

@@ -1,7 +1,10 @@
-// float4(...) and its like: see convert.h. Last, because the library itself must not see these.
+// Names that only a macro can give: float4(...) and its like (see convert.h), static_cast. Last,
+// because the library itself must not see them.
 #pragma once
 
 #define static_cast ::metal::_static_cast
+// rewrite.py declares name__defined beside every function constant.
+#define is_function_constant_defined(name) name##__defined
 #define bool2(...) ::metal::_make<::bool2>(__VA_ARGS__)
 #define bool3(...) ::metal::_make<::bool3>(__VA_ARGS__)
 #define bool4(...) ::metal::_make<::bool4>(__VA_ARGS__)
