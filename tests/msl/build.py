@@ -17,6 +17,7 @@ from pathlib import Path
 
 from .launcher import PRELUDE, Parameter, launcher
 from .rewrite import Unit, rewrite
+from .symbols import in_metal
 from .tokens import INCLUDE
 
 HERE = Path(__file__).parent
@@ -32,12 +33,15 @@ LANGUAGE = [
 ]
 # One rounding an operation and defined overflow, as Metal without fast-math.
 _CODE = ["-fPIC", "-g1", "-fno-strict-aliasing", "-ffp-contract=off", "-fwrapv", "-fno-math-errno"]
+# Indices of fixed-size arrays, and frames that would jump over the guard page of a stack.
+_CODE += ["-fsanitize=array-bounds,local-bounds", "-fsanitize-trap=local-bounds"]
+_CODE += ["-fno-sanitize-recover=array-bounds", "-fstack-clash-protection"]
 _MODES = {
-    "fast": ["-O2", "-fsanitize=bounds", "-fsanitize-trap=bounds"],
+    "fast": ["-O2"],
     # The thread sanitizer's calls before every access; rt/check.cpp answers them. Wide vector
     # accesses would go without, so nothing is vectorised.
     "check": [
-        *("-O1", "-fsanitize=bounds", "-fsanitize-trap=bounds", "-fsanitize=thread"),
+        *("-O1", "-fsanitize=thread"),
         *("-mllvm", "-tsan-instrument-func-entry-exit=0"),
         *("-mllvm", "-tsan-instrument-read-before-write=1"),
         *("-fno-vectorize", "-fno-slp-vectorize", "-ftrivial-auto-var-init=pattern"),
@@ -156,7 +160,8 @@ def _base(expression: str) -> str:
 
 
 def _compile(source: str, unit: Unit, key: str, mode: str, seconds: dict[str, float]) -> None:
-    text, code = CACHE / f"{key}.cl", CACHE / f"{key}.o"
+    # Other processes may build the same: what is not renamed into place has a name of its own.
+    text, code = CACHE / f"{key}.cl", CACHE / f"{key}.{os.getpid()}.o"
     _write(text, source)
     started = time.perf_counter()
     done = _clang(
@@ -207,7 +212,7 @@ def readable_errors(text: str) -> str:
     lines = text.splitlines()
     chosen = [line for line in lines if ": error:" in line and not line.startswith("<launcher>")]
     notes = [line for line in lines if ".metal:" in line and ": note:" in line]
-    return "\n".join([*chosen, *notes][:40]) or text[:4000]
+    return in_metal("\n".join([*chosen, *notes][:40])) or text[:4000]
 
 
 def _clang(arguments: list[str]) -> subprocess.CompletedProcess[str]:

@@ -23,7 +23,15 @@ def readable(report: str, library: Path, variables: Sequence[str]) -> str:
         return f"threadgroup variable `{variables[site]}`"
 
     report = re.sub(r"<pc:([0-9a-f]+)>", place, report)
-    return re.sub(r"<site:(\d+)>", name, report)
+    report = re.sub(r"<site:(\d+)>", name, report)
+    report = re.sub(r"(?<= at )/[^\s:]+(?=:\d)", lambda path: _short(path.group()), report)
+    return in_metal(report)
+
+
+def in_metal(text: str) -> str:
+    """The compiler's names of address spaces, as Metal spells them."""
+    spaces = {"private": "thread", "local": "threadgroup", "global": "device"}
+    return re.sub(r"\b__(private|local|global)\b", lambda m: spaces[m.group(1)], text)
 
 
 def _line(library: Path, offset: int) -> str:

@@ -202,6 +202,20 @@ MSL_ENTRY void* __msl_threadgroup_slot(u32 site, u32 bytes, u32 align) {
   return threadgroup_slot(site, bytes, align);
 }
 
+// The callee of -fsanitize=array-bounds, with the head of what it describes.
+struct OutOfBounds {
+  const char* file;
+  u32 line, column;
+  struct Type {
+    u16 kind, info;
+    char name[1];
+  } const* array;
+};
+MSL_ENTRY void __ubsan_handle_out_of_bounds_abort(const OutOfBounds* at, u64 index) {
+  fail("index %ld out of bounds of an array %s, at %s:%u", (long)index, at->array->name, at->file,
+      at->line);
+}
+
 // The order of _atomic_op in include/msl/atomic.h.
 enum AtomicOperation {
   kLoad,
