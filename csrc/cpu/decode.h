@@ -1,9 +1,6 @@
-// Affine codes -> float lanes.
+// Affine codes -> float lanes, for tiles of dequantized weights.
 //
 // A row of codes is one little-endian bit stream, so eight codes of b bits fill b bytes.
-// Shifting each code down to bit 0 would cost an instruction per eight weights; instead each
-// code is masked where it lies, giving code * 2^shift, and the activations are scaled by
-// 2^-shift once per call ("swizzled"). Both are exact.
 #pragma once
 
 #include "simd.h"
@@ -44,40 +41,9 @@ struct Natural {
 #undef OPTIQ_LANE_HIGH
     out[0] = __builtin_convertvector(i32x8(u32x8(gathered) & mask()), f32x8);
   }
-
-  static void swizzle(const float* x, float* out, int n) {
-    for (int i = 0; i < n; i++) {
-      out[i] = x[i] / float(1 << shift(i % 8));
-    }
-  }
 };
 
-// Four-bit codes, 64 at a time: lane i holds the i-th 32-bit word, vector j its j-th code.
-struct Strided4 {
-  static constexpr int kStep = 64;
-  static constexpr int kOverread = 0;
-
-  OPTIQ_INLINE static void decode(const uint8_t* p, f32x8* out) {
-    u32x8 words = load<u32x8>(p);
-    for (int j = 0; j < 7; j++) {
-      out[j] = __builtin_convertvector(i32x8(words & (0xfu << (4 * j))), f32x8);
-    }
-    out[7] = __builtin_convertvector(i32x8(words >> 28), f32x8); // masking would set the sign
-  }
-
-  static void swizzle(const float* x, float* out, int n) {
-    for (int base = 0; base < n; base += 64) {
-      for (int j = 0; j < 8; j++) {
-        float scale = j < 7 ? 1.0f / float(1u << (4 * j)) : 1.0f;
-        for (int i = 0; i < 8; i++) {
-          out[base + 8 * j + i] = x[base + 8 * i + j] * scale;
-        }
-      }
-    }
-  }
-};
-
-// Codes as they are: for building dequantized tiles, where there is no activation to scale.
+// Each code is masked where it lies, giving code * 2^shift, and scaled back; both are exact.
 template <int BITS>
 OPTIQ_INLINE f32x8 decode_codes(const uint8_t* p) {
   f32x8 scaled;

@@ -30,7 +30,9 @@ const Kernels* choose() {
   __builtin_cpu_init();
   bool avx2_ok = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                  __builtin_cpu_supports("f16c");
-  if (avx2_ok && __builtin_cpu_supports("avx512f")) {
+  // One set of 512-bit kernels, for the processors that also multiply 16-bit integers with it.
+  if (avx2_ok && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512vnni")) {
     usable[n++] = &avx512::table;
   }
   if (avx2_ok) {

@@ -10,24 +10,21 @@ namespace optiq::cpu::OPTIQ_ISA {
 
 // The micro-kernel keeps kRows x 2 wide vectors of C in registers.
 #if defined(__AVX512F__)
-typedef float wide __attribute__((vector_size(64)));
 constexpr int kRows = 12;
 #else
-typedef f32x8 wide;
 constexpr int kRows = 6;
 #endif
-constexpr int kLanes = sizeof(wide) / sizeof(float);
-constexpr int kPanel = 2 * kLanes; // columns of C in one panel
-constexpr int kDepth = 256;        // of a panel; a multiple of every group size
+constexpr int kPanel = 2 * kWide; // columns of C in one panel
+constexpr int kDepth = 256;       // of a panel; a multiple of every group size
 
 // c[i, 0:kPanel] (+)= sum_k a[i, k] b[k, 0:kPanel]; only `cols` columns are stored.
 template <int ROWS>
 void micro_kernel(const float* a, size_t lda, const float* b, size_t ldb, int depth, float* c,
     size_t ldc, int cols, bool accumulate) {
-  wide acc[ROWS][2] = {};
+  fw acc[ROWS][2] = {};
   for (int k = 0; k < depth; k++) {
-    wide b0 = load<wide>(b + k * ldb);
-    wide b1 = load<wide>(b + k * ldb + kLanes);
+    fw b0 = load<fw>(b + k * ldb);
+    fw b1 = load<fw>(b + k * ldb + kWide);
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; i++) {
       float x = a[i * lda + k];
@@ -39,15 +36,15 @@ void micro_kernel(const float* a, size_t lda, const float* b, size_t ldb, int de
     float* ci = c + i * ldc;
     if (cols == kPanel) {
       if (accumulate) {
-        acc[i][0] += load<wide>(ci);
-        acc[i][1] += load<wide>(ci + kLanes);
+        acc[i][0] += load<fw>(ci);
+        acc[i][1] += load<fw>(ci + kWide);
       }
       store(ci, acc[i][0]);
-      store(ci + kLanes, acc[i][1]);
+      store(ci + kWide, acc[i][1]);
     } else {
       float row[kPanel];
       store(row, acc[i][0]);
-      store(row + kLanes, acc[i][1]);
+      store(row + kWide, acc[i][1]);
       for (int j = 0; j < cols; j++) {
         ci[j] = accumulate ? ci[j] + row[j] : row[j];
       }

@@ -1,6 +1,7 @@
 // Compiled once per instruction set with OPTIQ_ISA set to its name (see CMakeLists.txt).
 #include "gemm.h"
 #include "kl.h"
+#include "products.h"
 #include "quantize.h"
 #include "rows.h"
 
@@ -11,10 +12,28 @@ namespace optiq::cpu::OPTIQ_ISA {
 namespace {
 
 void matmul(const Matmul& a) {
-  if (a.transpose && a.m <= kMaxDotRows) {
-    dots(a);
+  if (!a.transpose) {
+    tiled_matmul(a);
+  } else if (!a.w.dense()) {
+    Part part{a.w, a.y};
+    affine_products(a.x, a.m, &part, 1);
+  } else if (a.m <= kMaxDotRows) {
+    dense_dots(a);
   } else {
     tiled_matmul(a);
+  }
+}
+
+void products(const Products& p) {
+  bool affine = true;
+  for (int i = 0; i < p.count; i++) {
+    affine &= !p.parts[i].w.dense();
+  }
+  if (affine) {
+    return affine_products(p.x, p.m, p.parts, p.count);
+  }
+  for (int i = 0; i < p.count; i++) {
+    matmul({p.x, p.parts[i].w, p.parts[i].y, p.m, true});
   }
 }
 
@@ -22,7 +41,7 @@ void sgemm(const Sgemm& g) {
   // One query row of attention against the keys: dot products need no packing.
   if (g.m == 1 && g.trans_b && !g.trans_a && g.alpha == 1 && g.beta == 0) {
     Weight b{.data = g.b, .type = Float::f32, .rows = g.n, .cols = g.k, .stride = g.ldb};
-    return dots({g.a, b, g.c, 1, true});
+    return dense_dots({g.a, b, g.c, 1, true});
   }
   bool empty = g.alpha == 0 || g.k == 0;
   if (g.beta != 1 && (g.beta != 0 || empty)) {
@@ -85,6 +104,6 @@ void from_f32(const float* in, Float type, void* out, size_t n) {
 } // namespace
 
 extern const Kernels table = {
-    OPTIQ_STRING(OPTIQ_ISA), matmul, sgemm, kl_divergence, quantize, to_f32, from_f32};
+    OPTIQ_STRING(OPTIQ_ISA), matmul, products, sgemm, kl_divergence, quantize, to_f32, from_f32};
 
 } // namespace optiq::cpu::OPTIQ_ISA

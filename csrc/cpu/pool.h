@@ -17,6 +17,10 @@ void parallel_for(int n, F& body) {
 // Work below this costs less than waking the other threads for it.
 constexpr double kSerialFlops = 1 << 18;
 
+// A loop is cut into more tasks than threads, so that a thread that is held up does not hold up
+// all.
+constexpr int kTasksPerThread = 4;
+
 // OPTIQ_NUM_THREADS within reason, else the number of processors this process may run on.
 OPTIQ_API int num_threads();
 

@@ -24,6 +24,18 @@ typedef uint32_t u32x8 __attribute__((vector_size(32)));
 typedef uint16_t u16x8 __attribute__((vector_size(16)));
 typedef uint8_t u8x32 __attribute__((vector_size(32)));
 
+// As many lanes as the registers have.
+#if defined(__AVX512F__)
+constexpr int kWide = 16;
+#else
+constexpr int kWide = 8;
+#endif
+typedef float fw __attribute__((vector_size(4 * kWide)));
+typedef int32_t iw __attribute__((vector_size(4 * kWide)));
+typedef uint32_t uw __attribute__((vector_size(4 * kWide)));
+typedef int16_t i16w __attribute__((vector_size(2 * kWide)));
+typedef uint16_t u16ww __attribute__((vector_size(4 * kWide)));
+
 template <class V>
 OPTIQ_INLINE V load(const void* p) {
   V v;
@@ -46,6 +58,113 @@ OPTIQ_INLINE f32x8 select(i32x8 mask, f32x8 a, f32x8 b) {
 
 OPTIQ_INLINE f32x8 max(f32x8 a, f32x8 b) {
   return select(a > b, a, b);
+}
+
+#if defined(__AVX512F__)
+OPTIQ_INLINE fw max(fw a, fw b) {
+  return a > b ? a : b;
+}
+#endif
+
+// acc + a.low * b.low + a.high * b.high in each lane: two signed 16-bit integers a lane.
+OPTIQ_INLINE iw dot_pairs(iw acc, iw a, iw b) {
+#if defined(__AVX512VNNI__)
+  return iw(_mm512_dpwssd_epi32(__m512i(acc), __m512i(a), __m512i(b)));
+#elif defined(__AVX2__)
+  return acc + iw(_mm256_madd_epi16(__m256i(a), __m256i(b)));
+#elif defined(__aarch64__)
+  // Two halves of four lanes; each product of eight 16-bit integers is added up in pairs.
+  iw out;
+  for (int h = 0; h < 32; h += 16) {
+    int16x8_t x = load<int16x8_t>(reinterpret_cast<const char*>(&a) + h);
+    int16x8_t y = load<int16x8_t>(reinterpret_cast<const char*>(&b) + h);
+    int32x4_t low = vmull_s16(vget_low_s16(x), vget_low_s16(y));
+    store(reinterpret_cast<char*>(&out) + h, vpaddq_s32(low, vmull_high_s16(x, y)));
+  }
+  return acc + out;
+#else
+  return acc + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
+OPTIQ_INLINE iw splat(int32_t x) {
+  return iw{} + x;
+}
+
+// The same 16 bytes in every 128 bits.
+OPTIQ_INLINE iw splat_quad(const int32_t* p) {
+#if defined(__AVX512F__)
+  return iw(_mm512_broadcast_i32x4(load<__m128i>(p)));
+#else
+  return iw{p[0], p[1], p[2], p[3], p[0], p[1], p[2], p[3]};
+#endif
+}
+
+// 16 bytes from each of kWide / 4 places, `stride` bytes apart.
+OPTIQ_INLINE uw load_quads(const uint8_t* p, size_t stride) {
+#if defined(__AVX2__)
+  auto pair = [&](const uint8_t* q) {
+    return _mm256_inserti128_si256(
+        _mm256_castsi128_si256(load<__m128i>(q)), load<__m128i>(q + stride), 1);
+  };
+#if defined(__AVX512F__)
+  return uw(_mm512_inserti64x4(_mm512_castsi256_si512(pair(p)), pair(p + 2 * stride), 1));
+#else
+  return uw(pair(p));
+#endif
+#else
+  uw v;
+  for (int i = 0; i < kWide / 4; i++) {
+    std::memcpy(reinterpret_cast<char*>(&v) + 16 * i, p + i * stride, 16);
+  }
+  return v;
+#endif
+}
+
+// Sums of the four lanes in each 128 bits: lane 4 i + j of the result is the i-th of v[j].
+OPTIQ_INLINE iw sum_quads(const iw* v) {
+#if defined(__AVX512F__)
+  auto add = [](__m512i a, __m512i b) { return _mm512_add_epi32(a, b); };
+  auto pairs = [&](iw a, iw b) {
+    return add(_mm512_unpacklo_epi32(__m512i(a), __m512i(b)),
+        _mm512_unpackhi_epi32(__m512i(a), __m512i(b)));
+  };
+  __m512i low = pairs(v[0], v[1]), high = pairs(v[2], v[3]);
+  return iw(add(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high)));
+#else
+#define OPTIQ_SHUFFLE __builtin_shufflevector
+  iw low = OPTIQ_SHUFFLE(v[0], v[1], 0, 8, 1, 9, 4, 12, 5, 13) +
+           OPTIQ_SHUFFLE(v[0], v[1], 2, 10, 3, 11, 6, 14, 7, 15);
+  iw high = OPTIQ_SHUFFLE(v[2], v[3], 0, 8, 1, 9, 4, 12, 5, 13) +
+            OPTIQ_SHUFFLE(v[2], v[3], 2, 10, 3, 11, 6, 14, 7, 15);
+  return OPTIQ_SHUFFLE(low, high, 0, 1, 8, 9, 4, 5, 12, 13) +
+         OPTIQ_SHUFFLE(low, high, 2, 3, 10, 11, 6, 7, 14, 15);
+#undef OPTIQ_SHUFFLE
+#endif
+}
+
+OPTIQ_INLINE int32_t max_lane(iw v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epi32(__m512i(v));
+#else
+  int32_t m = v[0];
+  for (int i = 1; i < kWide; i++) {
+    m = v[i] > m ? v[i] : m;
+  }
+  return m;
+#endif
+}
+
+OPTIQ_INLINE int32_t sum_lanes(iw v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32(__m512i(v));
+#else
+  int32_t s = 0;
+  for (int i = 0; i < kWide; i++) {
+    s += v[i];
+  }
+  return s;
+#endif
 }
 
 // Always the same tree, so a sum does not depend on the instruction set.
@@ -152,6 +271,36 @@ OPTIQ_INLINE void transpose(f32x8* v) {
     v[i + 4] = OPTIQ_SHUFFLE(u[i], u[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
   }
 #undef OPTIQ_SHUFFLE
+}
+
+// kWide rows of kWide words become columns.
+OPTIQ_INLINE void transpose(uw* v) {
+#if defined(__AVX512F__)
+  // Pairs of words, then pairs of pairs within 128 bits; then the 128-bit pieces themselves.
+  __m512i t[16], u[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(__m512i(v[i]), __m512i(v[i + 1]));
+    t[i + 1] = _mm512_unpackhi_epi32(__m512i(v[i]), __m512i(v[i + 1]));
+  }
+  for (int i = 0; i < 16; i += 4) { // u[i + j] holds word j of each piece of rows i .. i + 3
+    for (int j = 0; j < 2; j++) {
+      u[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+      u[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+    }
+  }
+  for (int j = 0; j < 4; j++) {
+    __m512i a = _mm512_shuffle_i32x4(u[j], u[4 + j], 0x88),
+            b = _mm512_shuffle_i32x4(u[j], u[4 + j], 0xdd);
+    __m512i c = _mm512_shuffle_i32x4(u[8 + j], u[12 + j], 0x88),
+            d = _mm512_shuffle_i32x4(u[8 + j], u[12 + j], 0xdd);
+    v[j] = uw(_mm512_shuffle_i32x4(a, c, 0x88));
+    v[4 + j] = uw(_mm512_shuffle_i32x4(b, d, 0x88));
+    v[8 + j] = uw(_mm512_shuffle_i32x4(a, c, 0xdd));
+    v[12 + j] = uw(_mm512_shuffle_i32x4(b, d, 0xdd));
+  }
+#else
+  transpose(reinterpret_cast<f32x8*>(v));
+#endif
 }
 
 // A cache-line aligned buffer of uninitialised values. (Not std::vector: a standard template

@@ -60,6 +60,18 @@ struct Matmul {
   bool transpose;
 };
 
+// y[m, :] = x[m, :] @ W.T for several weights with the same number of columns.
+struct Part {
+  Weight w;
+  float* y; // [m, w.rows]
+};
+struct Products {
+  const float* x; // [m, cols]
+  int m;
+  const Part* parts;
+  int count;
+};
+
 // C = alpha * op(A) @ op(B) + beta * C, row-major, leading dimensions as in CBLAS.
 struct Sgemm {
   int m, n, k;
@@ -96,6 +108,7 @@ struct Quantize {
 struct Kernels {
   const char* isa;
   void (*matmul)(const Matmul&);
+  void (*products)(const Products&);
   void (*sgemm)(const Sgemm&);
   void (*kl_divergence)(const KlDivergence&);
   void (*quantize)(const Quantize&);

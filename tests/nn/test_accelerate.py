@@ -20,7 +20,9 @@ from tests.tiny import KINDS, tiny_folder
 
 # 40 tokens: above the 64 expert calls where mlx-lm sorts tokens by expert.
 TOKENS = mx.array([[(7 * i * i + 3 * i) % 380 + 4 for i in range(40)]])
-TOLERANCE = 1e-4  # of the largest logit
+# Of the largest logit. Quantized products read activations as 16-bit fixed point, a step that is
+# 2^-15 of the largest of a group; random models of this size multiply it by some twenty.
+TOLERANCE = {"dense": 1e-4, "quantized": 1e-3}
 
 
 @pytest.fixture(params=["native", "pure"], autouse=True)
@@ -45,10 +47,10 @@ def stock(tmp_path: Path, name: str, **config: Any) -> nn.Module:
     return model
 
 
-def same(got: mx.array, expected: mx.array) -> bool:
+def same(got: mx.array, expected: mx.array, kind: str) -> bool:
     scale = mx.abs(expected).max().item()
     assert scale > 0.5  # random logits, not zeros
-    return mx.abs(got.astype(mx.float32) - expected).max().item() <= TOLERANCE * scale
+    return mx.abs(got.astype(mx.float32) - expected).max().item() <= TOLERANCE[kind] * scale
 
 
 def leaves(model: nn.Module) -> dict[str, nn.Module]:
@@ -70,7 +72,7 @@ def test_logits_are_those_of_the_stock_model(tmp_path: Path, name: str, bits: in
     }
     for path, why in report.left.items():
         assert why == f"{type(leaves(expected)[path]).__name__} has no native counterpart"
-    assert same(model(TOKENS), expected(TOKENS))
+    assert same(model(TOKENS), expected(TOKENS), "quantized" if bits else "dense")
     assert [n for n, _ in tree_flatten(model.parameters())] == [
         n for n, _ in tree_flatten(expected.parameters())
     ]
@@ -103,7 +105,7 @@ def test_bf16_weights_run_as_the_stock_model_in_float32(
     accelerate(model)
     kept = {a.dtype for _, a in tree_flatten(model.parameters()) if a.ndim > 1}
     assert kept - {mx.uint32} == {mx.bfloat16}
-    assert same(model(TOKENS), expected(TOKENS))
+    assert same(model(TOKENS), expected(TOKENS), "quantized" if bits else "dense")
 
 
 def test_an_untied_head_and_biases(tmp_path: Path) -> None:
@@ -112,7 +114,7 @@ def test_an_untied_head_and_biases(tmp_path: Path) -> None:
     report = accelerate(model)
     assert "lm_head" in report.swapped
     assert "bias" in model.model.layers[0].mlp.down_proj
-    assert same(model(TOKENS), expected(TOKENS))
+    assert same(model(TOKENS), expected(TOKENS), "dense")
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3_text", "qwen3_moe", "gpt_oss"])
@@ -124,8 +126,8 @@ def test_token_by_token_with_a_cache_equals_one_forward(tmp_path: Path, name: st
     cache = make_prompt_cache(model)
     steps = [model(TOKENS[:, :10], cache=cache)]  # a prompt, then one by one
     steps += [model(TOKENS[:, i : i + 1], cache=cache) for i in range(10, TOKENS.shape[1])]
-    assert same(mx.concatenate(steps, axis=1), expected)
-    assert same(model(TOKENS), expected)
+    assert same(mx.concatenate(steps, axis=1), expected, "quantized")
+    assert same(model(TOKENS), expected, "quantized")
 
 
 def test_what_is_unsupported_is_named_and_left(tmp_path: Path) -> None:
@@ -143,7 +145,7 @@ def test_what_is_unsupported_is_named_and_left(tmp_path: Path) -> None:
     assert report.left[own] == "LowRank has no native counterpart"
     assert "model.layers.0.self_attn.q_proj" in report.swapped
     assert len(report.swapped) == 2 + 8 - 1
-    assert same(model(TOKENS), expected(TOKENS))
+    assert same(model(TOKENS), expected(TOKENS), "quantized")
 
 
 class LowRank(nn.Linear):  # type: ignore[misc]

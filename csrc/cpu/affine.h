@@ -1,0 +1,266 @@
+// y = x @ W.T for affine codes, any number of rows of x and several weights that share x.
+//
+//   y[m, n] = sum_g step[m, g] scale[n, g] (sum_{k in g} i[m, k] code[n, k]) + bias[n, g] sum[m, g]
+//
+// A tile is kWide rows of W, a row per lane. Its words are transposed and unpacked once for up to
+// kMostRows rows of x, and the inner sums are integers (fixed.h).
+#pragma once
+
+#include "fixed.h"
+#include "pool.h"
+
+namespace optiq::cpu::OPTIQ_ISA {
+
+// Rows of x in flight, each with an accumulator in a register.
+#if defined(__AVX512F__)
+constexpr int kMostRows = 16;
+#else
+constexpr int kMostRows = 8;
+#endif
+
+// The number of rows for which code exists and `rows` fit.
+constexpr int padded_rows(int rows) {
+  return rows <= 4 ? rows : rows <= 6 ? 6 : rows <= 8 ? 8 : rows <= 12 ? 12 : 16;
+}
+
+constexpr int least_multiple_of_block(int words) {
+  int n = words;
+  while (n % kBlock) {
+    n += words;
+  }
+  return n;
+}
+
+// Words of the groups that are transposed together.
+template <int BITS>
+constexpr int kLongestSpan =
+    least_multiple_of_block(BITS) > 4 * BITS ? least_multiple_of_block(BITS) : 4 * BITS;
+
+inline void widen(const void* in, Float type, size_t at, int n, float* out) {
+  int i = 0;
+  for (; i + 8 <= n; i += 8) {
+    store(out + i, load_float(in, type, at + i));
+  }
+  if (i < n) {
+    f32x8 tail = load_tail(in, type, at + i, n - i);
+    std::memcpy(out + i, &tail, (n - i) * sizeof(float));
+  }
+}
+
+// kWide rows of a weight. The last tile begins early where the rows do not fill it; of a weight
+// with less than kWide rows each row is a tile by itself, in every lane.
+struct Tile {
+  const Weight& w;
+  int first, lanes;
+  const uint8_t* rows; // `stride` bytes apart
+  size_t stride;
+  float* scales; // [groups][kWide]
+  float* biases;
+
+  static int count(const Weight& w) {
+    return w.rows < kWide ? w.rows : (w.rows + kWide - 1) / kWide;
+  }
+
+  static size_t scratch(const Weight& w) {
+    return size_t(kWide) * ((w.groups() + kWide - 1) / kWide * kWide);
+  }
+
+  Tile(const Weight& w, int index, float* scales, float* biases, float* scratch)
+      : w(w), lanes(w.rows < kWide ? 1 : kWide), scales(scales), biases(biases) {
+    first = lanes == 1 ? index : (index + 1) * kWide < w.rows ? index * kWide : w.rows - kWide;
+    rows = static_cast<const uint8_t*>(w.data) + size_t(first) * w.row_bytes();
+    stride = lanes == 1 ? 0 : w.row_bytes();
+    lay(w.scales, scratch, scales);
+    lay(w.biases, scratch, biases);
+  }
+
+ private:
+  void lay(const void* values, float* scratch, float* out) {
+    int groups = w.groups(), padded = (groups + kWide - 1) / kWide * kWide;
+    for (int r = 0; r < kWide; r++) {
+      widen(values, w.type, size_t(lanes == 1 ? first : first + r) * groups, groups,
+          scratch + r * padded);
+    }
+    for (int g = 0; g < groups; g += kWide) {
+      uw block[kWide];
+      for (int r = 0; r < kWide; r++) {
+        block[r] = load<uw>(scratch + r * padded + g);
+      }
+      transpose(block);
+      for (int j = 0; j < kWide; j++) {
+        store(out + size_t(g + j) * kWide, block[j]);
+      }
+    }
+  }
+};
+
+// ROWS rows of x times one tile, into out[row].
+template <int BITS, int ROWS>
+void multiply(const Tile& tile, const FixedRows& x, fw* out) {
+  constexpr int chains = ROWS < 4 ? 4 / ROWS : 1; // sums in flight hide the latency of one
+  const Weight& w = tile.w;
+  const int words = BITS * w.group_size / 32; // of a group
+  const int span = least_multiple_of_block(words), units = w.group_size / kUnit;
+  const int groups = w.groups(), row_words = w.cols / 32 * BITS;
+  uw transposed[kLongestSpan<BITS>];
+  fw y[ROWS] = {};
+  const int32_t* pairs = x.pairs;
+  for (int g = 0, first = 0; g < groups; first += span) {
+    int left = row_words - first, count = left < span ? left : span;
+    transpose_words(tile.rows + 4 * size_t(first), tile.stride, count, left, transposed);
+    for (const uw* at = transposed; at < transposed + count; g++) {
+      iw acc[ROWS][chains] = {};
+      for (int u = 0; u < units; u++, at += BITS) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kPairs; i++) {
+          iw codes = unpack<BITS>(at, i);
+#pragma GCC unroll 16
+          for (int r = 0; r < ROWS; r++) {
+            acc[r][i % chains] = dot_pairs(acc[r][i % chains], codes, splat(pairs[i * ROWS + r]));
+          }
+        }
+        pairs += kPairs * ROWS;
+      }
+      fw scale = load<fw>(tile.scales + size_t(g) * kWide);
+      fw bias = load<fw>(tile.biases + size_t(g) * kWide);
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; r++) {
+        iw sum = acc[r][0];
+        for (int c = 1; c < chains; c++) {
+          sum += acc[r][c];
+        }
+        y[r] += bias * x.sum[g * ROWS + r];
+        y[r] += __builtin_convertvector(sum, fw) * scale * x.step[g * ROWS + r];
+      }
+    }
+  }
+  for (int r = 0; r < ROWS; r++) {
+    out[r] = y[r];
+  }
+}
+
+// One row of x times one tile, for codes that do not straddle words: 16 bytes of each row in the
+// 128-bit pieces of a vector need no transposing, only their four lanes be added up per group.
+template <int BITS>
+void multiply_one(const Tile& tile, const FixedRows& x, fw* out) {
+  constexpr int kQuadPairs = 16 / BITS * 4; // pairs in 16 bytes
+  const int quads = BITS * tile.w.group_size / 128, groups = tile.w.groups();
+  const int32_t* pairs = x.pairs;
+  const uint8_t* row[4];
+  for (int s = 0; s < 4; s++) {
+    row[s] = tile.rows + s * tile.stride;
+  }
+  fw y = {};
+  for (int g = 0; g < groups; g++) {
+    iw acc[4] = {};
+    for (int q = 0; q < quads; q++, pairs += kQuadPairs) {
+#pragma GCC unroll 4
+      for (int s = 0; s < 4; s++, row[s - 1] += 16) {
+        uw words = load_quads(row[s], 4 * tile.stride);
+#pragma GCC unroll 4
+        for (int i = 0; i < 16 / BITS; i++) {
+          iw codes = codes_at<BITS>(words, i * BITS);
+          acc[s] = dot_pairs(acc[s], codes, splat_quad(pairs + 4 * i));
+        }
+      }
+    }
+    fw scale = load<fw>(tile.scales + size_t(g) * kWide);
+    fw bias = load<fw>(tile.biases + size_t(g) * kWide);
+    y += bias * x.sum[g];
+    y += __builtin_convertvector(sum_quads(acc), fw) * scale * x.step[g];
+  }
+  *out = y;
+}
+
+template <int BITS>
+OPTIQ_INLINE void multiply(int rows, const Tile& tile, const FixedRows& x, fw* out) {
+  switch (rows) {
+    case 1:
+      if constexpr (kWholeWords<BITS>) {
+        return multiply_one<BITS>(tile, x, out);
+      } else {
+        return multiply<BITS, 1>(tile, x, out);
+      }
+    case 2:
+      return multiply<BITS, 2>(tile, x, out);
+    case 3:
+      return multiply<BITS, 3>(tile, x, out);
+    case 4:
+      return multiply<BITS, 4>(tile, x, out);
+    case 6:
+      return multiply<BITS, 6>(tile, x, out);
+    case 8:
+      return multiply<BITS, 8>(tile, x, out);
+#if defined(__AVX512F__)
+    case 12:
+      return multiply<BITS, 12>(tile, x, out);
+    case 16:
+      return multiply<BITS, 16>(tile, x, out);
+#endif
+  }
+}
+
+// The functions of one width.
+struct Width {
+  void (*fix)(const float* x, int rows, int cols, int group_size, const FixedRows& out);
+  void (*multiply)(int rows, const Tile& tile, const FixedRows& x, fw* out);
+};
+
+template <int BITS>
+constexpr Width width_of = {fix_rows<BITS>, multiply<BITS>};
+
+inline const Width& width(int bits) {
+  static constexpr Width widths[] = {
+      width_of<2>, width_of<3>, width_of<4>, width_of<5>, width_of<6>, width_of<8>};
+  return widths[bits == 8 ? 5 : bits - 2];
+}
+
+// All rows of x in fixed point, in blocks of kMostRows.
+class FixedMatrix {
+ public:
+  FixedMatrix(const float* x, int rows, const Weight& w)
+      : bits_(w.bits),
+        group_size_(w.group_size),
+        rows_(rows),
+        cols_(w.cols),
+        x_(x),
+        padded_((rows - 1) / kMostRows * kMostRows + padded_rows((rows - 1) % kMostRows + 1)),
+        pairs_(FixedRows::pair_count(w.cols, padded_)),
+        step_(w.groups() * padded_),
+        sum_(w.groups() * padded_) {
+    auto fix = [this](int i) {
+      width(bits_).fix(
+          x_ + size_t(i) * kMostRows * cols_, rows_in(i), cols_, group_size_, block(i));
+    };
+    if (rows <= kMostRows) {
+      fix(0);
+    } else {
+      parallel_for(blocks(), fix);
+    }
+  }
+
+  bool fits(const Weight& w) const {
+    return w.bits == bits_ && w.group_size == group_size_;
+  }
+  int blocks() const {
+    return (rows_ + kMostRows - 1) / kMostRows;
+  }
+  int rows_in(int block) const {
+    int left = rows_ - block * kMostRows;
+    return left < kMostRows ? left : kMostRows;
+  }
+  FixedRows block(int i) {
+    size_t before = size_t(i) * kMostRows, groups = cols_ / group_size_;
+    return {pairs_ + FixedRows::pair_count(cols_, int(before)), step_ + groups * before,
+        sum_ + groups * before, padded_rows(rows_in(i))};
+  }
+
+ private:
+  int bits_, group_size_, rows_, cols_;
+  const float* x_;
+  int padded_;
+  Scratch<int32_t> pairs_;
+  Scratch<float> step_, sum_;
+};
+
+} // namespace optiq::cpu::OPTIQ_ISA
