@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "cpu/pool.h"
+#include "launch/bindings.h"
 #include "ops/kl_divergence.h"
 #include "ops/linear.h"
 #include "ops/quantize.h"
@@ -25,4 +26,5 @@ NB_MODULE(_ext, m) {
       "bits"_a = 4, nb::kw_only(), "stream"_a = nb::none());
   m.def("compare_logits", &optiq::compare_logits, "p"_a, "q"_a, nb::kw_only(),
       "stream"_a = nb::none());
+  optiq::launch::bind(m);
 }

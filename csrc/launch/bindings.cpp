@@ -1,0 +1,103 @@
+#include "launch/bindings.h"
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include "launch/quantized_matmul.h"
+#include "launch/tuning.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace optiq::launch {
+
+namespace {
+
+Float float_named(const std::string& name) {
+  if (name == "float32") {
+    return Float::f32;
+  }
+  if (name == "float16") {
+    return Float::f16;
+  }
+  if (name == "bfloat16") {
+    return Float::bf16;
+  }
+  throw std::invalid_argument(
+      "[plan] dtype is '" + name + "'; it must be 'float32', 'float16' or 'bfloat16'");
+}
+
+nb::tuple to_python(const Size& size) {
+  return nb::make_tuple(size.x, size.y, size.z);
+}
+
+nb::dict to_python(const Argument& argument) {
+  static const char* kinds[] = {"input", "output", "temporary", "constants"};
+  nb::dict out;
+  out["kind"] = kinds[int(argument.kind)];
+  if (argument.kind == Argument::Kind::constants) {
+    out["bytes"] =
+        nb::bytes(reinterpret_cast<const char*>(argument.bytes.data()), argument.bytes.size());
+  } else {
+    out["index"] = argument.index;
+  }
+  return out;
+}
+
+nb::dict to_python(const Launch& launch) {
+  nb::dict out;
+  out["source"] = launch.source;
+  out["kernel"] = launch.kernel;
+  out["instantiation"] = launch.instantiation;
+  nb::list arguments;
+  for (const auto& argument : launch.arguments) {
+    arguments.append(to_python(argument));
+  }
+  out["arguments"] = arguments;
+  out["threadgroups"] = to_python(launch.threadgroups);
+  out["threads"] = to_python(launch.threads);
+  return out;
+}
+
+nb::dict to_python(const Plan& plan) {
+  nb::dict out;
+  nb::list launches;
+  for (const auto& launch : plan.launches) {
+    launches.append(to_python(launch));
+  }
+  out["launches"] = launches;
+  out["temporaries"] = plan.temporaries;
+  return out;
+}
+
+using Weight = std::tuple<int, int, int>; // out, bits, group_size
+
+} // namespace
+
+void bind(nb::module_& m) {
+  m.def(
+      "plan_quantized_matmul",
+      [](int rows, int inner, const std::vector<Weight>& weights, const std::string& x,
+          const std::string& scales, bool transpose, int experts, const std::string& gpu,
+          std::optional<std::string> tune) {
+        QuantizedMatmul op{
+            rows, inner, float_named(x), float_named(scales), {}, transpose, experts};
+        for (auto [out, bits, group_size] : weights) {
+          op.weights.push_back({out, bits, group_size});
+        }
+        Gpu chip = parse_gpu(gpu);
+        return to_python(plan_quantized_matmul(op, tune ? tuning(chip, *tune) : tuning(chip)));
+      },
+      "rows"_a, "inner"_a, "weights"_a, "x"_a = "float16", "scales"_a = "float16",
+      "transpose"_a = true, "experts"_a = 0, nb::kw_only(), "gpu"_a = "applegpu_g15s",
+      "tune"_a = nb::none());
+}
+
+} // namespace optiq::launch

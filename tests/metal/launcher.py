@@ -1,0 +1,102 @@
+"""Carries out launch plans on the emulator, as csrc/metal/encoder.cpp does on a GPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import numpy as np
+
+import optiq  # noqa: F401
+from optiq.ops import native
+from tests.msl.emulator import Counters, Module, Out
+
+METAL = Path(__file__).parents[2] / "metal"
+NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+NUMPY = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}
+Mode = Literal["check", "fast"]
+Plan = dict[str, Any]
+
+
+@functools.cache
+def compiled(source: str, instantiations: frozenset[tuple[str, str]], mode: Mode) -> Module:
+    return Module(METAL / source, dict(sorted(instantiations)), mode=mode)
+
+
+def compile_together(plans: Sequence[Plan], mode: Mode = "check") -> None:
+    """Compile the kernels of many plans at once, in tens; later runs find them by name."""
+    by_source: dict[str, dict[str, str]] = {}
+    for launch in (launch for plan in plans for launch in plan["launches"]):
+        by_source.setdefault(launch["source"], {})[launch["kernel"]] = launch["instantiation"]
+    for source, kernels in by_source.items():
+        names = sorted(name for name in kernels if (source, name, mode) not in _modules)
+        for i in range(0, len(names), 16):
+            chosen = frozenset((name, kernels[name]) for name in names[i : i + 16])
+            for name, _ in chosen:
+                _modules[source, name, mode] = (source, chosen, mode)
+
+
+_modules: dict[tuple[str, str, Mode], tuple[str, frozenset[tuple[str, str]], Mode]] = {}
+
+
+def module(launch: dict[str, Any], mode: Mode) -> Module:
+    key = (launch["source"], launch["kernel"], mode)
+    alone = (launch["source"], frozenset([(launch["kernel"], launch["instantiation"])]), mode)
+    return compiled(*_modules.get(key, alone))
+
+
+def to_numpy(a: mx.array) -> np.ndarray:
+    """bfloat16 travels as its bits."""
+    return np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a)
+
+
+def to_mlx(a: np.ndarray, dtype: mx.Dtype) -> mx.array:
+    return mx.array(a).view(mx.bfloat16) if dtype == mx.bfloat16 else mx.array(a)
+
+
+def run(
+    plan: Plan,
+    inputs: Sequence[mx.array],
+    outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
+    mode: Mode = "check",
+    shuffle: int | bool = False,
+) -> tuple[list[mx.array], Counters]:
+    """The plan's outputs, and what its launches counted together."""
+    arrays = [to_numpy(a) for a in inputs]
+    results: list[mx.array | None] = [None] * len(outputs)
+    total: Counters | None = None
+    for launch in plan["launches"]:
+        arguments: dict[int, Any] = {}
+        written: list[int] = []
+        for i, argument in enumerate(launch["arguments"]):
+            if argument["kind"] == "input":
+                arguments[i] = arrays[argument["index"]]
+            elif argument["kind"] == "constants":
+                arguments[i] = np.frombuffer(argument["bytes"], np.uint8)
+            elif argument["kind"] == "output":
+                shape, dtype = outputs[argument["index"]]
+                arguments[i] = Out(shape, NUMPY[dtype])
+                written.append(argument["index"])
+            else:
+                raise NotImplementedError("temporaries")
+        out, counters = module(launch, mode)(
+            launch["kernel"],
+            arguments,
+            grid=launch["threadgroups"],
+            threads=launch["threads"],
+            shuffle=shuffle,
+        )
+        for index, array in zip(written, out, strict=True):
+            results[index] = to_mlx(array, outputs[index][1])
+        total = counters if total is None else total + counters
+    assert total is not None
+    return [a for a in results if a is not None], total
+
+
+def plan_quantized_matmul(*arguments: Any, **keywords: Any) -> Plan:
+    assert native.extension is not None, native.reason
+    plan: Plan = native.extension.plan_quantized_matmul(*arguments, **keywords)
+    return plan

@@ -1,0 +1,152 @@
+"""The quantized products, launched as planned and run on the emulator, against float64."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from optiq.ops import reference
+from tests.msl.emulator import needs_emulator
+from tests.ops.cases import DTYPES, QUANTIZED, Case
+from tests.ops.test_matmul import assert_product, dequantized, f64
+
+from .launcher import NAMES, Plan, compile_together, plan_quantized_matmul, run
+
+pytestmark = needs_emulator
+
+# One chip of each row of the tuning table.
+CHIPS = ["applegpu_g13g", "applegpu_g15s", "applegpu_g14d"]
+
+
+def plan(case: Case, transpose: bool = True, gpu: str = CHIPS[0], tune: str = "") -> Plan:
+    dtype = NAMES[case.dtype]
+    out, inner = (case.out, case.inner) if transpose else (case.inner, case.out)
+    weights = [(out, case.bits, case.group_size)]
+    return plan_quantized_matmul(
+        case.rows, inner, weights, dtype, dtype, transpose, gpu=gpu, tune=tune
+    )
+
+
+def multiply(case: Case, the_plan: Plan, transpose: bool = True, **options: object) -> mx.array:
+    x = case.activations(None if transpose else case.out)
+    shape = (case.rows, case.out if transpose else case.inner)
+    (y,), _ = run(the_plan, [x, *case.quantized()], [(shape, x.dtype)], **options)  # type: ignore[arg-type]
+    return y
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_together() -> None:
+    compile_together([plan(case) for case in QUANTIZED])
+    compile_together([plan(case, False) for case in QUANTIZED])
+    compile_together([plan(case, gpu=gpu) for case in OTHER_CHIPS for gpu in CHIPS[1:]])
+
+
+@pytest.mark.parametrize("case", QUANTIZED, ids=str)
+def test_quantized_matmul(case: Case) -> None:
+    y = multiply(case, plan(case))
+    assert_product(y, f64(case.activations()), dequantized(case), case.dtype)
+
+
+@pytest.mark.parametrize("case", QUANTIZED[::4], ids=str)
+def test_not_transposed(case: Case) -> None:
+    y = multiply(case, plan(case, False), False)
+    assert_product(y, f64(case.activations(case.out)), dequantized(case).T, case.dtype)
+
+
+OTHER_CHIPS = [
+    Case(rows, 70, 576, bits, 64, dtype)
+    for (bits, dtype), rows in product(((3, "bf16"), (4, "f16"), (8, "f32")), (1, 5, 11, 40))
+]
+
+
+@pytest.mark.parametrize("gpu", CHIPS[1:])
+@pytest.mark.parametrize("case", OTHER_CHIPS, ids=str)
+def test_tiles_of_other_chips(case: Case, gpu: str) -> None:
+    y = multiply(case, plan(case, gpu=gpu))
+    assert_product(y, f64(case.activations()), dequantized(case), case.dtype)
+
+
+@pytest.mark.parametrize(("x", "scales"), [p for p in product(DTYPES, DTYPES) if p[0] != p[1]])
+@pytest.mark.parametrize("rows", [2, 20])
+def test_scales_of_another_type(x: str, scales: str, rows: int) -> None:
+    case = Case(rows, 40, 128, 5, 64, scales)
+    left = case.activations().astype(DTYPES[x])
+    dtype = mx.result_type(left, DTYPES[scales])
+    the_plan = plan_quantized_matmul(rows, 128, [(40, 5, 64)], NAMES[x], NAMES[scales])
+    (y,), _ = run(the_plan, [left, *case.quantized()], [((rows, 40), dtype)])
+    name = next(k for k, v in DTYPES.items() if v == dtype)
+    assert_product(y, f64(left), dequantized(case), name)
+
+
+@pytest.mark.parametrize("gpu", CHIPS)
+@pytest.mark.parametrize(("bits", "dtype"), [(3, "f16"), (4, "bf16"), (8, "f32")])
+def test_a_row_does_not_depend_on_the_rows_beside_it(bits: int, dtype: str, gpu: str) -> None:
+    """Batched or speculative decoding must not move near-tie tokens: bit-equal up to 16 rows."""
+    whole = Case(16, 45, 608, bits, 32, dtype)
+    x, weight = whole.activations(), whole.quantized()
+    counts = range(1, 17)
+    plans = [plan(Case(m, 45, 608, bits, 32, dtype), gpu=gpu) for m in counts]
+    compile_together(plans)
+    alone = []
+    for m, the_plan in zip(counts, plans, strict=True):
+        (y,), _ = run(the_plan, [x[:m], *weight], [((m, 45), x.dtype)])
+        alone.append(y)
+    for y in alone:
+        assert mx.array_equal(y, alone[-1][: y.shape[0]])
+
+
+MIXES = {
+    "qkv": [(96, 4, 64), (32, 6, 64), (33, 8, 32)],
+    "gate and up": [(70, 3, 128), (70, 4, 64)],
+    "four": [(1, 2, 32), (64, 5, 64), (31, 4, 128), (100, 4, 32)],
+}
+
+
+@pytest.mark.parametrize("rows", [1, 3, 6, 16, 17, 70])
+@pytest.mark.parametrize("name", MIXES)
+def test_several_weights_in_one_launch(name: str, rows: int) -> None:
+    """Equal to the bit to each product alone, and one dispatch."""
+    cases = [Case(rows, out, 256, bits, g, "f16") for out, bits, g in MIXES[name]]
+    weights = [(c.out, c.bits, c.group_size) for c in cases]
+    together = plan_quantized_matmul(rows, 256, weights)
+    singles = [plan(c, gpu="applegpu_g15s") for c in cases]
+    compile_together([together])
+    compile_together(singles)
+    x = cases[0].activations()
+    inputs = [x, *(a for c in cases for a in c.quantized())]
+    out, counters = run(together, inputs, [((rows, c.out), x.dtype) for c in cases])
+    assert counters.dispatches == 1
+    for case, single, y in zip(cases, singles, out, strict=True):
+        assert_product(y, f64(x), dequantized(case), "f16")
+        assert mx.array_equal(y, multiply(case, single))
+
+
+@pytest.mark.parametrize("transpose", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_experts(bits: int, transpose: bool) -> None:
+    rng = np.random.default_rng(bits)
+    w = mx.array(rng.standard_normal((5, 64, 96), dtype=np.float32)).astype(mx.float16)
+    out, inner = (64, 96) if transpose else (96, 64)
+    x = mx.array(rng.standard_normal((7, inner), dtype=np.float32)).astype(mx.float16)
+    which = np.array([4, 0, 3, 9, 3, 1, 0], np.uint32)  # one does not exist
+    weight = mx.quantize(w, 32, bits)
+    the_plan = plan_quantized_matmul(7, inner, [(out, bits, 32)], transpose=transpose, experts=5)
+    (y,), _ = run(the_plan, [x, *weight, mx.array(which)], [((7, out), x.dtype)])
+    codes, scales, biases = weight
+    full = reference.dequantize(np.array(codes), f64(scales), f64(biases), 32, bits)
+    for i, expert in enumerate(which):
+        if expert < 5:
+            right = full[expert] if transpose else full[expert].T
+            assert_product(y[i : i + 1], f64(x[i : i + 1]), right, "f16")
+        else:
+            assert mx.isnan(y[i]).all()
+
+
+@pytest.mark.parametrize("case", [Case(m, 37, 320, 4, 64, "f16") for m in (1, 6, 16, 40)], ids=str)
+def test_any_order_of_execution_gives_the_same_bits(case: Case) -> None:
+    first = multiply(case, plan(case))
+    for seed in (1, 2):
+        assert mx.array_equal(first, multiply(case, plan(case), shuffle=seed))
