@@ -41,15 +41,16 @@ make_tools() {
   touch "$stamp"
 }
 
-# fetch FOLDER PLATFORM REQUIREMENT ...: wheels for another machine, once.
+# fetch FOLDER "PLATFORM ..." REQUIREMENT ...: wheels for another machine, once.
 fetch() {
-  local folder="$1" platform="$2"
+  local folder="$1" platforms=() platform
+  for platform in $2; do platforms+=(--platform "$platform"); done
   shift 2
-  local stamp="$folder/.$(echo "$platform $*" | sha256sum | cut -c1-16)"
+  local stamp="$folder/.$(echo "${platforms[*]} $*" | sha256sum | cut -c1-16)"
   test -e "$stamp" && return
   rm -rf "$folder"
   mkdir -p "$folder"
-  "$tools/bin/pip" download --quiet --dest "$folder" --platform "$platform" --python-version \
-    3.11 --only-binary=:all: --no-deps "$@"
+  "$tools/bin/pip" download --quiet --dest "$folder" "${platforms[@]}" --python-version 3.11 \
+    --only-binary=:all: --no-deps "$@"
   touch "$stamp"
 }
