@@ -101,6 +101,47 @@ namespace {
 
 using cpu::kernels;
 
+// `n` values as float32, converted where they are not.
+class Floats {
+ public:
+  Floats(const char* in, cpu::Float type, size_t n) {
+    if (type != cpu::Float::f32) {
+      converted_.resize(n);
+      kernels().to_f32(in, type, converted_.data(), n);
+    }
+    data = type == cpu::Float::f32 ? reinterpret_cast<const float*>(in) : converted_.data();
+  }
+
+  const float* data;
+
+ private:
+  std::vector<float> converted_;
+};
+
+// Room for `n` float32 results, stored in their own type by store().
+class Results {
+ public:
+  Results(char* out, cpu::Float type, size_t n) : out_(out), type_(type), n_(n) {
+    if (type != cpu::Float::f32) {
+      results_.resize(n);
+    }
+    data = type == cpu::Float::f32 ? reinterpret_cast<float*>(out) : results_.data();
+  }
+  void store() {
+    if (type_ != cpu::Float::f32) {
+      kernels().from_f32(data, type_, out_, n_);
+    }
+  }
+
+  float* data;
+
+ private:
+  char* out_;
+  cpu::Float type_;
+  size_t n_;
+  std::vector<float> results_;
+};
+
 // Rows that go to the same expert are brought together, so each expert is one product.
 void grouped_matmul(const float* x, const cpu::Weight& w, int experts, bool transpose,
     const uint32_t* indices, int rows, float* y) {
@@ -151,27 +192,33 @@ void eval_matmul(const mx::array& x, const cpu::Weight& weight, int experts, boo
           std::fill_n(yp, y_size * cpu::size_of(y_type), 0);
           return;
         }
-        std::vector<float> xf, yf;
-        const float* xs = reinterpret_cast<const float*>(xp);
-        float* ys = reinterpret_cast<float*>(yp);
-        if (x_type != cpu::Float::f32) {
-          xf.resize(rows * in);
-          kernels().to_f32(xp, x_type, xf.data(), xf.size());
-          xs = xf.data();
-        }
-        if (y_type != cpu::Float::f32) {
-          yf.resize(y_size);
-          ys = yf.data();
-        }
+        Floats x(xp, x_type, rows * in);
+        Results y(yp, y_type, y_size);
         if (ip) {
-          grouped_matmul(xs, weight, experts, transpose, ip, int(rows), ys);
+          grouped_matmul(x.data, weight, experts, transpose, ip, int(rows), y.data);
         } else {
-          kernels().matmul({xs, weight, ys, int(rows), transpose});
+          kernels().matmul({x.data, weight, y.data, int(rows), transpose});
         }
-        if (y_type != cpu::Float::f32) {
-          kernels().from_f32(ys, y_type, yp, y_size);
-        }
+        y.store();
       });
+}
+
+void multiply(const char* x, cpu::Float type, int rows, int cols,
+    const std::vector<Projection>& projections) {
+  Floats floats(x, type, size_t(rows) * cols);
+  std::vector<Results> results;
+  std::vector<cpu::Part> parts;
+  results.reserve(projections.size()); // parts point into it
+  for (const auto& p : projections) {
+    results.emplace_back(p.y, p.type, size_t(rows) * p.w.rows);
+    if (p.w.rows > 0) {
+      parts.push_back({p.w, results.back().data});
+    }
+  }
+  kernels().products({floats.data, rows, parts.data(), int(parts.size())});
+  for (auto& r : results) {
+    r.store();
+  }
 }
 
 } // namespace optiq

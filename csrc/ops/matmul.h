@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <vector>
 
 #include <mlx/array.h>
 #include <mlx/stream.h>
@@ -29,5 +30,16 @@ mx::array row_contiguous(const mx::array& a, mx::Stream stream);
 // Fills `out`, allocated here, with the product on the stream's CPU thread.
 void eval_matmul(const mx::array& x, const cpu::Weight& weight, int experts, bool transpose,
     const std::optional<mx::array>& indices, mx::array& out, mx::Stream stream);
+
+// One of several products with the same x: y [rows, w.rows], of type `type`.
+struct Projection {
+  cpu::Weight w;
+  char* y;
+  cpu::Float type;
+};
+
+// Every y = x @ w.T for x [rows, cols]; on the stream's CPU thread.
+void multiply(
+    const char* x, cpu::Float type, int rows, int cols, const std::vector<Projection>& projections);
 
 } // namespace optiq

@@ -5,6 +5,8 @@
 
 #include <mlx/ops.h>
 
+#include "ops/affine_weight.h"
+
 namespace optiq {
 
 using mx::array;
@@ -19,45 +21,13 @@ template <class... Parts>
   throw std::invalid_argument(msg.str());
 }
 
-// Shape of the dequantized weight; throws where the three arrays do not belong together.
-mx::Shape logical_shape(
-    const array& w, const array& scales, const array& biases, int group_size, int bits) {
-  if (bits < 2 || bits > 8 || bits == 7) {
-    fail("bits is ", bits, "; it must be 2, 3, 4, 5, 6 or 8");
-  }
-  if (group_size != 32 && group_size != 64 && group_size != 128) {
-    fail("group_size is ", group_size, "; it must be 32, 64 or 128");
-  }
-  if (w.dtype() != mx::uint32) {
-    fail("w is ", w.dtype(), "; packed codes are uint32");
-  }
-  require_floating("quantized_matmul", "scales", scales);
-  if (biases.dtype() != scales.dtype() || biases.shape() != scales.shape()) {
-    fail("scales ", scales.shape(), " ", scales.dtype(), " and biases ", biases.shape(), " ",
-        biases.dtype(), " must agree in shape and dtype");
-  }
-  if (w.ndim() < 2 || scales.ndim() != w.ndim()) {
-    fail("w ", w.shape(), " and scales ", scales.shape(), " must have the same two or three axes");
-  }
-  int64_t cols = int64_t(scales.shape(-1)) * group_size;
-  auto shape = scales.shape();
-  shape.back() = int(cols);
-  auto packed = shape;
-  packed.back() = int(cols * bits / 32);
-  if (w.shape() != packed) {
-    fail("w is ", w.shape(), " but scales ", scales.shape(), " at ", bits, " bits and group size ",
-        group_size, " need codes of shape ", packed);
-  }
-  return shape;
-}
-
 } // namespace
 
 array quantized_matmul(const array& x, const array& w, const array& scales, const array& biases,
     bool transpose, int group_size, int bits, const std::optional<array>& indices,
     mx::StreamOrDevice s) {
   require_floating("quantized_matmul", "x", x);
-  auto weight = logical_shape(w, scales, biases, group_size, bits);
+  auto weight = AffineWeight{w, scales, biases, group_size, bits}.shape("quantized_matmul");
   auto shape = matmul_shape("quantized_matmul", x, weight, transpose, indices);
   std::vector<array> inputs = {x, w, scales, biases};
   if (indices) {
@@ -73,19 +43,13 @@ void QuantizedMatmul::eval_cpu(const std::vector<array>& inputs, array& out) {
   for (const auto& a : inputs) {
     in.push_back(row_contiguous(a, stream()));
   }
-  const array& scales = in[2];
-  cpu::Weight weight{
-      .data = in[1].data<char>(), .scales = scales.data<char>(), .biases = in[3].data<char>()};
-  weight.type = float_type(scales.dtype());
-  weight.bits = bits_;
-  weight.group_size = group_size_;
-  weight.rows = scales.shape(-2);
-  weight.cols = scales.shape(-1) * group_size_;
+  AffineWeight weight{in[1], in[2], in[3], group_size_, bits_};
   std::optional<array> indices;
   if (in.size() == 5) {
     indices = in[4];
   }
-  eval_matmul(in[0], weight, indices ? scales.shape(0) : 1, transpose_, indices, out, stream());
+  eval_matmul(
+      in[0], weight.view(), indices ? in[2].shape(0) : 1, transpose_, indices, out, stream());
 }
 
 void QuantizedMatmul::eval_gpu(const std::vector<array>&, array&) {

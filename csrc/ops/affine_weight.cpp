@@ -1,0 +1,61 @@
+#include "ops/affine_weight.h"
+
+#include <sstream>
+#include <stdexcept>
+
+#include <mlx/dtype_utils.h>
+#include <mlx/utils.h>
+
+#include "ops/matmul.h"
+
+namespace optiq {
+
+mx::Shape AffineWeight::shape(const char* op, const char* name) const {
+  auto fail = [&](auto&&... parts) {
+    std::ostringstream msg;
+    msg << "[" << op << "] " << name;
+    (msg << ... << parts);
+    throw std::invalid_argument(msg.str());
+  };
+  if (bits < 2 || bits > 8 || bits == 7) {
+    fail("bits is ", bits, "; it must be 2, 3, 4, 5, 6 or 8");
+  }
+  if (group_size != 32 && group_size != 64 && group_size != 128) {
+    fail("group_size is ", group_size, "; it must be 32, 64 or 128");
+  }
+  if (codes.dtype() != mx::uint32) {
+    fail("w is ", codes.dtype(), "; packed codes are uint32");
+  }
+  require_floating(op, (std::string(name) + "scales").c_str(), scales);
+  if (biases.dtype() != scales.dtype() || biases.shape() != scales.shape()) {
+    fail("scales ", scales.shape(), " ", scales.dtype(), " and biases ", biases.shape(), " ",
+        biases.dtype(), " must agree in shape and dtype");
+  }
+  if (codes.ndim() < 2 || scales.ndim() != codes.ndim()) {
+    fail("w ", codes.shape(), " and scales ", scales.shape(),
+        " must have the same two or three axes");
+  }
+  int64_t cols = int64_t(scales.shape(-1)) * group_size;
+  auto shape = scales.shape();
+  shape.back() = int(cols);
+  auto packed = shape;
+  packed.back() = int(cols * bits / 32);
+  if (codes.shape() != packed) {
+    fail("w is ", codes.shape(), " but scales ", scales.shape(), " at ", bits,
+        " bits and group size ", group_size, " need codes of shape ", packed);
+  }
+  return shape;
+}
+
+cpu::Weight AffineWeight::view() const {
+  cpu::Weight w{
+      .data = codes.data<char>(), .scales = scales.data<char>(), .biases = biases.data<char>()};
+  w.type = float_type(scales.dtype());
+  w.bits = bits;
+  w.group_size = group_size;
+  w.rows = scales.shape(-2);
+  w.cols = scales.shape(-1) * group_size;
+  return w;
+}
+
+} // namespace optiq

@@ -1,0 +1,140 @@
+#include "ops/mixed_quantized_matmul.h"
+
+#include <sstream>
+#include <stdexcept>
+
+#include <mlx/allocator.h>
+#include <mlx/backend/cpu/encoder.h>
+#include <mlx/ops.h>
+
+#include "ops/quantized_matmul.h"
+
+namespace optiq {
+
+using mx::array;
+
+namespace {
+
+constexpr const char* kName = "mixed_quantized_matmul";
+
+[[noreturn]] void fail(const std::string& message) {
+  throw std::invalid_argument("[" + std::string(kName) + "] " + message);
+}
+
+} // namespace
+
+std::vector<array> mixed_quantized_matmul(
+    const array& x, const std::vector<AffinePart>& parts, mx::StreamOrDevice s) {
+  require_floating(kName, "x", x);
+  if (parts.empty()) {
+    fail("parts is empty; it must hold at least one weight");
+  }
+  std::vector<array> inputs = {x};
+  std::vector<MixedQuantizedMatmul::Width> widths;
+  std::vector<mx::Shape> shapes;
+  std::vector<mx::Dtype> dtypes;
+  for (size_t i = 0; i < parts.size(); i++) {
+    const auto& [codes, scales, biases, group_size, bits] = parts[i];
+    std::string name = "parts[" + std::to_string(i) + "].";
+    AffineWeight weight{codes, scales, biases, group_size, bits};
+    shapes.push_back(matmul_shape(kName, x, weight.shape(kName, name.c_str()), true, std::nullopt));
+    dtypes.push_back(mx::promote_types(x.dtype(), scales.dtype()));
+    widths.push_back({group_size, bits});
+    inputs.insert(inputs.end(), {codes, scales, biases});
+  }
+  return array::make_arrays(std::move(shapes), dtypes,
+      std::make_shared<MixedQuantizedMatmul>(mx::to_stream(s), std::move(widths)), inputs);
+}
+
+AffineWeight MixedQuantizedMatmul::part(const std::vector<array>& inputs, size_t i) const {
+  return {inputs[3 * i + 1], inputs[3 * i + 2], inputs[3 * i + 3], widths_[i].group_size,
+      widths_[i].bits};
+}
+
+std::vector<AffinePart> MixedQuantizedMatmul::parts(const std::vector<array>& inputs) const {
+  std::vector<AffinePart> all;
+  for (size_t i = 0; i < widths_.size(); i++) {
+    AffineWeight w = part(inputs, i);
+    all.emplace_back(w.codes, w.scales, w.biases, w.group_size, w.bits);
+  }
+  return all;
+}
+
+void MixedQuantizedMatmul::eval_cpu(const std::vector<array>& inputs, std::vector<array>& outs) {
+  std::vector<array> in;
+  for (const auto& a : inputs) {
+    in.push_back(row_contiguous(a, stream()));
+  }
+  auto& encoder = mx::cpu::get_command_encoder(stream());
+  encoder.set_input_array(in[0]);
+  std::vector<Projection> projections;
+  for (size_t i = 0; i < outs.size(); i++) {
+    outs[i].set_data(mx::allocator::malloc(outs[i].nbytes()));
+    encoder.set_output_array(outs[i]);
+    projections.push_back({part(in, i).view(), outs[i].data<char>(), float_type(outs[i].dtype())});
+  }
+  const array& x = in[0];
+  int cols = projections[0].w.cols;
+  int rows = cols == 0 ? 0 : int(x.size() / cols);
+  encoder.dispatch(
+      [x = x.data<char>(), type = float_type(x.dtype()), rows, cols,
+          projections = std::move(projections)]() { multiply(x, type, rows, cols, projections); });
+}
+
+void MixedQuantizedMatmul::eval_gpu(const std::vector<array>&, std::vector<array>&) {
+  throw std::runtime_error(
+      "[mixed_quantized_matmul] has no GPU kernel; use mx.quantized_matmul for each part there");
+}
+
+std::vector<array> MixedQuantizedMatmul::jvp(const std::vector<array>& primals,
+    const std::vector<array>& tangents, const std::vector<int>& argnums) {
+  if (argnums.size() != 1 || argnums[0] != 0) {
+    fail("forward-mode derivatives exist with respect to x only");
+  }
+  return mixed_quantized_matmul(tangents[0], parts(primals), stream());
+}
+
+std::vector<array> MixedQuantizedMatmul::vjp(const std::vector<array>& primals,
+    const std::vector<array>& cotangents, const std::vector<int>& argnums,
+    const std::vector<array>&) {
+  if (argnums.size() != 1 || argnums[0] != 0) {
+    fail(
+        "gradients exist with respect to x only; use quantized_matmul for those of scales and "
+        "biases");
+  }
+  std::optional<array> dx;
+  for (size_t i = 0; i < widths_.size(); i++) {
+    AffineWeight w = part(primals, i);
+    auto term = quantized_matmul(cotangents[i], w.codes, w.scales, w.biases, false, w.group_size,
+        w.bits, std::nullopt, stream());
+    dx = dx ? mx::add(*dx, term, stream()) : term;
+  }
+  return {mx::astype(*dx, primals[0].dtype(), stream())};
+}
+
+std::pair<std::vector<array>, std::vector<int>> MixedQuantizedMatmul::vmap(
+    const std::vector<array>& inputs, const std::vector<int>& axes) {
+  for (size_t i = 1; i < inputs.size(); i++) {
+    if (axes[i] != -1) {
+      fail("vmap runs over x only");
+    }
+  }
+  auto x = mx::moveaxis(inputs[0], axes[0], 0, stream());
+  return {mixed_quantized_matmul(x, parts(inputs), stream()), std::vector<int>(widths_.size(), 0)};
+}
+
+bool MixedQuantizedMatmul::is_equivalent(const mx::Primitive& other) const {
+  return widths_ == static_cast<const MixedQuantizedMatmul&>(other).widths_;
+}
+
+std::vector<mx::Shape> MixedQuantizedMatmul::output_shapes(const std::vector<array>& inputs) {
+  std::vector<mx::Shape> shapes;
+  for (size_t i = 0; i < widths_.size(); i++) {
+    auto shape = inputs[0].shape();
+    shape.back() = inputs[3 * i + 2].shape(-2);
+    shapes.push_back(std::move(shape));
+  }
+  return shapes;
+}
+
+} // namespace optiq

@@ -1,0 +1,49 @@
+#pragma once
+
+#include <tuple>
+#include <vector>
+
+#include <mlx/primitives.h>
+#include <mlx/utils.h>
+
+#include "ops/affine_weight.h"
+#include "ops/matmul.h"
+
+namespace optiq {
+
+/** Codes, scales, biases, group size, bits. */
+using AffinePart = std::tuple<mx::array, mx::array, mx::array, int, int>;
+
+/** x @ dequantize(w).T for each of several weights, of any widths, in one launch. */
+std::vector<mx::array> mixed_quantized_matmul(
+    const mx::array& x, const std::vector<AffinePart>& parts, mx::StreamOrDevice s = {});
+
+class MixedQuantizedMatmul : public mx::Primitive {
+ public:
+  struct Width {
+    int group_size, bits;
+
+    bool operator==(const Width&) const = default;
+  };
+
+  MixedQuantizedMatmul(mx::Stream stream, std::vector<Width> widths)
+      : Primitive(stream), widths_(std::move(widths)) {}
+
+  /** Inputs: x, then codes, scales and biases of each part. Outputs: one for each part. */
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outs) override;
+  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outs) override;
+
+  DEFINE_VMAP()
+  DEFINE_GRADS()
+  DEFINE_NAME(OptiqMixedQuantizedMatmul)
+  bool is_equivalent(const mx::Primitive& other) const override;
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
+
+ private:
+  AffineWeight part(const std::vector<mx::array>& inputs, size_t i) const;
+  std::vector<AffinePart> parts(const std::vector<mx::array>& inputs) const;
+
+  std::vector<Width> widths_;
+};
+
+} // namespace optiq
