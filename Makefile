@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc metal -name '*.cpp' -o -name '*.h' -o -name '*.meta
 .PHONY: demo test bench lint format clean wheel-macos wheel-linux test-aarch64 evidence
 
 # A changed kernel, binding or dependency reinstalls the package; Python files are used in place.
-$(VENV)/.installed: pyproject.toml CMakeLists.txt $(SOURCES)
+$(VENV)/.installed: pyproject.toml CMakeLists.txt cmake/embed_metal.cmake $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "optiq needs Python 3.10 or newer; set PYTHON=/path/to/python3"; exit 1; }
 	@command -v $${CXX:-c++} >/dev/null || \
