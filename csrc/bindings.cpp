@@ -1,5 +1,6 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
@@ -7,6 +8,7 @@
 #include "launch/bindings.h"
 #include "ops/kl_divergence.h"
 #include "ops/linear.h"
+#include "ops/mixed_quantized_matmul.h"
 #include "ops/quantize.h"
 #include "ops/quantized_matmul.h"
 
@@ -22,6 +24,8 @@ NB_MODULE(_ext, m) {
   m.def("quantized_matmul", &optiq::quantized_matmul, "x"_a, "w"_a, "scales"_a, "biases"_a,
       "transpose"_a = true, "group_size"_a = 64, "bits"_a = 4, nb::kw_only(),
       "indices"_a = nb::none(), "stream"_a = nb::none());
+  m.def("mixed_quantized_matmul", &optiq::mixed_quantized_matmul, "x"_a, "parts"_a, nb::kw_only(),
+      "stream"_a = nb::none());
   m.def("quantize", &optiq::quantize, "w"_a, "importance"_a = nb::none(), "group_size"_a = 64,
       "bits"_a = 4, nb::kw_only(), "stream"_a = nb::none());
   m.def("compare_logits", &optiq::compare_logits, "p"_a, "q"_a, nb::kw_only(),
