@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -168,7 +169,7 @@ def _compile(source: str, unit: Unit, key: str, mode: str, seconds: dict[str, fl
         [*LANGUAGE, "-w", *_ARCH, *_CODE, *_MODES[mode], "-c", str(text), "-o", str(code)]
     )
     if done.returncode:
-        raise CompileError(readable_errors(done.stderr))
+        raise CompileError("\n".join(compiler_errors(done.stderr)) or done.stderr[:4000])
     seconds["compile"] = time.perf_counter() - started
     runtime = build_runtime(mode)
     started = time.perf_counter()
@@ -178,7 +179,7 @@ def _compile(source: str, unit: Unit, key: str, mode: str, seconds: dict[str, fl
         _write(definitions, _constant_definitions(unit))
         command += ["-x", "c", str(definitions), "-x", "none"]
     part = CACHE / f"{key}.so.{os.getpid()}"
-    _run([*command, "-Wl,-z,defs", "-lm", "-o", str(part)])
+    _run([*command, "-Wl,-z,defs,-Bsymbolic", "-lm", "-o", str(part)])
     part.rename(CACHE / f"{key}.so")
     code.unlink()
     seconds["link"] = time.perf_counter() - started
@@ -207,12 +208,21 @@ def build_runtime(mode: str) -> Path:
     return target
 
 
-def readable_errors(text: str) -> str:
-    """The compiler's errors without what it says about the generated launchers."""
-    lines = text.splitlines()
-    chosen = [line for line in lines if ": error:" in line and not line.startswith("<launcher>")]
-    notes = [line for line in lines if ".metal:" in line and ": note:" in line]
-    return in_metal("\n".join([*chosen, *notes][:40])) or text[:4000]
+def compiler_errors(output: str) -> list[str]:
+    """Clang's errors in Metal's words; one in our library or a launcher is put where it is used."""
+    found: list[str] = []
+    foreign = ""  # an error whose place is not the author's, until a note says who caused it
+    for line in output.splitlines():
+        if re.search(r": (fatal )?error: ", line):
+            found += [foreign] if foreign else []
+            foreign = line if line.startswith(("<launcher>", str(INCLUDE))) else ""
+            found += [] if foreign else [line]
+        elif foreign and "requested here" in line and not line.startswith(str(INCLUDE)):
+            found.append(f"{line.split(' note: ')[0]} {foreign.split(': ', 1)[1]}")
+            foreign = ""
+    found += [foreign] if foreign else []
+    own = [line for line in found if not line.startswith("<launcher>")]
+    return [in_metal(line) for line in own or found]
 
 
 def _clang(arguments: list[str]) -> subprocess.CompletedProcess[str]:

@@ -169,6 +169,8 @@ class Module:
         Raises:
             KernelError: a bug in the kernel. ValueError, TypeError: a bug in the launch.
         """
+        if kernel not in self.kernels:
+            raise KeyError(f"no kernel {kernel!r}; this module has: {', '.join(self.kernels)}")
         signature = self.built.kernels[kernel]
         number = self.kernels.index(kernel)
         launch, raw = _Launch(), RawCounters()

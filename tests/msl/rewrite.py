@@ -57,6 +57,7 @@ class Unit:
     constants: dict[str, tuple[int, str]] = field(default_factory=dict)  # name: (index, type)
     threadgroup_variables: list[str] = field(default_factory=list)
     stray: list[str] = field(default_factory=list)  # threadgroup variables outside kernels
+    dropped_thread: set[str] = field(default_factory=set)  # file:line of `const thread T&`
 
 
 def rewrite(preprocessed: str) -> Unit:
@@ -66,7 +67,7 @@ def rewrite(preprocessed: str) -> Unit:
     _words(tokens)
     _function_constants(tokens, unit)
     _threadgroup_variables(tokens, unit, bodies)
-    _parameters_and_constructions(tokens)
+    _parameters_and_constructions(tokens, unit)
     unit.text = str(tokens)
     return unit
 
@@ -255,7 +256,7 @@ def _flat(tokens: list[Token]) -> str:
     return re.sub(r"\s+", " ", "".join(t.text for t in tokens)).strip()
 
 
-def _parameters_and_constructions(tokens: Tokens) -> None:
+def _parameters_and_constructions(tokens: Tokens, unit: Unit) -> None:
     classes = {
         tokens.text(tokens.next(at))
         for at, token in enumerate(tokens)
@@ -270,7 +271,7 @@ def _parameters_and_constructions(tokens: Tokens) -> None:
             elif text == "vec":
                 _construct_vec(tokens, at)
             elif text == "__private":
-                _drop_thread(tokens, at, classes, depth)
+                _drop_thread(tokens, at, classes, depth, unit)
             elif text in _VECTORS and depth == 0:
                 _construct_variable(tokens, at)
         elif text == "(":
@@ -316,7 +317,7 @@ def _construct_variable(tokens: Tokens, at: int) -> None:
         tokens[opening].text = f" = ::metal::_make<::{tokens[at].text}>("
 
 
-def _drop_thread(tokens: Tokens, at: int, classes: set[str], depth: int) -> None:
+def _drop_thread(tokens: Tokens, at: int, classes: set[str], depth: int, unit: Unit) -> None:
     """A temporary has no address space in OpenCL C++: neither constructors nor const references
     to one may be qualified `thread`."""
     before = tokens.previous(at)
@@ -327,6 +328,7 @@ def _drop_thread(tokens: Tokens, at: int, classes: set[str], depth: int) -> None
         if tokens.text(tokens.previous(_open_before(tokens, before))) in classes:
             tokens[at].text = ""
     elif depth and _is_const_reference(tokens, at):
+        unit.dropped_thread.add(tokens.where(at))
         tokens[at].text = ""
 
 

@@ -18,6 +18,7 @@ _TOKEN = re.compile(
     re.MULTILINE | re.VERBOSE,
 )
 _MARKER = re.compile(r'^# \d+ "([^"]*)".*\n', re.MULTILINE)
+_MARKER_LINE = re.compile(r'# (\d+) "([^"]*)"')
 _CLOSES = {"(": ")", "[": "]", "{": "}", "[[": "]]", "<": ">"}
 
 
@@ -73,6 +74,15 @@ class Tokens(list[Token]):
 
     def text(self, at: int) -> str:
         return self[at].text if 0 <= at < len(self) else ""
+
+    def where(self, at: int) -> str:
+        """file:line of a token, from the line marker before it."""
+        breaks = 0
+        for token in reversed(self[:at]):
+            if token.kind == "marker" and (m := _MARKER_LINE.match(token.text)):
+                return f"{m.group(2)}:{int(m.group(1)) + breaks - 1}"
+            breaks += token.text.count("\n") if token.kind != "library" else 0
+        return f"line {breaks + 1}"
 
     def close(self, at: int) -> int:
         """Index of the bracket that closes the one at `at`."""

@@ -24,6 +24,8 @@ static void on_signal(int signal, siginfo_t* info, void* context) {
   if (signal == SIGVTALRM) {
     if (!pthread_equal(pthread_self(), engine.owner)) {
       pthread_kill(engine.owner, signal); // the timer may strike any thread of the process
+    } else if (engine.armed && !engine.current) {
+      engine.late = true;
     } else if (engine.armed) {
       fail(
           "the kernel ran for more than %u seconds and is now at <pc:%lx>; it last called the "
@@ -33,7 +35,7 @@ static void on_signal(int signal, siginfo_t* info, void* context) {
     }
     return;
   }
-  if (!engine.armed || !pthread_equal(pthread_self(), engine.owner)) {
+  if (!engine.armed || !pthread_equal(pthread_self(), engine.owner) || !engine.current) {
     for (u32 i = 0; i < kSignalCount; i++) { // not ours: it strikes again, with the old handler
       if (kSignals[i] == signal) {
         sigaction(signal, &previous[i], nullptr);
@@ -69,6 +71,10 @@ static void run_grid() {
     for (at[1] = 0; at[1] < groups[1]; at[1]++) {
       for (at[0] = 0; at[0] < groups[0]; at[0]++) {
         run_threadgroup(at, groups);
+        if (engine.late) {
+          snprintf(engine.counters.error, sizeof engine.counters.error,
+              "the kernel ran for more than %u seconds", launch.seconds);
+        }
         if (engine.counters.error[0]) {
           return;
         }
@@ -103,6 +109,8 @@ MSL_ENTRY int msl_launch(const Launch* launch, Counters* counters) {
   set_timer(launch->seconds);
   const double start = now();
   engine.last_call = nullptr;
+  engine.current = nullptr;
+  engine.late = false;
   engine.armed = true;
   run_grid();
   engine.armed = false;

@@ -132,7 +132,8 @@ struct Engine {
   u32 runnable; // mask of simdgroups with a ready lane
   u32 threadgroup_number;
   u64 random;
-  bool armed; // inside a kernel: faults and checked accesses are the kernel's
+  bool armed; // inside a launch: with a current fiber, faults and accesses are the kernel's
+  bool late;  // the time limit passed between two threadgroups
   pthread_t owner;
   void* last_call; // from the kernel into the runtime
   u64 buffers[kBuffers], threadgroup[kBuffers];

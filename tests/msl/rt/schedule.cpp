@@ -225,4 +225,5 @@ void run_threadgroup(const u32 position[3], const u32 groups[3]) {
   engine.counters.threadgroups++;
   engine.current = pick(0);
   switch_stack(&engine.main_stack, engine.current->stack_pointer);
+  engine.current = nullptr;
 }
