@@ -257,7 +257,7 @@ def _runtime_hash() -> str:
 def _own_hash() -> str:
     """Of all that decides what a source compiles to, beside the source."""
     digest = hashlib.sha256(_runtime_hash().encode())
-    for name in ("tokens.py", "rewrite.py", "launcher.py", "build.py"):
+    for name in ("tokens.py", "rewrite.py", "constructions.py", "launcher.py", "build.py"):
         digest.update((HERE / name).read_bytes())
     clang = find_clang()
     digest.update(_clang(["--version"]).stdout.encode() if clang else b"")

@@ -79,11 +79,11 @@ def lint(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "lint.cl"
         file.write_text(source)
-        problems = [*_words(text), *_declarations(path, unit), *_compiler(file)]
+        errors, code = _compile(file)
+        problems = [*_words(text), *_declarations(path, unit), *errors]
         if not problems:
             ast = _run([*_STRICT, "-w", "-fsyntax-only", "-Xclang", "-ast-dump", str(file)]).stdout
             problems += unqualified_declarations(ast, unit.dropped_thread)
-            code = _run([*_STRICT, "-w", "-O0", "-S", "-emit-llvm", "-o", "-", str(file)]).stdout
             problems += [f"{path}: recursion in {name}" for name in recursive_functions(code)]
     own = [p for p in problems if p.startswith(str(path))]
     return own if only_own else problems
@@ -150,12 +150,13 @@ def _attributes(parameters: list[Parameter]) -> Iterator[str]:
             yield f"{one} is {places[one]}, but {other} is {places[other]}"
 
 
-def _compiler(file: Path) -> list[str]:
-    output = _run([*_STRICT, "-fsyntax-only", str(file)]).stderr
+def _compile(file: Path) -> tuple[list[str], str]:
+    """(errors, LLVM IR)"""
+    done = _run([*_STRICT, "-O0", "-S", "-emit-llvm", "-o", "-", str(file)])
     # Metal has no implicit conversion to bfloat; clang has, and only warns.
     to_bfloat = re.compile(r"warning: implicit conversion .* to '[^']*(bfloat|__bf16)")
-    warned = [in_metal(line) for line in output.splitlines() if to_bfloat.search(line)]
-    return compiler_errors(output) + warned
+    warned = [in_metal(line) for line in done.stderr.splitlines() if to_bfloat.search(line)]
+    return compiler_errors(done.stderr) + warned, done.stdout
 
 
 def main(paths: Sequence[str]) -> int:

@@ -8,24 +8,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from .constructions import parameters_and_constructions
 from .launcher import Parameter, parameters
-from .tokens import SyntaxProblem, Token, Tokens
+from .tokens import Token, Tokens
 
-_SCALARS = [
-    "bool",
-    "char",
-    "uchar",
-    "short",
-    "ushort",
-    "int",
-    "uint",
-    "long",
-    "ulong",
-    "float",
-    "half",
-    "bfloat",
-]
-_VECTORS = {f"{scalar}{n}" for scalar in _SCALARS for n in (2, 3, 4)}
 # Words of OpenCL C that Metal leaves to the author.
 _OPENCL_WORDS = frozenset(
     [
@@ -43,7 +29,6 @@ _OPENCL_WORDS = frozenset(
         "reserve_id_t",
     ]
 )
-_DECLARES = re.compile(rf"^\W*(const|size_t|{'|'.join(_SCALARS)})\d?\b(?!\s*\()")
 
 
 @dataclass
@@ -67,7 +52,7 @@ def rewrite(preprocessed: str) -> Unit:
     _words(tokens)
     _function_constants(tokens, unit)
     _threadgroup_variables(tokens, unit, bodies)
-    _parameters_and_constructions(tokens, unit)
+    unit.dropped_thread = parameters_and_constructions(tokens)
     unit.text = str(tokens)
     return unit
 
@@ -254,102 +239,3 @@ def _declarators(declaration: list[Token]) -> list[tuple[str, str, str]]:
 
 def _flat(tokens: list[Token]) -> str:
     return re.sub(r"\s+", " ", "".join(t.text for t in tokens)).strip()
-
-
-def _parameters_and_constructions(tokens: Tokens, unit: Unit) -> None:
-    classes = {
-        tokens.text(tokens.next(at))
-        for at, token in enumerate(tokens)
-        if token.text in ("struct", "class")
-    }
-    depth = 0  # of round brackets since the last statement or block began
-    for at, token in enumerate(tokens):
-        text = token.text
-        if token.kind == "word":
-            if text == "constant" and depth:
-                _imply_const(tokens, at)
-            elif text == "vec":
-                _construct_vec(tokens, at)
-            elif text == "__private":
-                _drop_thread(tokens, at, classes, depth, unit)
-            elif text in _VECTORS and depth == 0:
-                _construct_variable(tokens, at)
-        elif text == "(":
-            depth += 1
-        elif text == ")":
-            depth -= 1
-        elif text in ("{", "}", ";"):
-            depth = 0
-
-
-def _imply_const(tokens: Tokens, at: int) -> None:
-    """A `constant T&` parameter is const in Metal; OpenCL C++ wants to read it."""
-    if tokens.text(tokens.previous(at)) == "const":
-        return
-    if tokens.text(tokens.next(at)) not in ("const", "{", ":", ";", ")", ","):
-        tokens[at].text = "const __constant"
-
-
-def _construct_vec(tokens: Tokens, at: int) -> None:
-    """`vec<T, N>(...)`: see include/msl/convert.h."""
-    opening = tokens.next(at)
-    if tokens.text(opening) != "<" or tokens.text(tokens.previous(at)) == "operator":
-        return
-    end = tokens.close(opening)
-    if tokens.text(tokens.next(end)) == "(":
-        if tokens.text(tokens.previous(at)) == "::":  # metal::vec
-            tokens[at].text = "_make<::metal::vec"
-        else:
-            tokens[at].text = "::metal::_make<::metal::vec"
-        tokens[end].text = ">>"
-
-
-def _construct_variable(tokens: Tokens, at: int) -> None:
-    """`int2 v(a, b);` is a construction too, unless it declares a function."""
-    name = tokens.next(at)
-    opening = tokens.next(name)
-    if name >= len(tokens) or tokens[name].kind != "word" or tokens.text(opening) != "(":
-        return
-    end = tokens.close(opening)
-    if tokens.text(tokens.next(end)) == ";" and tokens.next(opening) != end:
-        if any(_DECLARES.match(part) for part in tokens.join(opening + 1, end).split(",")):
-            return
-        tokens[opening].text = f" = ::metal::_make<::{tokens[at].text}>("
-
-
-def _drop_thread(tokens: Tokens, at: int, classes: set[str], depth: int, unit: Unit) -> None:
-    """A temporary has no address space in OpenCL C++: neither constructors nor const references
-    to one may be qualified `thread`."""
-    before = tokens.previous(at)
-    if tokens.text(before) == "const":
-        before = tokens.previous(before)
-    after = tokens.text(tokens.next(at))
-    if tokens.text(before) == ")" and after in ("{", ":", ";", "noexcept", "="):
-        if tokens.text(tokens.previous(_open_before(tokens, before))) in classes:
-            tokens[at].text = ""
-    elif depth and _is_const_reference(tokens, at):
-        unit.dropped_thread.add(tokens.where(at))
-        tokens[at].text = ""
-
-
-def _open_before(tokens: Tokens, at: int) -> int:
-    """Index of the ( that the ) at `at` closes."""
-    depth = 0
-    while at >= 0:
-        depth += {")": 1, "(": -1}.get(tokens[at].text, 0)
-        if depth == 0:
-            return at
-        at -= 1
-    raise SyntaxProblem("unbalanced ')'")
-
-
-def _is_const_reference(tokens: Tokens, at: int) -> bool:
-    const = tokens.text(tokens.previous(at)) == "const"
-    depth = 0
-    for token in tokens[at:]:
-        text = token.text
-        depth += {"<": 1, ">": -1}.get(text, 0)
-        if depth == 0 and text in (",", ")", "*", "&", ";", "("):
-            return const and text == "&"
-        const |= depth == 0 and text == "const"
-    return False
