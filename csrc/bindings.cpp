@@ -1,5 +1,6 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
@@ -28,6 +29,8 @@ NB_MODULE(_ext, m) {
       "stream"_a = nb::none());
   m.def("quantize", &optiq::quantize, "w"_a, "importance"_a = nb::none(), "group_size"_a = 64,
       "bits"_a = 4, nb::kw_only(), "stream"_a = nb::none());
+  m.def("kl_divergence", &optiq::kl_divergence, "h_p"_a, "w_p"_a, "h_q"_a, "w_q"_a, "format_p"_a,
+      "format_q"_a, "soft_cap"_a = 0.0f, nb::kw_only(), "stream"_a = nb::none());
   m.def("compare_logits", &optiq::compare_logits, "p"_a, "q"_a, nb::kw_only(),
       "stream"_a = nb::none());
   optiq::launch::bind(m);

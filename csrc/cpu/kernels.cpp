@@ -1,6 +1,8 @@
 // Compiled once per instruction set with OPTIQ_ISA set to its name (see CMakeLists.txt).
 #include "gemm.h"
 #include "kl.h"
+#include "kl_gradient.h"
+#include "kl_stream.h"
 #include "products.h"
 #include "quantize.h"
 #include "rows.h"
@@ -103,7 +105,7 @@ void from_f32(const float* in, Float type, void* out, size_t n) {
 
 } // namespace
 
-extern const Kernels table = {
-    OPTIQ_STRING(OPTIQ_ISA), matmul, products, sgemm, kl_divergence, quantize, to_f32, from_f32};
+extern const Kernels table = {OPTIQ_STRING(OPTIQ_ISA), matmul, products, sgemm, kl_divergence,
+    head_kl, head_kl_gradient, quantize, to_f32, from_f32};
 
 } // namespace optiq::cpu::OPTIQ_ISA

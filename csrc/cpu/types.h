@@ -92,6 +92,29 @@ struct KlDivergence {
   size_t rows, vocab;
 };
 
+// The same of the logits cap * tanh(h @ w.T / cap), or h @ w.T where cap is 0, which are never
+// stored: h[rows, w.cols], and two heads w with the same number of rows, the vocabulary.
+struct HeadKl {
+  const float *h_p, *h_q;
+  Weight w_p, w_q;
+  float cap;
+  float* kl;
+  bool* agree;
+  float *lse_p, *lse_q;
+  int rows;
+};
+
+// d_h[rows, w_q.cols] = the gradient at h_q of sum(d_kl * kl + d_lse * lse_q), given the
+// log-sum-exps that HeadKl found.
+struct HeadKlGradient {
+  const float *h_p, *h_q;
+  Weight w_p, w_q;
+  float cap;
+  const float *lse_p, *lse_q, *d_kl, *d_lse;
+  float* d_h;
+  int rows;
+};
+
 // Codes, scales and biases of w[rows, cols]; scales and biases come out as float32 values that
 // `type` represents exactly. Row r uses importance[r / rows_per_importance, :], or ones.
 struct Quantize {
@@ -111,6 +134,8 @@ struct Kernels {
   void (*products)(const Products&);
   void (*sgemm)(const Sgemm&);
   void (*kl_divergence)(const KlDivergence&);
+  void (*head_kl)(const HeadKl&);
+  void (*head_kl_gradient)(const HeadKlGradient&);
   void (*quantize)(const Quantize&);
   void (*to_f32)(const void* in, Float type, float* out, size_t n);
   void (*from_f32)(const float* in, Float type, void* out, size_t n);

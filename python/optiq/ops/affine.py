@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import mlx.core as mx
 
-from ..formats import Format
+from ..formats import AFFINE_BITS, AFFINE_GROUPS, Format
 from . import native
 
 # As in csrc/cpu/quantize.h: grids from nine tenths of a step wider to as much narrower.
@@ -12,6 +14,50 @@ STEPS = [-0.9 + 0.05 * i for i in range(37)]
 REFITS = 3
 
 Quantized = tuple[mx.array, mx.array, mx.array]
+
+
+class AffineWeight(NamedTuple):
+    """A quantized weight `[..., out, in]` as `mx.quantize` stores it: `scale * code + bias`.
+
+    `codes` are uint32 `[..., out, in * bits / 32]`, `scales` and `biases`
+    `[..., out, in / group_size]` in one floating dtype.
+    """
+
+    codes: mx.array
+    scales: mx.array
+    biases: mx.array
+    group_size: int = 64
+    bits: int = 4
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight: `[..., out, in]`."""
+        return (*self.scales.shape[:-1], self.scales.shape[-1] * self.group_size)
+
+    def check(self, name: str) -> None:
+        """Raise ValueError, naming the weight `name`, where its parts do not fit together."""
+        codes, scales, biases = self.codes, self.scales, self.biases
+        if self.bits not in AFFINE_BITS:
+            raise ValueError(f"{name}.bits is {self.bits}; it must be 2, 3, 4, 5, 6 or 8")
+        if self.group_size not in AFFINE_GROUPS:
+            raise ValueError(f"{name}.group_size is {self.group_size}; it must be 32, 64 or 128")
+        if codes.dtype != mx.uint32:
+            raise ValueError(f"{name}.w is {codes.dtype}; packed codes are uint32")
+        if scales.dtype not in (mx.float32, mx.float16, mx.bfloat16):
+            raise ValueError(
+                f"{name}.scales is {scales.dtype}; it must be float32, float16 or bfloat16"
+            )
+        if scales.ndim < 2 or biases.shape != scales.shape or biases.dtype != scales.dtype:
+            raise ValueError(
+                f"{name}.scales {scales.shape} {scales.dtype} and biases {biases.shape} "
+                f"{biases.dtype} must agree in shape and dtype"
+            )
+        packed = (*scales.shape[:-1], self.shape[-1] * self.bits // 32)
+        if codes.shape != packed:
+            raise ValueError(
+                f"{name}.w is {codes.shape} but scales {scales.shape} at {self.bits} bits and "
+                f"group size {self.group_size} need codes of shape {packed}"
+            )
 
 
 def quantize(w: mx.array, fmt: Format, importance: mx.array | None = None) -> Quantized:

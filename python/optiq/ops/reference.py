@@ -34,6 +34,33 @@ def kl_from_logits(p: Any, q: Any) -> Float64:
     return np.asarray(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1))
 
 
+def kl_divergence(
+    h_p: Any, w_p: Any, h_q: Any, w_q: Any, soft_cap: float | None = None
+) -> tuple[Float64, NDArray[np.bool_], Float64, Float64]:
+    """KL, same first maximum, and both log-sum-exps, of `h @ w.T` with dense heads."""
+    p, q = _logits(h_p, w_p, soft_cap), _logits(h_q, w_q, soft_cap)
+    agree = np.asarray(p.argmax(-1) == q.argmax(-1))
+    lse = [np.asarray((a - _log_softmax(a))[..., 0]) for a in (p, q)]
+    return kl_from_logits(p, q), agree, lse[0], lse[1]
+
+
+def kl_gradient(
+    h_p: Any, w_p: Any, h_q: Any, w_q: Any, d_kl: Any, soft_cap: float | None = None
+) -> Float64:
+    """Gradient of `sum(d_kl * kl)` at `h_q`."""
+    p, q = _logits(h_p, w_p, soft_cap), _logits(h_q, w_q, soft_cap)
+    slope = np.exp(_log_softmax(q)) - np.exp(_log_softmax(p))
+    if soft_cap:
+        slope *= 1 - (q / soft_cap) ** 2
+    scaled = np.asarray(d_kl, dtype=np.float64)[..., None] * slope
+    return np.asarray(scaled @ np.asarray(w_q, dtype=np.float64))
+
+
+def _logits(h: Any, w: Any, soft_cap: float | None) -> Float64:
+    z = np.asarray(h, dtype=np.float64) @ np.asarray(w, dtype=np.float64).T
+    return np.asarray(soft_cap * np.tanh(z / soft_cap) if soft_cap else z)
+
+
 def search_weights(w: Any, importance: Any, group_size: int) -> Float64:
     """c = importance * sqrt(2 mean(w^2) + w^2), the mean over each group: the shape of `w`."""
     w = np.asarray(w, dtype=np.float64)

@@ -1,0 +1,160 @@
+// Strips of logits for the KL that never stores all of them: tiles of h @ W.T, and single logits
+// in double precision.
+#pragma once
+
+#include "gemm.h"
+#include "kl.h"
+
+namespace optiq::cpu::OPTIQ_ISA {
+
+constexpr int kStrip = 128;       // logits of a token at a time; a multiple of kPanel
+constexpr int kTokens = 512;      // tokens that share each packed panel of a head
+constexpr float kAbsent = -3e38f; // in place of the logits past the vocabulary
+
+// pack(n0, cols, k0, depth, panel) of PackRows or PackColumns for the width of `w`.
+template <template <int> class Pack>
+void pack(const Weight& w, int n0, int cols, int k0, int depth, float* panel) {
+  switch (w.bits) {
+    case 0:
+      return Pack<0>{{w}}(n0, cols, k0, depth, panel);
+    case 2:
+      return Pack<2>{{w}}(n0, cols, k0, depth, panel);
+    case 3:
+      return Pack<3>{{w}}(n0, cols, k0, depth, panel);
+    case 4:
+      return Pack<4>{{w}}(n0, cols, k0, depth, panel);
+    case 5:
+      return Pack<5>{{w}}(n0, cols, k0, depth, panel);
+    case 6:
+      return Pack<6>{{w}}(n0, cols, k0, depth, panel);
+    default:
+      return Pack<8>{{w}}(n0, cols, k0, depth, panel);
+  }
+}
+
+// tanh with a relative error below 3e-7 (Cephes tanhf near zero, by the exponential beyond).
+OPTIQ_INLINE f32x8 tanh(f32x8 x) {
+  i32x8 sign = i32x8(x) & i32x8(splat(-0.0f));
+  f32x8 magnitude = f32x8(i32x8(x) ^ sign);
+  f32x8 z = x * x;
+  f32x8 p = splat(-5.70498872745e-3f);
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  f32x8 small = p * z * x + x;
+  f32x8 e = exp_negative(magnitude * -2.0f);
+  f32x8 large = f32x8(i32x8((1.0f - e) / (1.0f + e)) | sign);
+  return select(magnitude < 0.625f, small, select(x == x, large, x));
+}
+
+// The hidden states of one model and the head that turns them into logits.
+struct Side {
+  Weight w;
+  const float* h; // rows `stride` apart
+  size_t stride;
+  float cap; // logits become cap * tanh(logit / cap); 0: as they are
+
+  // tile[i, j] = the logit of token n0 + j at row i, j < kStrip, rows kStrip apart.
+  void logits(int rows, int n0, float* panel, float* tile) const {
+    int cols = w.rows - n0 < kStrip ? w.rows - n0 : kStrip;
+    for (int j = 0; j < cols; j += kPanel) {
+      int width = cols - j < kPanel ? cols - j : kPanel;
+      for (int k0 = 0; k0 < w.cols; k0 += kDepth) {
+        int depth = w.cols - k0 < kDepth ? w.cols - k0 : kDepth;
+        pack<PackRows>(w, n0 + j, width, k0, depth, panel);
+        for (int i = 0; i < rows; i += kRows) {
+          micro_kernel_edge(rows - i < kRows ? rows - i : kRows, h + i * stride + k0, stride, panel,
+              kPanel, depth, tile + i * kStrip + j, kStrip, kPanel, k0 > 0);
+        }
+      }
+    }
+    for (int i = 0; cap != 0 && i < rows * kStrip; i += 8) {
+      store(tile + i, tanh(load<f32x8>(tile + i) * (1 / cap)) * cap);
+    }
+    for (int i = 0; cols < kStrip && i < rows; i++) {
+      for (int j = cols; j < kStrip; j++) {
+        tile[i * kStrip + j] = kAbsent;
+      }
+    }
+  }
+
+  // One logit in double precision, weights decoded in double too.
+  double logit(int row, int token) const {
+    const float* x = h + row * stride;
+    double z = 0;
+    switch (w.bits) {
+      case 0:
+        z = dense(x, token);
+        break;
+      case 2:
+        z = affine<2>(x, token);
+        break;
+      case 3:
+        z = affine<3>(x, token);
+        break;
+      case 4:
+        z = affine<4>(x, token);
+        break;
+      case 5:
+        z = affine<5>(x, token);
+        break;
+      case 6:
+        z = affine<6>(x, token);
+        break;
+      default:
+        z = affine<8>(x, token);
+    }
+    return cap != 0 ? cap * __builtin_tanh(z / cap) : z;
+  }
+
+ private:
+  typedef double f64x8 __attribute__((vector_size(64)));
+
+  static f64x8 widen(f32x8 x) {
+    return __builtin_convertvector(x, f64x8);
+  }
+
+  static double sum(f64x8 v) {
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+  }
+
+  double dense(const float* x, int token) const {
+    Reader<0> read{w};
+    f64x8 acc[4] = {}; // independent, so that no addition waits for the one before it
+    int k = 0;
+    for (; k + 32 <= w.cols; k += 32) {
+      for (int i = 0; i < 4; i++) {
+        acc[i] += widen(read(token, k + 8 * i)) * widen(load<f32x8>(x + k + 8 * i));
+      }
+    }
+    for (; k < w.cols; k += 8) {
+      f32x8 xk = k + 8 <= w.cols ? load<f32x8>(x + k) : load_tail(x, Float::f32, k, w.cols - k);
+      acc[0] += widen(read(token, k)) * widen(xk);
+    }
+    return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+  }
+
+  // scale * sum(code * x) + bias * sum(x) for each group
+  template <int BITS>
+  double affine(const float* x, int token) const {
+    const uint8_t* codes = static_cast<const uint8_t*>(w.data) + token * w.row_bytes();
+    double total = 0;
+    for (size_t g = 0; g < w.groups(); g++) {
+      f64x8 dot = {}, ones = {};
+      for (int k = int(g) * w.group_size; k < int(g + 1) * w.group_size; k += 8) {
+        f64x8 xk = widen(load<f32x8>(x + k));
+        uint8_t word[8] = {}; // decoding reads eight bytes
+        std::memcpy(word, codes + k / 8 * BITS, BITS);
+        dot += widen(decode_codes<BITS>(word)) * xk;
+        ones += xk;
+      }
+      size_t at = size_t(token) * w.groups() + g;
+      total += load_tail(w.scales, w.type, at, 1)[0] * sum(dot) +
+               load_tail(w.biases, w.type, at, 1)[0] * sum(ones);
+    }
+    return total;
+  }
+};
+
+} // namespace optiq::cpu::OPTIQ_ISA
