@@ -26,10 +26,9 @@ ROOT = HERE.parent.parent
 CACHE = Path(os.environ.get("MSL_CACHE", ROOT / "build" / "msl"))
 KEEP_SECONDS = 14 * 86400
 
-_MACHINE = platform.machine()
-_ARCH = {"x86_64": ["-march=x86-64-v3"], "aarch64": []}.get(_MACHINE, [])
+_ARCH = ["-march=x86-64-v3"]  # half conversions and fused multiply-adds in one instruction
 LANGUAGE = [
-    *("-x", "cl", "-cl-std=CLC++2021", "-cl-no-stdinc", "-target", f"{_MACHINE}-linux-gnu"),
+    *("-x", "cl", "-cl-std=CLC++2021", "-cl-no-stdinc", "-target", "x86_64-linux-gnu"),
     *("-Xclang", "-cl-ext=-cl_khr_fp64,-__opencl_c_fp64"),  # Metal has no double
 ]
 # One rounding an operation and defined overflow, as Metal without fast-math.
@@ -75,12 +74,11 @@ def _version(path: str) -> int:
 @functools.cache
 def unavailable() -> str | None:
     """Why this machine cannot run the emulator, with the fix; None if it can."""
-    if platform.system() != "Linux" or _MACHINE not in ("x86_64", "aarch64"):
-        return "the Metal emulator runs on Linux on x86-64 and aarch64"
-    if _MACHINE == "x86_64":
-        flags = Path("/proc/cpuinfo").read_text().split()
-        if missing := {"avx2", "f16c", "fma", "bmi2"} - set(flags):
-            return f"the Metal emulator needs a processor with {', '.join(sorted(missing))}"
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        return "the Metal emulator runs on x86-64 Linux only"
+    flags = Path("/proc/cpuinfo").read_text().split()
+    if missing := {"avx2", "f16c", "fma", "bmi2"} - set(flags):
+        return f"the Metal emulator needs a processor with {', '.join(sorted(missing))}"
     if find_clang() is None:
         return "no clang 17 or newer: apt-get install clang-19, or pip install ziglang==0.17.1"
     if shutil.which(os.environ.get("CXX", "c++")) is None:

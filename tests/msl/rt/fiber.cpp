@@ -6,7 +6,6 @@
 
 // Saves the callee-saved registers on the old stack, leaves its pointer in *save, and pops the same
 // from the new one.
-#if defined(__x86_64__)
 asm(R"(
 .text
 .globl __msl_switch_stack
@@ -31,44 +30,6 @@ __msl_switch_stack:
 .size __msl_switch_stack, .-__msl_switch_stack
 )");
 constexpr u32 kSavedWords = 6;
-#elif defined(__aarch64__)
-asm(R"(
-.text
-.globl __msl_switch_stack
-.hidden __msl_switch_stack
-.type __msl_switch_stack,%function
-__msl_switch_stack:
-  sub sp, sp, #160
-  stp x19, x20, [sp, #0]
-  stp x21, x22, [sp, #16]
-  stp x23, x24, [sp, #32]
-  stp x25, x26, [sp, #48]
-  stp x27, x28, [sp, #64]
-  stp x29, x30, [sp, #80]
-  stp d8, d9, [sp, #96]
-  stp d10, d11, [sp, #112]
-  stp d12, d13, [sp, #128]
-  stp d14, d15, [sp, #144]
-  mov x9, sp
-  str x9, [x0]
-  mov sp, x1
-  ldp x19, x20, [sp, #0]
-  ldp x21, x22, [sp, #16]
-  ldp x23, x24, [sp, #32]
-  ldp x25, x26, [sp, #48]
-  ldp x27, x28, [sp, #64]
-  ldp x29, x30, [sp, #80]
-  ldp d8, d9, [sp, #96]
-  ldp d10, d11, [sp, #112]
-  ldp d12, d13, [sp, #128]
-  ldp d14, d15, [sp, #144]
-  add sp, sp, #160
-  ret
-.size __msl_switch_stack, .-__msl_switch_stack
-)");
-#else
-#error "the emulator has no stack switch for this processor"
-#endif
 
 constexpr u64 kStack = 65536, kStride = kStack + kPage; // a guard page below each
 static u8* stacks;
@@ -93,16 +54,10 @@ void* fresh_stack(u32 thread, void (*start)()) {
   // Tops at equal offsets would fight for the same cache sets, so they are spread.
   const u64 colour = (thread * 7 % 64) * 192;
   u64* top = (u64*)(stacks + (thread + 1) * kStride - 64 - colour);
-#if defined(__x86_64__)
   *--top = 0; // the return address of `start`, which never returns
   *--top = (u64)start;
   top -= kSavedWords;
   memset(top, 0, kSavedWords * 8);
-#else
-  top -= 20;
-  memset(top, 0, 160);
-  top[11] = (u64)start; // x30
-#endif
   return top;
 }
 

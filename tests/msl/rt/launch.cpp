@@ -13,11 +13,7 @@ constexpr u32 kSignalCount = sizeof kSignals / sizeof *kSignals;
 static struct sigaction previous[kSignalCount];
 
 static u64 program_counter(void* context) {
-#if defined(__x86_64__)
   return ((ucontext_t*)context)->uc_mcontext.gregs[REG_RIP];
-#else
-  return ((ucontext_t*)context)->uc_mcontext.pc;
-#endif
 }
 
 static void on_signal(int signal, siginfo_t* info, void* context) {
