@@ -1,6 +1,10 @@
-// What the quantized matmul kernels are told besides their arrays. Read by Metal and by C++
-// (csrc/launch), so only `int`, which is 32 bits in both.
+// What kernels are told besides their arrays. Read by Metal and by C++ (csrc/launch), so only
+// types that are the same in both.
 #pragma once
+
+#ifndef __METAL_VERSION__
+#include <cstdint>
+#endif
 
 // One weight. Its output is cut into tiles of a threadgroup each; `first_tile` is where its
 // tiles begin in the grid that all parts of a launch share, so that nothing is padded.
@@ -17,4 +21,12 @@ struct QuantizedShape {
   int parts;
   int experts; // weights stacked in each array, where rows choose one
   QuantizedPart part[4];
+};
+
+struct CopyShape {
+  int64_t size;
+  int64_t shape[8];
+  int64_t strides[8]; // in items
+  int axes;
+  int unused;
 };

@@ -3,13 +3,16 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <variant>
 #include <vector>
 
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include "launch/copy.h"
 #include "launch/quantized_matmul.h"
 #include "launch/tuning.h"
 
@@ -85,12 +88,14 @@ void bind(nb::module_& m) {
   m.def(
       "plan_quantized_matmul",
       [](int rows, int inner, const std::vector<Weight>& weights, const std::string& x,
-          const std::string& scales, bool transpose, int experts, const std::string& gpu,
-          std::optional<std::string> tune) {
-        QuantizedMatmul op{
-            rows, inner, float_named(x), float_named(scales), {}, transpose, experts};
-        for (auto [out, bits, group_size] : weights) {
-          op.weights.push_back({out, bits, group_size});
+          const std::variant<std::string, std::vector<std::string>>& scales, bool transpose,
+          int experts, const std::string& gpu, std::optional<std::string> tune) {
+        QuantizedMatmul op{rows, inner, float_named(x), {}, transpose, experts};
+        for (size_t i = 0; i < weights.size(); i++) {
+          auto [out, bits, group_size] = weights[i];
+          const auto* one = std::get_if<std::string>(&scales);
+          const auto& type = one ? *one : std::get<1>(scales).at(i);
+          op.weights.push_back({out, bits, group_size, float_named(type)});
         }
         Gpu chip = parse_gpu(gpu);
         return to_python(plan_quantized_matmul(op, tune ? tuning(chip, *tune) : tuning(chip)));
@@ -98,6 +103,12 @@ void bind(nb::module_& m) {
       "rows"_a, "inner"_a, "weights"_a, "x"_a = "float16", "scales"_a = "float16",
       "transpose"_a = true, "experts"_a = 0, nb::kw_only(), "gpu"_a = "applegpu_g15s",
       "tune"_a = nb::none());
+  m.def(
+      "plan_row_contiguous",
+      [](const std::vector<int>& shape, const std::vector<int64_t>& strides, size_t itemsize) {
+        return to_python(plan_row_contiguous(shape, strides, itemsize));
+      },
+      "shape"_a, "strides"_a, "itemsize"_a);
 }
 
 } // namespace optiq::launch

@@ -11,7 +11,7 @@ namespace optiq::launch {
 
 namespace {
 
-constexpr int kMaxParts = 4;
+constexpr size_t kMaxParts = 4; // slots of qmv_mixed and qmm_mixed
 constexpr int kThreadgroupMemory = 32 * 1024;
 
 const char* metal_name(Float type) {
@@ -36,46 +36,67 @@ Launch launch(const char* source, const char* function, const std::vector<std::s
   out.kernel = function;
   out.instantiation = std::string(function) + "<";
   for (size_t i = 0; i < arguments.size(); i++) {
-    out.kernel += "_" + arguments[i];
-    out.instantiation += (i ? ", " : "") + arguments[i];
+    out.kernel.append("_").append(arguments[i]);
+    out.instantiation.append(i ? ", " : "").append(arguments[i]);
   }
   out.instantiation += ">";
   return out;
 }
 
-std::string widths(const QuantizedMatmul& op) {
-  int set = 0;
-  for (const auto& w : op.weights) {
-    set |= 1 << w.bits;
+// What one launch does: some of the weights, all with one type of scales.
+struct Batch {
+  const QuantizedMatmul& op;
+  std::vector<int> weights;
+
+  const QuantizedWeight& operator[](size_t i) const {
+    return op.weights[weights[i]];
   }
-  return std::to_string(set);
-}
+  size_t size() const {
+    return weights.size();
+  }
+  int tiles(int tile) const {
+    int sum = 0;
+    for (size_t i = 0; i < size(); i++) {
+      sum += ceil_div((*this)[i].out, tile);
+    }
+    return sum;
+  }
+  // X, S and WIDTHS of the kernels.
+  std::vector<std::string> types() const {
+    int widths = 0;
+    for (size_t i = 0; i < size(); i++) {
+      widths |= 1 << (*this)[i].bits;
+    }
+    return {metal_name(op.x), metal_name((*this)[0].scales), std::to_string(widths)};
+  }
+};
 
 // Binds the arrays and the shape, and sets the grid's first axis: the tiles of all parts.
-void finish(const QuantizedMatmul& op, int tile, Launch& out) {
+void finish(const Batch& batch, int tile, Launch& out) {
   using Kind = Argument::Kind;
-  int parts = int(op.weights.size());
-  int slots = parts == 1 ? 1 : kMaxParts;
+  const QuantizedMatmul& op = batch.op;
+  size_t slots = batch.size() == 1 ? 1 : kMaxParts;
   out.arguments.push_back({Kind::input, 0});
-  for (int p = 0; p < slots; p++) {
+  for (size_t p = 0; p < slots; p++) {
     for (int i = 0; i < 3; i++) { // unused slots are never read, but must be bound
-      out.arguments.push_back({Kind::input, p < parts ? 1 + 3 * p + i : 0});
+      out.arguments.push_back({Kind::input, p < batch.size() ? 1 + 3 * batch.weights[p] + i : 0});
     }
   }
   if (op.experts > 0) {
-    out.arguments.push_back({Kind::input, 1 + 3 * parts});
+    out.arguments.push_back({Kind::input, int(1 + 3 * op.weights.size())});
   }
-  for (int p = 0; p < slots; p++) {
-    out.arguments.push_back(p < parts ? Argument{Kind::output, p} : Argument{Kind::input, 0});
+  for (size_t p = 0; p < slots; p++) {
+    out.arguments.push_back(
+        p < batch.size() ? Argument{Kind::output, batch.weights[p]} : Argument{Kind::input, 0});
   }
   QuantizedShape shape{};
   shape.m = op.rows;
   shape.k = op.inner;
-  shape.parts = parts;
+  shape.parts = int(batch.size());
   shape.experts = op.experts;
   int tiles = 0;
-  for (int p = 0; p < parts; p++) {
-    const auto& w = op.weights[p];
+  for (size_t p = 0; p < batch.size(); p++) {
+    const auto& w = batch[p];
     int group_shift = w.group_size == 32 ? 5 : w.group_size == 64 ? 6 : 7;
     shape.part[p] = {w.out, w.bits, group_shift, tiles};
     tiles += ceil_div(w.out, tile);
@@ -92,7 +113,8 @@ int compiled_rows(int rows) {
   return rows <= 8 ? rows : (rows + 1) / 2 * 2;
 }
 
-Launch qmv(const QuantizedMatmul& op, const Tuning& t) {
+Launch qmv(const Batch& batch, const Tuning& t) {
+  const QuantizedMatmul& op = batch.op;
   bool gather = op.experts > 0;
   int rows = gather ? 1 : compiled_rows(op.rows);
   int results = rows <= 8 ? t.results : t.results_wide;
@@ -106,7 +128,7 @@ Launch qmv(const QuantizedMatmul& op, const Tuning& t) {
   }
   int tile = simdgroups * row_lanes * results;
 
-  std::vector<std::string> arguments = {metal_name(op.x), metal_name(op.scales), widths(op)};
+  auto arguments = batch.types();
   auto add = [&](int value) { arguments.push_back(std::to_string(value)); };
   if (!gather) {
     add(rows);
@@ -117,34 +139,32 @@ Launch qmv(const QuantizedMatmul& op, const Tuning& t) {
   if (!gather) {
     arguments.push_back(staged ? "true" : "false");
   }
-  const char* function = gather ? "qmv_gather" : op.weights.size() > 1 ? "qmv_mixed" : "qmv";
+  const char* function = gather ? "qmv_gather" : batch.size() > 1 ? "qmv_mixed" : "qmv";
   Launch out = launch("qmv.metal", function, arguments);
-  finish(op, tile, out);
+  finish(batch, tile, out);
   out.threadgroups.y = gather ? uint32_t(op.rows) : 1;
   out.threads.x = uint32_t(32 * simdgroups);
   return out;
 }
 
-Launch qmm(const QuantizedMatmul& op, const Tuning& t) {
+Launch qmm(const Batch& batch, const Tuning& t) {
+  const QuantizedMatmul& op = batch.op;
   bool gather = op.experts > 0;
   int bm = op.rows > 32 && !gather ? 64 : 32;
   int bn = 64;
   int row_tiles = gather ? op.rows : ceil_div(op.rows, bm);
-  int tiles = 0;
-  for (const auto& w : op.weights) {
-    tiles += ceil_div(w.out, bn);
-  }
-  if (op.transpose && int64_t(tiles) * row_tiles < t.narrow_from) {
+  if (op.transpose && int64_t(batch.tiles(bn)) * row_tiles < t.narrow_from) {
     bn = 32;
   }
-  std::vector<std::string> arguments = {
-      metal_name(op.x), metal_name(op.scales), widths(op), std::to_string(bm), std::to_string(bn)};
-  const char* function = gather ? "qmm_gather" : op.weights.size() > 1 ? "qmm_mixed" : "qmm";
-  if (!gather && op.weights.size() == 1) {
+  auto arguments = batch.types();
+  arguments.push_back(std::to_string(bm));
+  arguments.push_back(std::to_string(bn));
+  const char* function = gather ? "qmm_gather" : batch.size() > 1 ? "qmm_mixed" : "qmm";
+  if (!gather && batch.size() == 1) {
     arguments.push_back(op.transpose ? "true" : "false");
   }
   Launch out = launch("qmm.metal", function, arguments);
-  finish(op, bn, out);
+  finish(batch, bn, out);
   out.threadgroups.y = uint32_t(row_tiles);
   out.threads.x = 128;
   return out;
@@ -159,14 +179,15 @@ Plan plan_quantized_matmul(const QuantizedMatmul& op, const Tuning& t) {
     (msg << ... << parts);
     throw std::invalid_argument(msg.str());
   };
-  size_t n = op.weights.size();
-  if (n < 1 || n > kMaxParts) {
-    fail(n, " weights share x; a launch takes 1 to ", kMaxParts);
+  if (op.weights.empty()) {
+    fail("no weight");
   }
-  if (n > 1 && (!op.transpose || op.experts > 0)) {
+  if (op.weights.size() > 1 && (!op.transpose || op.experts > 0)) {
     fail("several weights go with transpose and without experts only");
   }
-  for (const auto& w : op.weights) {
+  std::vector<Batch> batches;
+  for (size_t i = 0; i < op.weights.size(); i++) {
+    const auto& w = op.weights[i];
     if (w.bits < 2 || w.bits > 8 || w.bits == 7) {
       fail("bits is ", w.bits, "; it must be 2, 3, 4, 5, 6 or 8");
     }
@@ -177,17 +198,22 @@ Plan plan_quantized_matmul(const QuantizedMatmul& op, const Tuning& t) {
     if (grouped % w.group_size != 0) {
       fail("the weight's rows have ", grouped, " columns, no multiple of ", w.group_size);
     }
+    if (op.rows == 0 || w.out == 0) {
+      continue; // an empty output
+    }
+    auto fits = [&](const Batch& b) { return b.size() < kMaxParts && b[0].scales == w.scales; };
+    auto batch = std::find_if(batches.begin(), batches.end(), fits);
+    if (batch == batches.end()) {
+      batches.push_back({op, {}});
+      batch = batches.end() - 1;
+    }
+    batch->weights.push_back(int(i));
   }
   Plan plan;
-  bool empty = op.rows == 0;
-  for (const auto& w : op.weights) {
-    empty = empty || (n == 1 && w.out == 0);
-  }
-  if (empty) {
-    return plan;
-  }
   bool few = op.experts > 0 || op.rows < t.qmm_from;
-  plan.launches.push_back(op.transpose && few ? qmv(op, t) : qmm(op, t));
+  for (const Batch& batch : batches) {
+    plan.launches.push_back(op.transpose && few ? qmv(batch, t) : qmm(batch, t));
+  }
   return plan;
 }
 

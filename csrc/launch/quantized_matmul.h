@@ -15,14 +15,14 @@ struct QuantizedWeight {
   int out = 0; // columns of the result
   int bits = 0;
   int group_size = 0;
+  Float scales = Float::f32; // and biases
 };
 
 struct QuantizedMatmul {
   int rows = 0;  // of x
   int inner = 0; // columns of x
   Float x = Float::f32;
-  Float scales = Float::f32;            // of all weights
-  std::vector<QuantizedWeight> weights; // one to four that share x
+  std::vector<QuantizedWeight> weights; // that share x; four of one type of scales go in a launch
   bool transpose = true;                // false: x @ dequantize(w), of one weight
   int experts = 0; // of one weight, stacked: row i uses the one that indices[i] names
 };

@@ -1,5 +1,6 @@
 #include "ops/mixed_quantized_matmul.h"
 
+#include <algorithm>
 #include <sstream>
 #include <stdexcept>
 
@@ -7,6 +8,8 @@
 #include <mlx/backend/cpu/encoder.h>
 #include <mlx/ops.h>
 
+#include "launch/quantized_matmul.h"
+#include "metal/encoder.h"
 #include "ops/quantized_matmul.h"
 
 namespace optiq {
@@ -81,9 +84,18 @@ void MixedQuantizedMatmul::eval_cpu(const std::vector<array>& inputs, std::vecto
           projections = std::move(projections)]() { multiply(x, type, rows, cols, projections); });
 }
 
-void MixedQuantizedMatmul::eval_gpu(const std::vector<array>&, std::vector<array>&) {
-  throw std::runtime_error(
-      "[mixed_quantized_matmul] has no GPU kernel; use mx.quantized_matmul for each part there");
+void MixedQuantizedMatmul::eval_gpu(const std::vector<array>& inputs, std::vector<array>& outs) {
+  launch::QuantizedMatmul op;
+  op.inner = inputs[0].shape(-1);
+  op.x = float_type(inputs[0].dtype());
+  for (size_t i = 0; i < outs.size(); i++) {
+    const array& out = outs[i];
+    int columns = out.shape(-1);
+    op.rows = std::max(op.rows, columns == 0 ? 0 : int(out.size() / columns));
+    op.weights.push_back(
+        {columns, widths_[i].bits, widths_[i].group_size, float_type(inputs[3 * i + 2].dtype())});
+  }
+  metal::run(launch::plan_quantized_matmul(op, metal::tuning(stream())), inputs, outs, stream());
 }
 
 std::vector<array> MixedQuantizedMatmul::jvp(const std::vector<array>& primals,

@@ -5,6 +5,8 @@
 
 #include <mlx/ops.h>
 
+#include "launch/quantized_matmul.h"
+#include "metal/encoder.h"
 #include "ops/affine_weight.h"
 
 namespace optiq {
@@ -52,8 +54,17 @@ void QuantizedMatmul::eval_cpu(const std::vector<array>& inputs, array& out) {
       in[0], weight.view(), indices ? in[2].shape(0) : 1, transpose_, indices, out, stream());
 }
 
-void QuantizedMatmul::eval_gpu(const std::vector<array>&, array&) {
-  throw std::runtime_error("[quantized_matmul] has no GPU kernel; use mx.quantized_matmul there");
+void QuantizedMatmul::eval_gpu(const std::vector<array>& inputs, array& out) {
+  const array& scales = inputs[2];
+  launch::QuantizedMatmul op;
+  int columns = out.shape(-1);
+  op.rows = columns == 0 ? 0 : int(out.size() / columns);
+  op.inner = inputs[0].shape(-1);
+  op.x = float_type(inputs[0].dtype());
+  op.weights = {{columns, bits_, group_size_, float_type(scales.dtype())}};
+  op.transpose = transpose_;
+  op.experts = inputs.size() == 5 ? scales.shape(0) : 0;
+  metal::run(launch::plan_quantized_matmul(op, metal::tuning(stream())), inputs, {out}, stream());
 }
 
 array QuantizedMatmul::apply(const std::vector<array>& inputs, const array& x, bool transpose) {

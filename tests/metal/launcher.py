@@ -57,28 +57,26 @@ def to_mlx(a: np.ndarray, dtype: mx.Dtype) -> mx.array:
     return mx.array(a).view(mx.bfloat16) if dtype == mx.bfloat16 else mx.array(a)
 
 
-def run(
+def run_arrays(
     plan: Plan,
-    inputs: Sequence[mx.array],
-    outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
+    inputs: Sequence[np.ndarray],
+    outputs: Sequence[tuple[tuple[int, ...], Any]],
     mode: Mode = "check",
     shuffle: int | bool = False,
-) -> tuple[list[mx.array], Counters]:
+) -> tuple[list[np.ndarray], Counters]:
     """The plan's outputs, and what its launches counted together."""
-    arrays = [to_numpy(a) for a in inputs]
-    results: list[mx.array | None] = [None] * len(outputs)
+    results = [np.zeros(shape, dtype) for shape, dtype in outputs]
     total: Counters | None = None
     for launch in plan["launches"]:
         arguments: dict[int, Any] = {}
         written: list[int] = []
         for i, argument in enumerate(launch["arguments"]):
             if argument["kind"] == "input":
-                arguments[i] = arrays[argument["index"]]
+                arguments[i] = inputs[argument["index"]]
             elif argument["kind"] == "constants":
                 arguments[i] = np.frombuffer(argument["bytes"], np.uint8)
             elif argument["kind"] == "output":
-                shape, dtype = outputs[argument["index"]]
-                arguments[i] = Out(shape, NUMPY[dtype])
+                arguments[i] = Out(*outputs[argument["index"]])
                 written.append(argument["index"])
             else:
                 raise NotImplementedError("temporaries")
@@ -90,10 +88,23 @@ def run(
             shuffle=shuffle,
         )
         for index, array in zip(written, out, strict=True):
-            results[index] = to_mlx(array, outputs[index][1])
+            results[index] = array
         total = counters if total is None else total + counters
-    assert total is not None
-    return [a for a in results if a is not None], total
+    assert total is not None, "a plan without launches"
+    return results, total
+
+
+def run(
+    plan: Plan,
+    inputs: Sequence[mx.array],
+    outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
+    mode: Mode = "check",
+    shuffle: int | bool = False,
+) -> tuple[list[mx.array], Counters]:
+    """The same on MLX arrays."""
+    shapes = [(shape, NUMPY[dtype]) for shape, dtype in outputs]
+    out, counters = run_arrays(plan, [to_numpy(a) for a in inputs], shapes, mode, shuffle)
+    return [to_mlx(a, dtype) for a, (_, dtype) in zip(out, outputs, strict=True)], counters
 
 
 def plan_quantized_matmul(*arguments: Any, **keywords: Any) -> Plan:

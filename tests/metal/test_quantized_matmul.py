@@ -81,9 +81,10 @@ def test_scales_of_another_type(x: str, scales: str, rows: int) -> None:
     assert_product(y, f64(left), dequantized(case), name)
 
 
-@pytest.mark.parametrize("gpu", CHIPS)
-@pytest.mark.parametrize(("bits", "dtype"), [(3, "f16"), (4, "bf16"), (8, "f32")])
-def test_a_row_does_not_depend_on_the_rows_beside_it(bits: int, dtype: str, gpu: str) -> None:
+@pytest.mark.parametrize(
+    ("gpu", "bits", "dtype"), zip(CHIPS, (3, 4, 8), ("f16", "bf16", "f32"), strict=True)
+)
+def test_a_row_does_not_depend_on_the_rows_beside_it(gpu: str, bits: int, dtype: str) -> None:
     """Batched or speculative decoding must not move near-tie tokens: bit-equal up to 16 rows."""
     whole = Case(16, 45, 608, bits, 32, dtype)
     x, weight = whole.activations(), whole.quantized()
@@ -122,6 +123,21 @@ def test_several_weights_in_one_launch(name: str, rows: int) -> None:
     for case, single, y in zip(cases, singles, out, strict=True):
         assert_product(y, f64(x), dequantized(case), "f16")
         assert mx.array_equal(y, multiply(case, single))
+
+
+def test_more_weights_or_types_than_a_launch_takes() -> None:
+    cases = [Case(2, 40 + i, 64, 4, 64, "bf16" if i % 2 else "f16") for i in range(7)]
+    weights = [(c.out, c.bits, c.group_size) for c in cases]
+    scales = [NAMES[c.dtype] for c in cases]
+    the_plan = plan_quantized_matmul(2, 64, weights, "float16", scales)
+    x = cases[0].activations()
+    dtypes = [mx.result_type(x, DTYPES[c.dtype]) for c in cases]
+    shapes = [((2, c.out), dtype) for c, dtype in zip(cases, dtypes, strict=True)]
+    out, counters = run(the_plan, [x, *(a for c in cases for a in c.quantized())], shapes)
+    assert counters.dispatches == 2
+    for case, y, dtype in zip(cases, out, dtypes, strict=True):
+        name = next(k for k, v in DTYPES.items() if v == dtype)
+        assert_product(y, f64(x), dequantized(case), name)
 
 
 @pytest.mark.parametrize("transpose", [True, False])

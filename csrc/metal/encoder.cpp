@@ -1,0 +1,122 @@
+// The only part of the GPU path that no test reaches off a Mac, so it decides nothing: kernels,
+// arguments, grids and constants come from the plan.
+#include "metal/encoder.h"
+
+#include <stdexcept>
+
+#ifdef _METAL_
+
+#include <string>
+
+#include <mlx/allocator.h>
+#include <mlx/backend/metal/device.h>
+
+#include "launch/copy.h"
+#include "metal/source.h"
+
+namespace optiq::metal {
+
+namespace {
+
+// MLX compiles a library once and keeps it by name for the process, hence the hash of the text.
+MTL::ComputePipelineState* pipeline(mx::metal::Device& device, const launch::Launch& launch) {
+  std::string name = "optiq_" + std::string(source_hash(launch.source)) + "_" + launch.kernel;
+  auto* library = device.get_library(name, [&] {
+    return std::string(source(launch.source)) + "\ntemplate [[host_name(\"" + launch.kernel +
+           "\")]] [[kernel]] decltype(" + launch.instantiation + ") " + launch.instantiation +
+           ";\n";
+  });
+  return device.get_kernel(launch.kernel, library);
+}
+
+MTL::Size size(const launch::Size& s) {
+  return MTL::Size(s.x, s.y, s.z);
+}
+
+void encode(const launch::Plan& plan, const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs, mx::Stream stream) {
+  auto& device = mx::metal::device(stream.device);
+  auto& encoder = mx::metal::get_command_encoder(stream);
+  std::vector<mx::array> temporaries;
+  for (size_t bytes : plan.temporaries) {
+    mx::array temporary({int(bytes)}, mx::uint8, nullptr, {});
+    temporary.set_data(mx::allocator::malloc(bytes));
+    encoder.add_temporary(temporary); // lives until the GPU is done
+    temporaries.push_back(temporary);
+  }
+  for (const auto& launch : plan.launches) {
+    encoder.set_compute_pipeline_state(pipeline(device, launch));
+    for (size_t i = 0; i < launch.arguments.size(); i++) {
+      const auto& argument = launch.arguments[i];
+      switch (argument.kind) {
+        case launch::Argument::Kind::input:
+          encoder.set_input_array(inputs[argument.index], int(i));
+          break;
+        case launch::Argument::Kind::output:
+          encoder.set_output_array(outputs[argument.index], int(i));
+          break;
+        case launch::Argument::Kind::temporary:
+          // Written or read: as an output it is ordered after every earlier use.
+          encoder.set_output_array(temporaries[argument.index], int(i));
+          break;
+        case launch::Argument::Kind::constants:
+          encoder.set_bytes(argument.bytes.data(), int(argument.bytes.size()), int(i));
+          break;
+      }
+    }
+    encoder.dispatch_threadgroups(size(launch.threadgroups), size(launch.threads));
+  }
+}
+
+mx::array row_contiguous(const mx::array& a, mx::Stream stream) {
+  if (a.flags().row_contiguous) {
+    return a;
+  }
+  std::vector<mx::array> copy = {mx::array(a.shape(), a.dtype(), nullptr, {})};
+  copy[0].set_data(mx::allocator::malloc(copy[0].nbytes()));
+  std::vector<int> shape(a.shape().begin(), a.shape().end());
+  std::vector<int64_t> strides(a.strides().begin(), a.strides().end());
+  encode(launch::plan_row_contiguous(shape, strides, a.itemsize()), {a}, copy, stream);
+  mx::metal::get_command_encoder(stream).add_temporary(copy[0]);
+  return copy[0];
+}
+
+} // namespace
+
+const launch::Tuning& tuning(mx::Stream stream) {
+  static const launch::Tuning all = // one GPU on every Mac
+      launch::tuning(launch::parse_gpu(mx::metal::device(stream.device).get_architecture()));
+  return all;
+}
+
+void run(const launch::Plan& plan, const std::vector<mx::array>& inputs,
+    const std::vector<mx::array>& outputs, mx::Stream stream) {
+  std::vector<mx::array> in, out = outputs; // handles: they share what set_data sets
+  for (const auto& a : inputs) {
+    in.push_back(row_contiguous(a, stream));
+  }
+  for (auto& a : out) {
+    a.set_data(mx::allocator::malloc(a.nbytes()));
+  }
+  encode(plan, in, out, stream);
+}
+
+} // namespace optiq::metal
+
+#else
+
+namespace optiq::metal {
+
+const launch::Tuning& tuning(mx::Stream) {
+  throw std::runtime_error(
+      "[optiq] built without Metal; use the CPU: mx.set_default_device(mx.cpu)");
+}
+
+void run(const launch::Plan&, const std::vector<mx::array>&, const std::vector<mx::array>&,
+    mx::Stream stream) {
+  tuning(stream);
+}
+
+} // namespace optiq::metal
+
+#endif

@@ -1,0 +1,24 @@
+// Carries out launch plans on a GPU, through MLX's Metal device.
+#pragma once
+
+#include <vector>
+
+#include <mlx/array.h>
+#include <mlx/stream.h>
+
+#include "launch/plan.h"
+#include "launch/tuning.h"
+
+namespace optiq::metal {
+
+namespace mx = mlx::core;
+
+// Tile choices for the GPU of the stream, with OPTIQ_TUNE's changes.
+const launch::Tuning& tuning(mx::Stream stream);
+
+// Allocates the outputs and encodes the plan. Inputs that are not row-major are copied first.
+// Throws std::runtime_error where optiq is built without Metal.
+void run(const launch::Plan& plan, const std::vector<mx::array>& inputs,
+    const std::vector<mx::array>& outputs, mx::Stream stream);
+
+} // namespace optiq::metal

@@ -1,0 +1,87 @@
+"""Launch plans are right before any kernel runs: limits, tile choices, overrides."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from .launcher import plan_quantized_matmul
+
+ONE = [(64, 4, 64)]
+
+
+@pytest.mark.parametrize("gpu", ["applegpu_g13g", "applegpu_g16s", "applegpu_g14d", "unknown"])
+def test_launches_keep_to_metals_limits(gpu: str) -> None:
+    for rows, x, k_lanes in product(range(1, 40), ("float16", "float32"), (4, 8, 16, 32)):
+        for results in (1, 4):
+            tune = f"k_lanes={k_lanes},results={results},results_wide={results},stage_from=1"
+            plan = plan_quantized_matmul(rows, 1024, ONE, x, x, gpu=gpu, tune=tune)
+            (launch,) = plan["launches"]
+            assert 32 <= launch["threads"][0] <= 1024
+            assert all(n >= 1 for n in launch["threadgroups"])
+            if launch["source"] == "qmv.metal" and launch["instantiation"].endswith("true>"):
+                size = 4 if x == "float32" else 2
+                assert compiled_rows(launch) * k_lanes * (32 * size + 16) <= 32768
+
+
+def compiled_rows(launch: dict[str, str]) -> int:
+    return int(launch["instantiation"].split(", ")[3])
+
+
+def test_tiles_of_mixed_weights_are_not_padded() -> None:
+    """One grid of as many tiles as the weights have, none of them for nothing."""
+    weights = [(4096, 4, 64), (1024, 8, 64), (1000, 6, 32)]
+    (launch,) = plan_quantized_matmul(1, 4096, weights, gpu="applegpu_g13g")["launches"]
+    alone = 0
+    for weight in weights:
+        (single,) = plan_quantized_matmul(1, 4096, [weight], gpu="applegpu_g13g")["launches"]
+        alone += single["threadgroups"][0]
+    assert launch["threadgroups"] == (alone, 1, 1)
+
+
+def test_qmm_takes_over_where_the_tuning_says() -> None:
+    for rows, expected in ((16, "qmv.metal"), (17, "qmm.metal")):
+        assert plan_quantized_matmul(rows, 64, ONE)["launches"][0]["source"] == expected
+    sources = [plan_quantized_matmul(m, 64, ONE, tune="qmm_from=9") for m in (8, 9)]
+    assert [p["launches"][0]["source"] for p in sources] == ["qmv.metal", "qmm.metal"]
+
+
+def test_the_environment_overrides_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPTIQ_TUNE", "results=2,simdgroups=4")
+    (launch,) = plan_quantized_matmul(1, 64, ONE, gpu="applegpu_g13g")["launches"]
+    assert launch["instantiation"] == "qmv<half, half, 16, 1, 2, 8, 4, false>"
+
+
+@pytest.mark.parametrize(
+    "tune", ["results", "results=3", "results=x", "result=4", "results=4,", "=", "results=4;x=1"]
+)
+def test_a_wrong_override_names_what_is_right(tune: str) -> None:
+    if tune == "results=4,":
+        plan_quantized_matmul(1, 64, ONE, tune=tune)  # a trailing comma is no harm
+        return
+    with pytest.raises(ValueError, match=r"OPTIQ_TUNE: .* results=1\|2\|4\|8"):
+        plan_quantized_matmul(1, 64, ONE, tune=tune)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_nothing_to_compute_is_no_launch(rows: int) -> None:
+    weights = [(0, 4, 64)] if rows else ONE
+    assert plan_quantized_matmul(rows, 64, weights)["launches"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ((1, 64, []), "no weight"),
+        ((1, 64, [(8, 7, 64)]), "bits is 7"),
+        ((1, 64, [(8, 4, 48)]), "group_size is 48"),
+        ((1, 96, [(8, 4, 64)]), "no multiple of 64"),
+        ((1, 64, [*ONE, *ONE], "float16", "float16", False), "several weights"),
+        ((1, 64, [*ONE, *ONE], "float16", "float16", True, 4), "several weights"),
+        ((1, 64, ONE, "int8"), "dtype is 'int8'"),
+    ],
+)
+def test_what_no_kernel_does_is_an_error(arguments: tuple[object, ...], names: str) -> None:
+    with pytest.raises(ValueError, match=names):
+        plan_quantized_matmul(*arguments)

@@ -1,0 +1,44 @@
+"""The texts that Metal will compile: strict lint, ASCII, nothing left to include."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.msl.emulator import needs_emulator
+from tests.msl.lint import lint
+
+from .launcher import METAL
+
+SOURCES = sorted(METAL.glob("*.metal"))
+# One of each kernel, so that the bodies of the templates are linted too.
+KERNELS = {
+    "qmv.metal": [
+        *(f"qmv<{x}, {s}, 380, 3, 4, 8, 2, true>" for x, s in (("half", "bfloat"), ("float",) * 2)),
+        "qmv_mixed<bfloat, bfloat, 380, 1, 4, 16, 2, false>",
+        "qmv_gather<half, half, 380, 4, 8, 2>",
+    ],
+    "qmm.metal": [
+        "qmm<half, half, 380, 64, 64, true>",
+        "qmm<bfloat, float, 380, 32, 64, false>",
+        "qmm_mixed<bfloat, bfloat, 380, 64, 32>",
+        "qmm_gather<half, half, 380, 32, 64>",
+    ],
+    "copy.metal": [f"copy_rows<{t}>" for t in ("uchar", "ushort", "uint", "ulong")],
+}
+
+
+@needs_emulator
+@pytest.mark.parametrize("name", KERNELS)
+def test_strict_lint(name: str) -> None:
+    assert lint(METAL / name, KERNELS[name]) == []
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *METAL.glob("*.h")], ids=lambda p: p.name)
+def test_ascii_and_own_headers_only(path) -> None:  # type: ignore[no-untyped-def]
+    text = path.read_bytes()
+    assert text.isascii()
+    for system, own in re.findall(r'#include (?:<(\S+)>|"(\S+)")', text.decode()):
+        assert system in ("", "metal_stdlib", "metal_simdgroup_matrix", "cstdint")
+        assert not own or (METAL / own).exists()
