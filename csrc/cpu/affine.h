@@ -153,16 +153,34 @@ void multiply_one(const Tile& tile, const FixedRows& x, fw* out) {
   fw y = {};
   for (int g = 0; g < groups; g++) {
     iw acc[4] = {};
-    for (int q = 0; q < quads; q++, pairs += kQuadPairs) {
+    auto add_quads = [&](int s, int q) {
+      uw words = load_quads(row[s] + 16 * q, 4 * tile.stride);
 #pragma GCC unroll 4
-      for (int s = 0; s < 4; s++, row[s - 1] += 16) {
-        uw words = load_quads(row[s], 4 * tile.stride);
+      for (int i = 0; i < 16 / BITS; i++) {
+        iw codes = codes_at<BITS>(words, i * BITS);
+        acc[s] = dot_pairs(acc[s], codes, splat_quad(pairs + q * kQuadPairs + 4 * i));
+      }
+    };
+    if constexpr (BITS == 8) {
+      // All of a cache line at once: with rows a power of two apart, the lines of kWide rows would
+      // drive each other out.
 #pragma GCC unroll 4
-        for (int i = 0; i < 16 / BITS; i++) {
-          iw codes = codes_at<BITS>(words, i * BITS);
-          acc[s] = dot_pairs(acc[s], codes, splat_quad(pairs + 4 * i));
+      for (int s = 0; s < 4; s++) {
+        for (int q = 0; q < quads; q++) {
+          add_quads(s, q);
         }
       }
+    } else {
+      for (int q = 0; q < quads; q++) {
+#pragma GCC unroll 4
+        for (int s = 0; s < 4; s++) {
+          add_quads(s, q);
+        }
+      }
+    }
+    pairs += quads * kQuadPairs;
+    for (int s = 0; s < 4; s++) {
+      row[s] += 16 * quads;
     }
     fw scale = load<fw>(tile.scales + size_t(g) * kWide);
     fw bias = load<fw>(tile.biases + size_t(g) * kWide);
