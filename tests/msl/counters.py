@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, fields
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _BUFFERS = 31
 # The order of `enum Operation` in rt/runtime.h, from 1 on.
@@ -69,7 +69,7 @@ class _NotCounted:
         raise ValueError("memory accesses are counted with mode='check' only")
 
     __getitem__ = __iter__ = __len__ = __int__ = __index__ = __add__ = __radd__ = _refuse
-    __eq__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = _refuse  # type: ignore[assignment]
+    __eq__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = _refuse
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
@@ -128,11 +128,13 @@ class Counters:
         )
 
 
-def _add(name: str, a: object, b: object) -> object:
-    if isinstance(a, _NotCounted) or isinstance(b, _NotCounted):
-        return _NotCounted()
-    if isinstance(a, dict) and isinstance(b, dict):
+def _add(name: str, a: Any, b: Any) -> Any:
+    if isinstance(a, _NotCounted):
+        return a
+    if isinstance(b, _NotCounted):
+        return b
+    if isinstance(a, dict):
         return {key: a[key] + b[key] for key in a}
-    if isinstance(a, list) and isinstance(b, list):
+    if isinstance(a, list):
         return [x + y for x, y in zip(a, b, strict=True)]
-    return max(a, b) if name == "threadgroup_memory" else a + b  # type: ignore[type-var, operator]
+    return max(a, b) if name == "threadgroup_memory" else a + b

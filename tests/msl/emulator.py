@@ -13,7 +13,7 @@ import ctypes
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -81,7 +81,7 @@ class _Launch(ctypes.Structure):
     )
 
 
-_CONSTANT_TYPES = {
+_CONSTANT_TYPES: dict[str, Any] = {
     "bool": ctypes.c_bool,
     "int": ctypes.c_int32,
     "uint": ctypes.c_uint32,
@@ -203,7 +203,7 @@ class Module:
     ) -> None:
         buffers = [p for p in signature if p.kind == "buffer"]
         sizes = (ctypes.c_uint32 * (len(buffers) + 1)).in_dll(self._library, f"msl_sizes_{number}")
-        by_index = {p.index: (p, size) for p, size in zip(buffers, sizes, strict=False)}
+        by_index = {p.slot: (p, size) for p, size in zip(buffers, sizes, strict=False)}
         for i, array in arrays.items():
             if i not in by_index:
                 raise ValueError(f"{kernel} has no buffer({i}); it has {sorted(by_index)}")
@@ -245,7 +245,7 @@ def _sizes(grid: Size, threads: Size) -> tuple[Size, Size]:
 def _bind_memory(
     kernel: str, launch: _Launch, signature: list[Parameter], memory: Mapping[int, int]
 ) -> None:
-    declared = {p.index for p in signature if p.kind == "threadgroup"}
+    declared = {p.slot for p in signature if p.kind == "threadgroup"}
     if declared != set(memory):
         raise ValueError(
             f"{kernel} has threadgroup arguments {sorted(declared)}, but the launch gives memory "
@@ -267,4 +267,4 @@ def _array(kernel: str, index: int, argument: Argument) -> np.ndarray:
             f"{kernel}: buffer({index}) is a {type(argument).__name__}; pass a NumPy array or "
             "scalar, so that its type is known"
         )
-    return np.ascontiguousarray(argument)
+    return np.asarray(argument, order="C")

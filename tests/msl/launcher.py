@@ -29,10 +29,10 @@ BUILTINS = (
 
 
 class Parameter(NamedTuple):
-    """One parameter: kind is buffer, threadgroup, builtin or unbound; index counts in its kind."""
+    """One parameter: kind is buffer, threadgroup, builtin or unbound; slot is its index there."""
 
     kind: str
-    index: int
+    slot: int
     text: str
 
 
@@ -69,12 +69,12 @@ def _parameter(text: str) -> Parameter:
 
 def _number_the_rest(found: list[Parameter]) -> list[Parameter]:
     """Metal gives pointers and references without an attribute the next free buffer index."""
-    taken = {p.index for p in found if p.kind == "buffer"}
+    taken = {p.slot for p in found if p.kind == "buffer"}
     for i, p in enumerate(found):
         if p.kind == "unbound" and re.search(r"\b(__global|constant)\b.*[*&]", p.text):
             index = min(set(range(len(found) + len(taken) + 1)) - taken)
             taken.add(index)
-            found[i] = p._replace(kind="buffer", index=index)
+            found[i] = p._replace(kind="buffer", slot=index)
     return found
 
 
@@ -124,12 +124,12 @@ def launcher(expression: str, signature: list[Parameter], number: int) -> str:
     for i, p in enumerate(signature):
         kind = f"{kinds}::at<{i}>"
         if p.kind == "buffer":
-            arguments.append(f"msl_launch::argument<{kind}>::of(buffers[{p.index}])")
+            arguments.append(f"msl_launch::argument<{kind}>::of(buffers[{p.slot}])")
             sizes.append(f"msl_launch::argument<{kind}>::bytes()")
         elif p.kind == "threadgroup":
-            arguments.append(f"msl_launch::argument<{kind}>::of(memory[{p.index}])")
+            arguments.append(f"msl_launch::argument<{kind}>::of(memory[{p.slot}])")
         elif p.kind == "builtin":
-            arguments.append(f"msl_launch::builtin<{kind}>::of(context + {3 * p.index})")
+            arguments.append(f"msl_launch::builtin<{kind}>::of(context + {3 * p.slot})")
         else:
             raise UnboundParameter(f"kernel {expression}: no attribute binds `{p.text}`")
     return (

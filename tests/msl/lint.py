@@ -135,13 +135,13 @@ def _attributes(parameters: list[Parameter]) -> Iterator[str]:
     for p in parameters:
         if p.kind == "buffer" and "buffer" not in p.text:
             yield f"`{p.text}` has no [[buffer(i)]]"
-        if p.kind == "buffer" and p.index >= _MAX_BUFFERS:
+        if p.kind == "buffer" and p.slot >= _MAX_BUFFERS:
             yield f"`{p.text}`: buffer indices end at {_MAX_BUFFERS - 1}"
-        if p.kind != "builtin" and (p.kind, p.index) in seen:
-            yield f"`{p.text}` has the index of `{seen[p.kind, p.index]}`"
-        seen[p.kind, p.index] = p.text
-        if p.kind == "builtin" and BUILTINS[p.index] in _PLACES:
-            places[BUILTINS[p.index]] = re.sub(r"\bconst\b", "", p.text).split()[0]
+        if p.kind != "builtin" and (p.kind, p.slot) in seen:
+            yield f"`{p.text}` has the index of `{seen[p.kind, p.slot]}`"
+        seen[p.kind, p.slot] = p.text
+        if p.kind == "builtin" and BUILTINS[p.slot] in _PLACES:
+            places[BUILTINS[p.slot]] = re.sub(r"\bconst\b", "", p.text).split()[0]
     lengths = {kind[-1] for kind in places.values() if kind[-1].isdigit()}
     if len(lengths) > 1:
         yield f"positions are vectors of different lengths: {', '.join(places.values())}"

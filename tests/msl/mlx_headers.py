@@ -7,8 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-INCLUDE = Path(next(iter(mx.__path__ if hasattr(mx, "__path__") else [mx.__file__]))).parent
-INCLUDE = INCLUDE / "include"
+INCLUDE = Path(mx.__file__).parent / "include"
 _KERNELS = "mlx/backend/metal/kernels"
 
 
@@ -36,8 +35,8 @@ def to_buffer(array: mx.array) -> np.ndarray:
     return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
 
 
-def buffer_dtype(kind: str) -> type[np.generic]:
-    return {"float": np.float32, "half": np.float16, "bfloat": np.uint16}[kind]
+def buffer_dtype(kind: str) -> np.dtype:
+    return np.dtype({"float": "f4", "half": "f2", "bfloat": "u2"}[kind])
 
 
 def to_float64(buffer: np.ndarray) -> np.ndarray:

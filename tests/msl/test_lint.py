@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from .build import ROOT
 from .emulator import needs_emulator
 from .lint import lint, main
 from .mlx_headers import INCLUDE, QUANTIZED, SDPA_VECTOR
@@ -248,6 +249,11 @@ def test_the_library_is_in_its_namespace(tmp_path: Path) -> None:
     assert lint(path) == []
     path.write_text("#include <metal_stdlib>\n" + code % "exp")
     assert "use of undeclared identifier 'exp'" in "\n".join(lint(path))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "metal").glob("*.metal")), ids=lambda p: p.name)
+def test_our_kernels_are_clean(path: Path) -> None:
+    assert lint(path) == []
 
 
 def test_main_reports_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
