@@ -5,7 +5,7 @@
 
 from .affine import AffineWeight, quantize
 from .kl import Comparison, compare_logits, kl_divergence, kl_from_logits
-from .matmul import linear, quantized_matmul
+from .matmul import linear, mixed_quantized_matmul, quantized_matmul
 
 __all__ = [
     "AffineWeight",
@@ -14,6 +14,7 @@ __all__ = [
     "kl_divergence",
     "kl_from_logits",
     "linear",
+    "mixed_quantized_matmul",
     "quantize",
     "quantized_matmul",
 ]

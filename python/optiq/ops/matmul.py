@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from . import native
+from .affine import AffineWeight
 
 
 def linear(
@@ -78,3 +81,26 @@ def quantized_matmul(
         group_size=group_size,
         bits=bits,
     ).squeeze(-2)
+
+
+def mixed_quantized_matmul(x: mx.array, parts: Sequence[AffineWeight]) -> list[mx.array]:
+    """`x @ dequantize(w).T` for each of several weights, in one launch.
+
+    The weights may differ in width, group size and rows: queries, keys and values, or gate and up
+    projection, each with the bits it deserves.
+
+    Args:
+        x: Activations `[..., in]` in float32, float16 or bfloat16.
+        parts: Weights `[out_i, in]`, at least one.
+
+    Returns:
+        `[..., out_i]` for each part, in the wider dtype of `x` and its scales: what
+        `quantized_matmul` gives for it alone, to the bit.
+    """
+    if ext := native.active():
+        outs: list[mx.array] = ext.mixed_quantized_matmul(x, [tuple(part) for part in parts])
+        return outs
+    return [
+        quantized_matmul(x, w.codes, w.scales, w.biases, group_size=w.group_size, bits=w.bits)
+        for w in parts
+    ]
