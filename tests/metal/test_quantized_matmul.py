@@ -82,7 +82,7 @@ def test_scales_of_another_type(x: str, scales: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpu", "bits", "dtype"), zip(CHIPS, (3, 4, 8), ("f16", "bf16", "f32"), strict=True)
+    ("gpu", "bits", "dtype"), list(zip(CHIPS, (3, 4, 8), ("f16", "bf16", "f32"), strict=True))
 )
 def test_a_row_does_not_depend_on_the_rows_beside_it(gpu: str, bits: int, dtype: str) -> None:
     """Batched or speculative decoding must not move near-tie tokens: bit-equal up to 16 rows."""
