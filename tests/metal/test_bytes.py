@@ -1,0 +1,57 @@
+"""Never more device bytes than stock MLX for the same job, and weights read once."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.metal_counters import MIXES, Figures, experts, ours, stock, stock_not_transposed
+from tests.msl.emulator import needs_emulator
+from tests.ops.cases import Case
+
+pytestmark = needs_emulator
+
+WIDTHS = [(4, m) for m in (1, 2, 8, 16, 40)] + [(3, 1), (6, 9), (8, 1)]
+
+
+def assert_no_more(a: Figures, b: Figures) -> None:
+    assert a.read <= b.read
+    assert a.lines <= b.lines
+    assert a.written <= b.written
+    assert a.dispatches <= b.dispatches
+
+
+@pytest.mark.parametrize(("bits", "rows"), WIDTHS)
+def test_one_weight(bits: int, rows: int) -> None:
+    case = Case(rows, 128, 1024, bits, 64, "f16")
+    figures = ours([case])
+    assert_no_more(figures, stock(case))
+    if rows <= 16:
+        assert figures.codes == case.quantized()[0].nbytes
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16])
+def test_attention_and_mlp_take_two_dispatches_not_five(rows: int) -> None:
+    dispatches = []
+    for parts in MIXES.values():
+        cases = [Case(rows, out // 8, 1024, bits, 64, "f16") for out, bits in parts]
+        figures, total = ours(cases), Figures()
+        for case in cases:
+            total = total + stock(case)
+        assert_no_more(figures, total)
+        assert figures.codes == sum(c.quantized()[0].nbytes for c in cases)
+        dispatches.append((figures.dispatches, len(cases)))
+    assert dispatches == [(1, 3), (1, 2)]
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_not_transposed(rows: int) -> None:
+    """In lines: at one row our lanes ask for a scale every 16 codes, stock's every 32."""
+    case = Case(rows, 256, 128, 4, 64, "f16")
+    a, b = ours([case], False), stock_not_transposed(case)
+    assert a.lines <= b.lines
+    assert a.written <= b.written
+    assert a.codes <= b.codes
+
+
+def test_experts() -> None:
+    assert_no_more(*experts(4, 3, 512, 4))
