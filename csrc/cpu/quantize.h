@@ -8,12 +8,10 @@
 // from scale and bias as they are stored, since a 16-bit scale is not the one that was fitted.
 #pragma once
 
-#include "pool.h"
-#include "simd.h"
+#include "quantize_minmax.h"
 
 namespace optiq::cpu::OPTIQ_ISA {
 
-constexpr int kMaxGroup = 128;
 constexpr int kSteps = 36; // grids tried: from nine tenths of a step wider to as much narrower
 constexpr float kStep = 0.05f;
 constexpr int kRefits = 3; // of scale and bias to the codes that were derived from stored values
@@ -27,10 +25,9 @@ struct SearchRows {
     size_t end = begin + kRowsPerTask < a.rows ? begin + kRowsPerTask : a.rows;
     size_t groups = a.cols / a.group_size;
     for (size_t row = begin; row < end; row++) {
-      const float* importance =
-          a.importance ? a.importance + row / a.rows_per_importance * a.cols : nullptr;
+      const float* importance = a.importance + row / a.rows_per_importance * a.cols;
       for (size_t g = 0; g < groups; g++) {
-        group(row * groups + g, importance ? importance + g * a.group_size : nullptr);
+        group(row * groups + g, importance + g * a.group_size);
       }
     }
   }
@@ -47,16 +44,6 @@ struct SearchRows {
     f32x8 w[kMaxGroup / 8], c[kMaxGroup / 8];
     float sum_c = 0, sum_cw = 0;
   };
-
-  OPTIQ_INLINE static f32x8 round(f32x8 x) {
-    constexpr float kShift = 12582912.0f; // 1.5 * 2^23
-    return (x + kShift) - kShift;
-  }
-
-  OPTIQ_INLINE static f32x8 clamp(f32x8 x, float top) {
-    x = select(x > 0.0f, x, f32x8{});
-    return select(x < top, x, splat(top));
-  }
 
   float stored(float x) const {
     switch (a.type) {
@@ -75,19 +62,12 @@ struct SearchRows {
     const int vectors = a.group_size / 8;
     const float top = float((1 << a.bits) - 1);
     Group in;
-    f32x8 squares = {}, low, high;
-    low = high = load<f32x8>(a.w + index * a.group_size);
+    f32x8 squares = {};
     for (int i = 0; i < vectors; i++) {
-      in.w[i] = load<f32x8>(a.w + index * a.group_size + 8 * i);
+      in.w[i] = load_float(a.w, a.type, index * a.group_size + 8 * i);
       squares += in.w[i] * in.w[i];
-      low = select(in.w[i] < low, in.w[i], low);
-      high = max(high, in.w[i]);
     }
-    float least = low[0], most = high[0];
-    for (int j = 1; j < 8; j++) {
-      least = low[j] < least ? low[j] : least;
-      most = high[j] > most ? high[j] : most;
-    }
+    auto [least, most] = range(in.w, vectors);
     float sigma = 2 * sum(squares) / float(a.group_size);
     f32x8 sum_c = {}, sum_cw = {};
     for (int i = 0; i < vectors; i++) {
@@ -95,33 +75,21 @@ struct SearchRows {
       for (int j = 0; j < 8; j++) {
         magnitude[j] = __builtin_sqrtf(magnitude[j]);
       }
-      in.c[i] = importance ? magnitude * load<f32x8>(importance + 8 * i) : magnitude;
+      in.c[i] = magnitude * load<f32x8>(importance + 8 * i);
       sum_c += in.c[i];
       sum_cw += in.c[i] * in.w[i];
     }
     in.sum_c = sum(sum_c);
     in.sum_cw = sum(sum_cw);
 
-    Fit best = start(in, vectors, top, least, most);
+    // Never worse than mx.quantize: its grid is where the search starts.
+    Grid grid = stock_grid({least, most}, top);
+    Fit best;
+    derive(in, vectors, top, grid.scale, grid.bias, best);
     if (most > least && in.sum_c > 0) {
       search(in, vectors, top, least, most, best);
     }
     write(index, vectors, best);
-  }
-
-  // MLX's own scale and bias (quantized.cpp), so that the search never does worse: the edge of
-  // larger magnitude is hit exactly, and zero is a code.
-  Fit start(const Group& in, int vectors, float top, float least, float most) {
-    bool negative = -least > most;
-    float scale = (most - least) / top;
-    scale = scale > 1e-7f ? scale : 1e-7f;
-    scale = negative ? scale : -scale;
-    float edge = negative ? least : most;
-    float steps = __builtin_rintf(edge / scale);
-    bool at_zero = steps == 0;
-    Fit fit;
-    derive(in, vectors, top, at_zero ? scale : edge / steps, at_zero ? 0 : edge, fit);
-    return fit;
   }
 
   void search(const Group& in, int vectors, float top, float least, float most, Fit& best) {
@@ -202,20 +170,20 @@ struct SearchRows {
   }
 
   void write(size_t index, int vectors, const Fit& fit) {
-    uint8_t* out = a.codes + index * a.group_size * a.bits / 8;
-    for (int i = 0; i < vectors; i++) {
-      uint64_t word = 0;
-      for (int j = 0; j < 8; j++) {
-        word |= uint64_t(fit.codes[i][j]) << (j * a.bits);
-      }
-      std::memcpy(out + i * a.bits, &word, a.bits);
+    const Packer pack(a.bits);
+    uint8_t* out = a.codes + index * vectors * a.bits;
+    for (int i = 0; i < vectors; i++, out += a.bits) {
+      pack(fit.codes[i], out);
     }
-    a.scales[index] = fit.scale;
-    a.biases[index] = fit.bias;
+    store_float(a.scales, a.type, index, fit.scale);
+    store_float(a.biases, a.type, index, fit.bias);
   }
 };
 
 inline void quantize(const Quantize& a) {
+  if (!a.importance) {
+    return quantize_minmax(a);
+  }
   SearchRows body{a};
   parallel_for(int((a.rows + SearchRows::kRowsPerTask - 1) / SearchRows::kRowsPerTask), body);
 }

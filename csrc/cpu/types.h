@@ -115,13 +115,13 @@ struct HeadKlGradient {
   int rows;
 };
 
-// Codes, scales and biases of w[rows, cols]; scales and biases come out as float32 values that
-// `type` represents exactly. Row r uses importance[r / rows_per_importance, :], or ones.
+// Codes, scales and biases of w[rows, cols], all floats of one type. With importance by weighted
+// search, row r using importance[r / rows_per_importance, :]; without as mx.quantize.
 struct Quantize {
-  const float* w;
+  const void* w;
   const float* importance;
   uint8_t* codes;
-  float *scales, *biases;
+  void *scales, *biases;
   size_t rows, cols, rows_per_importance;
   int group_size, bits;
   Float type;

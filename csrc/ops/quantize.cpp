@@ -27,7 +27,7 @@ std::vector<array> quantize(const array& w, const std::optional<array>& importan
   if (w.ndim() < 2 || w.shape(-1) % group_size != 0) {
     fail("w ", w.shape(), " must have two or more axes, the last a multiple of ", group_size);
   }
-  std::vector<array> inputs = {mx::astype(w, mx::float32, s)};
+  std::vector<array> inputs = {w};
   if (importance) {
     mx::Shape shared = {w.shape(-1)}, each = {w.shape(0), w.shape(-1)};
     if (importance->shape() != shared && (w.ndim() != 3 || importance->shape() != each)) {
@@ -39,9 +39,8 @@ std::vector<array> quantize(const array& w, const std::optional<array>& importan
   auto packed = w.shape(), groups = w.shape();
   packed.back() = int(int64_t(w.shape(-1)) * bits / 32);
   groups.back() = w.shape(-1) / group_size;
-  auto outs = array::make_arrays({packed, groups, groups}, {mx::uint32, mx::float32, mx::float32},
-      std::make_shared<Quantize>(mx::to_stream(s), group_size, bits, w.dtype()), inputs);
-  return {outs[0], mx::astype(outs[1], w.dtype(), s), mx::astype(outs[2], w.dtype(), s)};
+  return array::make_arrays({packed, groups, groups}, {mx::uint32, w.dtype(), w.dtype()},
+      std::make_shared<Quantize>(mx::to_stream(s), group_size, bits), inputs);
 }
 
 void Quantize::eval_cpu(const std::vector<array>& inputs, std::vector<array>& outs) {
@@ -55,17 +54,17 @@ void Quantize::eval_cpu(const std::vector<array>& inputs, std::vector<array>& ou
   if (w.size() == 0) {
     return;
   }
-  cpu::Quantize work{.w = w.data<float>(),
+  cpu::Quantize work{.w = w.data<char>(),
       .importance = nullptr,
       .codes = outs[0].data<uint8_t>(),
-      .scales = outs[1].data<float>(),
-      .biases = outs[2].data<float>(),
+      .scales = outs[1].data<char>(),
+      .biases = outs[2].data<char>(),
       .rows = w.size() / w.shape(-1),
       .cols = size_t(w.shape(-1)),
       .rows_per_importance = 1,
       .group_size = group_size_,
       .bits = bits_,
-      .type = float_type(dtype_)};
+      .type = float_type(w.dtype())};
   if (inputs.size() == 2) {
     array importance = row_contiguous(inputs[1], stream());
     encoder.set_input_array(importance);
@@ -82,7 +81,7 @@ void Quantize::eval_gpu(const std::vector<array>&, std::vector<array>&) {
 
 bool Quantize::is_equivalent(const mx::Primitive& other) const {
   auto& o = static_cast<const Quantize&>(other);
-  return group_size_ == o.group_size_ && bits_ == o.bits_ && dtype_ == o.dtype_;
+  return group_size_ == o.group_size_ && bits_ == o.bits_;
 }
 
 } // namespace optiq

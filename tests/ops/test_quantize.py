@@ -40,15 +40,6 @@ def weighted_errors(
     return error.reshape(*w.shape[:-1], -1, fmt.group_size).sum(-1)
 
 
-@pytest.mark.parametrize("bits", AFFINE_BITS)
-@pytest.mark.parametrize("group_size", AFFINE_GROUPS)
-def test_without_importance_it_is_stock(bits: int, group_size: int) -> None:
-    w, _ = tensors(dtype="bf16")
-    ours = ops.quantize(w, Format("affine", bits, group_size))
-    for a, b in zip(ours, mx.quantize(w, group_size, bits), strict=True):
-        assert mx.array_equal(a, b)
-
-
 @pytest.mark.parametrize(
     ("bits", "group_size", "dtype"), list(product(AFFINE_BITS, AFFINE_GROUPS, DTYPES))
 )

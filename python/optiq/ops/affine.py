@@ -63,7 +63,10 @@ class AffineWeight(NamedTuple):
 def quantize(w: mx.array, fmt: Format, importance: mx.array | None = None) -> Quantized:
     """Codes, scales and biases of `w` in the affine format `fmt`, as `mx.quantize` packs them.
 
-    Without `importance`, min/max rounding: exactly `mx.quantize`. With it, scale and bias of each
+    Without `importance`, min/max rounding: exactly `mx.quantize`, bit for bit. A group with an
+    infinity has NaN as its scale; NaN is left out of the range of its group and becomes code 0.
+
+    With it, scale and bias of each
     group are searched to minimise `sum c (w' - w)^2` with
     `c = importance * sqrt(2 mean(w^2) + w^2)`, and codes are derived from the scales and biases as
     stored (the search of llama.cpp's make_qkx3_quants).
@@ -76,14 +79,37 @@ def quantize(w: mx.array, fmt: Format, importance: mx.array | None = None) -> Qu
     Returns:
         Codes uint32 `[..., out, in * bits / 32]`, scales and biases `[..., out, in / group_size]`
         in the dtype of `w`.
+
+    Raises:
+        ValueError: Dtypes or shapes that do not fit, or a dense `fmt`.
     """
-    if importance is None:
-        codes, scales, biases = mx.quantize(w, fmt.group_size, fmt.bits)
-        return codes, scales, biases
+    _check(w, fmt, importance)
     if ext := native.active():
         codes, scales, biases = ext.quantize(w, importance, fmt.group_size, fmt.bits)
         return codes, scales, biases
+    if importance is None:
+        codes, scales, biases = mx.quantize(w, fmt.group_size, fmt.bits)
+        return codes, scales, biases
     return _search(w, fmt, importance)
+
+
+def _check(w: mx.array, fmt: Format, importance: mx.array | None) -> None:
+    if fmt.mode != "affine":
+        raise ValueError(f"[quantize] fmt is {fmt}, which is dense; it must be affine")
+    if w.dtype not in (mx.float32, mx.float16, mx.bfloat16):
+        raise ValueError(f"[quantize] w is {w.dtype}; it must be float32, float16 or bfloat16")
+    if w.ndim < 2 or w.shape[-1] % fmt.group_size:
+        raise ValueError(
+            f"[quantize] w {w.shape} must have two or more axes, the last a multiple of "
+            f"{fmt.group_size}"
+        )
+    if importance is not None:
+        shared, each = w.shape[-1:], (w.shape[0], w.shape[-1])
+        if importance.shape != shared and (w.ndim != 3 or importance.shape != each):
+            raise ValueError(
+                f"[quantize] importance is {importance.shape}; it must be {shared}"
+                + (" or one row per expert" if w.ndim == 3 else "")
+            )
 
 
 def _search(w: mx.array, fmt: Format, importance: mx.array) -> Quantized:
