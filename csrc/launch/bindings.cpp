@@ -15,6 +15,7 @@
 #include "launch/copy.h"
 #include "launch/quantized_matmul.h"
 #include "launch/tuning.h"
+#include "metal/encoder.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -64,6 +65,8 @@ nb::dict to_python(const Launch& launch) {
     arguments.append(to_python(argument));
   }
   out["arguments"] = arguments;
+  out["library_name"] = metal::library_name(launch);
+  out["library_source"] = metal::library_source(launch);
   out["threadgroups"] = to_python(launch.threadgroups);
   out["threads"] = to_python(launch.threads);
   return out;

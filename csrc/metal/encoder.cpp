@@ -4,28 +4,34 @@
 
 #include <stdexcept>
 
-#ifdef _METAL_
+#include "metal/source.h"
 
-#include <string>
+namespace optiq::metal {
+
+std::string library_source(const launch::Launch& launch) {
+  return std::string(source(launch.source)) + "\ntemplate [[host_name(\"" + launch.kernel +
+         "\")]] [[kernel]] decltype(" + launch.instantiation + ") " + launch.instantiation + ";\n";
+}
+
+std::string library_name(const launch::Launch& launch) {
+  return "optiq_" + std::string(source_hash(launch.source)) + "_" + launch.kernel;
+}
+
+} // namespace optiq::metal
+
+#ifdef _METAL_
 
 #include <mlx/allocator.h>
 #include <mlx/backend/metal/device.h>
 
 #include "launch/copy.h"
-#include "metal/source.h"
 
 namespace optiq::metal {
 
 namespace {
 
-// MLX compiles a library once and keeps it by name for the process, hence the hash of the text.
 MTL::ComputePipelineState* pipeline(mx::metal::Device& device, const launch::Launch& launch) {
-  std::string name = "optiq_" + std::string(source_hash(launch.source)) + "_" + launch.kernel;
-  auto* library = device.get_library(name, [&] {
-    return std::string(source(launch.source)) + "\ntemplate [[host_name(\"" + launch.kernel +
-           "\")]] [[kernel]] decltype(" + launch.instantiation + ") " + launch.instantiation +
-           ";\n";
-  });
+  auto* library = device.get_library(library_name(launch), [&] { return library_source(launch); });
   return device.get_kernel(launch.kernel, library);
 }
 

@@ -1,6 +1,7 @@
 // Carries out launch plans on a GPU, through MLX's Metal device.
 #pragma once
 
+#include <string>
 #include <vector>
 
 #include <mlx/array.h>
@@ -12,6 +13,12 @@
 namespace optiq::metal {
 
 namespace mx = mlx::core;
+
+// What Metal compiles for a launch: the flattened file and the instantiation of one kernel.
+std::string library_source(const launch::Launch& launch);
+
+// MLX compiles a library once and keeps it by name for the process, hence the hash of the text.
+std::string library_name(const launch::Launch& launch);
 
 // Tile choices for the GPU of the stream, with OPTIQ_TUNE's changes.
 const launch::Tuning& tuning(mx::Stream stream);

@@ -161,6 +161,14 @@ def test_experts(bits: int, transpose: bool) -> None:
             assert mx.isnan(y[i]).all()
 
 
+@pytest.mark.parametrize(
+    "case", [Case(1, 4096, 4096, 4, 64, "f16"), Case(8, 2048, 4096, 3)], ids=str
+)
+def test_sizes_of_a_model(case: Case) -> None:
+    y = multiply(case, plan(case), mode="fast")
+    assert_product(y, f64(case.activations()), dequantized(case), case.dtype)
+
+
 @pytest.mark.parametrize("case", [Case(m, 37, 320, 4, 64, "f16") for m in (1, 6, 16, 40)], ids=str)
 def test_any_order_of_execution_gives_the_same_bits(case: Case) -> None:
     first = multiply(case, plan(case))

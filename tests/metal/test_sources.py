@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from tests.msl.emulator import needs_emulator
+from tests.msl.emulator import Module, needs_emulator
 from tests.msl.lint import lint
 
-from .launcher import METAL
+from .launcher import METAL, plan_quantized_matmul
 
 SOURCES = sorted(METAL.glob("*.metal"))
 # One of each kernel, so that the bodies of the templates are linted too.
@@ -42,3 +42,26 @@ def test_ascii_and_own_headers_only(path) -> None:  # type: ignore[no-untyped-de
     for system, own in re.findall(r'#include (?:<(\S+)>|"(\S+)")', text.decode()):
         assert system in ("", "metal_stdlib", "metal_simdgroup_matrix", "cstdint")
         assert not own or (METAL / own).exists()
+
+
+@needs_emulator
+@pytest.mark.parametrize(("rows", "transpose"), [(1, True), (6, True), (40, True), (3, False)])
+def test_the_text_given_to_metal(rows: int, transpose: bool) -> None:
+    """What the encoder hands over: one flattened text whose instantiation has the planned name."""
+    plan = plan_quantized_matmul(rows, 64, [(64, 4, 64)], transpose=transpose)
+    (launch,) = plan["launches"]
+    text = launch["library_source"]
+    assert text.isascii()
+    assert '#include "' not in text
+    assert text.rstrip().endswith(f"{launch['instantiation']};")
+    assert launch["kernel"] in launch["library_name"]
+    assert Module(source=text, kernels=[launch["kernel"]]).kernels == (launch["kernel"],)
+
+
+def test_a_library_is_named_after_its_text() -> None:
+    """MLX keeps libraries by name, so another text or another kernel must have another name."""
+    names = set()
+    for rows in (1, 2, 40):
+        (launch,) = plan_quantized_matmul(rows, 64, [(64, 4, 64)])["launches"]
+        names.add(launch["library_name"])
+    assert len(names) == 3
