@@ -13,6 +13,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "launch/copy.h"
+#include "launch/quantize.h"
 #include "launch/quantized_matmul.h"
 #include "launch/tuning.h"
 #include "metal/encoder.h"
@@ -112,6 +113,15 @@ void bind(nb::module_& m) {
         return to_python(plan_row_contiguous(shape, strides, itemsize));
       },
       "shape"_a, "strides"_a, "itemsize"_a);
+  m.def(
+      "plan_quantize",
+      [](size_t rows, size_t cols, int group_size, int bits, const std::string& dtype,
+          size_t rows_per_importance) {
+        return to_python(
+            plan_quantize({rows, cols, group_size, bits, float_named(dtype), rows_per_importance}));
+      },
+      "rows"_a, "cols"_a, "group_size"_a = 64, "bits"_a = 4, "dtype"_a = "float16",
+      "rows_per_importance"_a = 0);
 }
 
 } // namespace optiq::launch

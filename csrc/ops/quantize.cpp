@@ -7,6 +7,9 @@
 #include <mlx/backend/cpu/encoder.h>
 #include <mlx/ops.h>
 
+#include "launch/quantize.h"
+#include "metal/encoder.h"
+
 namespace optiq {
 
 std::vector<array> quantize(const array& w, const std::optional<array>& importance, int group_size,
@@ -75,8 +78,18 @@ void Quantize::eval_cpu(const std::vector<array>& inputs, std::vector<array>& ou
   encoder.dispatch([work]() { cpu::kernels().quantize(work); });
 }
 
-void Quantize::eval_gpu(const std::vector<array>&, std::vector<array>&) {
-  throw std::runtime_error("[quantize] has no GPU kernel; use the mx.* formula there");
+void Quantize::eval_gpu(const std::vector<array>& inputs, std::vector<array>& outs) {
+  const array& w = inputs[0];
+  launch::QuantizeOp op;
+  op.cols = w.shape(-1);
+  op.rows = op.cols == 0 ? 0 : w.size() / op.cols;
+  op.group_size = group_size_;
+  op.bits = bits_;
+  op.type = float_type(w.dtype());
+  if (inputs.size() == 2 && w.size() > 0) {
+    op.rows_per_importance = op.rows / (inputs[1].size() / op.cols);
+  }
+  metal::run(launch::plan_quantize(op), inputs, outs, stream());
 }
 
 bool Quantize::is_equivalent(const mx::Primitive& other) const {

@@ -16,7 +16,13 @@ from tests.msl.emulator import Counters, Module, Out
 
 METAL = Path(__file__).parents[2] / "metal"
 NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-NUMPY = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}
+NUMPY = {
+    mx.float32: np.float32,
+    mx.float16: np.float16,
+    mx.bfloat16: np.uint16,
+    mx.uint32: np.uint32,
+    mx.bool_: np.bool_,
+}
 Mode = Literal["check", "fast"]
 Plan = dict[str, Any]
 
@@ -64,12 +70,16 @@ def run_arrays(
     mode: Mode = "check",
     shuffle: int | bool = False,
 ) -> tuple[list[np.ndarray], Counters]:
-    """The plan's outputs, and what its launches counted together."""
+    """The plan's outputs, and what its launches counted together.
+
+    A temporary is written by the first launch that has it, and read by the later ones.
+    """
     results = [np.zeros(shape, dtype) for shape, dtype in outputs]
+    temporaries: dict[int, np.ndarray] = {}
     total: Counters | None = None
     for launch in plan["launches"]:
         arguments: dict[int, Any] = {}
-        written: list[int] = []
+        written: list[tuple[Any, int]] = []
         for i, argument in enumerate(launch["arguments"]):
             if argument["kind"] == "input":
                 arguments[i] = inputs[argument["index"]]
@@ -77,9 +87,12 @@ def run_arrays(
                 arguments[i] = np.frombuffer(argument["bytes"], np.uint8)
             elif argument["kind"] == "output":
                 arguments[i] = Out(*outputs[argument["index"]])
-                written.append(argument["index"])
+                written.append((results, argument["index"]))
+            elif argument["index"] in temporaries:
+                arguments[i] = temporaries[argument["index"]]
             else:
-                raise NotImplementedError("temporaries")
+                arguments[i] = Out((plan["temporaries"][argument["index"]],), np.uint8)
+                written.append((temporaries, argument["index"]))
         out, counters = module(launch, mode)(
             launch["kernel"],
             arguments,
@@ -87,8 +100,8 @@ def run_arrays(
             threads=launch["threads"],
             shuffle=shuffle,
         )
-        for index, array in zip(written, out, strict=True):
-            results[index] = array
+        for (where, index), array in zip(written, out, strict=True):
+            where[index] = array
         total = counters if total is None else total + counters
     assert total is not None, "a plan without launches"
     return results, total

@@ -25,6 +25,10 @@ KERNELS = {
         "qmm_mixed<bfloat, bfloat, 380, 64, 32>",
         "qmm_gather<half, half, 380, 32, 64>",
     ],
+    "quantize.metal": [
+        *(f"quantize_{how}<bfloat, 3, 32>" for how in ("minmax", "search")),
+        *(f"quantize_{how}<float, 8, 128>" for how in ("minmax", "search")),
+    ],
     "copy.metal": [f"copy_rows<{t}>" for t in ("uchar", "ushort", "uint", "ulong")],
 }
 

@@ -1,0 +1,64 @@
+#include "launch/quantize.h"
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "../metal/quantize_shape.h"
+
+namespace optiq::launch {
+
+Plan plan_quantize(const QuantizeOp& op) {
+  constexpr size_t kThreads = 256;
+  auto fail = [](const std::string& message) {
+    throw std::invalid_argument("[plan_quantize] " + message);
+  };
+  if (op.bits < 2 || op.bits > 8 || op.bits == 7) {
+    fail("bits is " + std::to_string(op.bits) + "; it must be 2, 3, 4, 5, 6 or 8");
+  }
+  if (op.group_size != 32 && op.group_size != 64 && op.group_size != 128) {
+    fail("group_size is " + std::to_string(op.group_size) + "; it must be 32, 64 or 128");
+  }
+  if (op.cols % op.group_size != 0) {
+    fail(
+        "cols is " + std::to_string(op.cols) + ", no multiple of " + std::to_string(op.group_size));
+  }
+  size_t octets = op.rows * op.cols / 8;
+  if (octets > 0xffffffffu - kThreads) { // counted in 32 bits by the kernels
+    fail("the weight has " + std::to_string(octets * 8) + " elements; split it below 2^35");
+  }
+  Plan plan;
+  if (octets == 0) {
+    return plan;
+  }
+  Launch launch;
+  bool search = op.rows_per_importance > 0;
+  std::string function = search ? "quantize_search" : "quantize_minmax";
+  std::string type = op.type == cpu::Float::f32   ? "float"
+                     : op.type == cpu::Float::f16 ? "half"
+                                                  : "bfloat";
+  std::string bits = std::to_string(op.bits), group = std::to_string(op.group_size);
+  launch.source = "quantize.metal";
+  launch.kernel = function + "_" + type + "_" + bits + "_" + group;
+  launch.instantiation = function + "<" + type + ", " + bits + ", " + group + ">";
+  using Kind = Argument::Kind;
+  launch.arguments = {{Kind::input, 0}};
+  if (search) {
+    launch.arguments.push_back({Kind::input, 1});
+  }
+  for (int i = 0; i < 3; i++) {
+    launch.arguments.push_back({Kind::output, i});
+  }
+  QuantizeShape shape{
+      uint32_t(octets), uint32_t(op.cols), uint32_t(search ? op.rows_per_importance : 1)};
+  Argument constants{Kind::constants};
+  constants.bytes.resize(sizeof(shape));
+  std::memcpy(constants.bytes.data(), &shape, sizeof(shape));
+  launch.arguments.push_back(constants);
+  launch.threads.x = kThreads;
+  launch.threadgroups.x = uint32_t((octets + kThreads - 1) / kThreads);
+  plan.launches.push_back(launch);
+  return plan;
+}
+
+} // namespace optiq::launch

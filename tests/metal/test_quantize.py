@@ -1,0 +1,107 @@
+"""Rounding, launched as planned and run on the emulator: min/max bit for bit as mx.quantize, the
+search as good as the CPU's."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from optiq import ops
+from optiq.formats import AFFINE_BITS, AFFINE_GROUPS, Format
+from optiq.ops import native
+from tests.msl.emulator import needs_emulator
+from tests.ops.cases import DTYPES
+from tests.ops.test_quantize import tensors, weighted_errors
+from tests.ops.test_quantize_minmax import ODD, bits_of
+
+from .launcher import NAMES, Plan, compile_together, run
+
+pytestmark = needs_emulator
+
+FORMATS = [Format("affine", b, g) for b, g in product(AFFINE_BITS, AFFINE_GROUPS)]
+CASES = [(f, d) for i, f in enumerate(FORMATS) for j, d in enumerate(DTYPES) if (i + j) % 3 == 0]
+
+
+def plan(fmt: Format, dtype: str, rows: int, cols: int, rows_per_importance: int = 0) -> Plan:
+    assert native.extension is not None, native.reason
+    the_plan: Plan = native.extension.plan_quantize(
+        rows, cols, fmt.group_size, fmt.bits, NAMES[dtype], rows_per_importance
+    )
+    return the_plan
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_together() -> None:
+    compile_together([plan(f, d, 4, 128) for f, d in CASES])
+    compile_together([plan(f, d, 4, 128, 4) for f, d in CASES])
+
+
+def quantized(w: mx.array, fmt: Format, importance: mx.array | None = None) -> list[mx.array]:
+    dtype = next(k for k, v in DTYPES.items() if v == w.dtype)
+    rows, cols = w.size // w.shape[-1], w.shape[-1]
+    inputs, shared = [w], 0
+    if importance is not None:
+        inputs.append(importance)
+        shared = rows * cols // importance.size
+    groups = (*w.shape[:-1], cols // fmt.group_size)
+    codes = (*w.shape[:-1], cols * fmt.bits // 32)
+    out, _ = run(
+        plan(fmt, dtype, rows, cols, shared),
+        inputs,
+        [(codes, mx.uint32), (groups, w.dtype), (groups, w.dtype)],
+    )
+    return out
+
+
+@pytest.mark.parametrize(("fmt", "dtype"), CASES, ids=str)
+def test_minmax_is_stock(fmt: Format, dtype: str) -> None:
+    odd = np.stack(list(ODD.values()))
+    rng = np.random.default_rng(0)
+    w = np.concatenate([rng.standard_t(3, (21, 384)), np.tile(odd, (1, 3))]).astype(np.float32)
+    x = mx.array(w).astype(DTYPES[dtype])
+    got = quantized(x, fmt)
+    for mine, theirs in zip(got, mx.quantize(x, fmt.group_size, fmt.bits), strict=True):
+        assert (bits_of(mine) == bits_of(theirs)).all()
+
+
+@pytest.mark.parametrize(("fmt", "dtype"), CASES, ids=str)
+def test_search_is_as_good_as_on_the_cpu(fmt: Format, dtype: str) -> None:
+    w, importance = tensors(8, 256, dtype)
+    mine = weighted_errors(tuple(quantized(w, fmt, importance)), fmt, w, importance)
+    stock = weighted_errors(mx.quantize(w, fmt.group_size, fmt.bits), fmt, w, importance)
+    cpu = weighted_errors(ops.quantize(w, fmt, importance), fmt, w, importance)
+    assert (mine <= stock * (1 + 1e-4)).all()
+    assert mine.sum() == pytest.approx(cpu.sum(), rel=0.01)
+
+
+def test_search_of_experts_and_odd_groups() -> None:
+    fmt = Format("affine", 4, 32)
+    w = mx.random.normal((3, 5, 64), key=mx.random.key(0))
+    w[1, 2] = 0.25
+    importance = mx.random.uniform(0, 5, (3, 64), key=mx.random.key(1))
+    importance[2, :32] = 0
+    together = quantized(w, fmt, importance)
+    for e in range(3):
+        alone = quantized(w[e], fmt, importance[e])
+        for a, b in zip(together, alone, strict=True):
+            assert mx.array_equal(a[e], b)
+    back = mx.dequantize(*together, group_size=32, bits=4)
+    assert mx.all(mx.isfinite(back)).item()
+    assert mx.allclose(back[1, 2], w[1, 2]).item()
+
+
+def test_plans_refuse_what_no_kernel_does() -> None:
+    assert native.extension is not None, native.reason
+    make = native.extension.plan_quantize
+    for arguments, message in (
+        ((4, 64, 64, 7), "bits is 7"),
+        ((4, 64, 16, 4), "group_size is 16"),
+        ((4, 96, 64, 4), "cols is 96"),
+        ((2**30, 2**10, 64, 4), "split it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(*arguments)
+    assert make(0, 64)["launches"] == []
