@@ -91,7 +91,8 @@ METAL_FUNC void qmm_tile(const device X* x, const device uint* w, const device S
   for (int i = 0; i < tm; i++) {
 #pragma unroll
     for (int j = 0; j < tn; j++) {
-      acc[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+      acc[i][j].thread_elements()[0] = 0;
+      acc[i][j].thread_elements()[1] = 0;
     }
   }
   for (int k0 = 0; k0 < k; k0 += kDepth) {
