@@ -7,6 +7,7 @@
 
 #include "cpu/pool.h"
 #include "launch/bindings.h"
+#include "ops/decoder_block_bindings.h"
 #include "ops/kl_divergence.h"
 #include "ops/linear.h"
 #include "ops/mixed_quantized_matmul.h"
@@ -33,5 +34,6 @@ NB_MODULE(_ext, m) {
       "format_q"_a, "soft_cap"_a = 0.0f, nb::kw_only(), "stream"_a = nb::none());
   m.def("compare_logits", &optiq::compare_logits, "p"_a, "q"_a, nb::kw_only(),
       "stream"_a = nb::none());
+  optiq::bind_decoder_block(m);
   optiq::launch::bind(m);
 }

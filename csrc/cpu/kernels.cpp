@@ -1,4 +1,6 @@
 // Compiled once per instruction set with OPTIQ_ISA set to its name (see CMakeLists.txt).
+#include "attention.h"
+#include "elementwise.h"
 #include "gemm.h"
 #include "kl.h"
 #include "kl_gradient.h"
@@ -106,6 +108,6 @@ void from_f32(const float* in, Float type, void* out, size_t n) {
 } // namespace
 
 extern const Kernels table = {OPTIQ_STRING(OPTIQ_ISA), matmul, products, sgemm, kl_divergence,
-    head_kl, head_kl_gradient, quantize, to_f32, from_f32};
+    head_kl, head_kl_gradient, quantize, rms_norm, heads, attention, gate, to_f32, from_f32};
 
 } // namespace optiq::cpu::OPTIQ_ISA

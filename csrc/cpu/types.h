@@ -127,6 +127,68 @@ struct Quantize {
   Float type;
 };
 
+// y[r, :] = add[r, :] + gain * weight * x[r, :] / sqrt(mean(x[r, :]^2) + eps), rows contiguous.
+// Without `weight` ones, without `add` zeros, without `norm` y = add + gain * x. y may be x or add.
+struct RmsNorm {
+  const float* x;
+  const float* add;
+  const float* weight;
+  float* y;
+  size_t rows;
+  int dims;
+  float eps, gain;
+  bool norm;
+};
+
+// What happens to the heads of one projection x[batch * rows, stride], in this order: the bias,
+// an RMSNorm over each head or over all of them, the rotation of the first `rotated` values by
+// position. y[b, h, r, :] as its strides (in elements) say.
+struct Heads {
+  const float* x;
+  size_t stride;
+  const float* bias; // [heads * dim]
+  enum { no_norm, each_head, all_heads } norm;
+  const float* weight; // [dim] or [heads * dim]
+  float eps;
+  const float* cos_sin; // [batch * rows, rotated]: the cosines, then the sines
+  int rotated;
+  bool traditional; // pairs are neighbours, not half a head apart
+  float* y;
+  size_t y_batch, y_head, y_row;
+  int batch, rows, heads, dim;
+};
+
+enum class Masking : uint8_t { none, causal, boolean, additive };
+
+// y[b, r, h, :] = softmax(scale * q k.T, masked) v; query head h reads key head
+// h * kv_heads / heads. With `causal` query r sees the first keys - rows + r + 1 keys.
+struct Attention {
+  const float* q; // [batch, heads, rows, dim] by strides
+  size_t q_batch, q_head, q_row;
+  const void *k, *v; // [batch, kv_heads, keys, dim] by strides, in elements
+  Float type;
+  size_t k_batch, k_head, k_row, v_batch, v_head, v_row;
+  Masking masking;
+  const void* mask; // [batch, heads, rows, keys] by strides; bool, or `mask_type` to add
+  Float mask_type;
+  int64_t mask_strides[4];
+  const float* sinks; // [heads]: a logit beside the keys that takes probability and gives nothing
+  float* y;           // [batch, rows, heads, value_dim]
+  int batch, heads, kv_heads, rows, keys, dim, value_dim;
+  float scale, softcap; // scores become softcap * tanh(score / softcap) unless that is 0
+};
+
+// y[r, i] = activation(gate[r, i] + gate_bias[i]) * (up[r, i] + up_bias[i])
+enum class Activation : uint8_t { silu, gelu_tanh };
+struct Gate {
+  const float *gate, *up;
+  size_t stride; // from row to row of both
+  const float *gate_bias, *up_bias;
+  float* y; // [rows, width]
+  size_t rows, width;
+  Activation activation;
+};
+
 // One set of kernels per instruction set, compiled from the same source.
 struct Kernels {
   const char* isa;
@@ -137,6 +199,10 @@ struct Kernels {
   void (*head_kl)(const HeadKl&);
   void (*head_kl_gradient)(const HeadKlGradient&);
   void (*quantize)(const Quantize&);
+  void (*rms_norm)(const RmsNorm&);
+  void (*heads)(const Heads&);
+  void (*attention)(const Attention&);
+  void (*gate)(const Gate&);
   void (*to_f32)(const void* in, Float type, float* out, size_t n);
   void (*from_f32)(const float* in, Float type, void* out, size_t n);
 };

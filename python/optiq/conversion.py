@@ -215,7 +215,7 @@ def choose_rounding(
     chosen, _ = choose(reference, weight_bytes(model))
     if chosen == "uniform4":
         Uniform4(source, model, modules, MINMAX)
-    accelerate(model)
+    accelerate(model, blocks=False)  # each layer is metered
     sequences = [sample.tokens for sample in text.sequences]
     return Rounding(name, importance.measure(model, modules, sequences, progress=progress))
 

@@ -160,6 +160,12 @@ def quantizable(model: nn.Module) -> list[Module]:
     return _flow_order(modules)
 
 
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The blocks of `model.layers` by path, in order."""
+    inside = {id(layer) for layer in getattr(model, "layers", None) or ()}
+    return {path: m for path, m in reversed(model.named_modules()) if id(m) in inside}
+
+
 def fixed_bytes(model: nn.Module, modules: Sequence[Module]) -> int:
     """Bytes of all tensors that are never quantized: norms, biases, convolutions, ..."""
     from mlx.utils import tree_flatten

@@ -15,6 +15,7 @@ from mlx_lm.utils import load_model
 import optiq
 from optiq.nn import accelerate
 from optiq.ops import native
+from optiq.roles import blocks
 from tests.architectures import MODELS, construct
 from tests.tiny import KINDS, tiny_folder
 
@@ -71,6 +72,8 @@ def test_logits_are_those_of_the_stock_model(tmp_path: Path, name: str, bits: in
         if "weight" in m and type(m).__module__ in SWAPPED
     }
     for path, why in report.left.items():
+        if path in blocks(model):
+            continue
         assert why == f"{type(leaves(expected)[path]).__name__} has no native counterpart"
     assert same(model(TOKENS), expected(TOKENS), "quantized" if bits else "dense")
     assert [n for n, _ in tree_flatten(model.parameters())] == [
@@ -78,6 +81,9 @@ def test_logits_are_those_of_the_stock_model(tmp_path: Path, name: str, bits: in
     ]
 
 
+FUSED = dict.fromkeys(
+    ("llama", "qwen2", "qwen3", "gemma3_text", "phi3", "mistral", "olmo2"), "attention and MLP"
+) | dict.fromkeys(("qwen3_moe", "gpt_oss"), "attention")
 SWAPPED = (
     "mlx.nn.layers.linear",
     "mlx.nn.layers.embedding",
@@ -137,11 +143,12 @@ def test_what_is_unsupported_is_named_and_left(tmp_path: Path) -> None:
         nn.quantize(m, 64, 4, class_predicate=lambda p, m: "q_proj" in p)
         m.model.layers[1].self_attn.o_proj = LowRank(m.model.layers[1].self_attn.o_proj)
     report = accelerate(model)
-    mlp = {p: why for p, why in report.left.items() if "mlp" in p}
+    left = {p: why for p, why in report.left.items() if p not in blocks(model)}
+    mlp = {p: why for p, why in left.items() if "mlp" in p}
     assert len(mlp) == 6
     assert set(mlp.values()) == {"mode 'mxfp4' has no native kernel"}
     own = "model.layers.1.self_attn.o_proj"
-    assert report.left.keys() - mlp == {own}
+    assert left.keys() - mlp == {own}
     assert report.left[own] == "LowRank has no native counterpart"
     assert "model.layers.0.self_attn.q_proj" in report.swapped
     assert len(report.swapped) == 2 + 8 - 1

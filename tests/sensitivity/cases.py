@@ -57,7 +57,7 @@ def job(
 ) -> Job:
     """Score `model` (accelerated in place) against itself; `only` some paths."""
     modules = quantizable(model)
-    accelerate(model)
+    accelerate(model, blocks=False)
     formats = {
         m.path: allowed(m, menu) if only is None or m.path in only else (DENSE,) for m in modules
     }

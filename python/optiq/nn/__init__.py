@@ -1,4 +1,4 @@
-"""Native layers, and `accelerate`, which puts them into a model in place.
+"""Native layers and fused blocks, and `accelerate`, which puts them into a model in place.
 
 Each layer is its stock counterpart with the same parameters; only the product differs. On the
 CPU activations are float32: the kernels accumulate in it anyway, and 16-bit activations would
@@ -9,14 +9,19 @@ only cost accuracy and conversions. So that nothing else is rounded to 16 bits o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..anatomy import Unknown, describe
 from ..formats import AFFINE_BITS, AFFINE_GROUPS, Format
 from ..ops import native
+from ..roles import blocks as blocks_of
 from ..swap import slot_at
+from .blocks import Fused, fuse
+from .check import disagreement
 from .layers import (
     Embedding,
     Linear,
@@ -26,6 +31,7 @@ from .layers import (
     SwitchLinear,
     stock_classes,
 )
+from .parts import Description
 
 __all__ = [
     "Accelerated",
@@ -42,17 +48,27 @@ __all__ = [
 
 @dataclass
 class Accelerated:
-    """Paths of the modules that were swapped, and of those left alone with the reason."""
+    """What was swapped, and what was left alone.
+
+    `swapped`: paths of the layers that became native. `fused`: path of each block that runs as a
+    whole -> what of it does. `left`: path of each other layer or block -> the reason.
+    """
 
     swapped: list[str] = field(default_factory=list)
+    fused: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
 
 
-def accelerate(model: nn.Module) -> Accelerated:
+def accelerate(model: nn.Module, *, blocks: bool = True) -> Accelerated:
     """Swap linear, embedding and expert layers of an mlx-lm model for native ones, in place.
 
+    With `blocks`, decoder blocks of a known kind run as a whole, too. Where their layers are
+    replaced, tapped or differentiated later, such a block runs layer by layer again; who does
+    nothing else had better leave `blocks` out. A kind of block is first compared with the original
+    on random input, and left alone if the two disagree.
+
     On a GPU nothing is swapped: there are no GPU kernels yet and stock MLX is the best choice.
-    Layers that are native already are in neither list.
+    What is native already is not in the report.
     """
     report = Accelerated()
     swaps: list[tuple[str, nn.Module]] = []
@@ -77,7 +93,30 @@ def accelerate(model: nn.Module) -> Accelerated:
         slot_at(model, path).set(module)
     if native.on_cpu():
         model.apply(_exact)
+        if blocks:
+            _fuse_blocks(model, report)
     return report
+
+
+def _fuse_blocks(model: nn.Module, report: Accelerated) -> None:
+    verdicts: dict[Any, str] = {}  # of each kind of block
+    for path, block in blocks_of(model).items():
+        if isinstance(block, Fused):
+            continue
+        try:
+            anatomy = describe(block)
+            width = Description(block, anatomy).width
+        except Unknown as reason:
+            report.left[path] = str(reason)
+            continue
+        fused, kind = fuse(block, anatomy), (type(block), anatomy)
+        if kind not in verdicts:
+            verdicts[kind] = disagreement(block, fused, width)
+        if verdicts[kind]:
+            report.left[path] = verdicts[kind]
+        else:
+            slot_at(model, path).set(fused)
+            report.fused[path] = "attention and MLP" if anatomy.mlp else "attention"
 
 
 def quantized(

@@ -96,7 +96,7 @@ def measure(
         "versions": versions(),
     }
     state = Checkpoint(checkpoint, identity, resume=resume)
-    accelerate(model)
+    accelerate(model, blocks=False)  # layers are swapped, tapped and differentiated
     job = Job(
         model=model,
         modules=modules,

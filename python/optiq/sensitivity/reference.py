@@ -103,7 +103,7 @@ class Uniform4:
         from ..nn import accelerate
 
         self._fresh, _ = load_model(self._source.path, lazy=True)
-        accelerate(self._fresh)
+        accelerate(self._fresh, blocks=False)
 
     def dense(self, path: str) -> nn.Module:
         if self._fresh is None:

@@ -1,0 +1,152 @@
+#include "ops/decoder_block.h"
+
+#include <mlx/ops.h>
+
+namespace optiq {
+
+const void* DecoderBlock::keep(const array& a) {
+  if (a.is_tracer()) {
+    fail_block("a weight is being traced");
+  }
+  array kept = mx::contiguous(a);
+  kept.eval();
+  kept_.push_back(kept);
+  return kept.data<char>();
+}
+
+const float* DecoderBlock::vector(const char* name, const array& a, int size) {
+  if (a.ndim() != 1 || a.shape(0) != size) {
+    fail_block(name, " is ", a.shape(), "; it must be [", size, "]");
+  }
+  require_floating("decoder_block", name, a);
+  return static_cast<const float*>(keep(mx::astype(a, mx::float32)));
+}
+
+cpu::Projection DecoderBlock::projection(const char* name, const Matrix& m) {
+  const auto& [w, scales, biases, group_size, bits, bias] = m;
+  cpu::Projection p;
+  if (w.ndim() != 2) {
+    fail_block(name, " is ", w.shape(), "; it must have two axes");
+  }
+  p.w.rows = w.shape(0);
+  if (scales) {
+    if (!biases || bits < 2 || bits > 8 || bits == 7 ||
+        (group_size != 32 && group_size != 64 && group_size != 128) || scales->ndim() != 2 ||
+        w.dtype() != mx::uint32 || scales->shape() != biases->shape() ||
+        scales->dtype() != biases->dtype() || scales->shape(0) != w.shape(0) ||
+        int64_t(scales->shape(1)) * group_size * bits != int64_t(w.shape(1)) * 32) {
+      fail_block(name, ": codes ", w.shape(), " and scales ", scales->shape(),
+          " are no affine weight of ", bits, " bits in groups of ", group_size);
+    }
+    require_floating("decoder_block", name, *scales);
+    p.w.type = float_type(scales->dtype());
+    p.w.bits = bits;
+    p.w.group_size = group_size;
+    p.w.cols = scales->shape(1) * group_size;
+    p.w.scales = keep(*scales);
+    p.w.biases = keep(*biases);
+  } else {
+    require_floating("decoder_block", name, w);
+    p.w.type = float_type(w.dtype());
+    p.w.cols = w.shape(1);
+  }
+  p.w.data = keep(w);
+  if (bias) {
+    p.bias = vector(name, *bias, p.w.rows);
+  }
+  return p;
+}
+
+std::optional<cpu::Norm> DecoderBlock::norm(const char* name, const Norm& n, int size) {
+  if (!n) {
+    return std::nullopt;
+  }
+  const auto& [weight, eps] = *n;
+  return cpu::Norm{weight ? vector(name, *weight, size) : nullptr, eps};
+}
+
+void DecoderBlock::set_attention(const std::vector<Matrix>& qkv, const Matrix& out, int heads,
+    int kv_heads, float scale, const Norm& in, const Norm& q, const Norm& k, const Norm& v,
+    const Norm& post, bool whole_norm, const std::optional<Rope>& rope,
+    const std::optional<array>& sinks, float softcap, float gain) {
+  cpu::AttentionLayer layer;
+  layer.out = projection("the output projection", out);
+  layer.heads = heads;
+  layer.kv_heads = kv_heads;
+  if (heads < 1 || kv_heads < 1 || heads % kv_heads != 0 || layer.out.w.cols % heads != 0) {
+    fail_block(heads, " heads and ", kv_heads, " key heads do not divide ", layer.out.w.cols);
+  }
+  int dim = layer.head_dim = layer.out.w.cols / heads;
+  if (dim % 8 != 0) {
+    fail_block("heads of ", dim, " are no multiple of 8");
+  }
+  int rows = 0;
+  for (const auto& m : qkv) {
+    layer.qkv.push_back(projection("a projection", m));
+    rows += layer.qkv.back().w.rows;
+    if (layer.qkv.back().w.cols != layer.width()) {
+      fail_block("a projection takes ", layer.qkv.back().w.cols, " values, not ", layer.width());
+    }
+  }
+  int values = qkv.size() == 2 ? 1 : 2;
+  if (qkv.empty() || qkv.size() > 3 || rows != (heads + values * kv_heads) * dim ||
+      (qkv.size() > 1 && layer.qkv[0].w.rows != heads * dim) ||
+      (qkv.size() > 1 && layer.qkv[1].w.rows != kv_heads * dim)) {
+    fail_block("the projections have ", rows, " rows for ", heads, " + ", values, " x ", kv_heads,
+        " heads of ", dim);
+  }
+  layer.scale = scale;
+  layer.softcap = softcap;
+  layer.gain = gain;
+  layer.in = norm("the input norm", in, layer.width());
+  layer.post = norm("the output norm", post, layer.width());
+  layer.q = norm("the query norm", q, whole_norm ? heads * dim : dim);
+  layer.k = norm("the key norm", k, whole_norm ? kv_heads * dim : dim);
+  layer.v = norm("the value norm", v, dim);
+  layer.whole_norm = whole_norm;
+  if (rope) {
+    auto& r = layer.rope;
+    std::tie(r.dims, r.traditional, r.frequencies, r.magnitude) = *rope;
+    if (r.dims < 2 || r.dims > dim || r.dims % 2 != 0 || int(r.frequencies.size()) != r.dims / 2) {
+      fail_block("a rotation of ", r.dims, " values with ", r.frequencies.size(),
+          " frequencies does not fit heads of ", dim);
+    }
+  }
+  if (sinks) {
+    layer.sinks = vector("sinks", *sinks, heads);
+  }
+  attention = std::move(layer);
+}
+
+void DecoderBlock::set_mlp(const std::vector<Matrix>& gate_up, const Matrix& down,
+    const std::string& activation, const Norm& in, const Norm& post, float gain) {
+  cpu::MlpLayer layer;
+  layer.down = projection("the down projection", down);
+  int inner = layer.down.w.cols, width = layer.down.w.rows;
+  int rows = 0;
+  for (const auto& m : gate_up) {
+    layer.gate_up.push_back(projection("a gate or up projection", m));
+    const auto& p = layer.gate_up.back();
+    rows += p.w.rows;
+    if (p.w.cols != width || (p.bias == nullptr) != (layer.gate_up[0].bias == nullptr)) {
+      fail_block("gate and up projections do not belong together");
+    }
+  }
+  if (gate_up.empty() || gate_up.size() > 2 || rows != 2 * inner ||
+      (gate_up.size() == 2 && layer.gate_up[0].w.rows != inner)) {
+    fail_block("gate and up projections have ", rows, " rows for a down projection of ", inner);
+  }
+  if (activation != "silu" && activation != "gelu_tanh") {
+    fail_block("activation is '", activation, "'; it must be 'silu' or 'gelu_tanh'");
+  }
+  layer.activation = activation == "silu" ? cpu::Activation::silu : cpu::Activation::gelu_tanh;
+  layer.in = norm("the input norm", in, width);
+  layer.post = norm("the output norm", post, width);
+  layer.gain = gain;
+  if (attention && attention->width() != width) {
+    fail_block("attention has ", attention->width(), " values, the MLP ", width);
+  }
+  mlp = std::move(layer);
+}
+
+} // namespace optiq

@@ -1,0 +1,53 @@
+// The weights of a decoder block, checked and kept. They are no inputs of the graph, so that a
+// block costs one node of it.
+#pragma once
+
+#include <atomic>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "cpu/block.h"
+#include "ops/matmul.h"
+
+namespace optiq {
+
+template <class... Parts>
+[[noreturn]] void fail_block(Parts&&... parts) {
+  std::ostringstream msg;
+  msg << "[decoder_block] ";
+  (msg << ... << parts);
+  throw std::invalid_argument(msg.str());
+}
+
+class DecoderBlock {
+ public:
+  // (w, scales, biases, group size, bits, bias): dense without scales.
+  using Matrix =
+      std::tuple<array, std::optional<array>, std::optional<array>, int, int, std::optional<array>>;
+  using Norm = std::optional<std::tuple<std::optional<array>, float>>; // (weight, eps)
+  using Rope = std::tuple<int, bool, std::vector<double>, double>;     // dims, traditional, ...
+
+  /** Throws std::invalid_argument where shapes, dtypes or formats do not belong together. */
+  void set_attention(const std::vector<Matrix>& qkv, const Matrix& out, int heads, int kv_heads,
+      float scale, const Norm& in, const Norm& q, const Norm& k, const Norm& v, const Norm& post,
+      bool whole_norm, const std::optional<Rope>& rope, const std::optional<array>& sinks,
+      float softcap, float gain);
+  void set_mlp(const std::vector<Matrix>& gate_up, const Matrix& down,
+      const std::string& activation, const Norm& in, const Norm& post, float gain);
+
+  std::optional<cpu::AttentionLayer> attention;
+  std::optional<cpu::MlpLayer> mlp;
+  std::atomic<int> running{0}; // steps that are scheduled and not yet done
+
+ private:
+  const void* keep(const array& a);
+  const float* vector(const char* name, const array& a, int size);
+  cpu::Projection projection(const char* name, const Matrix& m);
+  std::optional<cpu::Norm> norm(const char* name, const Norm& n, int size);
+
+  std::vector<array> kept_;
+};
+
+} // namespace optiq

@@ -1,0 +1,156 @@
+"""Decoder blocks that run as a whole: one node of the graph per block where the extension runs.
+
+A fused block has the class, the children and the parameters of the block it replaces; only
+`__call__` differs. Where its parts were replaced (LoRA), its input is being traced (gradients,
+compile), or the cache does not hand out plain arrays (quantized ones), it runs as the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+from ..anatomy import Block, Unknown
+from ..ops import native
+from .layers import _Adopting
+from .parts import Composed, Native
+
+Cache = Any
+_fused_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def fuse(block: nn.Module, anatomy: Block) -> nn.Module:
+    """The fused block that has taken over what `block` holds."""
+    cls = type(block)
+    if cls not in _fused_classes:
+        _fused_classes[cls] = type(f"Fused{cls.__name__}", (Fused, cls), {})
+    fused: nn.Module = _fused_classes[cls].adopt(block)  # type: ignore[attr-defined]
+    fused.__dict__["_runner"] = Runner(anatomy)
+    return fused
+
+
+class Fused(_Adopting):
+    """Mixed into the class of the original block."""
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Cache = None) -> mx.array:
+        runner: Runner = self.__dict__["_runner"]
+        parts = runner.parts(self, x)
+        if parts is None or hasattr(cache, "bits"):
+            out: mx.array = super().__call__(x, mask, cache)
+            return out
+        h = _attend(parts, x, mask, cache, runner.with_mlp)
+        return h if runner.with_mlp else runner.feed_forward(self, h)
+
+
+class Runner:
+    """The anatomy of a block, and its parts made ready when they are first used."""
+
+    def __init__(self, anatomy: Block) -> None:
+        self.anatomy = anatomy
+        self.with_mlp = anatomy.mlp is not None
+        self._parts: Native | Composed | None = None
+        self._ext: Any = None
+        self._unchanged: Callable[[], bool] = _never
+
+    def __deepcopy__(self, memo: Any) -> Runner:
+        return Runner(self.anatomy)
+
+    def __reduce__(self) -> Any:
+        return Runner, (self.anatomy,)
+
+    def parts(self, block: nn.Module, x: mx.array) -> Native | Composed | None:
+        """None where the original has to run: around foreign layers, and for traced inputs."""
+        ext = native.active()
+        if ext is not None and (x.dtype != mx.float32 or ext.traced(x)):
+            return None
+        if self._ext is not ext or not self._unchanged():
+            # New, too, after weights were loaded or converted.
+            self._ext, self._unchanged = ext, watch(block, self.anatomy)
+            try:
+                self._parts = make_parts(block, self.anatomy)
+            except (Unknown, ValueError):
+                self._parts = None
+        return self._parts
+
+    def feed_forward(self, block: nn.Module, h: mx.array) -> mx.array:
+        """The second half of a block whose MLP is no plain one."""
+        norms = self.anatomy.norms
+        y = block[norms.mlp_in](h) if norms.mlp_in else h
+        y = block[self.anatomy.feed_forward](y)
+        y = block[norms.mlp_post](y) if norms.mlp_post else y
+        y = y if self.anatomy.gain == 1.0 else y * self.anatomy.gain
+        return mx.add(h, y)
+
+
+def _attend(
+    parts: Native | Composed, x: mx.array, mask: Any, cache: Cache, with_mlp: bool
+) -> mx.array:
+    kind = type(cache)
+    if isinstance(parts, Native):
+        if cache is None:
+            return parts.step(x, None, None, 0, x.shape[1], 0, mask, with_mlp)[0]
+        if kind is KVCache and (keys := cache.keys) is not None:
+            start = cache.offset
+            end = start + x.shape[1]
+            if end <= keys.shape[2] and keys.dtype == mx.float32:
+                h, cache.keys, cache.values = parts.step(
+                    x, keys, cache.values, start, end, start, mask, with_mlp
+                )
+                cache.offset = end
+                return h
+        elif kind is RotatingKVCache and x.shape[1] == 1 and (keys := cache.keys) is not None:
+            position, size = cache.offset, keys.shape[2]
+            whole = size == cache.max_size
+            start = cache.keep if whole and cache._idx == size else cache._idx
+            if (whole or position < size < cache.max_size) and keys.dtype == mx.float32:
+                length = min(position + 1, size)
+                h, cache.keys, cache.values = parts.step(
+                    x, keys, cache.values, start, length, position, mask, with_mlp
+                )
+                cache.offset, cache._idx = position + 1, start + 1
+                return h
+    offset = 0 if cache is None else cache.offset
+    q, k, v = parts.project(x, offset)
+    if cache is not None:
+        k, v = cache.update_and_fetch(k, v)
+    return parts.attend(x, q, k, v, mask, with_mlp)
+
+
+def make_parts(block: nn.Module, anatomy: Block) -> Native | Composed:
+    """Raises Unknown or ValueError for layers that cannot be fused."""
+    ext = native.active()
+    return Native(ext, block, anatomy) if ext else Composed(block, anatomy)
+
+
+def _never() -> bool:
+    return False
+
+
+def watch(block: nn.Module, anatomy: Block) -> Callable[[], bool]:
+    """A function that tells whether all parts of the block are the objects they were."""
+    a, m, norms = anatomy.attention, anatomy.mlp, anatomy.norms
+    paths = [*a.qkv, a.out, a.q_norm, a.k_norm, a.sinks, norms.attention_in, norms.attention_post]
+    paths += [*m.gate_up, m.down, norms.mlp_in, norms.mlp_post] if m else []
+    seen: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+    for path in paths:
+        at: Any = block
+        for key in path.split(".") if path else ():
+            if not isinstance(at, dict) or key not in at:
+                return _never
+            seen[id(at), key] = (at, key, at[key])
+            at = at[key]
+        if isinstance(at, nn.Module):
+            for key, value in at.items():
+                if isinstance(value, mx.array):
+                    seen[id(at), key] = (at, key, value)
+    links = tuple(seen.values())
+    get = dict.get
+
+    def unchanged() -> bool:
+        return all(get(parent, key) is child for parent, key, child in links)
+
+    return unchanged

@@ -1,0 +1,253 @@
+"""The two ways to run the parts of a decoder block: natively, and composed of `mx.fast`.
+
+Both have `project` (queries, keys and values of the block's input) and `attend` (all that follows
+the cache). `Native` keeps the weights in the extension, so that a call builds one graph node.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import ops
+from ..anatomy import Block, Unknown
+from ..ops import native
+from .layers import Linear, QuantizedLinear
+
+Mask = Any  # None, "causal" or an array that broadcasts to [batch, heads, rows, keys]
+
+
+def module_at(block: nn.Module, path: str) -> Any:
+    at: Any = block
+    for key in path.split("."):
+        at = at[key]
+    return at
+
+
+def matrix(block: nn.Module, path: str) -> tuple[Any, ...]:
+    """(w, scales, biases, group size, bits, bias) of a linear layer, None and 0 where dense.
+
+    Raises Unknown for a layer that computes something else.
+    """
+    layer = module_at(block, path)
+    bias = layer.get("bias")
+    if type(layer) in (Linear, nn.Linear):
+        return layer["weight"], None, None, 0, 0, bias
+    if type(layer) in (QuantizedLinear, nn.QuantizedLinear) and layer.mode == "affine":
+        return layer["weight"], layer["scales"], layer["biases"], layer.group_size, layer.bits, bias
+    raise Unknown(f"{path} is a {type(layer).__name__}")
+
+
+def norm(block: nn.Module, path: str | None, plus_one: bool = False) -> Any:
+    """(weight, eps) of an RMSNorm, None for no norm."""
+    if path is None:
+        return None
+    layer = module_at(block, path)
+    if "RMSNorm" not in type(layer).__name__ or set(layer) != {"weight"}:
+        raise Unknown(f"{path} is a {type(layer).__name__}")
+    weight = layer["weight"]
+    if native.on_cpu():
+        weight = weight.astype(mx.float32)
+    return (1.0 + weight if plus_one else weight), float(layer.eps)
+
+
+class Description:
+    """The parts of a block as plain values, read once."""
+
+    def __init__(self, block: nn.Module, anatomy: Block) -> None:
+        a, m, norms = anatomy.attention, anatomy.mlp, anatomy.norms
+        one = norms.plus_one
+        self.attention: dict[str, Any] = {
+            "qkv": [matrix(block, p) for p in a.qkv],
+            "out": matrix(block, a.out),
+            "heads": a.heads,
+            "kv_heads": a.kv_heads,
+            "scale": a.scale,
+            "norm": norm(block, norms.attention_in, one),
+            "q_norm": norm(block, a.q_norm, one),
+            "k_norm": norm(block, a.k_norm, one),
+            "v_norm": None if a.v_norm_eps is None else (None, a.v_norm_eps),
+            "post_norm": norm(block, norms.attention_post, one),
+            "whole_norm": a.whole_norm,
+            "sinks": module_at(block, a.sinks) if a.sinks else None,
+            "softcap": a.softcap,
+            "gain": anatomy.gain,
+        }
+        self.width: int = self.attention["out"][0].shape[0]  # of the residual stream
+        self.rope = a.rope
+        self.mlp: dict[str, Any] | None = None
+        if m is not None:
+            self.mlp = {
+                "gate_up": [matrix(block, p) for p in m.gate_up],
+                "down": matrix(block, m.down),
+                "activation": m.activation,
+                "norm": norm(block, norms.mlp_in, one),
+                "post_norm": norm(block, norms.mlp_post, one),
+                "gain": anatomy.gain,
+            }
+
+
+class Native:
+    """Runs a block in the extension, on the CPU in float32."""
+
+    def __init__(self, ext: ModuleType, block: nn.Module, anatomy: Block) -> None:
+        d = Description(block, anatomy)
+        self.ext = ext
+        self.block = ext.DecoderBlock()
+        r = d.rope
+        rope = (r.dims, r.traditional, list(r.frequencies), r.magnitude) if r else None
+        self.block.set_attention(**d.attention, rope=rope)
+        if d.mlp is not None:
+            self.block.set_mlp(**d.mlp)
+        self._step = ext.block_step
+
+    def step(
+        self,
+        x: mx.array,
+        keys: mx.array | None,
+        values: mx.array | None,
+        start: int,
+        length: int,
+        position: int,
+        mask: Mask,
+        mlp: bool,
+    ) -> list[mx.array]:
+        """The block with the cache's first `length` rows, the new ones put at `start`."""
+        masking, array = _masking(mask)
+        out: list[mx.array] = self._step(
+            self.block, x, keys, values, start, length, position, masking, array, mlp
+        )
+        return out
+
+    def project(self, x: mx.array, offset: int | mx.array) -> list[mx.array]:
+        if isinstance(offset, mx.array):
+            offsets = mx.broadcast_to(offset, (x.shape[0],))
+            out: list[mx.array] = self.ext.block_project(self.block, x, 0, offsets)
+        else:
+            out = self.ext.block_project(self.block, x, offset)
+        return out
+
+    def attend(
+        self, x: mx.array, q: mx.array, k: mx.array, v: mx.array, mask: Mask, mlp: bool
+    ) -> mx.array:
+        masking, array = _masking(mask)
+        out: mx.array = self.ext.block_attend(self.block, x, q, k, v, masking, array, mlp)
+        return out
+
+
+def _masking(mask: Mask) -> tuple[str, mx.array | None]:
+    if mask is None:
+        return "", None
+    return (mask, None) if isinstance(mask, str) else ("array", mask)
+
+
+class Composed:
+    """Runs a block on `mx.fast`, the products of one input in one launch."""
+
+    ext = None
+
+    def __init__(self, block: nn.Module, anatomy: Block) -> None:
+        self.d = Description(block, anatomy)
+        if rope := self.d.rope:
+            self.wavelengths = mx.array([1 / f if f else mx.inf for f in rope.frequencies])
+
+    def project(self, x: mx.array, offset: int | mx.array) -> list[mx.array]:
+        a = self.d.attention
+        y: Any = _products(_norm(x, a["norm"]), a["qkv"])
+        heads, kv_heads = a["heads"], a["kv_heads"]
+        if len(y) == 1:
+            dim = y[0].shape[-1] // (heads + 2 * kv_heads)
+            y = mx.split(y[0], [heads * dim, (heads + kv_heads) * dim], axis=-1)
+        if len(y) == 2:
+            y = [*y, y[1]]
+        out = []
+        for part, n, which in zip(y, (heads, kv_heads, kv_heads), "qkv", strict=True):
+            own = a[f"{which}_norm"]
+            part = _norm(part, own) if a["whole_norm"] else part
+            part = part.reshape(*part.shape[:-1], n, -1)
+            part = part if a["whole_norm"] else _norm(part, own)
+            out.append(part.swapaxes(1, 2))
+        return [self._rotate(out[0], offset), self._rotate(out[1], offset), out[2]]
+
+    def attend(
+        self, x: mx.array, q: mx.array, k: mx.array, v: mx.array, mask: Mask, mlp: bool
+    ) -> mx.array:
+        a, m = self.d.attention, self.d.mlp
+        if a["softcap"]:
+            y = _capped_attention(q * a["scale"], k, v, mask, a["softcap"])
+        else:
+            y = mx.fast.scaled_dot_product_attention(
+                q, k, v, scale=a["scale"], mask=mask, sinks=a["sinks"]
+            )
+        y = y.swapaxes(1, 2).reshape(*x.shape[:-1], -1)
+        h = _add(x, _products(y, [a["out"]])[0], a)
+        if not mlp or m is None:
+            return h
+        parts = _products(_norm(h, m["norm"]), m["gate_up"])
+        gate, up = parts if len(parts) == 2 else mx.split(parts[0], 2, axis=-1)
+        act = nn.silu if m["activation"] == "silu" else nn.gelu_approx
+        return _add(h, _products(act(gate) * up, [m["down"]])[0], m)
+
+    def _rotate(self, x: mx.array, offset: int | mx.array) -> mx.array:
+        r = self.d.rope
+        if r is None:
+            return x
+        if r.magnitude != 1.0:
+            x = mx.concatenate([x[..., : r.dims] * r.magnitude, x[..., r.dims :]], axis=-1)
+        return mx.fast.rope(
+            x,
+            r.dims,
+            traditional=r.traditional,
+            base=None,
+            scale=1.0,
+            offset=offset,
+            freqs=self.wavelengths,
+        )
+
+
+def _norm(x: mx.array, n: tuple[mx.array | None, float] | None) -> mx.array:
+    return x if n is None else mx.fast.rms_norm(x, n[0], n[1])
+
+
+def _add(h: mx.array, y: mx.array, layer: dict[str, Any]) -> mx.array:
+    y = _norm(y, layer["post_norm"])
+    return h + (y if layer["gain"] == 1.0 else layer["gain"] * y)
+
+
+def _products(x: mx.array, parts: list[tuple[Any, ...]]) -> list[mx.array]:
+    """One launch where all are quantized."""
+    if all(scales is not None for _, scales, *_ in parts):
+        out = ops.mixed_quantized_matmul(x, [ops.AffineWeight(*part[:5]) for part in parts])
+    else:
+        out = [_product(x, *part[:5]) for part in parts]
+    return [y if p[5] is None else y + p[5] for y, p in zip(out, parts, strict=True)]
+
+
+def _product(
+    x: mx.array, w: mx.array, scales: Any, biases: Any, group_size: int, bits: int
+) -> mx.array:
+    if scales is None:
+        return ops.linear(x, w)
+    return ops.quantized_matmul(x, w, scales, biases, group_size=group_size, bits=bits)
+
+
+def _capped_attention(q: mx.array, k: mx.array, v: mx.array, mask: Mask, cap: float) -> mx.array:
+    groups = q.shape[1] // k.shape[1]
+    q = mx.unflatten(q, 1, (k.shape[1], groups))
+    k, v = k[:, :, None], v[:, :, None]
+    scores = cap * mx.tanh((q @ k.swapaxes(-1, -2)) / cap)
+    if isinstance(mask, str):
+        rows, keys = scores.shape[-2:]
+        mask = mx.arange(keys - rows, keys)[:, None] >= mx.arange(keys)
+    if mask is not None:
+        if mask.ndim == 4:
+            mask = mx.unflatten(mask, 1, (-1, groups)) if mask.shape[1] > 1 else mask[:, :, None]
+        if mask.dtype == mx.bool_:
+            scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
+        else:
+            scores = scores + mask
+    out: mx.array = mx.softmax(scores, axis=-1, precise=True) @ v
+    return out.flatten(1, 2)
