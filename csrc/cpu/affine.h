@@ -139,55 +139,86 @@ void multiply(const Tile& tile, const FixedRows& x, fw* out) {
   }
 }
 
-// One row of x times one tile, for codes that do not straddle words: 16 bytes of each row in the
-// 128-bit pieces of a vector need no transposing, only their four lanes be added up per group.
+// Adds 16 bytes of each row of a tile, in the 128-bit pieces of words[0..4), to the sums.
 template <int BITS>
-void multiply_one(const Tile& tile, const FixedRows& x, fw* out) {
-  constexpr int kQuadPairs = 16 / BITS * 4; // pairs in 16 bytes
-  const int quads = BITS * tile.w.group_size / 128, groups = tile.w.groups();
-  const int32_t* pairs = x.pairs;
-  const uint8_t* row[4];
-  for (int s = 0; s < 4; s++) {
-    row[s] = tile.rows + s * tile.stride;
-  }
-  fw y = {};
-  for (int g = 0; g < groups; g++) {
-    iw acc[4] = {};
-    auto add_quads = [&](int s, int q) {
-      uw words = load_quads(row[s] + 16 * q, 4 * tile.stride);
+OPTIQ_INLINE void add_quads(const uw* words, const int32_t* pairs, iw* acc) {
 #pragma GCC unroll 4
-      for (int i = 0; i < 16 / BITS; i++) {
-        iw codes = codes_at<BITS>(words, i * BITS);
-        acc[s] = dot_pairs(acc[s], codes, splat_quad(pairs + q * kQuadPairs + 4 * i));
-      }
-    };
-    if constexpr (BITS == 8) {
-      // All of a cache line at once: with rows a power of two apart, the lines of kWide rows would
-      // drive each other out.
+  for (int i = 0; i < 16 / BITS; i++) {
+    iw x = splat_quad(pairs + 4 * i);
 #pragma GCC unroll 4
-      for (int s = 0; s < 4; s++) {
-        for (int q = 0; q < quads; q++) {
-          add_quads(s, q);
-        }
-      }
-    } else {
-      for (int q = 0; q < quads; q++) {
-#pragma GCC unroll 4
-        for (int s = 0; s < 4; s++) {
-          add_quads(s, q);
-        }
-      }
-    }
-    pairs += quads * kQuadPairs;
     for (int s = 0; s < 4; s++) {
-      row[s] += 16 * quads;
+      acc[s] = dot_pairs(acc[s], codes_at<BITS>(words[s], i * BITS), x);
     }
+  }
+}
+
+// One row of x times one tile, for codes that do not straddle words: 16 bytes of each row in a
+// 128-bit piece of a vector need no transposing, only its four lanes be added up per group.
+// QUADS: times 16 bytes in a group.
+template <int BITS, int QUADS>
+fw multiply_one(const Tile& tile, const FixedRows& x) {
+  constexpr int kStep = kWide / 4; // quads of a row in a vector
+  constexpr int kQuadPairs = 16 / BITS * 4;
+  const int groups = tile.w.groups();
+  const int32_t* pairs = x.pairs;
+  const uint8_t* row = tile.rows;
+  fw y = {};
+  iw acc[4] = {};
+  auto finish = [&](int g) __attribute__((always_inline)) {
     fw scale = load<fw>(tile.scales + size_t(g) * kWide);
     fw bias = load<fw>(tile.biases + size_t(g) * kWide);
     y += bias * x.sum[g];
     y += __builtin_convertvector(sum_quads(acc), fw) * scale * x.step[g];
+    for (iw& a : acc) {
+      a = iw{};
+    }
+  };
+  int g = 0, quad = 0; // the group, and the quads of it that are done
+  // Whole cache lines of the rows: with rows a power of two apart, 16 bytes of each in turn would
+  // drive each other's lines out of the cache.
+  for (int left = groups * QUADS; left >= kStep; left -= kStep, row += 16 * kStep) {
+    uw words[4][kStep];
+    for (int s = 0; s < 4; s++) {
+      load_quads(row + s * tile.stride, 4 * tile.stride, words[s]);
+    }
+#pragma GCC unroll 4
+    for (int q = 0; q < kStep; q++, pairs += kQuadPairs) {
+      uw at[4] = {words[0][q], words[1][q], words[2][q], words[3][q]};
+      add_quads<BITS>(at, pairs, acc);
+      if (QUADS <= kStep && (q + 1) % QUADS == 0) {
+        finish(g++);
+      }
+    }
+    if (QUADS > kStep && (quad += kStep) == QUADS) {
+      finish(g++);
+      quad = 0;
+    }
   }
-  *out = y;
+  for (; g < groups; g++) {
+    for (int q = 0; q < QUADS; q++, row += 16, pairs += kQuadPairs) {
+      uw at[4];
+      for (int s = 0; s < 4; s++) {
+        at[s] = load_quads(row + s * tile.stride, 4 * tile.stride);
+      }
+      add_quads<BITS>(at, pairs, acc);
+    }
+    finish(g);
+  }
+  return y;
+}
+
+template <int BITS>
+fw multiply_one(const Tile& tile, const FixedRows& x) {
+  switch (BITS * tile.w.group_size / 128) {
+    case 1:
+      return multiply_one<BITS, 1>(tile, x);
+    case 2:
+      return multiply_one<BITS, 2>(tile, x);
+    case 4:
+      return multiply_one<BITS, 4>(tile, x);
+    default:
+      return multiply_one<BITS, 8>(tile, x);
+  }
 }
 
 template <int BITS>
@@ -195,7 +226,8 @@ OPTIQ_INLINE void multiply(int rows, const Tile& tile, const FixedRows& x, fw* o
   switch (rows) {
     case 1:
       if constexpr (kWholeWords<BITS>) {
-        return multiply_one<BITS>(tile, x, out);
+        *out = multiply_one<BITS>(tile, x);
+        return;
       } else {
         return multiply<BITS, 1>(tile, x, out);
       }

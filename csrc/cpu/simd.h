@@ -121,6 +121,25 @@ OPTIQ_INLINE uw load_quads(const uint8_t* p, size_t stride) {
 #endif
 }
 
+// The same for the next kWide / 4 times 16 bytes at once, reading each row in one piece.
+OPTIQ_INLINE void load_quads(const uint8_t* p, size_t stride, uw* out) {
+#if defined(__AVX512F__)
+  auto row = [&](int i) { return load<__m512i>(p + i * stride); };
+  __m512i a = _mm512_shuffle_i32x4(row(0), row(1), 0x44);
+  __m512i b = _mm512_shuffle_i32x4(row(2), row(3), 0x44);
+  __m512i c = _mm512_shuffle_i32x4(row(0), row(1), 0xee);
+  __m512i d = _mm512_shuffle_i32x4(row(2), row(3), 0xee);
+  out[0] = uw(_mm512_shuffle_i32x4(a, b, 0x88));
+  out[1] = uw(_mm512_shuffle_i32x4(a, b, 0xdd));
+  out[2] = uw(_mm512_shuffle_i32x4(c, d, 0x88));
+  out[3] = uw(_mm512_shuffle_i32x4(c, d, 0xdd));
+#else
+  for (int i = 0; i < kWide / 4; i++) {
+    out[i] = load_quads(p + 16 * i, stride);
+  }
+#endif
+}
+
 // Sums of the four lanes in each 128 bits: lane 4 i + j of the result is the i-th of v[j].
 OPTIQ_INLINE iw sum_quads(const iw* v) {
 #if defined(__AVX512F__)
