@@ -13,6 +13,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "launch/copy.h"
+#include "launch/kl_divergence.h"
 #include "launch/quantize.h"
 #include "launch/quantized_matmul.h"
 #include "launch/tuning.h"
@@ -113,6 +114,17 @@ void bind(nb::module_& m) {
         return to_python(plan_row_contiguous(shape, strides, itemsize));
       },
       "shape"_a, "strides"_a, "itemsize"_a);
+  m.def(
+      "plan_kl_divergence",
+      [](int tokens, int vocabulary, const std::tuple<int, std::string, int, int>& p,
+          const std::tuple<int, std::string, int, int>& q, float soft_cap) {
+        auto head = [](const auto& side) { // d, dtype, group_size, bits
+          auto [d, dtype, group_size, bits] = side;
+          return Head{d, float_named(dtype), group_size, bits};
+        };
+        return to_python(plan_kl_divergence({tokens, vocabulary, head(p), head(q), soft_cap}));
+      },
+      "tokens"_a, "vocabulary"_a, "p"_a, "q"_a, "soft_cap"_a = 0.0f);
   m.def(
       "plan_quantize",
       [](size_t rows, size_t cols, int group_size, int bits, const std::string& dtype,

@@ -9,6 +9,8 @@
 #include <mlx/backend/cpu/encoder.h>
 #include <mlx/ops.h>
 
+#include "launch/kl_divergence.h"
+#include "metal/encoder.h"
 #include "ops/affine_weight.h"
 
 namespace optiq {
@@ -163,8 +165,16 @@ void KlDivergence::eval_cpu(const std::vector<array>& inputs, std::vector<array>
   mx::cpu::get_command_encoder(stream()).dispatch([work]() { cpu::kernels().head_kl(work); });
 }
 
-void KlDivergence::eval_gpu(const std::vector<array>&, std::vector<array>&) {
-  throw std::runtime_error("[kl_divergence] has no GPU kernel; use the mx.* formula there");
+void KlDivergence::eval_gpu(const std::vector<array>& inputs, std::vector<array>& outs) {
+  const array& w_p = inputs[format_p_.second ? 3 : 2]; // a dense head, or the scales
+  const array& w_q = inputs[(format_p_.second ? 5 : 3) + (format_q_.second ? 1 : 0)];
+  launch::KlDivergenceOp op;
+  op.tokens = int(outs[0].size());
+  op.vocabulary = w_p.shape(0);
+  op.p = {inputs[0].shape(-1), float_type(w_p.dtype()), format_p_.first, format_p_.second};
+  op.q = {inputs[1].shape(-1), float_type(w_q.dtype()), format_q_.first, format_q_.second};
+  op.soft_cap = soft_cap_;
+  metal::run(launch::plan_kl_divergence(op), inputs, outs, stream());
 }
 
 std::vector<array> KlDivergence::vjp(const std::vector<array>& primals,

@@ -12,7 +12,7 @@ import pytest
 from optiq import ops
 from optiq.formats import AFFINE_BITS, AFFINE_GROUPS, Format
 from optiq.ops import native
-from tests.msl.emulator import needs_emulator
+from tests.msl.emulator import Module, needs_emulator
 from tests.ops.cases import DTYPES
 from tests.ops.test_quantize import tensors, weighted_errors
 from tests.ops.test_quantize_minmax import ODD, bits_of
@@ -91,6 +91,12 @@ def test_search_of_experts_and_odd_groups() -> None:
     back = mx.dequantize(*together, group_size=32, bits=4)
     assert mx.all(mx.isfinite(back)).item()
     assert mx.allclose(back[1, 2], w[1, 2]).item()
+
+
+@pytest.mark.parametrize("shared", [0, 4], ids=["minmax", "search"])
+def test_the_text_for_metal_compiles(shared: int) -> None:
+    (launch,) = plan(FORMATS[4], "bf16", 4, 128, shared)["launches"]
+    Module(source=launch["library_source"], kernels=[launch["kernel"]])
 
 
 def test_plans_refuse_what_no_kernel_does() -> None:

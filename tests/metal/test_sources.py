@@ -25,6 +25,11 @@ KERNELS = {
         "qmm_mixed<bfloat, bfloat, 380, 64, 32>",
         "qmm_gather<half, half, 380, 32, 64>",
     ],
+    "kl_divergence.metal": [
+        "kl_ranges<float, 0, bfloat, 3>",
+        "kl_ranges<half, 4, float, 0>",
+        "kl_merge<float>",
+    ],
     "quantize.metal": [
         *(f"quantize_{how}<bfloat, 3, 32>" for how in ("minmax", "search")),
         *(f"quantize_{how}<float, 8, 128>" for how in ("minmax", "search")),
