@@ -29,6 +29,9 @@ constexpr int kSpins = 300;
 // More threads than this only wait for each other; the limit keeps a typing error harmless.
 constexpr int kMostThreadsPerProcessor = 4;
 
+// In place of the next task: none may be taken.
+constexpr uint32_t kClosed = 0xffffffff;
+
 void pause() {
 #if defined(__x86_64__)
   _mm_pause();
@@ -37,6 +40,8 @@ void pause() {
 #endif
 }
 
+// A job is over when its tasks are done, whether or not every worker has woken up for it: on a busy
+// machine that can take a worker milliseconds, in which the caller does the work itself.
 class Pool {
  public:
   explicit Pool(int threads) {
@@ -47,24 +52,37 @@ class Pool {
 
   void run(int n, void (*body)(void*, int), void* context) {
     std::lock_guard lock(one_job_);
-    body_ = body;
-    context_ = context;
-    n_ = n;
-    next_.store(0);
-    busy_.store(int(workers_.size()));
-    generation_.fetch_add(1);
-    generation_.notify_all();
-    drain();
-    for (int spins = 0; busy_.load() != 0; spins++) {
+    uint32_t job = job_.load() + 1;
+    next_.store(uint64_t(job) << 32 | kClosed); // before anything of the job can be seen
+    body_.store(body, std::memory_order_release);
+    context_.store(context, std::memory_order_release);
+    n_.store(n, std::memory_order_release);
+    done_.store(0, std::memory_order_release);
+    next_.store(uint64_t(job) << 32);
+    job_.store(job);
+    job_.notify_all();
+    drain(job);
+    for (int spins = 0; done_.load() != n; spins++) {
       spins < kSpins ? pause() : std::this_thread::yield();
     }
   }
 
  private:
-  void drain() {
+  // Takes tasks of this job while there are any. A task can only be taken while `next_` carries the
+  // job's number and is open, and between those two moments nothing that is read here changes:
+  // whoever gets a task has read the body, the context and the count that belong to it.
+  void drain(uint32_t job) {
     inside = true;
-    for (int i = next_.fetch_add(1); i < n_; i = next_.fetch_add(1)) {
-      body_(context_, i);
+    auto body = body_.load(std::memory_order_acquire);
+    auto context = context_.load(std::memory_order_acquire);
+    uint32_t n = n_.load(std::memory_order_acquire);
+    uint64_t next = next_.load();
+    while (next >> 32 == job && uint32_t(next) < n) {
+      if (next_.compare_exchange_weak(next, next + 1)) {
+        body(context, int(uint32_t(next)));
+        done_.fetch_add(1);
+        next = next_.load();
+      }
     }
     inside = false;
   }
@@ -72,13 +90,12 @@ class Pool {
   void work() {
     uint32_t seen = 0;
     while (true) {
-      for (int spins = 0; generation_.load() == seen && spins < kSpins; spins++) {
+      for (int spins = 0; job_.load() == seen && spins < kSpins; spins++) {
         pause();
       }
-      generation_.wait(seen);
-      seen = generation_.load();
-      drain();
-      busy_.fetch_sub(1);
+      job_.wait(seen);
+      seen = job_.load();
+      drain(seen);
     }
   }
 
@@ -88,12 +105,12 @@ class Pool {
  private:
   std::vector<std::thread> workers_;
   std::mutex one_job_;
-  std::atomic<uint32_t> generation_{0};
-  std::atomic<int> next_{0};
-  std::atomic<int> busy_{0};
-  void (*body_)(void*, int) = nullptr;
-  void* context_ = nullptr;
-  int n_ = 0;
+  std::atomic<uint32_t> job_{0};
+  std::atomic<uint64_t> next_{0}; // the job in the high half, its next task in the low one
+  std::atomic<int> done_{0};
+  std::atomic<void (*)(void*, int)> body_{nullptr};
+  std::atomic<void*> context_{nullptr};
+  std::atomic<uint32_t> n_{0};
 };
 
 thread_local bool Pool::inside = false;

@@ -318,7 +318,10 @@ OPTIQ_INLINE void transpose(uw* v) {
     v[12 + j] = uw(_mm512_shuffle_i32x4(b, d, 0xdd));
   }
 #else
-  transpose(reinterpret_cast<f32x8*>(v));
+  f32x8 t[8];
+  std::memcpy(t, v, sizeof(t));
+  transpose(t);
+  std::memcpy(v, t, sizeof(t));
 #endif
 }
 
