@@ -90,6 +90,13 @@ using Weight = std::tuple<int, int, int>; // out, bits, group_size
 } // namespace
 
 void bind(nb::module_& m) {
+  m.def("tuning_knobs", [] {
+    nb::dict allowed;
+    for (const Knob& knob : knobs()) {
+      allowed[knob.name] = knob.allowed;
+    }
+    return allowed;
+  });
   m.def(
       "plan_quantized_matmul",
       [](int rows, int inner, const std::vector<Weight>& weights, const std::string& x,

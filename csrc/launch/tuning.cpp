@@ -4,7 +4,6 @@
 #include <cstdlib>
 #include <sstream>
 #include <stdexcept>
-#include <vector>
 
 namespace optiq::launch {
 
@@ -32,11 +31,7 @@ Tuning table(Gpu gpu) {
   return t;
 }
 
-struct Knob {
-  const char* name;
-  int Tuning::* value;
-  std::vector<int> allowed;
-};
+} // namespace
 
 const std::vector<Knob>& knobs() {
   static const std::vector<Knob> all = {
@@ -52,6 +47,8 @@ const std::vector<Knob>& knobs() {
   };
   return all;
 }
+
+namespace {
 
 [[noreturn]] void fail(std::string_view item) {
   std::ostringstream msg;

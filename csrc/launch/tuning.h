@@ -3,6 +3,7 @@
 
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace optiq::launch {
 
@@ -34,5 +35,14 @@ Tuning tuning(Gpu gpu);
 
 // The same with the text in place of the environment.
 Tuning tuning(Gpu gpu, std::string_view overrides);
+
+struct Knob {
+  const char* name;
+  int Tuning::* value;
+  std::vector<int> allowed;
+};
+
+// What OPTIQ_TUNE can set.
+const std::vector<Knob>& knobs();
 
 } // namespace optiq::launch

@@ -62,7 +62,7 @@ def quantized_matmul(
     Returns:
         `[..., out]` in the wider dtype of `x` and `scales`.
     """
-    if ext := native.active():
+    if ext := native.for_product(x):
         out: mx.array = ext.quantized_matmul(
             x, w, scales, biases, transpose, group_size, bits, indices=indices
         )
@@ -97,7 +97,7 @@ def mixed_quantized_matmul(x: mx.array, parts: Sequence[AffineWeight]) -> list[m
         `[..., out_i]` for each part, in the wider dtype of `x` and its scales: what
         `quantized_matmul` gives for it alone, to the bit.
     """
-    if ext := native.active():
+    if ext := native.for_product(x):
         outs: list[mx.array] = ext.mixed_quantized_matmul(x, [tuple(part) for part in parts])
         return outs
     return [

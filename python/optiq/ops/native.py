@@ -9,12 +9,15 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from functools import cache
 from types import ModuleType
 
 import mlx.core as mx
 
 # The release that pyproject.toml pins for the build.
 BUILT_FOR = "0.32.4"
+
+GPU_ROWS = 16
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -45,5 +48,46 @@ def on_cpu() -> bool:
 
 
 def active() -> ModuleType | None:
-    """The extension if it should run the next operation, else None."""
+    """The extension if it should run the next operation, else None. On a GPU never."""
     return extension if extension is not None and on_cpu() else None
+
+
+def for_product(x: mx.array) -> ModuleType | None:
+    """The extension if it should multiply `x [..., in]` with quantized weights, else None.
+
+    On a GPU that is for up to 16 rows, where each weight is read once for all of them. For more
+    rows stock MLX stays until our kernels have been measured on a Mac.
+    """
+    if on_cpu():
+        return extension
+    if x.size > GPU_ROWS * x.shape[-1] or not gpu_works():
+        return None
+    return extension
+
+
+@cache
+def gpu_works() -> bool:
+    """Whether the Metal kernels run here and agree with stock MLX on a small product.
+
+    They are tested on emulated threads and have never run on a Mac, so the first use in a process
+    tries them. OPTIQ_METAL=0 leaves them alone, without a trial.
+    """
+    if extension is None or not mx.metal.is_available() or os.environ.get("OPTIQ_METAL") == "0":
+        return False
+    try:
+        x = mx.random.normal((2, 256), key=mx.random.key(0))
+        weight = mx.quantize(mx.random.normal((64, 256), key=mx.random.key(1)), 64, 4)
+        got = extension.quantized_matmul(x, *weight, True, 64, 4, stream=mx.gpu)
+        expected = mx.quantized_matmul(x, *weight, stream=mx.gpu)
+        if mx.allclose(got, expected, rtol=1e-3, atol=1e-3).item():
+            return True
+        why = "they do not agree with stock MLX"
+    except (RuntimeError, ValueError) as error:
+        why = f"they do not run ({error})"
+    warnings.warn(
+        f"optiq's Metal kernels are left alone: {why}; please report what "
+        "`optiq doctor --selftest` prints",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False

@@ -1,0 +1,129 @@
+"""Quantized products: optiq, stock MLX and ggml (llama.cpp) on this machine, in one run.
+
+    python bench/peers.py [GGML_FOLDER] [--threads N] [--json FILE]
+
+GGML_FOLDER holds ggml's shared libraries (bench/ggml.py says where to get them); without it only
+stock MLX is compared. Every product is timed in rounds, one run of each program per round, so a
+disturbance meets all; the ratio is the median over the rounds of ratios within a round, with the
+quartiles beside it. OPTIQ_NUM_THREADS must be set before the start: --threads does that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import optiq  # noqa: F401 - before mlx
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+
+from optiq import ops
+from optiq.ops import native
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench.ggml import Ggml
+
+SIZES = (2048, 4096)
+ROWS = (1, 8, 128)
+DTYPES = {"f32": mx.float32, "bf16": mx.bfloat16}
+# What ggml has for 4-bit weights, as stored or repacked for this processor.
+GGML = (("q4_0", True), ("q4_K", True), ("q4_K", False))
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def rounds(programs: dict[str, Callable[[], object]], budget: float) -> dict[str, np.ndarray]:
+    """Seconds of each program in each round, after one round to warm up; 5 to 100 rounds."""
+    first = sum(seconds(work) for work in programs.values())
+    count = int(min(100, max(5, budget / first)))
+    times = {name: np.empty(count) for name in programs}
+    for i in range(count):
+        for name, work in programs.items():
+            times[name][i] = seconds(work)
+    return times
+
+
+def ratio(theirs: np.ndarray, ours: np.ndarray) -> tuple[float, float, float]:
+    low, middle, high = np.quantile(theirs / ours, (0.25, 0.5, 0.75))
+    return float(low), float(middle), float(high)
+
+
+def compare(
+    size: int, rows: int, dtype: str, ggml: Ggml | None, budget: float
+) -> dict[str, object]:
+    rng = np.random.default_rng(size + rows)
+    dense = rng.standard_normal((size, size), dtype=np.float32)
+    x32 = rng.standard_normal((rows, size), dtype=np.float32)
+    x = mx.array(x32).astype(DTYPES[dtype])
+    weight = mx.quantize(mx.array(dense).astype(DTYPES[dtype]), 64, 4)
+    mx.eval(x, weight)
+    ours = {"optiq": lambda: mx.eval(ops.quantized_matmul(x, *weight))}
+    theirs: dict[str, Callable[[], object]] = {}
+    if dtype == "f32" and ggml is not None:
+        for kind, repacked in GGML:
+            product = ggml.product(kind, dense, rows, repacked)
+            product.set(x32)
+            theirs[kind + (" repacked" if repacked else "")] = product.run
+    times = rounds(ours | theirs, budget)
+    stock = rounds(ours | {"stock": lambda: mx.eval(mx.quantized_matmul(x, *weight))}, budget)
+    result: dict[str, object] = {
+        "size": size,
+        "rows": rows,
+        "dtype": dtype,
+        "optiq_ms": float(np.median(times["optiq"]) * 1e3),
+        "stock": ratio(stock["stock"], stock["optiq"]),
+    }
+    for name in theirs:
+        result[name] = ratio(times[name], times["optiq"])
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("ggml", nargs="?", type=Path)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--budget", type=float, default=4.0, help="seconds for each product")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    threads = str(args.threads)
+    if os.environ.get("OPTIQ_NUM_THREADS") != threads:  # it is read when the kernels load
+        os.execve(
+            sys.executable, [sys.executable, *sys.argv], os.environ | {"OPTIQ_NUM_THREADS": threads}
+        )
+    if native.extension is None:
+        sys.exit(f"no native kernels to measure: {native.reason}")
+    ggml = Ggml(args.ggml, args.threads) if args.ggml else None
+    print(f"4-bit g64, {native.extension.isa()}, {threads} threads; times as fast as the others")
+    results = []
+    for dtype in DTYPES:
+        for size in SIZES:
+            for rows in ROWS:
+                result = compare(size, rows, dtype, ggml, args.budget)
+                results.append(result)
+                cells = [
+                    f"{name} {v[1]:.2f} [{v[0]:.2f}, {v[2]:.2f}]"
+                    for name, v in result.items()
+                    if isinstance(v, tuple)
+                ]
+                print(
+                    f"{size}x{size} {dtype} M={rows}: {result['optiq_ms']:.3f} ms;",
+                    "; ".join(cells),
+                    flush=True,
+                )
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
