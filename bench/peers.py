@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +24,7 @@ import mlx.core as mx
 import numpy as np
 
 from optiq import ops
+from optiq.bench import ratio, rounds
 from optiq.ops import native
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -35,28 +35,6 @@ ROWS = (1, 8, 128)
 DTYPES = {"f32": mx.float32, "bf16": mx.bfloat16}
 # What ggml has for 4-bit weights, as stored or repacked for this processor.
 GGML = (("q4_0", True), ("q4_K", True), ("q4_K", False))
-
-
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def rounds(programs: dict[str, Callable[[], object]], budget: float) -> dict[str, np.ndarray]:
-    """Seconds of each program in each round, after one round to warm up; 5 to 100 rounds."""
-    first = sum(seconds(work) for work in programs.values())
-    count = int(min(100, max(5, budget / first)))
-    times = {name: np.empty(count) for name in programs}
-    for i in range(count):
-        for name, work in programs.items():
-            times[name][i] = seconds(work)
-    return times
-
-
-def ratio(theirs: np.ndarray, ours: np.ndarray) -> tuple[float, float, float]:
-    low, middle, high = np.quantile(theirs / ours, (0.25, 0.5, 0.75))
-    return float(low), float(middle), float(high)
 
 
 def compare(

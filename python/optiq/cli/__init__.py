@@ -23,6 +23,7 @@ COMMANDS = {
     "plan": "a plan for another size, from scores already measured",
     "compare": "KL, top-1 agreement and perplexity of models against a reference",
     "generate": "answer one prompt",
+    "bench": "time the kernels against stock MLX on this machine",
     "doctor": "what this machine runs optiq with, and what to improve",
     "demo": "fetch a small real model, convert it and compare it with uniform 4-bit",
 }
