@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <memory>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -21,7 +22,7 @@ template <class... Parts>
   throw std::invalid_argument(msg.str());
 }
 
-class DecoderBlock {
+class DecoderBlock : public std::enable_shared_from_this<DecoderBlock> {
  public:
   // (w, scales, biases, group size, bits, bias): dense without scales.
   using Matrix =

@@ -16,7 +16,9 @@ namespace optiq {
 
 void bind_decoder_block(nb::module_& m) {
   nb::class_<DecoderBlock>(m, "DecoderBlock")
-      .def(nb::init<>())
+      // Made by make_shared: a pointer that Python made would take the GIL where it is released,
+      // on MLX's thread, while the interpreter waits for that thread.
+      .def(nb::new_([] { return std::make_shared<DecoderBlock>(); }))
       .def("set_attention", &DecoderBlock::set_attention, nb::kw_only(), "qkv"_a, "out"_a,
           "heads"_a, "kv_heads"_a, "scale"_a, "norm"_a = nb::none(), "q_norm"_a = nb::none(),
           "k_norm"_a = nb::none(), "v_norm"_a = nb::none(), "post_norm"_a = nb::none(),
