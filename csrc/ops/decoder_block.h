@@ -22,7 +22,7 @@ template <class... Parts>
   throw std::invalid_argument(msg.str());
 }
 
-class DecoderBlock : public std::enable_shared_from_this<DecoderBlock> {
+class DecoderBlock {
  public:
   // (w, scales, biases, group size, bits, bias): dense without scales.
   using Matrix =

@@ -1,7 +1,6 @@
 #include "ops/decoder_block_bindings.h"
 
 #include <nanobind/stl/optional.h>
-#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
@@ -13,28 +12,77 @@ namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace optiq {
+namespace {
+
+// What Python holds. A scheduled step keeps the block itself: were it the Python object, whoever
+// drops it last would need the interpreter's lock, which the thread that waits for it may hold.
+struct Handle {
+  BlockPtr block = std::make_shared<DecoderBlock>();
+  std::vector<array> watched;
+
+  // Remembers the arrays among the children, which may be changed in place.
+  void watch(const nb::tuple& children) {
+    watched.clear();
+    for (nb::handle child : children) {
+      if (nb::isinstance<array>(child)) {
+        watched.push_back(*nb::inst_ptr<array>(child));
+      }
+    }
+  }
+
+  // Whether parents[i][keys[i]] is children[i] for all i, and their arrays are what they were. The
+  // tuples stay Python's, which can tell that the modules in them refer to each other.
+  bool unchanged(const nb::tuple& parents, const nb::tuple& keys, const nb::tuple& children) const {
+    auto next = watched.begin();
+    for (size_t i = 0; i < children.size(); i++) {
+      PyObject* child = nb::handle(children[i]).ptr();
+      if (PyDict_GetItem(nb::handle(parents[i]).ptr(), nb::handle(keys[i]).ptr()) != child) {
+        return false;
+      }
+      if (nb::isinstance<array>(child) &&
+          (next == watched.end() || nb::inst_ptr<array>(child)->id() != (next++)->id())) {
+        return false;
+      }
+    }
+    return true;
+  }
+};
+
+// f(block, ...) as f(handle, ...).
+template <class R, class... Args>
+auto with_handle(R (*f)(const BlockPtr&, Args...)) {
+  return [f](const Handle& h, Args... args) { return f(h.block, std::forward<Args>(args)...); };
+}
+
+template <class... Args>
+auto method(void (DecoderBlock::*f)(Args...)) {
+  return [f](Handle& h, Args... args) { ((*h.block).*f)(std::forward<Args>(args)...); };
+}
+
+} // namespace
 
 void bind_decoder_block(nb::module_& m) {
-  nb::class_<DecoderBlock>(m, "DecoderBlock")
-      // Made by make_shared: a pointer that Python made would take the GIL where it is released,
-      // on MLX's thread, while the interpreter waits for that thread.
-      .def(nb::new_([] { return std::make_shared<DecoderBlock>(); }))
-      .def("set_attention", &DecoderBlock::set_attention, nb::kw_only(), "qkv"_a, "out"_a,
+  nb::class_<Handle>(m, "DecoderBlock")
+      .def(nb::init<>())
+      .def("set_attention", method(&DecoderBlock::set_attention), nb::kw_only(), "qkv"_a, "out"_a,
           "heads"_a, "kv_heads"_a, "scale"_a, "norm"_a = nb::none(), "q_norm"_a = nb::none(),
           "k_norm"_a = nb::none(), "v_norm"_a = nb::none(), "post_norm"_a = nb::none(),
           "whole_norm"_a = false, "rope"_a = nb::none(), "sinks"_a = nb::none(), "softcap"_a = 0.0f,
           "gain"_a = 1.0f)
-      .def("set_mlp", &DecoderBlock::set_mlp, nb::kw_only(), "gate_up"_a, "down"_a, "activation"_a,
-          "norm"_a = nb::none(), "post_norm"_a = nb::none(), "gain"_a = 1.0f);
+      .def("set_mlp", method(&DecoderBlock::set_mlp), nb::kw_only(), "gate_up"_a, "down"_a,
+          "activation"_a, "norm"_a = nb::none(), "post_norm"_a = nb::none(), "gain"_a = 1.0f)
+      .def("watch", &Handle::watch, "children"_a)
+      .def("unchanged", &Handle::unchanged, "parents"_a, "keys"_a, "children"_a);
   m.def("traced", [](const array& a) { return a.is_tracer(); }, "a"_a);
-  m.def("block_project", &block_project, "block"_a, "h"_a, "offset"_a = 0, "offsets"_a = nb::none(),
-      nb::kw_only(), "stream"_a = nb::none());
-  m.def("block_attend", &block_attend, "block"_a, "h"_a, "q"_a, "k"_a, "v"_a, "masking"_a,
-      "mask"_a = nb::none(), "mlp"_a = false, nb::kw_only(), "stream"_a = nb::none());
-  m.def("block_step", &block_step, "block"_a, "h"_a, "keys"_a, "values"_a, "start"_a, "length"_a,
-      "offset"_a, "masking"_a, "mask"_a = nb::none(), "mlp"_a = false, nb::kw_only(),
+  m.def("block_project", with_handle(&block_project), "block"_a, "h"_a, "offset"_a = 0,
+      "offsets"_a = nb::none(), nb::kw_only(), "stream"_a = nb::none());
+  m.def("block_attend", with_handle(&block_attend), "block"_a, "h"_a, "q"_a, "k"_a, "v"_a,
+      "masking"_a, "mask"_a = nb::none(), "mlp"_a = false, nb::kw_only(), "stream"_a = nb::none());
+  m.def("block_step", with_handle(&block_step), "block"_a, "h"_a, "keys"_a, "values"_a, "start"_a,
+      "length"_a, "offset"_a, "masking"_a, "mask"_a = nb::none(), "mlp"_a = false, nb::kw_only(),
       "stream"_a = nb::none());
-  m.def("block_mlp", &block_mlp, "block"_a, "h"_a, nb::kw_only(), "stream"_a = nb::none());
+  m.def("block_mlp", with_handle(&block_mlp), "block"_a, "h"_a, nb::kw_only(),
+      "stream"_a = nb::none());
 }
 
 } // namespace optiq

@@ -20,6 +20,8 @@ from .layers import _Adopting
 from .parts import Composed, Native
 
 Cache = Any
+# Parents, keys and children: child i is what parent i has at key i.
+Links = tuple[tuple[Any, ...], tuple[str, ...], tuple[Any, ...]]
 _fused_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -54,7 +56,8 @@ class Runner:
         self.with_mlp = anatomy.mlp is not None
         self._parts: Native | Composed | None = None
         self._ext: Any = None
-        self._unchanged: Callable[[], bool] = _never
+        self._links: Links | None = None
+        self._intact: Callable[..., bool] = intact
 
     def __deepcopy__(self, memo: Any) -> Runner:
         return Runner(self.anatomy)
@@ -67,13 +70,16 @@ class Runner:
         ext = native.active()
         if ext is not None and (x.dtype != mx.float32 or ext.traced(x)):
             return None
-        if self._ext is not ext or not self._unchanged():
-            # New, too, after weights were loaded or converted.
-            self._ext, self._unchanged = ext, watch(block, self.anatomy)
+        if self._ext is not ext or self._links is None or not self._intact(*self._links):
+            # Anew, too, after weights were loaded or converted.
+            self._ext, self._intact, self._links = ext, intact, links(block, self.anatomy)
             try:
                 self._parts = make_parts(block, self.anatomy)
-            except (Unknown, ValueError):
+            except (Unknown, ValueError, KeyError):
                 self._parts = None
+            if isinstance(self._parts, Native) and self._links is not None:
+                self._parts.block.watch(self._links[2])
+                self._intact = self._parts.block.unchanged
         return self._parts
 
     def feed_forward(self, block: nn.Module, h: mx.array) -> mx.array:
@@ -126,31 +132,26 @@ def make_parts(block: nn.Module, anatomy: Block) -> Native | Composed:
     return Native(ext, block, anatomy) if ext else Composed(block, anatomy)
 
 
-def _never() -> bool:
-    return False
-
-
-def watch(block: nn.Module, anatomy: Block) -> Callable[[], bool]:
-    """A function that tells whether all parts of the block are the objects they were."""
+def links(block: nn.Module, anatomy: Block) -> Links | None:
+    """How the block leads to all its parts and their arrays; None if one is not there."""
     a, m, norms = anatomy.attention, anatomy.mlp, anatomy.norms
     paths = [*a.qkv, a.out, a.q_norm, a.k_norm, a.sinks, norms.attention_in, norms.attention_post]
     paths += [*m.gate_up, m.down, norms.mlp_in, norms.mlp_post] if m else []
-    seen: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+    found: dict[tuple[int, str], tuple[Any, str, Any]] = {}
     for path in paths:
         at: Any = block
         for key in path.split(".") if path else ():
             if not isinstance(at, dict) or key not in at:
-                return _never
-            seen[id(at), key] = (at, key, at[key])
+                return None
+            found[id(at), key] = (at, key, at[key])
             at = at[key]
         if isinstance(at, nn.Module):
-            for key, value in at.items():
-                if isinstance(value, mx.array):
-                    seen[id(at), key] = (at, key, value)
-    links = tuple(seen.values())
-    get = dict.get
+            arrays = {k: v for k, v in at.items() if isinstance(v, mx.array)}
+            found |= {(id(at), k): (at, k, v) for k, v in arrays.items()}
+    parents, keys, children = zip(*found.values(), strict=True)
+    return parents, keys, children
 
-    def unchanged() -> bool:
-        return all(get(parent, key) is child for parent, key, child in links)
 
-    return unchanged
+def intact(parents: Any, keys: Any, children: Any) -> bool:
+    """Whether all links are as they were, in Python."""
+    return all(dict.get(p, k) is c for p, k, c in zip(parents, keys, children, strict=True))

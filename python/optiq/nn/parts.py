@@ -14,7 +14,6 @@ import mlx.nn as nn
 
 from .. import ops
 from ..anatomy import Block, Unknown
-from ..ops import native
 from .layers import Linear, QuantizedLinear
 
 Mask = Any  # None, "causal" or an array that broadcasts to [batch, heads, rows, keys]
@@ -41,17 +40,14 @@ def matrix(block: nn.Module, path: str) -> tuple[Any, ...]:
     raise Unknown(f"{path} is a {type(layer).__name__}")
 
 
-def norm(block: nn.Module, path: str | None, plus_one: bool = False) -> Any:
+def norm(block: nn.Module, path: str | None) -> tuple[mx.array, float] | None:
     """(weight, eps) of an RMSNorm, None for no norm."""
     if path is None:
         return None
     layer = module_at(block, path)
     if "RMSNorm" not in type(layer).__name__ or set(layer) != {"weight"}:
         raise Unknown(f"{path} is a {type(layer).__name__}")
-    weight = layer["weight"]
-    if native.on_cpu():
-        weight = weight.astype(mx.float32)
-    return (1.0 + weight if plus_one else weight), float(layer.eps)
+    return layer["weight"], float(layer.eps)
 
 
 class Description:
@@ -59,18 +55,18 @@ class Description:
 
     def __init__(self, block: nn.Module, anatomy: Block) -> None:
         a, m, norms = anatomy.attention, anatomy.mlp, anatomy.norms
-        one = norms.plus_one
+        self.plus_one = norms.plus_one
         self.attention: dict[str, Any] = {
             "qkv": [matrix(block, p) for p in a.qkv],
             "out": matrix(block, a.out),
             "heads": a.heads,
             "kv_heads": a.kv_heads,
             "scale": a.scale,
-            "norm": norm(block, norms.attention_in, one),
-            "q_norm": norm(block, a.q_norm, one),
-            "k_norm": norm(block, a.k_norm, one),
+            "norm": norm(block, norms.attention_in),
+            "q_norm": norm(block, a.q_norm),
+            "k_norm": norm(block, a.k_norm),
             "v_norm": None if a.v_norm_eps is None else (None, a.v_norm_eps),
-            "post_norm": norm(block, norms.attention_post, one),
+            "post_norm": norm(block, norms.attention_post),
             "whole_norm": a.whole_norm,
             "sinks": module_at(block, a.sinks) if a.sinks else None,
             "softcap": a.softcap,
@@ -84,10 +80,18 @@ class Description:
                 "gate_up": [matrix(block, p) for p in m.gate_up],
                 "down": matrix(block, m.down),
                 "activation": m.activation,
-                "norm": norm(block, norms.mlp_in, one),
-                "post_norm": norm(block, norms.mlp_post, one),
+                "norm": norm(block, norms.mlp_in),
+                "post_norm": norm(block, norms.mlp_post),
                 "gain": anatomy.gain,
             }
+
+    def add_one(self) -> None:
+        """To the weights of the norms."""
+        for part in (self.attention, self.mlp or {}):
+            for name in ("norm", "q_norm", "k_norm", "post_norm"):
+                if part.get(name) is not None:
+                    weight, eps = part[name]
+                    part[name] = 1.0 + weight.astype(mx.float32), eps
 
 
 class Native:
@@ -97,6 +101,8 @@ class Native:
         d = Description(block, anatomy)
         self.ext = ext
         self.block = ext.DecoderBlock()
+        if d.plus_one:
+            d.add_one()
         r = d.rope
         rope = (r.dims, r.traditional, list(r.frequencies), r.magnitude) if r else None
         self.block.set_attention(**d.attention, rope=rope)
@@ -155,8 +161,8 @@ class Composed:
             self.wavelengths = mx.array([1 / f if f else mx.inf for f in rope.frequencies])
 
     def project(self, x: mx.array, offset: int | mx.array) -> list[mx.array]:
-        a = self.d.attention
-        y: Any = _products(_norm(x, a["norm"]), a["qkv"])
+        a, one = self.d.attention, self.d.plus_one
+        y: Any = _products(_norm(x, a["norm"], one), a["qkv"])
         heads, kv_heads = a["heads"], a["kv_heads"]
         if len(y) == 1:
             dim = y[0].shape[-1] // (heads + 2 * kv_heads)
@@ -166,16 +172,16 @@ class Composed:
         out = []
         for part, n, which in zip(y, (heads, kv_heads, kv_heads), "qkv", strict=True):
             own = a[f"{which}_norm"]
-            part = _norm(part, own) if a["whole_norm"] else part
+            part = _norm(part, own, one) if a["whole_norm"] else part
             part = part.reshape(*part.shape[:-1], n, -1)
-            part = part if a["whole_norm"] else _norm(part, own)
+            part = part if a["whole_norm"] else _norm(part, own, one)
             out.append(part.swapaxes(1, 2))
         return [self._rotate(out[0], offset), self._rotate(out[1], offset), out[2]]
 
     def attend(
         self, x: mx.array, q: mx.array, k: mx.array, v: mx.array, mask: Mask, mlp: bool
     ) -> mx.array:
-        a, m = self.d.attention, self.d.mlp
+        a, m, one = self.d.attention, self.d.mlp, self.d.plus_one
         if a["softcap"]:
             y = _capped_attention(q * a["scale"], k, v, mask, a["softcap"])
         else:
@@ -183,13 +189,13 @@ class Composed:
                 q, k, v, scale=a["scale"], mask=mask, sinks=a["sinks"]
             )
         y = y.swapaxes(1, 2).reshape(*x.shape[:-1], -1)
-        h = _add(x, _products(y, [a["out"]])[0], a)
+        h = _add(x, _products(y, [a["out"]])[0], a, one)
         if not mlp or m is None:
             return h
-        parts = _products(_norm(h, m["norm"]), m["gate_up"])
+        parts = _products(_norm(h, m["norm"], one), m["gate_up"])
         gate, up = parts if len(parts) == 2 else mx.split(parts[0], 2, axis=-1)
         act = nn.silu if m["activation"] == "silu" else nn.gelu_approx
-        return _add(h, _products(act(gate) * up, [m["down"]])[0], m)
+        return _add(h, _products(act(gate) * up, [m["down"]])[0], m, one)
 
     def _rotate(self, x: mx.array, offset: int | mx.array) -> mx.array:
         r = self.d.rope
@@ -208,12 +214,17 @@ class Composed:
         )
 
 
-def _norm(x: mx.array, n: tuple[mx.array | None, float] | None) -> mx.array:
-    return x if n is None else mx.fast.rms_norm(x, n[0], n[1])
+def _norm(x: mx.array, n: tuple[mx.array | None, float] | None, plus_one: bool = False) -> mx.array:
+    if n is None:
+        return x
+    weight, eps = n
+    if plus_one and weight is not None:
+        weight = 1.0 + weight
+    return mx.fast.rms_norm(x, weight, eps)
 
 
-def _add(h: mx.array, y: mx.array, layer: dict[str, Any]) -> mx.array:
-    y = _norm(y, layer["post_norm"])
+def _add(h: mx.array, y: mx.array, layer: dict[str, Any], plus_one: bool) -> mx.array:
+    y = _norm(y, layer["post_norm"], plus_one)
     return h + (y if layer["gain"] == 1.0 else layer["gain"] * y)
 
 

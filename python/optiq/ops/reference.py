@@ -70,6 +70,68 @@ def search_weights(w: Any, importance: Any, group_size: int) -> Float64:
     return np.asarray(magnitude * np.asarray(importance, dtype=np.float64)[..., None, :])
 
 
+def rms_norm(x: Any, weight: Any, eps: float) -> Float64:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis; no weight is ones."""
+    x = np.asarray(x, dtype=np.float64)
+    y = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps)
+    return np.asarray(y if weight is None else y * np.asarray(weight, dtype=np.float64))
+
+
+def rotate(
+    x: Any, positions: Any, frequencies: Any, traditional: bool = False, magnitude: float = 1.0
+) -> Float64:
+    """Turn pairs of the first 2 n values of `x [..., rows, dim]` by position times frequency [n].
+
+    A pair is two neighbours (`traditional`), or two values n apart; `positions [..., rows]`.
+    """
+    x = np.asarray(x, dtype=np.float64)
+    n = len(frequencies)
+    angle = np.asarray(positions)[..., None] * np.asarray(frequencies, dtype=np.float64)
+    cos, sin = magnitude * np.cos(angle), magnitude * np.sin(angle)
+    first = slice(0, 2 * n, 2) if traditional else slice(0, n)
+    second = slice(1, 2 * n, 2) if traditional else slice(n, 2 * n)
+    y = x.copy()
+    y[..., first] = x[..., first] * cos - x[..., second] * sin
+    y[..., second] = x[..., first] * sin + x[..., second] * cos
+    return np.asarray(y)
+
+
+def attention(
+    q: Any, k: Any, v: Any, scale: float, mask: Any = None, sinks: Any = None, softcap: float = 0
+) -> Float64:
+    """Softmax attention: q `[B, heads, rows, dim]`; k, v `[B, kv_heads, keys, dim]`.
+
+    `mask` is bool, or is added to the scores; "causal" lets the last row see all keys. `sinks
+    [heads]` are logits that take part in the softmax and have no value.
+    """
+    q, k, v = (np.asarray(a, dtype=np.float64) for a in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+    scores = scale * q @ k.swapaxes(-1, -2)
+    if softcap:
+        scores = softcap * np.tanh(scores / softcap)
+    if isinstance(mask, str):
+        rows, keys = scores.shape[-2:]
+        mask = np.arange(keys - rows, keys)[:, None] >= np.arange(keys)
+    if mask is not None:
+        mask = np.asarray(mask)
+        scores = np.where(mask, scores, -np.inf) if mask.dtype == bool else scores + mask
+    if sinks is not None:
+        extra = np.broadcast_to(np.asarray(sinks)[:, None, None], (*scores.shape[:-1], 1))
+        scores = np.concatenate([scores, extra], axis=-1)
+    p = np.exp(_log_softmax(scores))
+    return np.asarray(p[..., : k.shape[-2]] @ v)
+
+
+def gated(gate: Any, up: Any, activation: str) -> Float64:
+    """activation(gate) * up for "silu", or "gelu_tanh" (GELU by its tanh approximation)."""
+    gate, up = np.asarray(gate, dtype=np.float64), np.asarray(up, dtype=np.float64)
+    if activation == "silu":
+        return np.asarray(gate / (1 + np.exp(-gate)) * up)
+    inner = np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)
+    return np.asarray(0.5 * gate * (1 + np.tanh(inner)) * up)
+
+
 def _log_softmax(x: Float64) -> Float64:
     x = x - x.max(axis=-1, keepdims=True)
     return np.asarray(x - np.log(np.exp(x).sum(axis=-1, keepdims=True)))
