@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc metal -name '*.cpp' -o -name '*.h' -o -name '*.metal')
 
-.PHONY: demo test bench lint format clean wheel-macos wheel-linux test-aarch64 evidence
+.PHONY: demo test fuzz bench lint format clean wheel-macos wheel-linux test-aarch64 evidence
 
 # A changed kernel, binding or dependency reinstalls the package; Python files are used in place.
 $(VENV)/.installed: pyproject.toml CMakeLists.txt cmake/embed_metal.cmake $(SOURCES)
@@ -43,6 +43,19 @@ format: $(VENV)/.installed
 # beside python3 they fetch into build/cross, or name the apt-get command.
 wheel-macos wheel-linux test-aarch64 evidence:
 	@PYTHON="$(PYTHON)" bash cross/$(subst -,_,$@).sh
+
+# The bindings with random input, built with sanitizers in an environment of its own.
+FUZZ := build/fuzz
+SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined -g1
+fuzz:
+	test -x $(FUZZ)/bin/python || $(PYTHON) -m venv $(FUZZ)
+	$(FUZZ)/bin/pip install --quiet --upgrade 'pip>=25.1'
+	$(FUZZ)/bin/pip install --quiet --group test
+	$(FUZZ)/bin/pip install --quiet . --config-settings=build-dir=build/sanitized \
+	  --config-settings=cmake.define.CMAKE_CXX_FLAGS="$(SANITIZE)"
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 OPTIQ_FUZZ_CASES=10000 \
+	  $(FUZZ)/bin/python -m pytest tests/ops/test_fuzz.py
 
 clean:
 	rm -rf $(VENV) build dist demo

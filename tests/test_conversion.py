@@ -81,7 +81,8 @@ def test_the_folder_is_the_plan_and_runs_in_stock_mlx_lm(
     stock.set_dtype(mx.float32)
     ours, _ = optiq.load(str(out))
     expected, got = stock(TOKENS), ours(TOKENS)
-    assert mx.abs(got - expected).max().item() <= 1e-4 * mx.abs(expected).max().item()
+    # Activations in 16-bit fixed point, as in tests/nn/test_accelerate.py.
+    assert mx.abs(got - expected).max().item() <= 1e-3 * mx.abs(expected).max().item()
 
 
 def test_the_measured_kl_is_that_of_the_exported_folder(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ TOKENS = mx.array([[1, 5, 9, 200, 17, 33, 4, 250, 11, 12, 13, 14]])
 
 
 def close(a: mx.array, b: mx.array) -> bool:
-    return mx.abs(a - b).max().item() <= 1e-4 * mx.abs(b).max().item()
+    """Up to activations in 16-bit fixed point, as in tests/nn/test_accelerate.py."""
+    return mx.abs(a - b).max().item() <= 1e-3 * mx.abs(b).max().item()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -61,4 +61,6 @@ def test_the_oldest_mlx_lm_reads_it(tmp_path: Path, oldest: tuple[str, Path], ki
     )
     assert done.returncode == 0, done.stderr
     ours = runtime.load(str(out))[0](mx.array([[5, 9, 200, 31, 7]]))
-    np.testing.assert_allclose(np.array(ours), np.load(saved), rtol=1e-4, atol=1e-4)
+    expected = np.load(saved)
+    # Activations in 16-bit fixed point, as in tests/nn/test_accelerate.py.
+    np.testing.assert_allclose(np.array(ours), expected, rtol=0, atol=1e-3 * np.abs(expected).max())

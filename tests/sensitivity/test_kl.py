@@ -45,7 +45,10 @@ def test_equals_naive_full_forwards(tmp_path: Path, name: str) -> None:
     }
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        assert found[key] == pytest.approx(value, abs=1e-6, rel=1e-4), key
+        # Stock multiplies with float32 activations, optiq with 16-bit fixed point: logits move by
+        # some 1e-4 of the largest, and a KL by that times its root.
+        slack = 1e-6 + 5e-4 * value**0.5
+        assert found[key] == pytest.approx(value, abs=slack, rel=1e-4), key
 
 
 @pytest.mark.parametrize("name", MODELS)
