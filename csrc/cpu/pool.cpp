@@ -21,10 +21,9 @@
 namespace optiq::cpu {
 namespace {
 
-// Matmuls of one layer follow each other within microseconds: a short spin (about 10 us) keeps
-// the workers awake between them, then they sleep in the kernel. Spinning longer would take the
-// core from the thread that builds the next graph.
-constexpr int kSpins = 300;
+// Products follow each other within microseconds: a spin of some 40 us keeps the workers awake
+// between them, then they sleep in the kernel, from where waking takes as long again.
+constexpr int kSpins = 3000;
 
 // More threads than this only wait for each other; the limit keeps a typing error harmless.
 constexpr int kMostThreadsPerProcessor = 4;

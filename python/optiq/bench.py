@@ -44,13 +44,20 @@ class Timing:
     quartiles: tuple[float, float]
 
 
-def rounds(programs: Mapping[str, Work], seconds: float) -> dict[str, Times]:
-    """Seconds of each program in each round, after one to warm up; 5 to 100 rounds."""
+def rounds(programs: Mapping[str, Work], seconds: float, pause: float = 0) -> dict[str, Times]:
+    """Seconds of each program in each round, after one to warm up; 5 to 100 rounds.
+
+    With a `pause` in seconds, each program waits until the threads of the one before it have gone
+    to sleep, and then runs once untimed.
+    """
     first = sum(elapsed(work) for work in programs.values())
     count = int(min(100, max(5, seconds / first)))
     times = {name: np.empty(count) for name in programs}
     for i in range(count):
         for name, work in programs.items():
+            if pause:
+                time.sleep(pause)
+                work()
             times[name][i] = elapsed(work)
     return times
 
