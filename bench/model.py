@@ -18,7 +18,7 @@ from statistics import median
 
 RUNS = 5
 PREFILL = 128  # tokens
-DECODE = 64  # tokens
+DECODE = 24  # tokens
 
 WORK = f"""
 import sys, time, json
