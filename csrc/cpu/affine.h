@@ -36,17 +36,6 @@ template <int BITS>
 constexpr int kLongestSpan =
     least_multiple_of_block(BITS) > 4 * BITS ? least_multiple_of_block(BITS) : 4 * BITS;
 
-inline void widen(const void* in, Float type, size_t at, int n, float* out) {
-  int i = 0;
-  for (; i + 8 <= n; i += 8) {
-    store(out + i, load_float(in, type, at + i));
-  }
-  if (i < n) {
-    f32x8 tail = load_tail(in, type, at + i, n - i);
-    std::memcpy(out + i, &tail, (n - i) * sizeof(float));
-  }
-}
-
 // kWide rows of a weight. The last tile begins early where the rows do not fill it; of a weight
 // with less than kWide rows each row is a tile by itself, in every lane.
 struct Tile {

@@ -10,9 +10,6 @@ namespace optiq::cpu::OPTIQ_ISA {
 // Eight consecutive codes at a time, in natural order, for any width.
 template <int BITS>
 struct Natural {
-  static constexpr int kStep = 8;            // codes per decode()
-  static constexpr int kOverread = 8 - BITS; // bytes touched past the last code
-
   // Bit offset of lane i inside the two bytes gathered for it.
   static constexpr int shift(int i) {
     return i * BITS % 8;

@@ -84,14 +84,7 @@ void sgemm(const Sgemm& g) {
 }
 
 void to_f32(const void* in, Float type, float* out, size_t n) {
-  size_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    store(out + i, load_float(in, type, i));
-  }
-  if (i < n) {
-    f32x8 tail = load_tail(in, type, i, n - i);
-    std::memcpy(out + i, &tail, (n - i) * sizeof(float));
-  }
+  widen(in, type, 0, n, out);
 }
 
 void from_f32(const float* in, Float type, void* out, size_t n) {

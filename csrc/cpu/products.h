@@ -10,7 +10,6 @@ constexpr int kMostParts = 8;
 struct AffineProducts {
   const Part* parts;
   int count;
-  int m;
   FixedMatrix* x[kMostParts]; // for each part
   int first_tile[kMostParts + 1];
   int tiles_each;
@@ -56,7 +55,7 @@ inline void affine_products(const float* x, int m, const Part* parts, int count)
     affine_products(x, m, parts + kMostParts, count - kMostParts);
     count = kMostParts;
   }
-  AffineProducts work{parts, count, m, {}, {}, 0};
+  AffineProducts work{parts, count, {}, {}, 0};
   alignas(FixedMatrix) char storage[kMostParts][sizeof(FixedMatrix)];
   int made = 0;
   double flops = 0;

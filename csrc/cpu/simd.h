@@ -270,6 +270,18 @@ OPTIQ_INLINE f32x8 load_tail(const void* base, Float type, size_t i, size_t n) {
   return load_float(buffer, type, 0);
 }
 
+// n values from the at-th on.
+inline void widen(const void* in, Float type, size_t at, size_t n, float* out) {
+  size_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    store(out + i, load_float(in, type, at + i));
+  }
+  if (i < n) {
+    f32x8 tail = load_tail(in, type, at + i, n - i);
+    std::memcpy(out + i, &tail, (n - i) * sizeof(float));
+  }
+}
+
 // Eight rows of eight become columns.
 OPTIQ_INLINE void transpose(f32x8* v) {
 #define OPTIQ_SHUFFLE __builtin_shufflevector

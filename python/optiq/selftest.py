@@ -7,14 +7,15 @@ the text it gives is meant to be sent to us. Cases and bounds are those of the t
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import mlx.core as mx
 import numpy as np
 
+from . import bench
 from .errors import OptiqError
 from .formats import AFFINE_BITS, AFFINE_GROUPS, Format
 from .ops import native, reference
@@ -46,7 +47,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Speed:
-    """Milliseconds of a product and of stock MLX's, medians of 20 runs in turn."""
+    """Milliseconds of a product and of stock MLX's, medians of runs in turn."""
 
     work: str
     optiq: float
@@ -59,7 +60,7 @@ def run(gpu: bool) -> Iterator[Line | Speed]:
     if extension is None:
         raise SelftestError(f"no native kernels to test: {native.reason}")
     if gpu and not mx.metal.is_available():
-        raise SelftestError("no Metal GPU here; leave out --gpu to test the CPU kernels")
+        raise SelftestError("no Metal GPU here")
     stream = mx.gpu if gpu else mx.cpu
 
     def multiply(x: mx.array, w: AffineWeight, transpose: bool = True) -> mx.array:
@@ -162,18 +163,23 @@ def _speeds(multiply: Multiply, stream: mx.DeviceType) -> Iterator[Speed]:
     for rows in TIMED:
         x = mx.random.normal((rows, SIDE)).astype(dtype)
         mx.eval(x, weight)
-        times: dict[str, list[float]] = {"optiq": [], "stock": []}
-        work = {
-            "optiq": lambda x=x: multiply(x, weight, True),
-            "stock": lambda x=x: mx.quantized_matmul(x, *weight[:3], stream=stream),
-        }
-        for _ in range(21):  # the first warms up
-            for name, call in work.items():
-                start = time.perf_counter()
-                mx.eval(call())  # type: ignore[no-untyped-call]
-                times[name].append(1e3 * (time.perf_counter() - start))
-        medians = {name: float(np.median(t[1:])) for name, t in times.items()}
-        yield Speed(f"4-bit {SIDE}x{SIDE}, {rows} rows, {dtype}", **medians)
+        optiq, stock = _milliseconds(
+            partial(multiply, x, weight, True),
+            partial(mx.quantized_matmul, x, *weight[:3], stream=stream),
+        )
+        yield Speed(f"4-bit {SIDE}x{SIDE}, {rows} rows, {dtype}", optiq, stock)
+
+
+def _milliseconds(*works: Callable[[], mx.array]) -> list[float]:
+    """Medians of the works run in turn."""
+
+    def evaluate(work: Callable[[], mx.array]) -> None:
+        mx.eval(work())
+
+    times = bench.rounds(
+        {str(i): partial(evaluate, work) for i, work in enumerate(works)}, bench.SECONDS
+    )
+    return [float(np.median(t) * 1e3) for t in times.values()]
 
 
 def _f64(a: mx.array) -> np.ndarray:

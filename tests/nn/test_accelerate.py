@@ -26,15 +26,6 @@ TOKENS = mx.array([[(7 * i * i + 3 * i) % 380 + 4 for i in range(40)]])
 TOLERANCE = {"dense": 1e-4, "quantized": 1e-3}
 
 
-@pytest.fixture(params=["native", "pure"], autouse=True)
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything with the extension, where it is built, and with the same maths on mx.*."""
-    if request.param == "pure":
-        monkeypatch.setattr(native, "extension", None)
-    elif native.extension is None:
-        pytest.skip(f"no native kernels: {native.reason}")
-
-
 def stock(tmp_path: Path, name: str, **config: Any) -> nn.Module:
     """A random stock model, the same for the same arguments."""
     if name in KINDS:

@@ -19,19 +19,10 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from optiq.nn import accelerate
 from optiq.nn.blocks import Fused
-from optiq.ops import native
 from tests.nn import test_accelerate
 from tests.nn.test_accelerate import FUSED, TOKENS, divisible, stock
 
 NAMES = sorted(FUSED)
-
-
-@pytest.fixture(params=["native", "pure"], autouse=True)
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "pure":
-        monkeypatch.setattr(native, "extension", None)
-    elif native.extension is None:
-        pytest.skip(f"no native kernels: {native.reason}")
 
 
 def same(got: mx.array, expected: mx.array) -> bool:
