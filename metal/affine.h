@@ -9,6 +9,22 @@
 #include <metal_stdlib>
 using namespace metal;
 
+// CODE(b); for the width that `bits` has at run time, one of the set WIDTHS (bit b: b-bit codes)
+// known at compile time. The branch is uniform where `bits` is. Metal has no templated lambdas.
+#define OPTIQ_AT_WIDTH(WIDTHS, bits, CODE) \
+  OPTIQ_WIDTH(WIDTHS, bits, CODE, 2)       \
+  OPTIQ_WIDTH(WIDTHS, bits, CODE, 3)       \
+  OPTIQ_WIDTH(WIDTHS, bits, CODE, 4)       \
+  OPTIQ_WIDTH(WIDTHS, bits, CODE, 5)       \
+  OPTIQ_WIDTH(WIDTHS, bits, CODE, 6)       \
+  OPTIQ_WIDTH(WIDTHS, bits, CODE, 8)
+#define OPTIQ_WIDTH(WIDTHS, bits, CODE, BITS) \
+  if constexpr ((WIDTHS >> BITS) & 1) {       \
+    if ((bits) == BITS) {                     \
+      CODE(BITS);                             \
+    }                                         \
+  }
+
 // Codes k ... k + COUNT - 1 of a row, COUNT being 16 or 32 and k a multiple of it. Rows begin on
 // a word; nothing is assumed of the alignment beyond that, since arrays may be slices.
 template <int BITS, int COUNT>

@@ -144,24 +144,14 @@ METAL_FUNC void qmm_tile(const device X* x, const device uint* w, const device S
   }
 }
 
-// The same for a width known only at run time, one of the set WIDTHS (bit b: b-bit codes). The
-// branch is uniform in a threadgroup.
+// The same for a width known only at run time.
 template <typename X, typename S, typename Y, int WIDTHS, int BM, int BN, bool TRANSPOSE>
 METAL_FUNC void qmm_any_width(const device X* x, const device uint* w, const device S* scales,
     const device S* biases, device Y* y, const constant QuantizedPart& part, int m, int k, int m0,
     int n0, int index, int simdgroup, int lane, threadgroup X* x_tile, threadgroup float* w_tile) {
-#define OPTIQ_WIDTH(BITS)                                                                       \
-  if constexpr ((WIDTHS >> BITS) & 1) {                                                         \
-    if (part.bits == BITS) {                                                                    \
-      qmm_tile<X, S, Y, BITS, BM, BN, TRANSPOSE>(                                               \
-          x, w, scales, biases, y, part, m, k, m0, n0, index, simdgroup, lane, x_tile, w_tile); \
-    }                                                                                           \
-  }
-  OPTIQ_WIDTH(2)
-  OPTIQ_WIDTH(3)
-  OPTIQ_WIDTH(4)
-  OPTIQ_WIDTH(5)
-  OPTIQ_WIDTH(6)
-  OPTIQ_WIDTH(8)
-#undef OPTIQ_WIDTH
+#define OPTIQ_TILE(BITS)                      \
+  qmm_tile<X, S, Y, BITS, BM, BN, TRANSPOSE>( \
+      x, w, scales, biases, y, part, m, k, m0, n0, index, simdgroup, lane, x_tile, w_tile)
+  OPTIQ_AT_WIDTH(WIDTHS, part.bits, OPTIQ_TILE)
+#undef OPTIQ_TILE
 }

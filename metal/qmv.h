@@ -112,25 +112,15 @@ METAL_FUNC void qmv_tile(const device X* x, const device uint* w, const device S
   }
 }
 
-// The same for a width known only at run time, one of the set WIDTHS (bit b: b-bit codes). The
-// branch is uniform in a threadgroup.
+// The same for a width known only at run time.
 template <typename X, typename S, typename Y, int WIDTHS, int ROWS, int RESULTS, int K_LANES,
     int SIMDGROUPS, bool STAGED>
 METAL_FUNC void qmv_any_width(const device X* x, const device uint* w, const device S* scales,
     const device S* biases, device Y* y, constant QuantizedPart& part, int m, int k, Position at,
     threadgroup X* staged) {
-#define OPTIQ_WIDTH(BITS)                                                  \
-  if constexpr ((WIDTHS >> BITS) & 1) {                                    \
-    if (part.bits == BITS) {                                               \
-      qmv_tile<X, S, Y, BITS, ROWS, RESULTS, K_LANES, SIMDGROUPS, STAGED>( \
-          x, w, scales, biases, y, part, m, k, at, staged);                \
-    }                                                                      \
-  }
-  OPTIQ_WIDTH(2)
-  OPTIQ_WIDTH(3)
-  OPTIQ_WIDTH(4)
-  OPTIQ_WIDTH(5)
-  OPTIQ_WIDTH(6)
-  OPTIQ_WIDTH(8)
-#undef OPTIQ_WIDTH
+#define OPTIQ_TILE(BITS)                                               \
+  qmv_tile<X, S, Y, BITS, ROWS, RESULTS, K_LANES, SIMDGROUPS, STAGED>( \
+      x, w, scales, biases, y, part, m, k, at, staged)
+  OPTIQ_AT_WIDTH(WIDTHS, part.bits, OPTIQ_TILE)
+#undef OPTIQ_TILE
 }

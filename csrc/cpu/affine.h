@@ -8,6 +8,7 @@
 
 #include "fixed.h"
 #include "pool.h"
+#include "widths.h"
 
 namespace optiq::cpu::OPTIQ_ISA {
 
@@ -236,7 +237,7 @@ fw multiply_one(const Tile& tile, const FixedRows& x) {
 }
 
 template <int BITS>
-OPTIQ_INLINE void multiply(int rows, const Tile& tile, const FixedRows& x, fw* out) {
+void multiply(int rows, const Tile& tile, const FixedRows& x, fw* out) {
   switch (rows) {
     case 1:
       if constexpr (kWholeWords<BITS>) {
@@ -264,21 +265,6 @@ OPTIQ_INLINE void multiply(int rows, const Tile& tile, const FixedRows& x, fw* o
   }
 }
 
-// The functions of one width.
-struct Width {
-  void (*fix)(const float* x, int rows, int cols, int group_size, const FixedRows& out);
-  void (*multiply)(int rows, const Tile& tile, const FixedRows& x, fw* out);
-};
-
-template <int BITS>
-constexpr Width width_of = {fix_rows<BITS>, multiply<BITS>};
-
-inline const Width& width(int bits) {
-  static constexpr Width widths[] = {
-      width_of<2>, width_of<3>, width_of<4>, width_of<5>, width_of<6>, width_of<8>};
-  return widths[bits == 8 ? 5 : bits - 2];
-}
-
 // All rows of x in fixed point, in blocks of kMostRows.
 class FixedMatrix {
  public:
@@ -293,8 +279,10 @@ class FixedMatrix {
         step_(w.groups() * padded_),
         sum_(w.groups() * padded_) {
     auto fix = [this](int i) {
-      width(bits_).fix(
-          x_ + size_t(i) * kMostRows * cols_, rows_in(i), cols_, group_size_, block(i));
+      at_width(bits_, [&]<int BITS>(Width<BITS>) {
+        fix_rows<BITS>(
+            x_ + size_t(i) * kMostRows * cols_, rows_in(i), cols_, group_size_, block(i));
+      });
     };
     if (rows <= kMostRows) {
       fix(0);

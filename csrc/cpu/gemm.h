@@ -5,6 +5,7 @@
 
 #include "decode.h"
 #include "pool.h"
+#include "widths.h"
 
 namespace optiq::cpu::OPTIQ_ISA {
 
@@ -195,22 +196,7 @@ void tiled(const Matmul& a) {
 }
 
 inline void tiled_matmul(const Matmul& a) {
-  switch (a.w.bits) {
-    case 0:
-      return tiled<0>(a);
-    case 2:
-      return tiled<2>(a);
-    case 3:
-      return tiled<3>(a);
-    case 4:
-      return tiled<4>(a);
-    case 5:
-      return tiled<5>(a);
-    case 6:
-      return tiled<6>(a);
-    default:
-      return tiled<8>(a);
-  }
+  at_width_or_dense(a.w.bits, [&]<int BITS>(Width<BITS>) { tiled<BITS>(a); });
 }
 
 } // namespace optiq::cpu::OPTIQ_ISA

@@ -14,22 +14,8 @@ constexpr float kAbsent = -3e38f; // in place of the logits past the vocabulary
 // pack(n0, cols, k0, depth, panel) of PackRows or PackColumns for the width of `w`.
 template <template <int> class Pack>
 void pack(const Weight& w, int n0, int cols, int k0, int depth, float* panel) {
-  switch (w.bits) {
-    case 0:
-      return Pack<0>{{w}}(n0, cols, k0, depth, panel);
-    case 2:
-      return Pack<2>{{w}}(n0, cols, k0, depth, panel);
-    case 3:
-      return Pack<3>{{w}}(n0, cols, k0, depth, panel);
-    case 4:
-      return Pack<4>{{w}}(n0, cols, k0, depth, panel);
-    case 5:
-      return Pack<5>{{w}}(n0, cols, k0, depth, panel);
-    case 6:
-      return Pack<6>{{w}}(n0, cols, k0, depth, panel);
-    default:
-      return Pack<8>{{w}}(n0, cols, k0, depth, panel);
-  }
+  at_width_or_dense(
+      w.bits, [&]<int BITS>(Width<BITS>) { Pack<BITS>{{w}}(n0, cols, k0, depth, panel); });
 }
 
 // tanh with a relative error below 3e-7 (Cephes tanhf near zero, by the exponential beyond).
@@ -82,29 +68,8 @@ struct Side {
   // One logit in double precision, weights decoded in double too.
   double logit(int row, int token) const {
     const float* x = h + row * stride;
-    double z = 0;
-    switch (w.bits) {
-      case 0:
-        z = dense(x, token);
-        break;
-      case 2:
-        z = affine<2>(x, token);
-        break;
-      case 3:
-        z = affine<3>(x, token);
-        break;
-      case 4:
-        z = affine<4>(x, token);
-        break;
-      case 5:
-        z = affine<5>(x, token);
-        break;
-      case 6:
-        z = affine<6>(x, token);
-        break;
-      default:
-        z = affine<8>(x, token);
-    }
+    auto affine = [&]<int BITS>(Width<BITS>) { return affine_logit<BITS>(x, token); };
+    double z = w.dense() ? dense_logit(x, token) : at_width(w.bits, affine);
     return cap != 0 ? cap * __builtin_tanh(z / cap) : z;
   }
 
@@ -119,7 +84,7 @@ struct Side {
     return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
   }
 
-  double dense(const float* x, int token) const {
+  double dense_logit(const float* x, int token) const {
     Reader<0> read{w};
     f64x8 acc[4] = {}; // independent, so that no addition waits for the one before it
     int k = 0;
@@ -137,7 +102,7 @@ struct Side {
 
   // scale * sum(code * x) + bias * sum(x) for each group
   template <int BITS>
-  double affine(const float* x, int token) const {
+  double affine_logit(const float* x, int token) const {
     const uint8_t* codes = static_cast<const uint8_t*>(w.data) + token * w.row_bytes();
     double total = 0;
     for (size_t g = 0; g < w.groups(); g++) {

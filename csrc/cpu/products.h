@@ -38,7 +38,8 @@ struct AffineProducts {
     for (int i = 0; i < x.blocks(); i++) {
       FixedRows block = x.block(i);
       fw out[kMostRows];
-      width(tile.w.bits).multiply(block.padded, tile, block, out);
+      at_width(tile.w.bits,
+          [&]<int BITS>(Width<BITS>) { multiply<BITS>(block.padded, tile, block, out); });
       for (int r = 0; r < x.rows_in(i); r++) {
         size_t row = size_t(i) * kMostRows + r;
         std::memcpy(y + row * tile.w.rows + tile.first, &out[r], tile.lanes * sizeof(float));

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "quantize_group.h"
+#include "widths.h"
 
 namespace optiq::cpu::OPTIQ_ISA {
 
@@ -56,20 +57,7 @@ void minmax(const Quantize& a) {
 }
 
 inline void quantize_minmax(const Quantize& a) {
-  switch (a.bits) {
-    case 2:
-      return minmax<2>(a);
-    case 3:
-      return minmax<3>(a);
-    case 4:
-      return minmax<4>(a);
-    case 5:
-      return minmax<5>(a);
-    case 6:
-      return minmax<6>(a);
-    default:
-      return minmax<8>(a);
-  }
+  at_width(a.bits, [&]<int BITS>(Width<BITS>) { minmax<BITS>(a); });
 }
 
 } // namespace optiq::cpu::OPTIQ_ISA
