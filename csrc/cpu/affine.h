@@ -83,6 +83,13 @@ struct Tile {
   }
 };
 
+// What a group adds to y: all that is rounded of a product, so it is one function, or a row's bits
+// would depend on the number of rows beside it.
+OPTIQ_INLINE void add_group(fw& y, iw products, fw scale, fw bias, float step, float sum) {
+  y += bias * sum;
+  y += __builtin_convertvector(products, fw) * scale * step;
+}
+
 // ROWS rows of x times one tile, into out[row].
 template <int BITS, int ROWS>
 void multiply(const Tile& tile, const FixedRows& x, fw* out) {
@@ -118,8 +125,7 @@ void multiply(const Tile& tile, const FixedRows& x, fw* out) {
         for (int c = 1; c < chains; c++) {
           sum += acc[r][c];
         }
-        y[r] += bias * x.sum[g * ROWS + r];
-        y[r] += __builtin_convertvector(sum, fw) * scale * x.step[g * ROWS + r];
+        add_group(y[r], sum, scale, bias, x.step[g * ROWS + r], x.sum[g * ROWS + r]);
       }
     }
   }
@@ -177,8 +183,7 @@ fw multiply_one(const Tile& tile, const FixedRows& x) {
   auto finish = [&](int g) __attribute__((always_inline)) {
     fw scale = load<fw>(tile.scales + size_t(g) * kWide);
     fw bias = load<fw>(tile.biases + size_t(g) * kWide);
-    y += bias * x.sum[g];
-    y += __builtin_convertvector(sum_quads(acc), fw) * scale * x.step[g];
+    add_group(y, sum_quads(acc), scale, bias, x.step[g], x.sum[g]);
     for (iw& a : acc) {
       a = iw{};
     }
