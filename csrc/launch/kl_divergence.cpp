@@ -6,6 +6,7 @@
 #include <string>
 
 #include "../metal/kl_shape.h"
+#include "cpu/affine_format.h"
 
 namespace optiq::launch {
 
@@ -21,21 +22,14 @@ void check(char side, const Head& head) {
   };
   std::string name = std::string(1, side);
   if (head.d < 1) {
-    fail("d of " + name + " is " + std::to_string(head.d) + "; it must be at least 1");
+    fail(name + ".d is " + std::to_string(head.d) + "; it must be at least 1");
   }
   if (head.bits == 0) {
     return;
   }
-  if (head.bits < 2 || head.bits > 8 || head.bits == 7) {
-    fail("bits of " + name + " is " + std::to_string(head.bits) +
-         "; it must be 0 for dense, or 2, 3, 4, 5, 6 or 8");
-  }
-  if (head.group_size != 32 && head.group_size != 64 && head.group_size != 128) {
-    fail("group_size of " + name + " is " + std::to_string(head.group_size) +
-         "; it must be 32, 64 or 128");
-  }
+  cpu::check_affine_format("plan_kl_divergence", name + ".", head.bits, head.group_size);
   if (head.d % head.group_size != 0) {
-    fail("d of " + name + " is " + std::to_string(head.d) + ", no multiple of " +
+    fail(name + ".d is " + std::to_string(head.d) + ", no multiple of " +
          std::to_string(head.group_size));
   }
 }

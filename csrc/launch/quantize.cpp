@@ -5,6 +5,7 @@
 #include <string>
 
 #include "../metal/quantize_shape.h"
+#include "cpu/affine_format.h"
 
 namespace optiq::launch {
 
@@ -13,12 +14,7 @@ Plan plan_quantize(const QuantizeOp& op) {
   auto fail = [](const std::string& message) {
     throw std::invalid_argument("[plan_quantize] " + message);
   };
-  if (op.bits < 2 || op.bits > 8 || op.bits == 7) {
-    fail("bits is " + std::to_string(op.bits) + "; it must be 2, 3, 4, 5, 6 or 8");
-  }
-  if (op.group_size != 32 && op.group_size != 64 && op.group_size != 128) {
-    fail("group_size is " + std::to_string(op.group_size) + "; it must be 32, 64 or 128");
-  }
+  cpu::check_affine_format("plan_quantize", "", op.bits, op.group_size);
   if (op.cols % op.group_size != 0) {
     fail(
         "cols is " + std::to_string(op.cols) + ", no multiple of " + std::to_string(op.group_size));

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "../metal/shapes.h"
+#include "cpu/affine_format.h"
 
 namespace optiq::launch {
 
@@ -188,12 +189,7 @@ Plan plan_quantized_matmul(const QuantizedMatmul& op, const Tuning& t) {
   std::vector<Batch> batches;
   for (size_t i = 0; i < op.weights.size(); i++) {
     const auto& w = op.weights[i];
-    if (w.bits < 2 || w.bits > 8 || w.bits == 7) {
-      fail("bits is ", w.bits, "; it must be 2, 3, 4, 5, 6 or 8");
-    }
-    if (w.group_size != 32 && w.group_size != 64 && w.group_size != 128) {
-      fail("group_size is ", w.group_size, "; it must be 32, 64 or 128");
-    }
+    cpu::check_affine_format("plan_quantized_matmul", "", w.bits, w.group_size);
     int grouped = op.transpose ? op.inner : w.out;
     if (grouped % w.group_size != 0) {
       fail("the weight's rows have ", grouped, " columns, no multiple of ", w.group_size);

@@ -6,6 +6,7 @@
 #include <mlx/dtype_utils.h>
 #include <mlx/utils.h>
 
+#include "cpu/affine_format.h"
 #include "ops/matmul.h"
 
 namespace optiq {
@@ -17,12 +18,7 @@ mx::Shape AffineWeight::shape(const char* op, const char* name) const {
     (msg << ... << parts);
     throw std::invalid_argument(msg.str());
   };
-  if (bits < 2 || bits > 8 || bits == 7) {
-    fail("bits is ", bits, "; it must be 2, 3, 4, 5, 6 or 8");
-  }
-  if (group_size != 32 && group_size != 64 && group_size != 128) {
-    fail("group_size is ", group_size, "; it must be 32, 64 or 128");
-  }
+  cpu::check_affine_format(op, name, bits, group_size);
   if (codes.dtype() != mx::uint32) {
     fail("w is ", codes.dtype(), "; packed codes are uint32");
   }

@@ -2,6 +2,8 @@
 
 #include <mlx/ops.h>
 
+#include "cpu/affine_format.h"
+
 namespace optiq {
 
 const void* DecoderBlock::keep(const array& a) {
@@ -30,9 +32,8 @@ cpu::Projection DecoderBlock::projection(const char* name, const Matrix& m) {
   }
   p.w.rows = w.shape(0);
   if (scales) {
-    if (!biases || bits < 2 || bits > 8 || bits == 7 ||
-        (group_size != 32 && group_size != 64 && group_size != 128) || scales->ndim() != 2 ||
-        w.dtype() != mx::uint32 || scales->shape() != biases->shape() ||
+    if (!biases || !cpu::affine_bits(bits) || !cpu::affine_group(group_size) ||
+        scales->ndim() != 2 || w.dtype() != mx::uint32 || scales->shape() != biases->shape() ||
         scales->dtype() != biases->dtype() || scales->shape(0) != w.shape(0) ||
         int64_t(scales->shape(1)) * group_size * bits != int64_t(w.shape(1)) * 32) {
       fail_block(name, ": codes ", w.shape(), " and scales ", scales->shape(),

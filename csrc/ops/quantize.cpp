@@ -7,6 +7,7 @@
 #include <mlx/backend/cpu/encoder.h>
 #include <mlx/ops.h>
 
+#include "cpu/affine_format.h"
 #include "launch/quantize.h"
 #include "metal/encoder.h"
 
@@ -21,12 +22,7 @@ std::vector<array> quantize(const array& w, const std::optional<array>& importan
     throw std::invalid_argument(msg.str());
   };
   require_floating("quantize", "w", w);
-  if (bits < 2 || bits > 8 || bits == 7) {
-    fail("bits is ", bits, "; it must be 2, 3, 4, 5, 6 or 8");
-  }
-  if (group_size != 32 && group_size != 64 && group_size != 128) {
-    fail("group_size is ", group_size, "; it must be 32, 64 or 128");
-  }
+  cpu::check_affine_format("quantize", "", bits, group_size);
   if (w.ndim() < 2 || w.shape(-1) % group_size != 0) {
     fail("w ", w.shape(), " must have two or more axes, the last a multiple of ", group_size);
   }

@@ -112,9 +112,9 @@ def test_plans() -> None:
     assert make(0, 10, dense, dense)["launches"] == []
     for arguments, message in (
         ((4, 0, dense, dense), "vocabulary 0"),
-        ((4, 10, (0, "float32", 0, 0), dense), "d of p is 0"),
-        ((4, 10, dense, (640, "float32", 64, 7)), "bits of q is 7"),
-        ((4, 10, dense, (640, "float32", 16, 4)), "group_size of q is 16"),
+        ((4, 10, (0, "float32", 0, 0), dense), "p.d is 0"),
+        ((4, 10, dense, (640, "float32", 64, 7)), "q.bits is 7"),
+        ((4, 10, dense, (640, "float32", 16, 4)), "q.group_size is 16"),
         ((4, 10, dense, (100, "float32", 64, 4)), "no multiple of 64"),
         ((4, 10, dense, (640, "int32", 0, 0)), "dtype is 'int32'"),
     ):
