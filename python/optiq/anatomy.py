@@ -77,7 +77,8 @@ class Mlp:
 class Block:
     """A block; without `mlp`, what stands at `feed_forward` runs as it is.
 
-    `gain` multiplies what each half adds to the residual stream.
+    `gain` multiplies what each half adds to the residual stream, whose sums stay finite in float16
+    where it `saturates`.
     """
 
     norms: Norms
@@ -85,6 +86,7 @@ class Block:
     mlp: Mlp | None
     feed_forward: str
     gain: float = 1.0
+    saturates: bool = False
 
 
 _PRE = Norms("input_layernorm", None, "post_attention_layernorm", None)
@@ -125,6 +127,7 @@ _FAMILIES: dict[tuple[str, str], tuple[Norms, str]] = {
     ("qwen3_moe", "Qwen3MoeDecoderLayer"): (_PRE, "silu"),
     ("seed_oss", "TransformerBlock"): (_PRE, "silu"),
 }
+_SATURATING = {("gemma3_text", "TransformerBlock")}
 
 
 def describe(block: nn.Module) -> Block:
@@ -142,6 +145,7 @@ def describe(block: nn.Module) -> Block:
         mlp=_mlp(block[place], place, activation),
         feed_forward=place,
         gain=float(getattr(block, "residual_multiplier", 1.0)),
+        saturates=family in _SATURATING,
     )
 
 

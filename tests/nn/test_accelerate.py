@@ -14,7 +14,6 @@ from mlx_lm.utils import load_model
 
 import optiq
 from optiq.nn import accelerate
-from optiq.ops import native
 from optiq.roles import blocks
 from tests.architectures import MODELS, construct
 from tests.tiny import KINDS, tiny_folder
@@ -165,12 +164,3 @@ def test_a_second_call_changes_nothing(tmp_path: Path) -> None:
     assert first.swapped
     assert (second.swapped, second.left) == ([], first.left)
     assert {path: id(m) for path, m in leaves(model).items()} == before
-
-
-def test_on_a_gpu_the_stock_layers_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = stock(tmp_path, "llama")
-    monkeypatch.setattr(native, "on_cpu", lambda: False)
-    report = accelerate(model)
-    assert report.swapped == []
-    assert set(report.left.values()) == {"the default device is a GPU, where stock MLX runs it"}
-    assert type(model.model.embed_tokens) is nn.Embedding

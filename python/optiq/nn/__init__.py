@@ -3,7 +3,8 @@
 Each layer is its stock counterpart with the same parameters; only the product differs. On the
 CPU activations are float32: the kernels accumulate in it anyway, and 16-bit activations would
 only cost accuracy and conversions. So that nothing else is rounded to 16 bits on the way (as the
-`1 + weight` of Gemma's norms would be), vectors such as norm weights become float32, too.
+`1 + weight` of Gemma's norms would be), vectors such as norm weights become float32, too. On a GPU
+all dtypes stay.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ def accelerate(model: nn.Module, *, blocks: bool = True) -> Accelerated:
     nothing else had better leave `blocks` out. A kind of block is first compared with the original
     on random input, and left alone if the two disagree.
 
-    On a GPU nothing is swapped: there are no GPU kernels yet and stock MLX is the best choice.
+    On a Metal GPU whose kernels pass a short trial, quantized linear layers and embeddings are
+    swapped, whose products are native for up to 16 rows, and blocks in which they share an input
+    run with one launch for it; all else stays stock. On other GPUs nothing is swapped.
     What is native already is not in the report.
     """
     report = Accelerated()
@@ -93,8 +96,8 @@ def accelerate(model: nn.Module, *, blocks: bool = True) -> Accelerated:
         slot_at(model, path).set(module)
     if native.on_cpu():
         model.apply(_exact)
-        if blocks:
-            _fuse_blocks(model, report)
+    if blocks and (native.on_cpu() or native.proven("quantized_matmul")):
+        _fuse_blocks(model, report)
     return report
 
 
@@ -105,13 +108,16 @@ def _fuse_blocks(model: nn.Module, report: Accelerated) -> None:
             continue
         try:
             anatomy = describe(block)
-            width = Description(block, anatomy).width
+            description = Description(block, anatomy)
         except Unknown as reason:
             report.left[path] = str(reason)
             continue
+        if not native.on_cpu() and not description.shares_launches():
+            report.left[path] = "no quantized projections share an input, so a GPU gains nothing"
+            continue
         fused, kind = fuse(block, anatomy), (type(block), anatomy)
         if kind not in verdicts:
-            verdicts[kind] = disagreement(block, fused, width)
+            verdicts[kind] = disagreement(block, fused, description.width)
         if verdicts[kind]:
             report.left[path] = verdicts[kind]
         else:
@@ -151,7 +157,10 @@ def _exact(parameter: mx.array) -> mx.array:
 
 def _unsupported(module: nn.Module) -> str:
     if not native.on_cpu():
-        return "the default device is a GPU, where stock MLX runs it"
+        if native.proven("quantized_matmul") is None:
+            return "the default device is a GPU, where stock MLX runs it"
+        if not isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
+            return "on a GPU stock MLX runs dense layers and experts"
     if not hasattr(module, "bits"):
         return ""
     if module.mode != "affine":

@@ -6,6 +6,7 @@ the cache). `Native` keeps the weights in the extension, so that a call builds o
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -55,7 +56,7 @@ class Description:
 
     def __init__(self, block: nn.Module, anatomy: Block) -> None:
         a, m, norms = anatomy.attention, anatomy.mlp, anatomy.norms
-        self.plus_one = norms.plus_one
+        self.plus_one, self.saturates = norms.plus_one, anatomy.saturates
         self.attention: dict[str, Any] = {
             "qkv": [matrix(block, p) for p in a.qkv],
             "out": matrix(block, a.out),
@@ -84,6 +85,11 @@ class Description:
                 "post_norm": norm(block, norms.mlp_post),
                 "gain": anatomy.gain,
             }
+
+    def shares_launches(self) -> bool:
+        """Whether several quantized matrices have one input."""
+        several = [self.attention["qkv"], self.mlp["gate_up"] if self.mlp else []]
+        return any(len(parts) > 1 and _quantized(parts) for parts in several)
 
     def add_one(self) -> None:
         """To the weights of the norms."""
@@ -189,13 +195,18 @@ class Composed:
                 q, k, v, scale=a["scale"], mask=mask, sinks=a["sinks"]
             )
         y = y.swapaxes(1, 2).reshape(*x.shape[:-1], -1)
-        h = _add(x, _products(y, [a["out"]])[0], a, one)
+        h = self._add(x, _products(y, [a["out"]])[0], a)
         if not mlp or m is None:
             return h
         parts = _products(_norm(h, m["norm"], one), m["gate_up"])
         gate, up = parts if len(parts) == 2 else mx.split(parts[0], 2, axis=-1)
-        act = nn.silu if m["activation"] == "silu" else nn.gelu_approx
-        return _add(h, _products(act(gate) * up, [m["down"]])[0], m, one)
+        gated = _swiglu if m["activation"] == "silu" else _geglu
+        return self._add(h, _products(gated(gate, up), [m["down"]])[0], m)
+
+    def _add(self, h: mx.array, y: mx.array, layer: dict[str, Any]) -> mx.array:
+        y = _norm(y, layer["post_norm"], self.d.plus_one)
+        y = y if layer["gain"] == 1.0 else layer["gain"] * y
+        return _saturating_sum(h, y) if self.d.saturates and h.dtype == mx.float16 else h + y
 
     def _rotate(self, x: mx.array, offset: int | mx.array) -> mx.array:
         r = self.d.rope
@@ -223,14 +234,31 @@ def _norm(x: mx.array, n: tuple[mx.array | None, float] | None, plus_one: bool =
     return mx.fast.rms_norm(x, weight, eps)
 
 
-def _add(h: mx.array, y: mx.array, layer: dict[str, Any], plus_one: bool) -> mx.array:
-    y = _norm(y, layer["post_norm"], plus_one)
-    return h + (y if layer["gain"] == 1.0 else layer["gain"] * y)
+@partial(mx.compile, shapeless=True)
+def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    out: mx.array = nn.silu(gate) * up
+    return out
+
+
+@partial(mx.compile, shapeless=True)
+def _geglu(gate: mx.array, up: mx.array) -> mx.array:
+    out: mx.array = nn.gelu_approx(gate) * up
+    return out
+
+
+@partial(mx.compile, shapeless=True)
+def _saturating_sum(h: mx.array, y: mx.array) -> mx.array:
+    top = mx.finfo(mx.float16).max
+    return mx.clip(h.astype(mx.float32) + y.astype(mx.float32), -top, top).astype(mx.float16)
+
+
+def _quantized(parts: list[tuple[Any, ...]]) -> bool:
+    return all(scales is not None for _, scales, *_ in parts)
 
 
 def _products(x: mx.array, parts: list[tuple[Any, ...]]) -> list[mx.array]:
     """One launch where all are quantized."""
-    if all(scales is not None for _, scales, *_ in parts):
+    if _quantized(parts):
         out = ops.mixed_quantized_matmul(x, [ops.AffineWeight(*part[:5]) for part in parts])
     else:
         out = [_product(x, *part[:5]) for part in parts]

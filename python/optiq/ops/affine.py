@@ -84,7 +84,7 @@ def quantize(w: mx.array, fmt: Format, importance: mx.array | None = None) -> Qu
         ValueError: Dtypes or shapes that do not fit, or a dense `fmt`.
     """
     _check(w, fmt, importance)
-    if ext := native.active():
+    if ext := native.active() or native.proven("quantize"):
         codes, scales, biases = ext.quantize(w, importance, fmt.group_size, fmt.bits)
         return codes, scales, biases
     if importance is None:

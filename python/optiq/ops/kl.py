@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, cast
 
 import mlx.core as mx
@@ -57,10 +57,10 @@ def kl_divergence(
     """`compare_logits(h_p @ w_p.T, h_q @ w_q.T)` without ever storing the logits.
 
     The heads are read once per 512 tokens, a strip of the vocabulary at a time, with online
-    log-sum-exps (Milakov and Gimelshein 2018). Natively, sums are kept in double precision and
-    the logits that hold the probability are computed in it, so the KL is that of float64 to
-    1e-6; the fallback has the error of float32 logits. The gradient at `h_q`,
-    `(softmax(q) - softmax(p)) @ w_q`, is streamed too.
+    log-sum-exps (Milakov and Gimelshein 2018). Natively on a CPU, sums are kept in double
+    precision and the logits that hold the probability are computed in it, so the KL is that of
+    float64 to 1e-6; on a GPU and in the fallback it has the error of float32 logits. The gradient
+    at `h_q`, `(softmax(q) - softmax(p)) @ w_q`, is streamed too, on a GPU in `mx.*`.
 
     Args:
         h_p: Final hidden states of the reference `[..., d]` in float32, float16 or bfloat16.
@@ -86,6 +86,12 @@ def kl_divergence(
     ]
     if ext := native.active():
         return Comparison(*ext.kl_divergence(h_p, sides[0], h_q, sides[1], *formats, cap))
+    if ext := native.proven("kl_divergence"):
+
+        def streamed(h_p: mx.array, h_q: mx.array) -> Comparison:
+            return Comparison(*ext.kl_divergence(h_p, sides[0], h_q, sides[1], *formats, cap))
+
+        return _tiled(h_p, w_p, h_q, w_q, cap, streamed)
     return _tiled(h_p, w_p, h_q, w_q, cap)
 
 
@@ -93,8 +99,18 @@ def _arrays(w: Head) -> list[mx.array]:
     return [w.codes, w.scales, w.biases] if isinstance(w, AffineWeight) else [w]
 
 
-def _tiled(h_p: mx.array, w_p: Head, h_q: mx.array, w_q: Head, cap: float) -> Comparison:
-    """The streamed KL in `mx.*`."""
+Forward = Callable[[mx.array, mx.array], Comparison]
+
+
+def _tiled(
+    h_p: mx.array,
+    w_p: Head,
+    h_q: mx.array,
+    w_q: Head,
+    cap: float,
+    streamed: Forward | None = None,
+) -> Comparison:
+    """The streamed KL in `mx.*`, or with `streamed` its gradient only."""
     vocabulary = _check("p", h_p, w_p)
     if _check("q", h_q, w_q) != vocabulary or vocabulary == 0:
         raise ValueError(
@@ -110,6 +126,8 @@ def _tiled(h_p: mx.array, w_p: Head, h_q: mx.array, w_q: Head, cap: float) -> Co
 
     @mx.custom_function
     def forward(h_p: mx.array, h_q: mx.array, *_: mx.array) -> tuple[mx.array, ...]:
+        if streamed is not None:
+            return streamed(h_p, h_q)
         blocks = [
             _compare(h_p[i : i + TOKENS], w_p, h_q[i : i + TOKENS], w_q, cap)
             for i in range(0, h_p.shape[0], TOKENS)

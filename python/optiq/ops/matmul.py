@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import mlx.core as mx
 
 from . import native
 from .affine import AffineWeight
+
+# Of x, up to which the Metal kernels read each weight once. Above it stock MLX stays until ours
+# have been measured on a Mac.
+GPU_ROWS = 16
 
 
 def linear(
@@ -62,7 +67,7 @@ def quantized_matmul(
     Returns:
         `[..., out]` in the wider dtype of `x` and `scales`.
     """
-    if ext := native.for_product(x):
+    if ext := _extension(x):
         out: mx.array = ext.quantized_matmul(
             x, w, scales, biases, transpose, group_size, bits, indices=indices
         )
@@ -97,10 +102,17 @@ def mixed_quantized_matmul(x: mx.array, parts: Sequence[AffineWeight]) -> list[m
         `[..., out_i]` for each part, in the wider dtype of `x` and its scales: what
         `quantized_matmul` gives for it alone, to the bit.
     """
-    if ext := native.for_product(x):
+    if ext := _extension(x):
         outs: list[mx.array] = ext.mixed_quantized_matmul(x, [tuple(part) for part in parts])
         return outs
     return [
         quantized_matmul(x, w.codes, w.scales, w.biases, group_size=w.group_size, bits=w.bits)
         for w in parts
     ]
+
+
+def _extension(x: mx.array) -> ModuleType | None:
+    """The extension if it should multiply `x [..., in]` with quantized weights, else None."""
+    if native.on_cpu():
+        return native.extension
+    return native.proven("quantized_matmul") if x.size <= GPU_ROWS * x.shape[-1] else None

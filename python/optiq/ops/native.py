@@ -17,8 +17,6 @@ import mlx.core as mx
 # The release that pyproject.toml pins for the build.
 BUILT_FOR = "0.32.4"
 
-GPU_ROWS = 16
-
 
 def _load() -> tuple[ModuleType | None, str]:
     if os.environ.get("OPTIQ_NATIVE") == "0":
@@ -39,12 +37,16 @@ extension, reason = _load()
 if extension is None and os.environ.get("OPTIQ_NATIVE") != "0":
     warnings.warn(f"optiq runs on pure MLX, slower: {reason}", RuntimeWarning, stacklevel=2)
 
-_gpu_possible = mx.metal.is_available() or mx.cuda.is_available()
+_GPU = "metal" if mx.metal.is_available() else "cuda" if mx.cuda.is_available() else ""
+
+
+def device() -> str:
+    """Where work goes by default: "cpu", "metal" or "cuda"."""
+    return _GPU if _GPU and mx.default_device().type == mx.DeviceType.gpu else "cpu"
 
 
 def on_cpu() -> bool:
-    """Whether work goes to the CPU by default."""
-    return not _gpu_possible or mx.default_device().type == mx.DeviceType.cpu
+    return device() == "cpu"
 
 
 def active() -> ModuleType | None:
@@ -52,40 +54,29 @@ def active() -> ModuleType | None:
     return extension if extension is not None and on_cpu() else None
 
 
-def for_product(x: mx.array) -> ModuleType | None:
-    """The extension if it should multiply `x [..., in]` with quantized weights, else None.
+def proven(op: str) -> ModuleType | None:
+    """The extension on a Metal GPU where its kernels for `op` pass their trial, else None.
 
-    On a GPU that is for up to 16 rows, where each weight is read once for all of them. For more
-    rows stock MLX stays until our kernels have been measured on a Mac.
+    They are tested on emulated threads and have never run on a Mac, so the first use in a process
+    compares a tiny case with `mx.*` (trials.py). OPTIQ_METAL=0 leaves them alone, without a trial.
     """
-    if on_cpu():
-        return extension
-    if x.size > GPU_ROWS * x.shape[-1] or not gpu_works():
+    if extension is None or device() != "metal" or os.environ.get("OPTIQ_METAL") == "0":
         return None
-    return extension
+    return extension if _passes(op, extension) else None
 
 
 @cache
-def gpu_works() -> bool:
-    """Whether the Metal kernels run here and agree with stock MLX on a small product.
+def _passes(op: str, extension: ModuleType) -> bool:
+    from .trials import TRIALS  # which needs the ops
 
-    They are tested on emulated threads and have never run on a Mac, so the first use in a process
-    tries them. OPTIQ_METAL=0 leaves them alone, without a trial.
-    """
-    if extension is None or not mx.metal.is_available() or os.environ.get("OPTIQ_METAL") == "0":
-        return False
     try:
-        x = mx.random.normal((2, 256), key=mx.random.key(0))
-        weight = mx.quantize(mx.random.normal((64, 256), key=mx.random.key(1)), 64, 4)
-        got = extension.quantized_matmul(x, *weight, True, 64, 4, stream=mx.gpu)
-        expected = mx.quantized_matmul(x, *weight, stream=mx.gpu)
-        if mx.allclose(got, expected, rtol=1e-3, atol=1e-3).item():
+        if TRIALS[op](extension):
             return True
-        why = "they do not agree with stock MLX"
+        why = "it does not agree with MLX"
     except (RuntimeError, ValueError) as error:
-        why = f"they do not run ({error})"
+        why = f"it does not run ({error})"
     warnings.warn(
-        f"optiq's Metal kernels are left alone: {why}; please report what "
+        f"optiq's Metal kernel for {op} is left alone: {why}; please report what "
         "`optiq doctor --selftest` prints",
         RuntimeWarning,
         stacklevel=2,
