@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from types import ModuleType
 
 import mlx.core as mx
 import numpy as np
 
 from . import bench
 from .errors import OptiqError
-from .formats import AFFINE_BITS, AFFINE_GROUPS, Format
+from .formats import AFFINE_BITS, AFFINE_GROUPS
 from .ops import native, reference
 from .ops.affine import AffineWeight
 
@@ -25,6 +26,7 @@ EPS = {mx.float32: 2.0**-23, mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
 ROWS = (1, 2, 7, 16, 40)
 TIMED = (1, 8)  # rows of the speed lines
 SIDE = 2048  # of their weight
+SPREAD = 4.0  # deviation of logits
 
 
 class SelftestError(OptiqError):
@@ -81,11 +83,12 @@ def run(gpu: bool) -> Iterator[Line | Speed]:
         )
         return out
 
-    yield _products("quantized_matmul", multiply)
-    yield _products("quantized_matmul, not transposed", multiply, transpose=False)
-    yield _products("mixed_quantized_matmul", mixed)
-    yield _products("quantized_matmul of experts", experts)
-    yield _rounding(extension, stream)
+    yield _line("quantized_matmul", _products(multiply))
+    yield _line("quantized_matmul, not transposed", _products(multiply, transpose=False))
+    yield _line("mixed_quantized_matmul", _products(mixed))
+    yield _line("quantized_matmul of experts", _products(experts))
+    yield _line("quantize", _rounding(extension, stream))
+    yield _line("kl_divergence", _kl(extension, stream))
     yield from _speeds(multiply, stream)
 
 
@@ -99,35 +102,45 @@ def machine() -> str:
     return f"{name}, mlx {mx.__version__}, {kernels}"  # type: ignore[attr-defined]
 
 
+# A case: its name, and its error as a part of the bound.
+Cases = Iterator[tuple[str, Callable[[], float]]]
+
+
+def _line(op: str, cases: Cases) -> Line:
+    worst, failures, count = 0.0, [], 0
+    for name, error in cases:
+        count += 1
+        try:
+            part = error()
+        except (RuntimeError, ValueError, TypeError) as failure:
+            failures.append(f"{name}: {failure}")
+            continue
+        worst = max(worst, part)
+        if not part <= 1:  # a NaN is a failure, too
+            failures.append(f"{name}: {part:.3g} times the bound")
+    return Line(op, count, worst, tuple(failures))
+
+
 Multiply = Callable[[mx.array, AffineWeight, bool], mx.array]
 
 
-def _products(op: str, multiply: Multiply, transpose: bool = True) -> Line:
+def _products(multiply: Multiply, transpose: bool = True) -> Cases:
     rng = np.random.default_rng(0)
     out, inner = 72, 384
-    worst, failures, count = 0.0, [], 0
     for bits, group, dtype, rows in product(AFFINE_BITS, AFFINE_GROUPS, EPS, ROWS):
         w = mx.array(rng.standard_normal((out, inner), dtype=np.float32)).astype(dtype)
         weight = AffineWeight(*mx.quantize(w, group, bits), group_size=group, bits=bits)
         width = inner if transpose else out
         x = mx.array(rng.standard_normal((rows, width), dtype=np.float32)).astype(dtype)
         name = f"{rows} rows, {bits} bits, groups of {group}, {dtype}"
-        count += 1
-        try:
-            got = _f64(multiply(x, weight, transpose))
-        except (RuntimeError, ValueError) as error:
-            failures.append(f"{name}: {error}")
-            continue
-        dense = reference.dequantize(
-            np.array(weight.codes), _f64(weight.scales), _f64(weight.biases), group, bits
-        )
-        dense = dense if transpose else dense.T
-        truth = _f64(x) @ dense.T
-        part = float((np.abs(got - truth) / _bound(_f64(x), dense, truth, dtype)).max())
-        worst = max(worst, part)
-        if not part <= 1:  # a NaN is a failure, too
-            failures.append(f"{name}: {part:.3g} times the bound")
-    return Line(op, count, worst, tuple(failures))
+        yield name, partial(_product_error, multiply, x, weight, transpose)
+
+
+def _product_error(multiply: Multiply, x: mx.array, weight: AffineWeight, transpose: bool) -> float:
+    got = _f64(multiply(x, weight, transpose))
+    dense = _dense(weight) if transpose else _dense(weight).T
+    truth = _f64(x) @ dense.T
+    return float((np.abs(got - truth) / _bound(_f64(x), dense, truth, x.dtype)).max())
 
 
 def _bound(x: np.ndarray, w: np.ndarray, truth: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
@@ -137,23 +150,69 @@ def _bound(x: np.ndarray, w: np.ndarray, truth: np.ndarray, dtype: mx.Dtype) -> 
     return np.asarray(EPS[dtype] * np.abs(truth) + spread + fixed + 1e-30)
 
 
-def _rounding(extension: object, stream: mx.DeviceType) -> Line:
-    """Codes, scales and biases of min/max rounding are those of mx.quantize on the same device."""
-    failures, count = [], 0
+def _rounding(extension: ModuleType, stream: mx.DeviceType) -> Cases:
+    """Codes, scales and biases of min/max rounding are those of mx.quantize on the same device;
+    the search is no worse in what it minimises."""
     for bits, group, dtype in product(AFFINE_BITS, AFFINE_GROUPS, EPS):
-        fmt = Format("affine", bits, group)
         w = mx.random.normal((40, 256), key=mx.random.key(bits * group)).astype(dtype)
-        expected = mx.quantize(w, group, bits, stream=stream)
-        count += 1
-        try:
-            got = extension.quantize(w, None, group, bits, stream=stream)  # type: ignore[attr-defined]
-            same = all(mx.array_equal(a, b).item() for a, b in zip(got, expected, strict=True))
-        except (RuntimeError, ValueError, TypeError) as error:
-            failures.append(f"{fmt}, {dtype}: {error}")
-            continue
-        if not same:
-            failures.append(f"{fmt}, {dtype}: not what mx.quantize gives")
-    return Line("quantize", count, 0.0, tuple(failures))
+        stock = AffineWeight(*mx.quantize(w, group, bits, stream=stream), group, bits)
+        name = f"{bits} bits, groups of {group}, {dtype}"
+        yield name, partial(_minmax_error, extension, w, stock, stream)
+        yield f"search, {name}", partial(_search_error, extension, w, stock, stream)
+
+
+def _minmax_error(
+    extension: ModuleType, w: mx.array, stock: AffineWeight, stream: mx.DeviceType
+) -> float:
+    got = extension.quantize(w, None, stock.group_size, stock.bits, stream=stream)
+    if not all(mx.array_equal(a, b).item() for a, b in zip(got, stock[:3], strict=True)):
+        raise ValueError("not what mx.quantize gives")
+    return 0.0
+
+
+def _search_error(
+    extension: ModuleType, w: mx.array, stock: AffineWeight, stream: mx.DeviceType
+) -> float:
+    importance = mx.random.uniform(0.1, 1.0, w.shape[-1:], key=mx.random.key(0))
+    found = extension.quantize(w, importance, stock.group_size, stock.bits, stream=stream)
+    c = reference.search_weights(_f64(w), _f64(importance), stock.group_size)
+
+    def error(a: AffineWeight) -> float:
+        return float((c * (_dense(a) - _f64(w)) ** 2).sum())
+
+    codes, scales, biases = found
+    return error(AffineWeight(codes, scales, biases, stock.group_size, stock.bits)) / error(stock)
+
+
+def _kl(extension: ModuleType, stream: mx.DeviceType) -> Cases:
+    """A dense head against one of each width."""
+    rng = np.random.default_rng(0)
+    for bits, dtype, cap in product((0, *AFFINE_BITS), EPS, (0.0, 30.0)):
+        h = rng.standard_normal((2, 33, 128), dtype=np.float32)
+        h_p, h_q = (mx.array(a).astype(dtype) for a in (h[0], h[0] + 0.3 * h[1]))
+        w = mx.array(SPREAD / 128**0.5 * rng.standard_normal((500, 128), dtype=np.float32))
+        w_p = w.astype(dtype)
+        w_q = AffineWeight(*mx.quantize(w_p, 64, bits), 64, bits) if bits else w_p
+        name = f"{bits or 'no'} bits, {dtype}, soft cap {cap:g}"
+        yield name, partial(_kl_error, extension, (h_p, w_p, h_q, w_q), cap, stream)
+
+
+def _kl_error(
+    extension: ModuleType,
+    sides: tuple[mx.array, mx.array, mx.array, mx.array | AffineWeight],
+    cap: float,
+    stream: mx.DeviceType,
+) -> float:
+    """Of the KL and both log-sum-exps, by several errors of a float32 logit."""
+    h_p, w_p, h_q, w_q = sides
+    if isinstance(w_q, AffineWeight):
+        arrays, fmt, dense = list(w_q[:3]), w_q[3:], _dense(w_q)
+    else:
+        arrays, fmt, dense = [w_q], (0, 0), _f64(w_q)
+    got = extension.kl_divergence(h_p, [w_p], h_q, arrays, (0, 0), fmt, cap, stream=stream)
+    truth = reference.kl_divergence(_f64(h_p), _f64(w_p), _f64(h_q), dense, soft_cap=cap or None)
+    bound = SPREAD * 64 * EPS[mx.float32]
+    return max(float(np.abs(_f64(got[i]) - truth[i]).max()) / bound for i in (0, 2, 3))
 
 
 def _speeds(multiply: Multiply, stream: mx.DeviceType) -> Iterator[Speed]:
@@ -180,6 +239,11 @@ def _milliseconds(*works: Callable[[], mx.array]) -> list[float]:
         {str(i): partial(evaluate, work) for i, work in enumerate(works)}, bench.SECONDS
     )
     return [float(np.median(t) * 1e3) for t in times.values()]
+
+
+def _dense(w: AffineWeight) -> np.ndarray:
+    codes = np.array(w.codes)
+    return reference.dequantize(codes, _f64(w.scales), _f64(w.biases), w.group_size, w.bits)
 
 
 def _f64(a: mx.array) -> np.ndarray:

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model
 
-from optiq.ops import native
+import optiq
+from optiq import ops, selftest
+from optiq.ops import native, reference
+from optiq.ops.trials import TRIALS
 from tests.ops.cases import DTYPES, QUANTIZED, Case
+from tests.ops.test_kl_divergence import CASES as PAIRS
+from tests.ops.test_kl_divergence import Pair
+from tests.ops.test_kl_divergence import f64 as dense
 from tests.ops.test_matmul import assert_product, dequantized, f64
+from tests.tiny import tiny_folder
 
 pytestmark = pytest.mark.metal
 if not mx.metal.is_available():
@@ -103,3 +114,49 @@ def test_gradient() -> None:
         return ((x @ mx.dequantize(*weight, 64, 4).T) * pull).sum()
 
     assert mx.allclose(mx.grad(ours)(x), mx.grad(stock)(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", TRIALS)
+def test_the_trial_of_an_op_passes(op: str) -> None:
+    assert native.proven(op) is native.extension
+
+
+def test_selftest() -> None:
+    """Rounding, and the products in other shapes, with the cases that users can run."""
+    lines = [line for line in selftest.run(gpu=True) if isinstance(line, selftest.Line)]
+    assert [f"{line.op}: {f}" for line in lines for f in line.failures] == []
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=str)
+def test_kl_divergence(case: Pair) -> None:
+    sides = case.sides()
+    got = ops.kl_divergence(*sides, soft_cap=case.soft_cap)
+    truth = reference.kl_divergence(*map(dense, sides), soft_cap=case.soft_cap)
+    limit = max(1.0, case.spread) * 64 * 2.0**-23  # of float32 logits
+    for mine, theirs in zip((got.kl, got.lse_p, got.lse_q), (truth[0], *truth[2:]), strict=True):
+        assert (np.abs(np.array(mine) - theirs) <= limit + 2.0**-24 * np.abs(theirs)).all()
+
+    def total(h_q: mx.array) -> mx.array:
+        return ops.kl_divergence(*sides[:2], h_q, sides[3], soft_cap=case.soft_cap).kl.sum()
+
+    assert mx.isfinite(mx.grad(total)(sides[2])).all()
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_a_model(dtype: mx.Dtype, tmp_path: Path) -> None:
+    """Token by token as stock mlx-lm, to the rounding of 16 bits."""
+    models = [load_model(tiny_folder(tmp_path, name=n))[0] for n in "ab"]
+    for m in models:
+        m.set_dtype(dtype)
+        nn.quantize(m, 64, 4)
+    report = optiq.accelerate(models[0])
+    assert set(report.fused.values()) == {"attention and MLP"}
+    tokens = mx.arange(4, 44)[None]
+    logits = []
+    for m in models:
+        cache = make_prompt_cache(m)
+        steps = [m(tokens[:, :20], cache=cache)]
+        steps += [m(tokens[:, i : i + 1], cache=cache) for i in range(20, 40)]
+        logits.append(mx.concatenate(steps, axis=1).astype(mx.float32))
+    error = mx.abs(logits[0] - logits[1]).max() / mx.abs(logits[1]).max()
+    assert error.item() <= 8 * mx.finfo(dtype).eps
