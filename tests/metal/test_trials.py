@@ -1,0 +1,76 @@
+"""The Metal kernels, on the emulator, pass the trials on which a Mac decides to use them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from optiq.formats import Format
+from optiq.ops import AffineWeight
+from optiq.ops.kl import Head
+from optiq.ops.trials import TRIALS
+from tests.msl.emulator import needs_emulator
+from tests.ops.cases import DTYPES
+
+from . import test_kl_divergence, test_quantize
+from .launcher import NAMES, plan_quantized_matmul, run
+
+pytestmark = needs_emulator
+
+
+class Emulated:
+    """The functions of the extension that a trial calls, with the arguments it gives."""
+
+    def quantized_matmul(
+        self,
+        x: mx.array,
+        *weight: mx.array | bool | int,
+        indices: mx.array | None = None,
+    ) -> mx.array:
+        *arrays, transpose, group_size, bits = weight
+        rows, width = arrays[1].shape[-2], arrays[1].shape[-1] * group_size
+        out = rows if transpose else width
+        experts = 0 if indices is None else arrays[0].shape[0]
+        inputs = [x, *arrays] + ([] if indices is None else [indices])
+        plan = plan_quantized_matmul(
+            x.shape[0],
+            x.shape[1],
+            [(out, bits, group_size)],
+            name(x),
+            name(arrays[1]),
+            transpose,
+            experts,
+        )
+        return run(plan, inputs, [((x.shape[0], out), x.dtype)])[0][0]
+
+    def mixed_quantized_matmul(self, x: mx.array, parts: list[Any]) -> list[mx.array]:
+        weights = [(p[1].shape[0], p[4], p[3]) for p in parts]
+        plan = plan_quantized_matmul(x.shape[0], x.shape[1], weights, name(x), name(parts[0][1]))
+        outputs = [((x.shape[0], out), x.dtype) for out, _, _ in weights]
+        return run(plan, [x, *(a for p in parts for a in p[:3])], outputs)[0]
+
+    def quantize(
+        self, w: mx.array, importance: mx.array | None, group_size: int, bits: int
+    ) -> list[mx.array]:
+        return test_quantize.quantized(w, Format("affine", bits, group_size), importance)
+
+    def kl_divergence(
+        self, h_p: mx.array, w_p: Any, h_q: mx.array, w_q: Any, *formats: Any
+    ) -> tuple[mx.array, ...]:
+        def head(arrays: list[mx.array], fmt: tuple[int, int]) -> Head:
+            return AffineWeight(*arrays, *fmt) if len(arrays) == 3 else arrays[0]
+
+        format_p, format_q, cap = formats
+        sides = h_p, head(w_p, format_p), h_q, head(w_q, format_q)
+        return test_kl_divergence.compared(sides, cap or None)
+
+
+def name(a: mx.array) -> str:
+    return NAMES[next(k for k, v in DTYPES.items() if v == a.dtype)]
+
+
+@pytest.mark.parametrize("op", TRIALS)
+def test_the_kernels_pass(op: str) -> None:
+    assert TRIALS[op](Emulated())  # type: ignore[arg-type]
