@@ -104,7 +104,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def construct(model_type: str) -> nn.Module:
-    config = {"model_type": model_type, **COMMON, **MODELS[model_type]}
+def construct(model_type: str, **changes: Any) -> nn.Module:
+    config = {"model_type": model_type, **COMMON, **MODELS[model_type], **changes}
     model_class, args_class = _get_classes(config)
     return model_class(args_class.from_dict(config))

@@ -6,7 +6,7 @@ model file was read; `nn/check.py` still compares every kind of block with the o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ class Block:
     """A block; without `mlp`, what stands at `feed_forward` runs as it is.
 
     `gain` multiplies what each half adds to the residual stream, whose sums stay finite in float16
-    where it `saturates`.
+    where it `saturates`. A block that `shares` also returns its keys and values, which later blocks
+    may use, and ends with a gated input and a scale of its own.
     """
 
     norms: Norms
@@ -87,6 +88,7 @@ class Block:
     feed_forward: str
     gain: float = 1.0
     saturates: bool = False
+    shares: bool = False
 
 
 _PRE = Norms("input_layernorm", None, "post_attention_layernorm", None)
@@ -96,8 +98,8 @@ _BOTH = Norms(
     "post_attention_layernorm",
     "pre_feedforward_layernorm",
     "post_feedforward_layernorm",
-    plus_one=True,
 )
+_BOTH_PLUS_ONE = replace(_BOTH, plus_one=True)
 _GLM4 = Norms(
     "input_layernorm",
     "post_self_attn_layernorm",
@@ -108,8 +110,9 @@ _GLM4 = Norms(
 _FAMILIES: dict[tuple[str, str], tuple[Norms, str]] = {
     ("ernie4_5", "DecoderLayer"): (_PRE, "silu"),
     ("exaone4", "TransformerBlock"): (_POST, "silu"),
-    ("gemma2", "TransformerBlock"): (_BOTH, "gelu_tanh"),
-    ("gemma3_text", "TransformerBlock"): (_BOTH, "gelu_tanh"),
+    ("gemma2", "TransformerBlock"): (_BOTH_PLUS_ONE, "gelu_tanh"),
+    ("gemma3_text", "TransformerBlock"): (_BOTH_PLUS_ONE, "gelu_tanh"),
+    ("gemma4_text", "DecoderLayer"): (_BOTH, "gelu_tanh"),
     ("glm4", "Glm4DecoderLayer"): (_GLM4, "silu"),
     ("gpt_oss", "TransformerBlock"): (_PRE, "silu"),
     ("granite", "TransformerBlock"): (_PRE, "silu"),
@@ -128,6 +131,7 @@ _FAMILIES: dict[tuple[str, str], tuple[Norms, str]] = {
     ("seed_oss", "TransformerBlock"): (_PRE, "silu"),
 }
 _SATURATING = {("gemma3_text", "TransformerBlock")}
+_SHARING = {("gemma4_text", "DecoderLayer")}
 
 
 def describe(block: nn.Module) -> Block:
@@ -139,6 +143,8 @@ def describe(block: nn.Module) -> Block:
     place = next((p for p in ("mlp", "block_sparse_moe") if p in block), None)
     if place is None or "self_attn" not in block:
         raise Unknown(f"{'.'.join(family)} has no self_attn and mlp")
+    if "experts" in block:
+        raise Unknown("its experts run beside an MLP")
     return Block(
         norms=norms,
         attention=_attention(block["self_attn"]),
@@ -146,11 +152,16 @@ def describe(block: nn.Module) -> Block:
         feed_forward=place,
         gain=float(getattr(block, "residual_multiplier", 1.0)),
         saturates=family in _SATURATING,
+        shares=family in _SHARING,
     )
 
 
 def _attention(a: Any) -> Attention:
-    qkv = ("qkv_proj",) if "qkv_proj" in a else ("q_proj", "k_proj", "v_proj")
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    if "qkv_proj" in a:
+        qkv = ("qkv_proj",)
+    elif getattr(a, "use_k_eq_v", False):
+        qkv = ("q_proj", "k_proj")
     missing = [p for p in (*qkv, "o_proj") if p not in a]
     if missing:
         raise Unknown(f"self_attn has no {', '.join(missing)}")
@@ -167,6 +178,7 @@ def _attention(a: Any) -> Attention:
         rope=_rope(a["rope"]) if "rope" in a else None,
         q_norm="self_attn.q_norm" if normed else None,
         k_norm="self_attn.k_norm" if normed else None,
+        v_norm_eps=float(a["v_norm"].eps) if "v_norm" in a else None,
         whole_norm=normed and heads > 1 and a.q_norm.weight.size == heads * (head_dim or 0),
         sinks="self_attn.sinks" if "sinks" in a else None,
         softcap=float(getattr(a, "attn_logit_softcapping", None) or 0.0),

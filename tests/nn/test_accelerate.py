@@ -33,7 +33,7 @@ def stock(tmp_path: Path, name: str, **config: Any) -> nn.Module:
             tiny_folder(tmp_path, name, **config)
         return load_model(folder)[0]
     mx.random.seed(0)
-    model = construct(name)
+    model = construct(name, **config)
     model.update(tree_map(lambda a: a + 0.1 * mx.random.normal(a.shape), model.parameters()))
     return model
 

@@ -29,7 +29,8 @@ def fuse(block: nn.Module, anatomy: Block) -> nn.Module:
     """The fused block that has taken over what `block` holds."""
     cls = type(block)
     if cls not in _fused_classes:
-        _fused_classes[cls] = type(f"Fused{cls.__name__}", (Fused, cls), {})
+        mixin = FusedSharing if anatomy.shares else Fused
+        _fused_classes[cls] = type(f"Fused{cls.__name__}", (mixin, cls), {})
     fused: nn.Module = _fused_classes[cls].adopt(block)  # type: ignore[attr-defined]
     fused.__dict__["_runner"] = Runner(anatomy)
     return fused
@@ -46,6 +47,32 @@ class Fused(_Adopting):
             return out
         h = _attend(parts, x, mask, cache, runner.with_mlp)
         return h if runner.with_mlp else runner.feed_forward(self, h)
+
+
+class FusedSharing(Fused):
+    """Mixed into the class of a block of Gemma 4."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        x: mx.array,
+        mask: Any = None,
+        cache: Cache = None,
+        per_layer_input: mx.array | None = None,
+        shared_kv: tuple[mx.array, mx.array] | None = None,
+        offset: Any = None,
+    ) -> tuple[mx.array, tuple[mx.array, mx.array], Any]:
+        parts = self.__dict__["_runner"].parts(self, x)
+        if parts is None or hasattr(cache, "bits"):
+            out: tuple[mx.array, tuple[mx.array, mx.array], Any] = super(Fused, self).__call__(
+                x, mask, cache, per_layer_input, shared_kv, offset
+            )
+            return out
+        offset = 0 if cache is None else mx.array(cache.offset)
+        h, k, v = _run(parts, x, mask, cache, with_mlp=True)
+        if per_layer_input is not None and self.per_layer_input_gate is not None:
+            gate = nn.gelu_approx(self.per_layer_input_gate(h)) * per_layer_input
+            h = h + self.post_per_layer_input_norm(self.per_layer_projection(gate))
+        return h * self.layer_scalar, (k, v), offset
 
 
 class Runner:
@@ -119,11 +146,17 @@ def _attend(
                 )
                 cache.offset, cache._idx = position + 1, start + 1
                 return h
-    offset = 0 if cache is None else cache.offset
-    q, k, v = parts.project(x, offset)
+    return _run(parts, x, mask, cache, with_mlp)[0]
+
+
+def _run(
+    parts: Native | Composed, x: mx.array, mask: Any, cache: Cache, with_mlp: bool
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The block around a cache of any kind, and the keys and values that it saw."""
+    q, k, v = parts.project(x, 0 if cache is None else cache.offset)
     if cache is not None:
         k, v = cache.update_and_fetch(k, v)
-    return parts.attend(x, q, k, v, mask, with_mlp)
+    return parts.attend(x, q, k, v, mask, with_mlp), k, v
 
 
 def make_parts(block: nn.Module, anatomy: Block) -> Native | Composed:

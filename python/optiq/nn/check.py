@@ -30,10 +30,14 @@ def disagreement(original: nn.Module, fused: nn.Module, width: int) -> str:
 
 
 def _run(block: nn.Module, x: mx.array, make: Any) -> mx.array:
+    def call(x: mx.array, mask: mx.array | None, cache: Any) -> mx.array:
+        out = block(x, mask, cache)
+        hidden: mx.array = out[0] if isinstance(out, tuple) else out
+        return hidden
+
     if make is None:
-        out: mx.array = block(x, create_causal_mask(x.shape[1]), None)
-        return out
+        return call(x, create_causal_mask(x.shape[1]), None)
     cache = make()
-    rows = [block(x[:, :PROMPT], create_causal_mask(PROMPT), cache)]
-    rows += [block(x[:, i : i + 1], None, cache) for i in range(PROMPT, x.shape[1])]
+    rows = [call(x[:, :PROMPT], create_causal_mask(PROMPT), cache)]
+    rows += [call(x[:, i : i + 1], None, cache) for i in range(PROMPT, x.shape[1])]
     return mx.concatenate(rows, axis=1)
