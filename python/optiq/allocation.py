@@ -52,13 +52,17 @@ class Item:
 
 @dataclass(frozen=True)
 class Allocation:
-    """The chosen formats by item name; no assignment within the budget has a loss below `bound`."""
+    """The chosen formats by item name; no assignment within the budget has a loss below `bound`.
+
+    `price` is the loss that one more byte would save, in the linear relaxation.
+    """
 
     formats: dict[str, Format]
     nbytes: int
     loss: float
     bound: float
     gap: float  # (loss - bound) / |bound|, 0 when proven optimal
+    price: float
 
 
 def allocate(items: Sequence[Item], budget: int, *, max_states: int = MAX_STATES) -> Allocation:
@@ -86,6 +90,7 @@ def allocate(items: Sequence[Item], budget: int, *, max_states: int = MAX_STATES
         loss=loss,
         bound=bound,
         gap=0.0 if loss <= bound else (loss - bound) / max(abs(bound), 1e-300),
+        price=price,
     )
 
 

@@ -21,7 +21,7 @@ from . import ops
 from .calibration import Sample, token_hash
 from .errors import OptiqError
 from .progress import Progress
-from .sensitivity.tally import Tally
+from .sensitivity.tally import score
 
 # Bytes of float32 logits of one model at a time; longer sequences run in chunks with a cache.
 LOGITS_BYTES = 128 << 20
@@ -88,14 +88,8 @@ def summary(table: Table) -> dict[str, Any]:
 
 
 def clustered(values: Sequence[NDArray[np.float64]]) -> tuple[float, float | None]:
-    """Mean over all tokens, and its standard error with sequences as clusters (see `Tally`)."""
-    tally = Tally()
-    for v in values:
-        tally.add("", "", float(v.sum()), len(v))
-    score = tally.score("", "", [len(v) for v in values])
-    mean = score["kl"]
-    assert mean is not None
-    return mean, score["se"]
+    """Mean over all tokens, and its standard error with sequences as clusters (see `score`)."""
+    return score([float(v.sum()) for v in values], [len(v) for v in values])
 
 
 def _sequence(

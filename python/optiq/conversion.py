@@ -137,6 +137,7 @@ def convert(
             calibration=text,
             calibration_source=text_name(calibration),
             method=sensitivity,
+            size=size,
             reference=reference,
             rounding=how,
             seed=seed,

@@ -33,5 +33,9 @@ class BudgetError(OptiqError):
     """No plan satisfies the byte budget and the floors."""
 
 
+class DistributedError(OptiqError):
+    """The ranks of a distributed run cannot be connected, or do not fit together."""
+
+
 class ExportError(OptiqError):
     """The model could not be written, or what was written differs from the plan."""

@@ -17,7 +17,7 @@ from .allocation import Choice, Item, allocate
 from .errors import UsageError
 from .formats import DENSE, UNIFORM4, Format
 from .roles import Module, allowed
-from .scores import describe_module, module_of, parse
+from .scores import Scores, describe_module, module_of, parse
 
 Json = dict[str, Any]
 
@@ -154,22 +154,9 @@ def build(
     """
     read = parse(scores)
     model, modules = read.model, [scored.module for scored in read.modules]
-    itemsize, fixed = int(model["itemsize"]), int(model["fixed_bytes"])
+    itemsize = int(model["itemsize"])
     uniform4 = uniform_plan(modules, model).nbytes
-    budget = parse_size(
-        size,
-        params=_params(model, modules),
-        uniform4=uniform4,
-        header=int(model.get("header_bytes") or 0),
-    )
-    items = [Item("the tensors that are never quantized", (Choice(DENSE, fixed, 0.0),))]
-    for scored in read.modules:
-        shape = scored.module.shape
-        choices = (
-            Choice(fmt, fmt.nbytes(shape, itemsize), scored.loss(fmt))
-            for fmt in allowed(scored.module, sorted(scored.losses) if menu is None else menu)
-        )
-        items.append(Item(scored.module.path, tuple(choices)))
+    items, budget = problem(read, size, menu)
     found = allocate(items, budget)
     planned = []
     for scored in read.modules:
@@ -190,6 +177,29 @@ def build(
         machine=machine or read.machine,
         uniform4={"nbytes": uniform4, "measured": None},
     )
+
+
+def problem(
+    read: Scores, size: str, menu: Sequence[Format] | None = None
+) -> tuple[list[Item], int]:
+    """The knapsack that `build` solves: an item for each module and one for the rest; its bytes."""
+    model, modules = read.model, [scored.module for scored in read.modules]
+    itemsize, fixed = int(model["itemsize"]), int(model["fixed_bytes"])
+    budget = parse_size(
+        size,
+        params=_params(model, modules),
+        uniform4=uniform_plan(modules, model).nbytes,
+        header=int(model.get("header_bytes") or 0),
+    )
+    items = [Item("the tensors that are never quantized", (Choice(DENSE, fixed, 0.0),))]
+    for scored in read.modules:
+        shape = scored.module.shape
+        choices = (
+            Choice(fmt, fmt.nbytes(shape, itemsize), scored.loss(fmt))
+            for fmt in allowed(scored.module, sorted(scored.losses) if menu is None else menu)
+        )
+        items.append(Item(scored.module.path, tuple(choices)))
+    return items, budget
 
 
 def uniform_plan(modules: Sequence[Module], model: Json, fmt: Format = UNIFORM4) -> Plan:

@@ -28,9 +28,12 @@ def check_writable(path: Path) -> None:
 
 def check_unfinished(checkpoint: Path, resume: bool) -> None:
     """Raise UsageError rather than overwrite what an interrupted measurement left."""
-    if checkpoint.exists() and not resume:
+    from .sensitivity.checkpoint import existing
+
+    files = existing(checkpoint)
+    if files and not resume:
         raise UsageError(
-            f"{checkpoint} holds an unfinished measurement; add --resume to go on with it, or "
+            f"{files[0]} holds an unfinished measurement; add --resume to go on with it, or "
             "delete it"
         )
 

@@ -21,6 +21,7 @@ from optiq.rounding import MINMAX
 from optiq.sensitivity.checkpoint import Checkpoint
 from optiq.sensitivity.job import Job
 from optiq.sensitivity.reference import Bf16
+from optiq.sensitivity.tally import score
 from optiq.sources import Source, resolve
 from tests.tiny import tiny_folder
 
@@ -69,11 +70,10 @@ def job(
 def scores(job: Job) -> dict[tuple[str, str], float]:
     """Mean scores by (path, format)."""
     lengths = [len(tokens) for tokens in job.sequences]
-    tally = job.checkpoint.tally
     return {
-        (path, fmt): float(tally.score(path, fmt, lengths)["kl"] or 0)
-        for path, formats in tally.sums.items()
-        for fmt in formats
+        (path, fmt): score(totals, lengths)[0]
+        for path, formats in job.collect().items()
+        for fmt, totals in formats.items()
     }
 
 

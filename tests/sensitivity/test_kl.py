@@ -153,7 +153,6 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
 
 def test_scores_that_are_not_finite_are_named(tmp_path: Path) -> None:
     work = job(load_model(tiny_source(tmp_path, "llama tied").path)[0], TEXTS)
-    with kl.Replay(work.model, work.modules) as replay:
-        tapes = kl.record(replay, work, [0])
+    column = {work.modules[1].path: {str(UNIFORM4): [0.5, float("nan")]}}
     with pytest.raises(SensitivityError, match=r"q_proj in 4g64"):
-        kl.add(work, work.modules[1], UNIFORM4, [float("nan")], tapes)
+        work.save((0, 0), column)

@@ -54,7 +54,7 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "kl", "fisher"),
         default="auto",
         help="kl: exact, one module and format at a time; fisher: estimated from one backward "
-        "pass; auto: kl for models with experts, else fisher",
+        "pass; auto: fisher, but kl for experts, routers and what the plan at --size hangs on",
     )
     parser.add_argument(
         "--reference",

@@ -1,63 +1,72 @@
-"""Where a measurement had got to, on disk after every step, so that it can go on after a stop."""
+"""What a measurement has found, on disk after every unit of work, so that it can go on.
+
+A unit is one step of one batch of one round (see job.py). What it finds does not depend on what
+was done before it, so units may be done in any order, by any rank, before or after a stop.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import SensitivityError
-from .tally import Tally
+from .tally import Totals
 
 _KIND = "optiq.sensitivity.checkpoint"
 
 
 class Checkpoint:
-    """The tally and the place in a measurement described by `identity` (anything JSON can hold).
+    """The units done of a measurement described by `identity` (anything JSON can hold).
 
-    `place` is (batch, step): all steps before it are in the tally. With `path` None nothing is
-    written. With `resume` an existing file is continued; it must have the same identity.
+    `rounds` has, by the names of the round and of the unit, the unit's totals. With `path` None
+    nothing is written. Rank r writes a file of its own, see `rank_path`; with `resume` those of
+    all ranks that are there are continued, and must have the same identity.
     """
 
-    def __init__(self, path: Path | None, identity: dict[str, Any], *, resume: bool) -> None:
-        self._path = path
+    def __init__(
+        self, path: Path | None, identity: dict[str, Any], *, resume: bool, rank: int = 0
+    ) -> None:
+        self._path = path and rank_path(path, rank)
         self._identity = identity
-        self.tally = Tally()
-        self.place = (0, 0)
-        if resume and path is not None and path.exists():
-            self._read(path)
+        self.rounds: dict[str, dict[str, Totals]] = {}
+        for file in existing(path) if resume and path else []:
+            self._read(file)
 
-    def save(self, batch: int, step: int) -> None:
-        """Note that everything before this place is done."""
-        self.place = (batch, step)
+    def units(self, name: str) -> dict[str, Totals]:
+        """What the round `name` has found, by unit."""
+        return self.rounds.setdefault(name, {})
+
+    def add(self, rounds: dict[str, dict[str, Totals]]) -> None:
+        """Take over what another rank, or an earlier run, has found."""
+        for name, units in rounds.items():
+            self.units(name).update(units)
+
+    def save(self) -> None:
+        """Write what there is."""
         if self._path is not None:
-            state = {
-                "kind": _KIND,
-                "identity": self._identity,
-                "place": self.place,
-                "sums": self.tally.sums,
-            }
+            state = {"kind": _KIND, "identity": self._identity, "rounds": self.rounds}
             write_json(self._path, state, indent=None)
 
-    def check(self, batches: int, steps: Sequence[set[tuple[str, str]]], *, partial: bool) -> None:
-        """Raise SensitivityError unless the tally is what it must be at this place.
+    def check(self, name: str, expected: Mapping[str, tuple[set[tuple[str, str]], int]]) -> None:
+        """Raise SensitivityError unless the units done of a round are units of `expected`.
 
-        `steps` has the (module path, format name) that each step of a batch scores; without
-        `partial`, only whole batches are saved.
+        It has, by name, the (module path, format name) that a unit scores and on how many
+        sequences.
         """
-        if self._path is None:
-            return
-        batch, step = self.place
-        last = len(steps) if partial and batch < batches else 0
-        if batch > batches or step > last:
-            _damaged(self._path, "its place is beyond the end")
-        scored: set[tuple[str, str]] = set().union(*(steps if batch else steps[:step]))
-        if {(path, fmt) for path, sums in self.tally.sums.items() for fmt in sums} != scored:
-            _damaged(self._path, "its sums are not those of its place")
+        for unit, totals in self.units(name).items():
+            scored, sequences = expected.get(unit, (set(), 0))
+            if {(path, fmt) for path, of in totals.items() for fmt in of} != scored or any(
+                len(column) != sequences for of in totals.values() for column in of.values()
+            ):
+                raise SensitivityError(
+                    f"{self._path} is damaged (unit {unit} of round {name} is none of this "
+                    "measurement); delete it and start without --resume"
+                )
 
     def _read(self, path: Path) -> None:
         state = _read_state(path)
@@ -68,17 +77,28 @@ class Checkpoint:
                 f"the checkpoint {path} was made with another {', '.join(differing)}; "
                 "repeat the original command, or leave out --resume to start anew"
             )
-        self.tally = Tally(state["sums"])
-        batch, step = state["place"]
-        self.place = (batch, step)
+        self.add(state["rounds"])
+
+
+def rank_path(path: Path, rank: int) -> Path:
+    """The checkpoint of one rank of a distributed measurement; rank 0 has `path` itself."""
+    return path if rank == 0 else path.with_name(f"{path.name}.{rank}")
+
+
+def existing(path: Path) -> list[Path]:
+    """The checkpoints that are there, of all ranks."""
+    ranks = path.parent.glob(f"{path.name}.*") if path.parent.exists() else ()
+    others = sorted(other for other in ranks if other.suffix[1:].isdecimal())
+    return [path, *others] if path.exists() else others
 
 
 def saved_reference(path: Path) -> str | None:
     """The reference that the checkpoint at `path` was made with; None without a checkpoint."""
-    if not path.exists():
+    files = existing(path)
+    if not files:
         return None
-    name = _read_state(path)["identity"].get("reference")
-    return name if isinstance(name, str) else None
+    name = _read_state(files[0])["identity"].get("reference")
+    return name if name in ("bf16", "uniform4") else None
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -97,30 +117,21 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise SensitivityError(f"{path} is not a checkpoint of optiq; delete it to start anew")
     if not isinstance(state.get("identity"), dict):
         _damaged(path, "no identity")
-    if not _is_place(state.get("place")):
-        _damaged(path, "its place is not two counts")
-    if not _are_sums(state.get("sums")):
-        _damaged(path, "its sums are not three finite numbers each")
+    rounds = state.get("rounds")
+    if not isinstance(rounds, dict) or not all(
+        isinstance(units, dict) and all(map(_are_totals, units.values()))
+        for units in rounds.values()
+    ):
+        _damaged(path, "its units are not finite numbers by module and format")
     return state
 
 
-def _is_place(value: object) -> bool:
-    # type() and not isinstance(): JSON's true is an int to Python.
-    return (
-        isinstance(value, list)
-        and len(value) == 2
-        and all(type(n) is int and n >= 0 for n in value)
-    )
-
-
-def _are_sums(value: object) -> bool:
+def _are_totals(value: object) -> bool:
     return isinstance(value, dict) and all(
         isinstance(by_format, dict)
         and all(
-            isinstance(sums, list)
-            and len(sums) == 3
-            and all(isinstance(x, float) and isfinite(x) for x in sums)
-            for sums in by_format.values()
+            isinstance(column, list) and all(isinstance(x, float) and isfinite(x) for x in column)
+            for column in by_format.values()
         )
         for by_format in value.values()
     )

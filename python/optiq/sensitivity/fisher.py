@@ -42,41 +42,47 @@ from ..roles import Module, Role
 from ..rounding import render
 from .gradients import Call, add_calls, looked_up, weight_gradient
 from .job import Job, is_head
-from .kl import LOGITS_BYTES, add, divergences, head_groups, record
+from .kl import LOGITS_BYTES, divergences, head_groups, record
 from .replay import Pass, Replay, Tape, arrays
+from .tally import Totals
 from .taps import Taps
 
 # Bytes of float32 gradients of one weight, each of one sequence, that are held together.
 GRADIENT_BYTES = 1 << 30
 
-# By module path and format name: a sum over tokens for each sequence of the batch.
-Totals = dict[str, dict[str, list[float]]]
-
 
 def score_by_fisher(job: Job) -> None:
-    """Score into `job.checkpoint`, from its place on."""
+    """Do this rank's share of the round; a batch is one unit."""
     batches = job.batches()
-    first, _ = job.checkpoint.place
-    work = sum(len(job.rounded(m)) for m in job.modules)
+    work = [m for m in job.modules if job.rounded(m)]
+    layers = sum(len(job.rounded(m)) for m in work)
+    share, done = job.share([work]), len(job.done())
     with (
         Replay(job.model, job.modules) as replay,
         Progress(
-            len(batches) * work, "rounded layers", done=first * work, enabled=job.progress
+            (done + len(share)) * layers,
+            "rounded layers",
+            done=done * layers,
+            enabled=job.progress,
         ) as progress,
     ):
-        for b in range(first, len(batches)):
+        for b, step in share:
             job.reference.begin()
-            _Batch(job, replay, batches[b], progress).score()
-            job.checkpoint.save(b + 1, 0)
+            job.save((b, step), _Batch(job, replay, batches[b], work, progress).score())
 
 
 class _Batch:
     """Sequences that go backward through the model together, sharing each rounded layer."""
 
     def __init__(
-        self, job: Job, replay: Replay, indices: Sequence[int], progress: Progress
+        self,
+        job: Job,
+        replay: Replay,
+        indices: Sequence[int],
+        work: Sequence[Module],
+        progress: Progress,
     ) -> None:
-        self.job, self.replay, self.progress = job, replay, progress
+        self.job, self.replay, self.work, self.progress = job, replay, work, progress
         self.tapes = record(replay, job, indices)
         keys = mx.random.split(mx.random.key(job.seed), len(job.sequences))
         self.keys = [keys[i] for i in indices]
@@ -85,11 +91,14 @@ class _Batch:
             [[mx.zeros_like(a) for a in _floats(out)] for out in tape.outputs]
             for tape in self.tapes
         ]
-        self.totals: Totals = defaultdict(lambda: defaultdict(lambda: [0.0] * len(self.tapes)))
+        self.totals: Totals = {
+            m.path: {str(fmt): [0.0] * len(indices) for fmt in job.rounded(m)} for m in work
+        }
 
-    def score(self) -> None:
-        job, replay, tapes = self.job, self.replay, self.tapes
-        outside = [m for m in job.modules if m.block is None and m.role is not Role.HEAD]
+    def score(self) -> Totals:
+        """The totals of every module of `work`."""
+        replay, tapes = self.replay, self.tapes
+        outside = [m for m in self.work if m.block is None and m.role is not Role.HEAD]
         # By tape: calls of the modules outside the blocks, which any block's input may depend on.
         shared: list[dict[str, list[Call]]] = []
         for t, tape in enumerate(tapes):
@@ -99,7 +108,7 @@ class _Batch:
         waiting: list[dict[str, list[Call]]] = [defaultdict(list) for _ in tapes]
         for n in reversed(range(len(replay.order))):
             block = replay.order[n]
-            inside = [m for m in job.modules if m.block == block]
+            inside = [m for m in self.work if m.block == block]
             for t in range(len(tapes)):
                 gradients, self.gradients[t][n] = self.gradients[t][n], []
                 calls = self._backward(t, n, [*outside, *inside], gradients)
@@ -112,12 +121,10 @@ class _Batch:
                     self._score_module(m, [calls.pop(m.path) for calls in waiting])
         for m in outside:
             self._score_module(m, [calls[m.path] for calls in shared])
-        for m in job.modules:
+        for m in self.work:
             if m.role is Role.HEAD:
                 self._score_module(m, [[] for _ in tapes])
-        for m in job.modules:
-            for fmt in job.rounded(m):
-                add(job, m, fmt, self.totals[m.path][str(fmt)], tapes)
+        return self.totals
 
     def _backward(
         self, t: int, n: int, modules: Sequence[Module], gradients: Sequence[mx.array]
@@ -162,9 +169,6 @@ class _Batch:
     def _score_module(self, module: Module, calls: Sequence[list[Call]]) -> None:
         """Add to `totals` the scores of one module, whose `calls` are given by tape."""
         job = self.job
-        formats = job.rounded(module)
-        if not formats:
-            return
         if module.role is not Role.HEAD and not all(calls):
             raise SensitivityError(
                 f"the model never calls {module.path} as a layer, so it has no Fisher score; "
@@ -175,7 +179,7 @@ class _Batch:
             self._add_smooth_part(module, *looked_up(dense, calls))
         if is_head(module):
             self._add_head_part(module, dense)
-        for _ in formats:
+        for _ in job.rounded(module):
             self.progress.step(note=module.path)
 
     def _add_smooth_part(

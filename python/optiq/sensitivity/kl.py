@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from math import isfinite
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,8 +21,9 @@ from ..formats import DENSE, Format
 from ..progress import Progress
 from ..roles import Module, Role
 from ..rounding import render
-from .job import Job, is_head
+from .job import Job, Unit, is_head
 from .replay import Replay, Tape
+from .tally import Totals
 
 # Bytes of float32 logits of one model at a time; a longer sequence is compared in chunks of rows.
 LOGITS_BYTES = 64 << 20
@@ -36,33 +36,28 @@ Output = tuple[mx.array, nn.Module | None]
 
 
 def score_by_kl(job: Job) -> None:
-    """Score into `job.checkpoint`, from its place on."""
-    batches = job.batches()
-    steps = [list(group) for _, group in groupby(job.modules, key=lambda m: m.block)]
-    blocks = len(job.model.layers)
-    cost = [sum(_cost(job, m, blocks) for m in modules) for modules in steps]
-    sizes = [len(batch) for batch in batches]
-    first_batch, first_step = job.checkpoint.place
+    """Do this rank's share of the round; a step is the modules of one block."""
+    batches, steps = job.batches(), job.blocks()
+    share = job.share(steps)
+
+    def cost(units: Sequence[Unit]) -> int:
+        return sum(len(batches[b]) * sum(runs(job, m) for m in steps[s]) for b, s in units)
+
+    done = cost(job.done())
     with (
         Replay(job.model, job.modules) as replay,
-        Progress(
-            sum(sizes) * sum(cost),
-            "block runs",
-            done=sum(sizes[:first_batch]) * sum(cost)
-            + sum(sizes[first_batch : first_batch + 1]) * sum(cost[:first_step]),
-            enabled=job.progress,
-        ) as progress,
+        Progress(done + cost(share), "block runs", done=done, enabled=job.progress) as progress,
     ):
-        for b in range(first_batch, len(batches)):
+        for b, units in groupby(share, key=lambda unit: unit[0]):
             job.reference.begin()
             tapes = record(replay, job, batches[b])
-            for s in range(first_step if b == first_batch else 0, len(steps)):
+            for _, s in units:
+                found: Totals = {}
                 for m in steps[s]:
-                    _probe(job, replay, tapes, m)
+                    found[m.path] = _probe(job, replay, tapes, m)
                     note = f"{m.path}, batch {b + 1} of {len(batches)}"
-                    progress.step(len(tapes) * _cost(job, m, blocks), note)
-                job.checkpoint.save(b, s + 1)
-            job.checkpoint.save(b + 1, 0)
+                    progress.step(len(tapes) * runs(job, m), note)
+                job.save((b, s), found)
 
 
 def record(replay: Replay, job: Job, batch: Sequence[int]) -> list[Tape]:
@@ -98,17 +93,6 @@ def divergences(
     return totals
 
 
-def add(job: Job, module: Module, fmt: Format, totals: Sequence[float], tapes: list[Tape]) -> None:
-    """Enter the totals of a batch's sequences into the tally."""
-    for total, tape in zip(totals, tapes, strict=True):
-        if not isfinite(total):
-            raise SensitivityError(
-                f"the score of {module.path} in {fmt} is not finite; "
-                f"the model overflows with it: remove {fmt} from --formats"
-            )
-        job.checkpoint.tally.add(module.path, str(fmt), total, tape.tokens.shape[1])
-
-
 def head_groups(formats: Sequence[Format], dense: nn.Module) -> list[Sequence[Format]]:
     """The formats in groups whose rounded heads may be held together.
 
@@ -118,11 +102,21 @@ def head_groups(formats: Sequence[Format], dense: nn.Module) -> list[Sequence[Fo
     return [formats[i : i + size] for i in range(0, len(formats), size)]
 
 
-def _probe(job: Job, replay: Replay, tapes: list[Tape], module: Module) -> None:
-    """Score one module in all its formats on one batch."""
+def runs(job: Job, module: Module) -> int:
+    """Block runs of all formats of a module on one sequence; a head's logits count as one."""
     formats = job.rounded(module)
-    if not formats:
-        return
+    models = len(formats)
+    running = job.reference.running(module.path)
+    if models and running != DENSE:  # the teacher runs, the running format does not
+        models += 1 - (running in formats)
+    if module.role is Role.HEAD:
+        return models
+    return models * (len(job.model.layers) - (module.block or 0) + 1)
+
+
+def _probe(job: Job, replay: Replay, tapes: list[Tape], module: Module) -> dict[str, list[float]]:
+    """Score one module in all its formats on one batch: by format, the total of each tape."""
+    formats = job.rounded(module)
     slot = replay.slot(module.path)
     dense = job.reference.dense(module.path)
     running = job.reference.running(module.path)
@@ -137,6 +131,7 @@ def _probe(job: Job, replay: Replay, tapes: list[Tape], module: Module) -> None:
             return [(replay.final(tape, module), head) for tape in tapes]
 
     teachers = outputs(dense, DENSE)
+    found: dict[str, list[float]] = {}
     for group in head_groups(formats, dense) if own_head else [formats]:
         students = [outputs(render(dense, f, job.rounding, module.path), f) for f in group]
         totals = [
@@ -144,16 +139,5 @@ def _probe(job: Job, replay: Replay, tapes: list[Tape], module: Module) -> None:
             for i, tape in enumerate(tapes)
         ]
         for fmt, column in zip(group, zip(*totals, strict=True), strict=True):
-            add(job, module, fmt, column, tapes)
-
-
-def _cost(job: Job, module: Module, blocks: int) -> int:
-    """Block runs of all formats of a module on one sequence; a head's logits count as one."""
-    formats = job.rounded(module)
-    runs = len(formats)
-    running = job.reference.running(module.path)
-    if runs and running != DENSE:  # the teacher runs, the running format does not
-        runs += 1 - (running in formats)
-    if module.role is Role.HEAD:
-        return runs
-    return runs * (blocks - (module.block or 0) + 1)
+            found[str(fmt)] = list(column)
+    return found

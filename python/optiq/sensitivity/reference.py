@@ -43,6 +43,14 @@ def choose(asked: str, nbytes: int) -> tuple[str, str]:
     )
 
 
+def common(offers: Sequence[Sequence[str]]) -> tuple[str, str]:
+    """Of the choices of all ranks the one that fits all, and the reason: the first that is not
+    bf16, if any.
+    """
+    name, why = next((offer for offer in offers if offer[0] != "bf16"), offers[0])
+    return name, why
+
+
 class Reference(Protocol):
     """Gives each module at full precision, within one pass over the modules."""
 

@@ -1,0 +1,113 @@
+"""A measurement as rounds, each by one method; in `auto` one decides what comes next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..errors import BudgetError
+from ..formats import DENSE, Format
+from ..progress import Progress
+from ..roles import Module, Role
+from .contested import Contest, contests
+from .fisher import score_by_fisher
+from .job import Job
+from .kl import runs, score_by_kl
+from .tally import score
+
+# What `auto` may spend on contested modules: a share of the block runs that exact scores of all
+# that it estimates would take.
+EXACT_SHARE = 0.1
+
+_METHODS = {"kl": score_by_kl, "fisher": score_by_fisher}
+_NOT_SMOOTH = (Role.EXPERT, Role.ROUTER)
+
+Formats = Mapping[str, tuple[Format, ...]]
+
+
+class Rounds:
+    """Runs rounds of `job`, whose formats are all that are to be scored, and keeps the scores.
+
+    `scores` has, by module path and format name, {"kl", "se", "method"}.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.scores: dict[str, dict[str, dict[str, Any]]] = {
+            path: {str(f): {"kl": 0.0, "se": 0.0} for f in formats if f == DENSE}
+            for path, formats in job.formats.items()
+        }
+        self._count = 0
+
+    def run(self, method: str, formats: Formats) -> None:
+        """Score these formats of these modules; the scores replace those of earlier rounds."""
+        job = replace(self.job, formats=dict(formats), name=f"{self._count} {method}")
+        self._count += 1
+        if not job.blocks():
+            return
+        _METHODS[method](job)
+        lengths = [len(tokens) for tokens in job.sequences]
+        heads = {m.path for m in job.modules if m.role is Role.HEAD}  # exact by either method
+        for path, columns in job.collect().items():
+            made = "kl" if path in heads else method
+            for fmt, totals in columns.items():
+                kl, se = score(totals, lengths)
+                self.scores[path][fmt] = {"kl": kl, "se": se, "method": made}
+
+    def cost(self, formats: Formats) -> int:
+        """Block runs on one sequence that exact scores take."""
+        job = replace(self.job, formats=dict(formats))
+        return sum(runs(job, m) for m in job.modules)
+
+    def of(self, choose: Callable[[Module], bool]) -> Formats:
+        """All formats of the modules that are chosen."""
+        return {m.path: self.job.formats[m.path] for m in self.job.modules if choose(m)}
+
+
+def measure_auto(rounds: Rounds, scores: Callable[[], dict[str, Any]], size: str) -> dict[str, Any]:
+    """Estimate what is smooth, measure the rest, then measure what the plan at `size` hangs on.
+
+    `scores` gives what is known as a sensitivity.json. Returns its "auto" entry.
+    """
+    job = rounds.job
+    smooth = rounds.of(lambda m: m.role not in _NOT_SMOOTH)
+    rounds.run("fisher", smooth)
+    rounds.run("kl", rounds.of(lambda m: m.role in _NOT_SMOOTH))
+    full = rounds.cost(rounds.of(lambda m: m.role not in (*_NOT_SMOOTH, Role.HEAD)))
+    say = Progress(0, "", enabled=job.progress).say
+    spent, measured = 0, set[str]()
+    while True:
+        try:
+            found = contests(scores(), size)
+        except BudgetError as error:
+            say(f"auto: no exact scores, for there is no plan to settle: {error}")
+            return {"size": size, "settled": False, "share": 0.0, "modules": 0}
+        work, cost = _affordable(rounds, found, EXACT_SHARE * full - spent)
+        # One rank decides for all: on unlike machines the last bit of a sum may differ.
+        work, cost, contested = job.world.gather([work, cost, len(found)])[0]
+        if not work:
+            break
+        say(f"auto: {contested} modules are contested at {size}, {len(work)} are measured exactly")
+        rounds.run("kl", {path: tuple(map(Format.parse, names)) for path, names in work.items()})
+        spent += cost
+        measured |= work.keys()
+    share = spent / full if full else 0.0
+    say(
+        f"auto: {f'{contested} modules still contested' if contested else 'settled'} at {size}; "
+        f"{len(measured)} were measured for {share:.1%} of the work that exact scores of all take"
+    )
+    return {"size": size, "settled": not contested, "share": share, "modules": len(measured)}
+
+
+def _affordable(
+    rounds: Rounds, found: list[Contest], limit: float
+) -> tuple[dict[str, list[str]], int]:
+    """The formats to measure within `limit` block runs, most nats a run first, and their runs."""
+    costs = {c.path: rounds.cost({c.path: c.formats}) for c in found}
+    work, spent = {}, 0
+    for contest in sorted(found, key=lambda c: c.gain / costs[c.path], reverse=True):
+        if spent + costs[contest.path] <= limit:
+            spent += costs[contest.path]
+            work[contest.path] = [str(fmt) for fmt in contest.formats]
+    return work, spent
