@@ -81,6 +81,7 @@ BAD = [
     (changed(lambda d: d["modules"][1]["scores"]["4g64"].update(kl=math.nan)), "no finite score"),
     (changed(lambda d: d["modules"][1]["scores"]["4g64"].update(kl="1")), "no finite score"),
     (changed(lambda d: d["modules"][1]["scores"]["4g64"].update(se=math.inf)), "no finite score"),
+    (changed(lambda d: d["modules"][1]["scores"]["4g64"].update(method="x")), "unknown method 'x'"),
     ({**PEER, "group_size": None}, "not understood as mlx-optiq's"),
     ({**PEER, "group_size": 48}, "not understood as mlx-optiq's"),
     ({**PEER, "layers": [{"layer_name": "x"}]}, "not understood as mlx-optiq's"),

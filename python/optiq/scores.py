@@ -153,6 +153,10 @@ def _check_module(row: Any, name: str) -> None:
         se = score.get("se") if isinstance(score, dict) else None
         if not _finite(kl) or (se is not None and not _finite(se)):
             raise SensitivityError(f"{name} has no finite score for {text}; {_FIX}")
+        if score.get("method", "kl") not in ("kl", "fisher"):
+            raise SensitivityError(
+                f"{name} has a score for {text} by the unknown method {score['method']!r}; {_FIX}"
+            )
 
 
 def _finite(value: Any) -> bool:

@@ -119,6 +119,24 @@ def test_it_goes_on_to_the_same_numbers(tmp_path: Path, monkeypatch: pytest.Monk
         assert (again["modules"], again["auto"]) == (whole["modules"], whole["auto"])
 
 
+def test_another_size_goes_on_from_the_estimates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "EXACT_SHARE", 0.3)
+    source, kept = tiny_source(tmp_path, "llama tied"), tmp_path / "c.json"
+
+    def run(size: str, **options: Any) -> Any:
+        found = measure(source, menu=MENU, calibration=TEXT, size=size, progress=False, **options)
+        return found["modules"], found["auto"]
+
+    first, second = run("5bpw", checkpoint=kept), run("6bpw")
+    assert first != second
+    with monkeypatch.context() as patch:
+        patch.setitem(rounds._METHODS, "fisher", lambda job: None)  # what is kept is enough
+        assert run("6bpw", checkpoint=kept, resume=True) == second
+        assert run("5bpw", checkpoint=kept, resume=True) == first
+
+
 @pytest.mark.parametrize("name", MIXTURES)
 def test_mixtures_of_experts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts and routers exactly, against naive runs; the rest as if all were estimated."""

@@ -22,6 +22,9 @@ _METHODS = {
     "fisher": "Each score estimates, from one backward pass over the calibration text, the KL "
     "divergence that rounding one module to one format causes (Fisher information times squared "
     "rounding error).",
+    "auto": "Each score estimates, from one backward pass over the calibration text, the KL "
+    "divergence that rounding one module to one format causes; for experts, for routers and where "
+    "the plan hangs on it, that KL was measured with the one module rounded.",
 }
 _REFERENCES = {
     "bf16": "All other modules stayed unquantized.",

@@ -20,7 +20,7 @@ from ..calibration import Calibration
 from ..distributed import ALONE, World
 from ..errors import UsageError
 from ..formats import Format
-from ..machine import machine, versions
+from ..machine import available_memory, machine, versions
 from ..plan import parse_size
 from ..progress import Progress
 from ..roles import Module, allowed, fixed_bytes, quantizable
@@ -31,6 +31,7 @@ from ..shards import header_bound
 from ..sources import LoadedModel, Source
 from .checkpoint import Checkpoint, saved_reference
 from .job import Job
+from .memory import estimate
 from .reference import Bf16, Reference, Uniform4, choose, common, weight_bytes
 from .rounds import Rounds, measure_auto
 from .store import save
@@ -86,7 +87,8 @@ def measure(
     described = describe_model(source, loaded, modules)
     # The memory that is free now may say otherwise than before the stop.
     kept = saved_reference(checkpoint) if resume and checkpoint and reference == "auto" else None
-    offer = (kept, "as in the checkpoint") if kept else choose(reference, weight_bytes(model))
+    nbytes = weight_bytes(model)
+    offer = (kept, "as in the checkpoint") if kept else choose(reference, nbytes)
     chosen, why = common(world.gather(offer))
     progress = progress and world.rank == 0
     say = Progress(0, "", enabled=progress).say
@@ -98,13 +100,12 @@ def measure(
         "calibration": calibration.sha256,
         "menu": [str(fmt) for fmt in menu],
         "method": method,
-        "size": size if method == "auto" else None,
         "reference": chosen,
         "rounding": rounding.name,
         "seed": seed,
         "versions": versions(),
     }
-    world.same(identity)
+    world.same({**identity, "size": size})
     state = Checkpoint(checkpoint, identity, resume=resume, rank=world.rank)
     for theirs in world.gather(state.rounds):
         state.add(theirs)
@@ -121,6 +122,13 @@ def measure(
         progress=progress,
         world=world,
     )
+    needs = estimate(job, nbytes, described["itemsize"], backward=method != "kl")
+    say(
+        f"memory: at most {sum(needs.values()) / 1e9:.2f} GB to measure ("
+        + ", ".join(f"{part} {nbytes / 1e9:.2f}" for part, nbytes in needs.items())
+        + f"); {available_memory() / 1e9:.1f} GB are available"
+    )
+    mx.reset_peak_memory()
     rounds = Rounds(job)
 
     def scores(**more: Any) -> dict[str, Any]:
@@ -144,6 +152,7 @@ def measure(
             "machine": machine(),
             "versions": versions(),
             "seconds": round(time.monotonic() - started, 1),
+            "memory": {"stated": sum(needs.values()), "peak": mx.get_peak_memory()},
             "modules": [
                 {
                     **describe_module(m),

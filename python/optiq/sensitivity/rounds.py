@@ -18,7 +18,7 @@ from .tally import score
 
 # What `auto` may spend on contested modules: a share of the block runs that exact scores of all
 # that it estimates would take.
-EXACT_SHARE = 0.1
+EXACT_SHARE = 0.03
 
 _METHODS = {"kl": score_by_kl, "fisher": score_by_fisher}
 _NOT_SMOOTH = (Role.EXPERT, Role.ROUTER)
@@ -40,9 +40,13 @@ class Rounds:
         }
         self._count = 0
 
-    def run(self, method: str, formats: Formats) -> None:
-        """Score these formats of these modules; the scores replace those of earlier rounds."""
-        job = replace(self.job, formats=dict(formats), name=f"{self._count} {method}")
+    def run(self, method: str, formats: Formats, size: str = "") -> None:
+        """Score these formats of these modules; the scores replace those of earlier rounds.
+
+        `size` is that which the work depends on, if it does.
+        """
+        name = " ".join([str(self._count), method, *([f"at {size}"] if size else [])])
+        job = replace(self.job, formats=dict(formats), name=name)
         self._count += 1
         if not job.blocks():
             return
@@ -89,7 +93,8 @@ def measure_auto(rounds: Rounds, scores: Callable[[], dict[str, Any]], size: str
         if not work:
             break
         say(f"auto: {contested} modules are contested at {size}, {len(work)} are measured exactly")
-        rounds.run("kl", {path: tuple(map(Format.parse, names)) for path, names in work.items()})
+        chosen = {path: tuple(map(Format.parse, names)) for path, names in work.items()}
+        rounds.run("kl", chosen, size)
         spent += cost
         measured |= work.keys()
     share = spent / full if full else 0.0
