@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from optiq.distributed import ALONE, BEAT, Watch, World, world
-from optiq.errors import DistributedError
+from optiq.errors import DistributedError, UsageError
+from optiq.preflight import check_unfinished
 from tests.tiny import tiny_folder
 
 # Small batches, so that there are several to divide.
@@ -225,8 +226,8 @@ def test_a_dead_rank_is_named_and_the_run_goes_on(alone: Path, killed: int) -> N
     assert err == f"\noptiq: rank {killed} died; what is measured is kept, go on with --resume\n"
     assert not out.exists()
 
-    refused = subprocess.run([sys.executable, *command], cwd=alone, capture_output=True, text=True)
-    assert "holds an unfinished measurement; add --resume" in refused.stderr
+    with pytest.raises(UsageError, match="holds an unfinished measurement; add --resume"):
+        check_unfinished(alone / (out.name + ".checkpoint"), resume=False)
     more = [*command, "--resume"]
     if killed:  # a single process goes on from the files of both
         subprocess.run([sys.executable, *more], cwd=alone, check=True, capture_output=True)

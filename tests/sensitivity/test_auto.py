@@ -55,7 +55,7 @@ def test_scores_are_those_of_the_method_they_name(
         assert score["method"] == "kl" or role not in ("expert", "router", "head")
         methods.add(score["method"])
     assert methods == {"kl", "fisher"}
-    assert found["auto"]["settled"]
+    assert (found["auto"]["contested"], found["auto"]["gain_left"]) == (0, 0)
     assert contests(found, "5bpw") == []
     measured = {
         path
@@ -68,20 +68,27 @@ def test_scores_are_those_of_the_method_they_name(
 
 def test_the_work_is_capped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny_source(tmp_path, "llama tied")
-    shares = []
+    shares, gains = [], []
     for cap in (0.0, 0.05, 1.0):
         monkeypatch.setattr(rounds, "EXACT_SHARE", cap)
         found = measure(source, menu=MENU, calibration=TEXT, size="5bpw", progress=False)
         assert found["auto"]["share"] <= cap
-        assert found["auto"]["settled"] == (contests(found, "5bpw") == [])
+        left = contests(found, "5bpw")
+        assert found["auto"]["contested"] == len(left)
+        assert found["auto"]["gain_left"] == pytest.approx(
+            sum(contest.gain for contest in left), rel=1e-12
+        )
         shares.append(found["auto"]["share"])
+        gains.append(found["auto"]["gain_left"])
     assert shares[0] == 0 < shares[1] < shares[2]
+    assert gains[0] > gains[1] > gains[2] == 0
 
 
 def test_a_size_without_a_plan_leaves_the_estimates(tmp_path: Path) -> None:
     source = tiny_source(tmp_path, "llama tied")
     found = measure(source, menu=[Format("affine", 8, 64)], calibration=TEXT, progress=False)
-    assert found["auto"] == {"size": "uniform4", "settled": False, "share": 0.0, "modules": 0}
+    assert found["auto"]["contested"] is None
+    assert found["auto"]["modules"] == 0
     with pytest.raises(UsageError, match="size 'small' is not understood"):
         measure(source, menu=MENU, calibration=TEXT, size="small", progress=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from math import fsum
 from typing import Any
 
 from ..errors import BudgetError
@@ -18,7 +19,7 @@ from .tally import score
 
 # What `auto` may spend on contested modules: a share of the block runs that exact scores of all
 # that it estimates would take.
-EXACT_SHARE = 0.03
+EXACT_SHARE = 0.02
 
 _METHODS = {"kl": score_by_kl, "fisher": score_by_fisher}
 _NOT_SMOOTH = (Role.EXPERT, Role.ROUTER)
@@ -86,10 +87,11 @@ def measure_auto(rounds: Rounds, scores: Callable[[], dict[str, Any]], size: str
             found = contests(scores(), size)
         except BudgetError as error:
             say(f"auto: no exact scores, for there is no plan to settle: {error}")
-            return {"size": size, "settled": False, "share": 0.0, "modules": 0}
+            return {"size": size, "modules": 0, "share": 0.0, "contested": None, "gain_left": None}
         work, cost = _affordable(rounds, found, EXACT_SHARE * full - spent)
         # One rank decides for all: on unlike machines the last bit of a sum may differ.
-        work, cost, contested = job.world.gather([work, cost, len(found)])[0]
+        decision = [work, cost, len(found), fsum(contest.gain for contest in found)]
+        work, cost, contested, gain = job.world.gather(decision)[0]
         if not work:
             break
         say(f"auto: {contested} modules are contested at {size}, {len(work)} are measured exactly")
@@ -99,10 +101,16 @@ def measure_auto(rounds: Rounds, scores: Callable[[], dict[str, Any]], size: str
         measured |= work.keys()
     share = spent / full if full else 0.0
     say(
-        f"auto: {f'{contested} modules still contested' if contested else 'settled'} at {size}; "
-        f"{len(measured)} were measured for {share:.1%} of the work that exact scores of all take"
+        f"auto: {len(measured)} modules were measured for {share:.1%} of the work that exact "
+        f"scores of all take; {contested} are contested at {size} still, {gain:.2g} nats to gain"
     )
-    return {"size": size, "settled": not contested, "share": share, "modules": len(measured)}
+    return {
+        "size": size,
+        "modules": len(measured),
+        "share": share,
+        "contested": contested,
+        "gain_left": gain,
+    }
 
 
 def _affordable(
