@@ -33,7 +33,7 @@ from .checkpoint import Checkpoint, saved_reference
 from .job import Job
 from .memory import estimate
 from .reference import Bf16, Reference, Uniform4, choose, common, weight_bytes
-from .rounds import Rounds, measure_auto
+from .rounds import Rounds, measure_auto, smooth
 from .store import save
 
 __all__ = ["describe_model", "load", "measure", "save"]
@@ -122,7 +122,8 @@ def measure(
         progress=progress,
         world=world,
     )
-    needs = estimate(job, nbytes, described["itemsize"], backward=method != "kl")
+    estimated = [m for m in modules if method == "fisher" or (method == "auto" and smooth(m))]
+    needs = estimate(job, nbytes, described["itemsize"], estimated)
     say(
         f"memory: at most {sum(needs.values()) / 1e9:.2f} GB to measure ("
         + ", ".join(f"{part} {nbytes / 1e9:.2f}" for part, nbytes in needs.items())

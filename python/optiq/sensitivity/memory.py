@@ -7,6 +7,7 @@ GRADIENT_BYTES of weight gradients. Activations are float32, as they are on the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 from math import prod
 
@@ -18,14 +19,14 @@ from .job import Job, is_head
 # Arrays of the size of the logits, of an attention's weights or of a layer's output that are held
 # at a time: going forward, and with what is kept for the way back.
 _FORWARD, _BACKWARD = 3, 5
-_HEADS = 32  # of a model that does not say
+_HEADS, _EXPERTS = 32, 8  # of a model that does not say
 
 
-def estimate(job: Job, weights: int, itemsize: int, *, backward: bool) -> dict[str, int]:
+def estimate(job: Job, weights: int, itemsize: int, backward: Sequence[Module]) -> dict[str, int]:
     """Bytes of each part when it is largest; their sum bounds the peak.
 
-    `weights` are the bytes of all unquantized parameters, `itemsize` those of one element. With
-    `backward` fisher scores are among what is measured. "at work" is the largest of what is never
+    `weights` are the bytes of all unquantized parameters, `itemsize` those of one element, and
+    `backward` the modules that get fisher scores. "at work" is the largest of what is never
     held together: a block's run, the logits of a group of heads, one module's rounding.
     """
     lengths = [[len(job.sequences[i]) for i in batch] for batch in job.batches()]
@@ -33,8 +34,10 @@ def estimate(job: Job, weights: int, itemsize: int, *, backward: bool) -> dict[s
     longest = max(max(of) for of in lengths)
     vocabulary, width = next(m.shape for m in job.modules if m.role is Role.EMBEDDING)
     in_blocks = groupby((m for m in job.modules if m.block is not None), key=lambda m: m.block)
-    block = max((sum(map(_in_and_out, of)) for _, of in in_blocks), default=0)
-    heads = getattr(getattr(job.model, "args", None), "num_attention_heads", _HEADS)
+    args = getattr(job.model, "args", None)
+    heads = getattr(args, "num_attention_heads", _HEADS)
+    experts = getattr(args, "num_experts_per_tok", _EXPERTS)
+    block = max((sum(_in_and_out(m, experts) for m in of) for _, of in in_blocks), default=0)
     rows = min(longest, max(1, kl.LOGITS_BYTES // (4 * vocabulary)))
     copies = _BACKWARD if backward else _FORWARD
     running = copies * 4 * longest * (block + heads * longest)
@@ -45,7 +48,7 @@ def estimate(job: Job, weights: int, itemsize: int, *, backward: bool) -> dict[s
     }
     scoring = running + max((_rounded(job, m, itemsize) for m in job.modules), default=0)
     if backward:
-        inside = [m for m in job.modules if job.rounded(m) and m.block is not None]
+        inside = [m for m in backward if job.rounded(m) and m.block is not None]
         largest = 4 * max((prod(m.shape) for m in inside), default=1)
         together = min(max(map(len, lengths)), max(1, fisher.GRADIENT_BYTES // largest))
         parts["gradients"] = parts["block outputs"] + 4 * batch * block
@@ -69,6 +72,6 @@ def _rounded(job: Job, module: Module, itemsize: int) -> int:
     return sum(sizes[:together]) + 2 * 4 * prod(module.shape) if sizes else 0
 
 
-def _in_and_out(module: Module) -> int:
+def _in_and_out(module: Module, experts: int) -> int:
     """Elements that go into and come out of a module for one token."""
-    return sum(module.shape[-2:])
+    return sum(module.shape[-2:]) * (experts if module.role is Role.EXPERT else 1)

@@ -22,7 +22,6 @@ from .tally import score
 EXACT_SHARE = 0.02
 
 _METHODS = {"kl": score_by_kl, "fisher": score_by_fisher}
-_NOT_SMOOTH = (Role.EXPERT, Role.ROUTER)
 
 Formats = Mapping[str, tuple[Format, ...]]
 
@@ -70,16 +69,20 @@ class Rounds:
         return {m.path: self.job.formats[m.path] for m in self.job.modules if choose(m)}
 
 
+def smooth(module: Module) -> bool:
+    """Whether `auto` estimates the module: that a router picks other experts has no gradient."""
+    return module.role not in (Role.EXPERT, Role.ROUTER)
+
+
 def measure_auto(rounds: Rounds, scores: Callable[[], dict[str, Any]], size: str) -> dict[str, Any]:
     """Estimate what is smooth, measure the rest, then measure what the plan at `size` hangs on.
 
     `scores` gives what is known as a sensitivity.json. Returns its "auto" entry.
     """
     job = rounds.job
-    smooth = rounds.of(lambda m: m.role not in _NOT_SMOOTH)
-    rounds.run("fisher", smooth)
-    rounds.run("kl", rounds.of(lambda m: m.role in _NOT_SMOOTH))
-    full = rounds.cost(rounds.of(lambda m: m.role not in (*_NOT_SMOOTH, Role.HEAD)))
+    rounds.run("fisher", rounds.of(smooth))
+    rounds.run("kl", rounds.of(lambda m: not smooth(m)))
+    full = rounds.cost(rounds.of(lambda m: smooth(m) and m.role is not Role.HEAD))
     say = Progress(0, "", enabled=job.progress).say
     spent, measured = 0, set[str]()
     while True:
