@@ -186,7 +186,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job(method: str) -> list[str]:
-    options = ["--sensitivity", method, "--tokens", "600", "--formats", "3g64,4g64,5g64,6g64"]
+    options = ["--sensitivity", method, "--tokens", "640", "--formats", "3g64,4g64,5g64,6g64"]
     return ["-c", CLI, "sensitivity", "model", *options]
 
 
