@@ -37,6 +37,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from ..errors import SensitivityError
+from ..nn.layers import dequantized
 from ..progress import Progress
 from ..roles import Module, Role
 from ..rounding import render
@@ -187,7 +188,7 @@ class _Batch:
             gradients = [weight_gradient(layer, calls[t]) for t in group]
             for fmt in self.job.rounded(module):
                 rounded = render(layer, fmt, self.job.rounding, module.path)
-                change = np.asarray(_shipped(rounded) - layer.weight.astype(mx.float32))
+                change = np.asarray(dequantized(rounded) - layer.weight.astype(mx.float32))
                 for t, gradient in zip(group, gradients, strict=True):
                     rows = np.einsum("...i,...i->...", gradient, change)
                     score = 0.5 * float(np.square(rows).sum(dtype=np.float64))
@@ -224,17 +225,6 @@ def _likelihood(replay: Replay, tape: Tape, key: mx.array) -> Callable[[mx.array
         return mx.sum(chosen - mx.logsumexp(logits, axis=-1))
 
     return likelihood
-
-
-def _shipped(layer: nn.Module) -> mx.array:
-    """The weight that a quantized layer stands for, float32."""
-    return mx.dequantize(
-        layer.weight,
-        layer.scales.astype(mx.float32),
-        layer.biases.astype(mx.float32),
-        group_size=layer.group_size,
-        bits=layer.bits,
-    )
 
 
 def _is_float(leaf: Any) -> bool:
