@@ -17,6 +17,7 @@ IDENTITY = {"model": "abc", "seed": 0}
 def written(path: Path) -> dict[str, Any]:
     state = Checkpoint(path, IDENTITY, resume=False)
     state.tally.add("a", "4g64", 1.5, 10)
+    state.weight_errors["a"] = {"4g64": 0.01}
     state.save(2, 3)
     found: dict[str, Any] = json.loads(path.read_text())
     return found
@@ -55,7 +56,16 @@ def test_it_goes_on_where_it_was(tmp_path: Path) -> None:
     again = Checkpoint(path, IDENTITY, resume=True)
     assert again.place == (2, 3)
     assert again.tally.sums == {"a": {"4g64": [1.5, 2.25, 15.0]}}
+    assert again.weight_errors == {"a": {"4g64": 0.01}}
     assert Checkpoint(path, IDENTITY, resume=False).place == (0, 0)
+
+
+def test_one_without_weight_errors_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    state = written(path)
+    del state["weight_errors"]
+    path.write_text(json.dumps(state))
+    assert Checkpoint(path, IDENTITY, resume=True).weight_errors == {}
 
 
 @pytest.mark.parametrize(
@@ -71,6 +81,9 @@ def test_it_goes_on_where_it_was(tmp_path: Path) -> None:
         {"sums": {"a": 3}},
         {"sums": {"a": {"4g64": [1.0, 2.0]}}},
         {"sums": {"a": {"4g64": ["x", 1.0, 2.0]}}},
+        {"weight_errors": None},
+        {"weight_errors": {"a": 0.1}},
+        {"weight_errors": {"a": {"4g64": "x"}}},
     ],
 )
 def test_a_damaged_one_is_refused(tmp_path: Path, damage: dict[str, Any]) -> None:

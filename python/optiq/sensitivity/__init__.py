@@ -133,9 +133,10 @@ def measure(
             {
                 **describe_module(m),
                 "scores": {
-                    str(fmt): {"kl": 0.0, "se": 0.0}
+                    str(fmt): {"kl": 0.0, "se": 0.0, "mse": 0.0}
                     if fmt == DENSE
                     else state.tally.score(m.path, str(fmt), lengths)
+                    | {"mse": state.weight_errors.get(m.path, {}).get(str(fmt))}
                     for fmt in job.formats[m.path]
                 },
             }

@@ -19,14 +19,17 @@ _KIND = "optiq.sensitivity.checkpoint"
 class Checkpoint:
     """The tally and the place in a measurement described by `identity` (anything JSON can hold).
 
-    `place` is (batch, step): all steps before it are in the tally. With `path` None nothing is
-    written. With `resume` an existing file is continued; it must have the same identity.
+    `place` is (batch, step): all steps before it are in the tally. `weight_errors` has by module
+    path and format name what rounding does to the weight itself, as far as it is known. With `path`
+    None nothing is written. With `resume` an existing file is continued; it must have the same
+    identity.
     """
 
     def __init__(self, path: Path | None, identity: dict[str, Any], *, resume: bool) -> None:
         self._path = path
         self._identity = identity
         self.tally = Tally()
+        self.weight_errors: dict[str, dict[str, float]] = {}
         self.place = (0, 0)
         if resume and path is not None and path.exists():
             self._read(path)
@@ -40,6 +43,7 @@ class Checkpoint:
                 "identity": self._identity,
                 "place": self.place,
                 "sums": self.tally.sums,
+                "weight_errors": self.weight_errors,
             }
             write_json(self._path, state, indent=None)
 
@@ -69,6 +73,7 @@ class Checkpoint:
                 "repeat the original command, or leave out --resume to start anew"
             )
         self.tally = Tally(state["sums"])
+        self.weight_errors = state["weight_errors"]
         batch, step = state["place"]
         self.place = (batch, step)
 
@@ -101,6 +106,8 @@ def _read_state(path: Path) -> dict[str, Any]:
         _damaged(path, "its place is not two counts")
     if not _are_sums(state.get("sums")):
         _damaged(path, "its sums are not three finite numbers each")
+    if not _are_errors(state.setdefault("weight_errors", {})):
+        _damaged(path, "its weight errors are not finite numbers")
     return state
 
 
@@ -122,6 +129,14 @@ def _are_sums(value: object) -> bool:
             and all(isinstance(x, float) and isfinite(x) for x in sums)
             for sums in by_format.values()
         )
+        for by_format in value.values()
+    )
+
+
+def _are_errors(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(by_format, dict)
+        and all(isinstance(x, float) and isfinite(x) for x in by_format.values())
         for by_format in value.values()
     )
 

@@ -40,7 +40,6 @@ from ..errors import SensitivityError
 from ..nn.layers import dequantized
 from ..progress import Progress
 from ..roles import Module, Role
-from ..rounding import render
 from .gradients import Call, add_calls, looked_up, weight_gradient
 from .job import Job, is_head
 from .kl import LOGITS_BYTES, add, divergences, head_groups, record
@@ -187,7 +186,7 @@ class _Batch:
             group = range(start, min(start + together, len(calls)))
             gradients = [weight_gradient(layer, calls[t]) for t in group]
             for fmt in self.job.rounded(module):
-                rounded = render(layer, fmt, self.job.rounding, module.path)
+                rounded = self.job.render(module, layer, fmt)
                 change = np.asarray(dequantized(rounded) - layer.weight.astype(mx.float32))
                 for t, gradient in zip(group, gradients, strict=True):
                     rows = np.einsum("...i,...i->...", gradient, change)
@@ -196,7 +195,7 @@ class _Batch:
 
     def _add_head_part(self, module: Module, dense: nn.Module) -> None:
         for group in head_groups(self.job.rounded(module), dense):
-            heads = [render(dense, fmt, self.job.rounding, module.path) for fmt in group]
+            heads = [self.job.render(module, dense, fmt) for fmt in group]
             for t, tape in enumerate(self.tapes):
                 students = [(tape.hidden, head) for head in heads]
                 found = divergences(self.replay, tape, (tape.hidden, dense), students)
