@@ -33,6 +33,7 @@ from optiq.rounding import MINMAX, Rounding, render, round_weight
 from optiq.runtime import size
 from optiq.sensitivity.fisher import score_by_fisher
 from optiq.sensitivity.kl import score_by_kl
+from optiq.sensitivity.weight_error import relative_error
 from tests.planned import scores_of, source_of
 from tests.sensitivity.cases import job, mean_kl, scores, sequences, stock_quantized, tiny_source
 from tests.tiny import tiny_folder
@@ -292,3 +293,15 @@ def test_a_conversion_with_nvfp4_in_the_menu(tmp_path: Path) -> None:
     assert coarse.kl is not None
     assert result.kl is not None
     assert coarse.kl > result.kl
+
+
+def test_small_weights_lose_precision_and_then_everything() -> None:
+    """A scale cannot be finer than 2^-9, whatever the weights: docs/how-it-works.md says so."""
+    dense, errors = nn.Linear(256, 64, bias=False), []
+    w = mx.random.normal((64, 256), key=mx.random.key(1))
+    for factor in (1, 0.02, 0.01, 0.001):
+        dense.weight = factor * w
+        errors.append(relative_error(dense, render(dense, NVFP4, MINMAX, "a")))
+    assert errors[0] < 0.011
+    assert errors == sorted(errors)
+    assert errors[-1] == pytest.approx(1, abs=1e-6)
