@@ -200,7 +200,7 @@ def test_an_interrupted_run_goes_on_to_the_same_scores(
     assert names(tmp_path) == ["model", "out.optiq-work", "whole"]
     assert names(work_folder(out)) == [conversion.CHECKPOINT]
     (checkpoint,) = work_folder(out).iterdir()
-    (units,) = json.loads(checkpoint.read_text())["rounds"].values()
+    units = json.loads(checkpoint.read_text())["rounds"][f"0 {method}"]
     assert len(units) == saves
     resumed = convert(folder, out, resume=True, **job)
     assert resumed.scores["modules"] == whole.scores["modules"]

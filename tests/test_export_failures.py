@@ -204,7 +204,7 @@ def test_widths_and_bytes_are_compared_with_the_plan(tmp_path: Path) -> None:
         second.module.path: replace(second, format=first.format, nbytes=first.nbytes),
     }
     modules = tuple(swap.get(m.module.path, m) for m in plan.modules)
-    with pytest.raises(ExportError, match=f"{first.module.path} loads as bits, group"):
+    with pytest.raises(ExportError, match=f"{first.module.path} loads as mode, bits, group"):
         export_module._verify(out, replace(plan, modules=modules), layout, checksums)
     modules = tuple(swap.get(m.module.path, m) if m is first else m for m in plan.modules)
     with pytest.raises(ExportError, match=r"its tensors are .* bytes, not"):

@@ -19,7 +19,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from .errors import ExportError, SourceError
-from .formats import DENSE, Format
+from .formats import DENSE, NVFP4, Format
 from .plan import Plan
 from .progress import Progress
 from .roles import fixed_bytes, quantizable
@@ -139,9 +139,12 @@ def _layout(loaded: LoadedModel, plan: Plan) -> dict[str, Spec]:
         else:
             *outer, width = array.shape
             layout[name] = Spec.of(mx.uint32, (*outer, width * fmt.bits // 32))
-            groups = Spec.of(loaded.dtype, (*outer, width // fmt.group_size))
+            dtype = mx.uint8 if fmt == NVFP4 else loaded.dtype
+            groups = Spec.of(dtype, (*outer, width // fmt.group_size))
             base = name.removesuffix("weight")
-            layout |= {f"{base}scales": groups, f"{base}biases": groups}
+            layout[f"{base}scales"] = groups
+            if fmt != NVFP4:
+                layout[f"{base}biases"] = groups
     return layout
 
 
@@ -170,7 +173,9 @@ def _stored(
     rounded = round_weight(array.astype(dtype), fmt, rounding, name.removesuffix(".weight"))
     mx.eval(*rounded)
     base = name.removesuffix("weight")
-    yield from zip((name, f"{base}scales", f"{base}biases"), rounded, strict=True)
+    for part, stored in zip((name, f"{base}scales", f"{base}biases"), rounded, strict=True):
+        if stored is not None:
+            yield part, stored
 
 
 def _counted(
@@ -234,10 +239,10 @@ def _verify(
     modules = dict(loaded.model.named_modules())
     for planned in plan.modules:
         module: Any = modules[planned.module.path]
-        found = getattr(module, "bits", None), getattr(module, "group_size", None)
+        found = tuple(getattr(module, key, None) for key in ("mode", "bits", "group_size"))
         fmt = planned.format
-        if found != ((None, None) if fmt == DENSE else (fmt.bits, fmt.group_size)):
-            raise _mismatch(f"{planned.module.path} loads as bits, group {found}, not {fmt}")
+        if found != ((None,) * 3 if fmt == DENSE else (fmt.mode, fmt.bits, fmt.group_size)):
+            raise _mismatch(f"{planned.module.path} loads as mode, bits, group {found}, not {fmt}")
     _check_forward(loaded.model)
 
 

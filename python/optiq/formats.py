@@ -1,7 +1,8 @@
 """A weight format is one value: how many bits, in which groups, in which mode.
 
 Bytes are exact. An affine weight of ``n`` elements stores ``n * bits / 8`` bytes of codes and,
-per group, one scale and one bias in the model's floating dtype (MLX ``mx.quantize``).
+per group, one scale and one bias in the model's floating dtype (MLX ``mx.quantize``). An nvfp4
+weight stores 4-bit floating point codes (e2m1) and, per 16 of them, one scale of a byte (e4m3).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ AFFINE_GROUPS = (32, 64, 128)
 
 @dataclass(frozen=True, order=True)
 class Format:
-    """`mode` is "affine" (bits and group size as in `mx.quantize`) or "dense" (not quantized)."""
+    """`mode` is "affine" or "nvfp4", as in `mx.quantize`, or "dense" (not quantized)."""
 
     mode: str
     bits: int
@@ -39,33 +40,46 @@ class Format:
                 raise UsageError(
                     f"group size {self.group_size} is not supported; use one of {AFFINE_GROUPS}"
                 )
+        elif self.mode == "nvfp4":
+            if (self.bits, self.group_size) != (4, 16):
+                raise UsageError("an nvfp4 format has bits=4 and group_size=16; use NVFP4")
         else:
-            raise UsageError(f"unknown format mode {self.mode!r}; use 'affine' or 'dense'")
+            raise UsageError(f"unknown format mode {self.mode!r}; use 'affine', 'nvfp4' or 'dense'")
 
     def __str__(self) -> str:
-        return "bf16" if self.mode == "dense" else f"{self.bits}g{self.group_size}"
+        if self.mode == "affine":
+            return f"{self.bits}g{self.group_size}"
+        return "bf16" if self.mode == "dense" else self.mode
 
     @classmethod
     def parse(cls, text: str) -> Format:
-        """Read "4g64", "4" (group 64) or "bf16" (left in the model's own floating dtype)."""
+        """Read "4g64", "4" (group 64), "nvfp4" or "bf16" (in the model's own floating dtype)."""
         name = text.strip().lower()
         if name in ("bf16", "f16", "fp16", "16", "dense"):
             return DENSE
+        if name == "nvfp4":
+            return NVFP4
         match = re.fullmatch(r"(\d+)(?:g(\d+))?", name)
         if not match:
-            raise UsageError(f"format {text!r} is not understood; write 4, 4g64, 4g128 or bf16")
+            raise UsageError(
+                f"format {text!r} is not understood; write 4, 4g64, 4g128, nvfp4 or bf16"
+            )
         return cls("affine", int(match[1]), int(match[2] or 64))
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a weight of `shape` (..., out, in) divides into whole groups."""
-        return self.mode == "dense" or shape[-1] % self.group_size == 0
+        if self.mode == "dense":
+            return True
+        # Stock nvfp4 works on 32 weights at a time and fails on a row that is half of that longer.
+        return shape[-1] % max(32, self.group_size) == 0
 
     def nbytes(self, shape: Sequence[int], itemsize: int = 2) -> int:
         """Bytes on disk of codes, scales and biases; `itemsize` is the model's floating dtype's."""
         n = prod(shape)
         if self.mode == "dense":
             return n * itemsize
-        return n * self.bits // 8 + 2 * itemsize * (n // self.group_size)
+        per_group = 1 if self.mode == "nvfp4" else 2 * itemsize
+        return n * self.bits // 8 + per_group * (n // self.group_size)
 
     def config(self) -> dict[str, Any] | bool:
         """The entry of mlx-lm's `config.json` `quantization` dict (`False` = not quantized)."""
@@ -76,6 +90,7 @@ class Format:
 
 DENSE = Format("dense", 16)
 UNIFORM4 = Format("affine", 4, 64)
+NVFP4 = Format("nvfp4", 4, 16)
 
 
 def parse_menu(text: str | Iterable[str]) -> tuple[Format, ...]:

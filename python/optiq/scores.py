@@ -150,8 +150,8 @@ def _check_module(row: Any, name: str) -> None:
         except UsageError as error:
             raise SensitivityError(f"{name}: {error}; {_FIX}") from error
         kl = score.get("kl") if isinstance(score, dict) else None
-        se = score.get("se") if isinstance(score, dict) else None
-        if not _finite(kl) or (se is not None and not _finite(se)):
+        rest = [score.get(key) for key in ("se", "mse")] if isinstance(score, dict) else []
+        if not _finite(kl) or not all(value is None or _finite(value) for value in rest):
             raise SensitivityError(f"{name} has no finite score for {text}; {_FIX}")
         if score.get("method", "kl") not in ("kl", "fisher"):
             raise SensitivityError(

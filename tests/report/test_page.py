@@ -57,6 +57,7 @@ def test_order_of_sections(small: Pair) -> None:
         "Sensitivity",
         "Formats",
         "Bytes per format",
+        "Formats measured",
         "KL against size",
         "Every module",
         "How the numbers were made",
@@ -256,6 +257,26 @@ def test_bytes_per_format_add_up(model: Pair) -> None:
     assert figures(table["norms, biases"][2]) == [plan["model"]["fixed_bytes"]]
     counts = [int(cells[3].text) for cells in table.values() if cells[3].text]
     assert sum(counts) == len(plan["modules"])
+
+
+def test_formats_measured_are_summed_up(model: Pair) -> None:
+    plan, scores = model
+    for i, m in enumerate(scores["modules"]):
+        m["scores"]["nvfp4"] = {"kl": 0.5, "se": None, "mse": 0.01 * i}
+        m["scores"]["4g64"]["mse"] = None
+    table = rows(section(read(render(plan, scores)), "Formats measured").first("table"))
+    measured = {fmt for m in scores["modules"] for fmt in m["scores"]}
+    assert table.keys() == measured - {"bf16"}
+    for fmt, (bits, modules, error, kl) in table.items():
+        found = [m["scores"][fmt]["kl"] for m in scores["modules"] if fmt in m["scores"]]
+        assert int(modules.text) == len(found)
+        assert figures(kl) == pytest.approx([sum(found)])
+        width, group = {"nvfp4": (4, 16)}.get(fmt) or map(int, fmt.split("g"))
+        assert figures(bits) == [width + (8 if fmt == "nvfp4" else 32) / group]
+        if fmt != "nvfp4":
+            assert error.text == "not measured"
+    middle = (len(scores["modules"]) - 1) / 2
+    assert figures(table["nvfp4"][2]) == pytest.approx([0.01 * middle])
 
 
 def test_a_plan_made_from_the_scores_has_a_page(model: Pair) -> None:

@@ -117,7 +117,8 @@ def stock_quantized(source: Source, formats: dict[str, Format]) -> nn.Module:
     for path, fmt in formats.items():
         if fmt != DENSE:
             layers = dict(tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module))
-            layer = layers[path].to_quantized(group_size=fmt.group_size, bits=fmt.bits)
+            options = {"group_size": fmt.group_size, "bits": fmt.bits, "mode": fmt.mode}
+            layer = layers[path].to_quantized(**options)
             model.update_modules(tree_unflatten([(path, layer)]))
     return model
 

@@ -44,9 +44,14 @@ def test_every_module_has_a_score_for_every_allowed_format(
         assert list(row["scores"]) == [str(fmt) for fmt in allowed(m, MENU)]
         for fmt, score in row["scores"].items():
             dense = fmt == "bf16"
-            assert score == {"kl": 0, "se": 0} if dense else score["kl"] > 0 and score["se"] > 0
+            if dense:
+                assert score == {"kl": 0, "se": 0, "mse": 0}
+                continue
+            assert score.keys() == {"kl", "se", "mse", "method"}
+            assert score["kl"] > 0
+            assert score["se"] > 0
             exact = method == "kl" or m.role is Role.HEAD
-            assert dense or score["method"] == ("kl" if exact else "fisher")
+            assert score["method"] == ("kl" if exact else "fisher")
     with (source.path / "model.safetensors").open("rb") as file:
         assert found["model"].pop("header_bytes") > int.from_bytes(file.read(8), "little")
     assert found["model"] == {
@@ -222,7 +227,8 @@ def test_a_menu_of_bf16_alone_needs_no_probe(tmp_path: Path) -> None:
     source = tiny_source(tmp_path, "llama tied")
     for method in ("kl", "fisher"):
         found = measure(source, menu=[DENSE], calibration=TEXT, method=method, progress=False)
-        assert all(row["scores"] == {"bf16": {"kl": 0, "se": 0}} for row in found["modules"])
+        dense = {"bf16": {"kl": 0, "se": 0, "mse": 0}}
+        assert all(row["scores"] == dense for row in found["modules"])
 
 
 def test_machine_is_described() -> None:

@@ -84,6 +84,7 @@ def broken(change: str) -> dict[str, Any]:
         ("m['scores']['7g64'] = {'kl': 0}", "7 bits"),
         ("m['scores']['4g64']['kl'] = nan", "no finite score for 4g64"),
         ("m['scores']['4g64'] = {'kl': 1.0, 'se': nan}", "no finite score for 4g64"),
+        ("m['scores']['4g64']['mse'] = nan", "no finite score for 4g64"),
         ("m['scores']['4g64']['kl'] = True", "no finite score for 4g64"),
         ("del m['scores']['4g64']['kl']", "no finite score for 4g64"),
     ],

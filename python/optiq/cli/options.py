@@ -43,7 +43,7 @@ def add_size(parser: argparse.ArgumentParser) -> None:
 
 def add_formats(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--formats", help="menu of widths or formats (default: 3,4,5,6,8,bf16; also 4g64)"
+        "--formats", help="menu of widths or formats (default: 3,4,5,6,8,bf16; also 4g64, nvfp4)"
     )
 
 

@@ -13,6 +13,9 @@ from ..ops import native
 
 M = TypeVar("M", bound="_Adopting")
 
+# On the CPU, dequantizing an nvfp4 weight costs as much as the stock product with so many rows.
+NVFP4_ROWS = 16
+
 
 class _Adopting(nn.Module):
     """Makes a layer out of another's parameters, without initialising random ones first."""
@@ -57,13 +60,10 @@ class Embedding(_Adopting, nn.Embedding):
 
 class QuantizedEmbedding(_Adopting, nn.QuantizedEmbedding):
     def __call__(self, ids: mx.array) -> mx.array:
-        return mx.dequantize(
-            self["weight"][ids],
-            _activation(self["scales"][ids]),
-            _activation(self["biases"][ids]),
-            group_size=self.group_size,
-            bits=self.bits,
-        )
+        if native.on_cpu():
+            return dequantized(self, ids)
+        out: mx.array = super().__call__(ids)  # type: ignore[no-untyped-call]
+        return out
 
     def as_linear(self, x: mx.array) -> mx.array:
         return _product(self, x)
@@ -95,7 +95,20 @@ def stock_classes() -> dict[type[nn.Module], type[_Adopting]]:
     }
 
 
+def dequantized(layer: Any, rows: Any = ...) -> mx.array:
+    """The weight that a quantized layer stands for, or these rows of it, in float32."""
+    codes, scales = layer["weight"][rows], layer["scales"][rows]
+    biases = layer["biases"][rows].astype(mx.float32) if "biases" in layer else None
+    if biases is not None:
+        scales = scales.astype(mx.float32)
+    return mx.dequantize(
+        codes, scales, biases, layer.group_size, layer.bits, mode=layer.mode, dtype=mx.float32
+    )
+
+
 def _product(layer: Any, x: mx.array, indices: mx.array | None = None) -> mx.array:
+    if layer.mode == "nvfp4":
+        return _nvfp4_product(layer, x, indices)
     return ops.quantized_matmul(
         x,
         layer["weight"],
@@ -105,6 +118,21 @@ def _product(layer: Any, x: mx.array, indices: mx.array | None = None) -> mx.arr
         bits=layer.bits,
         indices=indices,
     )
+
+
+def _nvfp4_product(layer: Any, x: mx.array, indices: mx.array | None) -> mx.array:
+    """The stock product, but native with the dequantized weight for many rows on the CPU.
+
+    Experts are not dequantized: all of them together may be large.
+    """
+    x = _activation(x)
+    weight = layer["weight"], layer["scales"], None
+    options = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+    if indices is not None:
+        return mx.gather_qmm(x[:, None, :], *weight, rhs_indices=indices, **options).squeeze(-2)
+    if native.active() and x.size > NVFP4_ROWS * x.shape[-1]:
+        return ops.linear(x, dequantized(layer))
+    return mx.quantized_matmul(x, *weight, **options)
 
 
 def _expert_rows(x: mx.array, indices: mx.array) -> tuple[mx.array, mx.array, tuple[int, ...]]:

@@ -38,7 +38,8 @@ def matrix(block: nn.Module, path: str) -> tuple[Any, ...]:
         return layer["weight"], None, None, 0, 0, bias
     if type(layer) in (QuantizedLinear, nn.QuantizedLinear) and layer.mode == "affine":
         return layer["weight"], layer["scales"], layer["biases"], layer.group_size, layer.bits, bias
-    raise Unknown(f"{path} is a {type(layer).__name__}")
+    mode = f" in {layer.mode}" if hasattr(layer, "mode") else ""
+    raise Unknown(f"{path} is a {type(layer).__name__}{mode}")
 
 
 def norm(block: nn.Module, path: str | None) -> tuple[mx.array, float] | None:

@@ -81,7 +81,7 @@ def quantize(w: mx.array, fmt: Format, importance: mx.array | None = None) -> Qu
         in the dtype of `w`.
 
     Raises:
-        ValueError: Dtypes or shapes that do not fit, or a dense `fmt`.
+        ValueError: Dtypes or shapes that do not fit, or a `fmt` that is not affine.
     """
     _check(w, fmt, importance)
     if ext := native.active() or native.proven("quantize"):
@@ -95,7 +95,7 @@ def quantize(w: mx.array, fmt: Format, importance: mx.array | None = None) -> Qu
 
 def _check(w: mx.array, fmt: Format, importance: mx.array | None) -> None:
     if fmt.mode != "affine":
-        raise ValueError(f"[quantize] fmt is {fmt}, which is dense; it must be affine")
+        raise ValueError(f"[quantize] fmt is {fmt}; it must be affine")
     if w.dtype not in (mx.float32, mx.float16, mx.bfloat16):
         raise ValueError(f"[quantize] w is {w.dtype}; it must be float32, float16 or bfloat16")
     if w.ndim < 2 or w.shape[-1] % fmt.group_size:

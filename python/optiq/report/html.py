@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExportError
-from . import compare, maps
+from . import compare, maps, measured
 from .colors import stylesheet
 from .curve import trace
 from .layout import Grid, lay_out
@@ -108,6 +108,10 @@ def _maps(plan: dict[str, Any], grid: Grid) -> str:
 <section>
 <h2>Bytes per format</h2>
 {maps.bytes_per_format(grid, fixed)}
+</section>
+<section>
+<h2>Formats measured</h2>
+{measured.table(grid, plan["model"]["itemsize"])}
 </section>"""
 
 

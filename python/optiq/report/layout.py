@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import log10
 from typing import Any
 
@@ -13,7 +13,7 @@ from .colors import LEVELS
 from .text import finite
 
 _BITS_LEVEL = {2: 0.04, 3: 0.20, 4: 0.36, 5: 0.52, 6: 0.68, 8: 0.84, 16: 1.0}
-_GROUP_SHIFT = {32: 0.05, 64: 0.0, 128: -0.05, 0: 0.0}
+_GROUP_SHIFT = {16: 0.08, 32: 0.05, 64: 0.0, 128: -0.05, 0: 0.0}
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,18 @@ class Cell:
     format: Format
     nbytes: int
     scores: dict[Format, tuple[float | None, float | None]]  # format -> (KL, its standard error)
+    errors: dict[Format, float] = field(default_factory=dict)  # relative, of the weight itself
 
     def loss(self, fmt: Format) -> float | None:
         """KL in nats per token; zero for dense unless it was measured, None when unknown."""
         return self.scores.get(fmt, (0.0 if fmt == DENSE else None, None))[0]
 
     def near4(self) -> Format | None:
-        """The measured affine format nearest to 4 bits (ties: fewer bits, then nearest g64)."""
+        """The measured format nearest to 4 bits (ties: affine, fewer bits, then nearest g64)."""
         measured = [f for f, (kl, _) in self.scores.items() if f != DENSE and kl is not None]
         return min(
             measured,
-            key=lambda f: (abs(f.bits - 4), f.bits, abs(f.group_size - 64)),
+            key=lambda f: (abs(f.bits - 4), f.mode, f.bits, abs(f.group_size - 64)),
             default=None,
         )
 
@@ -77,6 +78,11 @@ def _cells(plan: dict[str, Any], scores: dict[str, Any]) -> list[Cell]:
             scores={
                 Format.parse(name): (finite(score.get("kl")), finite(score.get("se")))
                 for name, score in measured.get(m["path"], {}).items()
+            },
+            errors={
+                Format.parse(name): error
+                for name, score in measured.get(m["path"], {}).items()
+                if (error := finite(score.get("mse"))) is not None
             },
         )
         for m in plan["modules"]

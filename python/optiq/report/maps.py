@@ -45,7 +45,8 @@ def format_map(grid: Grid) -> str:
     swatches = "".join(f'<li class="f{format_level(f)}">{_short(f)}</li>' for f in used)
     return (
         "<p>The format this plan gives each module: bits, then <q>g</q> and the number of weights "
-        "that share a scale; bf16 is left unquantized. Colours run from few bits to many.</p>"
+        "that share a scale; nvfp4 has 4-bit floating point codes, bf16 is left unquantized. "
+        "Colours run from few bits to many.</p>"
         f'<ul class="swatches">{swatches}</ul>{_table(grid, draw, "Format of every module")}'
     )
 
@@ -135,7 +136,7 @@ def _milli(kl: float) -> str:
 
 
 def _short(fmt: Format) -> str:
-    return "bf16" if fmt == DENSE else f"{fmt.bits}<small>g{fmt.group_size}</small>"
+    return f"{fmt.bits}<small>g{fmt.group_size}</small>" if fmt.mode == "affine" else str(fmt)
 
 
 def _legend(scale: LogScale) -> str:

@@ -37,9 +37,9 @@ import numpy as np
 from mlx.utils import tree_map
 
 from ..errors import SensitivityError
+from ..nn.layers import dequantized
 from ..progress import Progress
 from ..roles import Module, Role
-from ..rounding import render
 from .gradients import Call, add_calls, looked_up, weight_gradient
 from .job import Job, is_head
 from .kl import LOGITS_BYTES, divergences, head_groups, record
@@ -190,8 +190,8 @@ class _Batch:
             group = range(start, min(start + together, len(calls)))
             gradients = [weight_gradient(layer, calls[t]) for t in group]
             for fmt in self.job.rounded(module):
-                rounded = render(layer, fmt, self.job.rounding, module.path)
-                change = np.asarray(_shipped(rounded) - layer.weight.astype(mx.float32))
+                rounded = self.job.render(module, layer, fmt)
+                change = np.asarray(dequantized(rounded) - layer.weight.astype(mx.float32))
                 for t, gradient in zip(group, gradients, strict=True):
                     rows = np.einsum("...i,...i->...", gradient, change)
                     score = 0.5 * float(np.square(rows).sum(dtype=np.float64))
@@ -199,7 +199,7 @@ class _Batch:
 
     def _add_head_part(self, module: Module, dense: nn.Module) -> None:
         for group in head_groups(self.job.rounded(module), dense):
-            heads = [render(dense, fmt, self.job.rounding, module.path) for fmt in group]
+            heads = [self.job.render(module, dense, fmt) for fmt in group]
             for t, tape in enumerate(self.tapes):
                 students = [(tape.hidden, head) for head in heads]
                 found = divergences(self.replay, tape, (tape.hidden, dense), students)
@@ -228,17 +228,6 @@ def _likelihood(replay: Replay, tape: Tape, key: mx.array) -> Callable[[mx.array
         return mx.sum(chosen - mx.logsumexp(logits, axis=-1))
 
     return likelihood
-
-
-def _shipped(layer: nn.Module) -> mx.array:
-    """The weight that a quantized layer stands for, float32."""
-    return mx.dequantize(
-        layer.weight,
-        layer.scales.astype(mx.float32),
-        layer.biases.astype(mx.float32),
-        group_size=layer.group_size,
-        bits=layer.bits,
-    )
 
 
 def _is_float(leaf: Any) -> bool:

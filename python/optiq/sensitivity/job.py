@@ -13,14 +13,18 @@ from ..distributed import ALONE, World
 from ..errors import SensitivityError
 from ..formats import DENSE, Format
 from ..roles import Module, Role
-from ..rounding import Rounding
+from ..rounding import Rounding, render
 from .checkpoint import Checkpoint
 from .reference import Reference
 from .tally import Totals
+from .weight_error import relative_error
 
 # Tokens whose block outputs are kept at a time. A layer is rounded once per batch and format, so
 # a batch must be worth that; all of a batch's tokens are in memory at every block.
 BATCH_TOKENS = 2048
+
+# What the checkpoint keeps beside the rounds: a "unit" for each module and format.
+WEIGHT_ERRORS = "weight errors"
 
 # The batch, and the step within it.
 Unit = tuple[int, int]
@@ -49,6 +53,24 @@ class Job:
     def rounded(self, module: Module) -> list[Format]:
         """The formats of `module` that change its weight."""
         return [fmt for fmt in self.formats.get(module.path, ()) if fmt != DENSE]
+
+    def render(self, module: Module, layer: nn.Module, fmt: Format) -> nn.Module:
+        """`layer`, which has the module's weight or rows of it, rounded as it would be shipped.
+
+        The error of a whole weight is noted the first time.
+        """
+        rounded = render(layer, fmt, self.rounding, module.path)
+        whole = layer.weight.shape == module.shape
+        if whole and self.weight_error(module.path, str(fmt)) is None:
+            error = relative_error(layer, rounded)
+            noted = self.checkpoint.units(WEIGHT_ERRORS)
+            noted[f"{module.path} {fmt}"] = {module.path: {str(fmt): [error]}}
+        return rounded
+
+    def weight_error(self, path: str, fmt: str) -> float | None:
+        """The relative error of a module's weight in a format, if it has been noted."""
+        found = self.checkpoint.units(WEIGHT_ERRORS).get(f"{path} {fmt}")
+        return found[path][fmt][0] if found else None
 
     def batches(self) -> list[list[int]]:
         """Indices of the sequences, in order, at most BATCH_TOKENS tokens together or one each."""
@@ -102,9 +124,10 @@ class Job:
 
     def collect(self) -> Totals:
         """The totals of all sequences, when every rank has done its share; the same on all."""
-        units = self.checkpoint.units(self.name)
-        for theirs in self.world.gather(units):
+        units, errors = (self.checkpoint.units(name) for name in (self.name, WEIGHT_ERRORS))
+        for theirs, their_errors in self.world.gather((units, errors)):
             units.update(theirs)
+            errors.update(their_errors)
         found: Totals = {}
         for unit in self.done():
             for path, columns in units[_name(unit)].items():

@@ -20,7 +20,6 @@ from ..errors import SensitivityError
 from ..formats import DENSE, Format
 from ..progress import Progress
 from ..roles import Module, Role
-from ..rounding import render
 from .job import Job, Unit, is_head
 from .replay import Replay, Tape
 from .tally import Totals
@@ -133,7 +132,7 @@ def _probe(job: Job, replay: Replay, tapes: list[Tape], module: Module) -> dict[
     teachers = outputs(dense, DENSE)
     found: dict[str, list[float]] = {}
     for group in head_groups(formats, dense) if own_head else [formats]:
-        students = [outputs(render(dense, f, job.rounding, module.path), f) for f in group]
+        students = [outputs(job.render(module, dense, f), f) for f in group]
         totals = [
             divergences(replay, tape, teachers[i], [of[i] for of in students])
             for i, tape in enumerate(tapes)

@@ -29,13 +29,13 @@ Formats = Mapping[str, tuple[Format, ...]]
 class Rounds:
     """Runs rounds of `job`, whose formats are all that are to be scored, and keeps the scores.
 
-    `scores` has, by module path and format name, {"kl", "se", "method"}.
+    `scores` has, by module path and format name, {"kl", "se", "mse", "method"}.
     """
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.scores: dict[str, dict[str, dict[str, Any]]] = {
-            path: {str(f): {"kl": 0.0, "se": 0.0} for f in formats if f == DENSE}
+            path: {str(f): {"kl": 0.0, "se": 0.0, "mse": 0.0} for f in formats if f == DENSE}
             for path, formats in job.formats.items()
         }
         self._count = 0
@@ -57,7 +57,8 @@ class Rounds:
             made = "kl" if path in heads else method
             for fmt, totals in columns.items():
                 kl, se = score(totals, lengths)
-                self.scores[path][fmt] = {"kl": kl, "se": se, "method": made}
+                mse = job.weight_error(path, fmt)
+                self.scores[path][fmt] = {"kl": kl, "se": se, "mse": mse, "method": made}
 
     def cost(self, formats: Formats) -> int:
         """Block runs on one sequence that exact scores take."""
