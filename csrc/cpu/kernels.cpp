@@ -1,5 +1,6 @@
 // Compiled once per instruction set with OPTIQ_ISA set to its name (see CMakeLists.txt).
 #include "attention.h"
+#include "descent.h"
 #include "elementwise.h"
 #include "gemm.h"
 #include "kl.h"
@@ -101,6 +102,6 @@ void from_f32(const float* in, Float type, void* out, size_t n) {
 } // namespace
 
 extern const Kernels table = {OPTIQ_STRING(OPTIQ_ISA), matmul, products, sgemm, kl_divergence,
-    head_kl, head_kl_gradient, quantize, rms_norm, heads, attention, gate, to_f32, from_f32};
+    head_kl, head_kl_gradient, quantize, descend, rms_norm, heads, attention, gate, to_f32, from_f32};
 
 } // namespace optiq::cpu::OPTIQ_ISA

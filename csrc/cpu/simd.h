@@ -349,7 +349,7 @@ class Scratch {
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  operator T*() {
+  operator T*() const {
     return data_;
   }
 

@@ -127,6 +127,18 @@ struct Quantize {
   Float type;
 };
 
+// Improves a rounding of w[rows, cols] in place: sweeps of coordinate descent on the output error
+// (v - w) hessian (v - w)' of each row, which none of them raises. hessian[cols, cols] is symmetric.
+struct Descent {
+  const void* w;
+  const float* hessian;
+  uint8_t* codes;
+  void *scales, *biases;
+  size_t rows, cols;
+  int group_size, bits, sweeps;
+  Float type;
+};
+
 // y[r, :] = add[r, :] + gain * weight * x[r, :] / sqrt(mean(x[r, :]^2) + eps), rows contiguous.
 // Without `weight` ones, without `add` zeros, without `norm` y = add + gain * x. y may be x or add.
 struct RmsNorm {
@@ -199,6 +211,7 @@ struct Kernels {
   void (*head_kl)(const HeadKl&);
   void (*head_kl_gradient)(const HeadKlGradient&);
   void (*quantize)(const Quantize&);
+  void (*descend)(const Descent&);
   void (*rms_norm)(const RmsNorm&);
   void (*heads)(const Heads&);
   void (*attention)(const Attention&);

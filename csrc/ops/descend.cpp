@@ -1,0 +1,104 @@
+#include "ops/descend.h"
+
+#include <cstring>
+#include <sstream>
+#include <stdexcept>
+
+#include <mlx/allocator.h>
+#include <mlx/backend/cpu/encoder.h>
+#include <mlx/ops.h>
+
+#include "cpu/affine_format.h"
+
+namespace optiq {
+
+std::vector<array> descend(const array& w, const array& codes, const array& scales,
+    const array& biases, const array& hessian, int group_size, int bits, int sweeps) {
+  auto fail = [](auto&&... parts) {
+    std::ostringstream msg;
+    msg << "[descend] ";
+    (msg << ... << parts);
+    throw std::invalid_argument(msg.str());
+  };
+  require_floating("descend", "w", w);
+  cpu::check_affine_format("descend", "", bits, group_size);
+  if (w.ndim() < 2 || w.shape(-1) % group_size != 0) {
+    fail("w ", w.shape(), " must have two or more axes, the last a multiple of ", group_size);
+  }
+  auto packed = w.shape(), groups = w.shape();
+  packed.back() = int(int64_t(w.shape(-1)) * bits / 32);
+  groups.back() = w.shape(-1) / group_size;
+  if (codes.dtype() != mx::uint32 || codes.shape() != packed) {
+    fail("codes are ", codes.shape(), " ", codes.dtype(), "; they must be ", packed, " uint32");
+  }
+  for (auto* a : {&scales, &biases}) {
+    if (a->dtype() != w.dtype() || a->shape() != groups) {
+      fail(a == &scales ? "scales" : "biases", " are ", a->shape(), " ", a->dtype(),
+          "; they must be ", groups, " ", w.dtype());
+    }
+  }
+  if (hessian.shape() != mx::Shape{w.shape(-1), w.shape(-1)}) {
+    fail("hessian is ", hessian.shape(), "; it must be ", mx::Shape{w.shape(-1), w.shape(-1)});
+  }
+  if (sweeps < 0) {
+    fail("sweeps is ", sweeps, "; it must be 0 or more");
+  }
+  auto stream = mx::default_stream(mx::Device::cpu);
+  return array::make_arrays({packed, groups, groups}, {mx::uint32, w.dtype(), w.dtype()},
+      std::make_shared<Descend>(stream, group_size, bits, sweeps),
+      {w, codes, scales, biases, mx::astype(hessian, mx::float32, stream)});
+}
+
+void Descend::eval_cpu(const std::vector<array>& inputs, std::vector<array>& outs) {
+  auto& encoder = mx::cpu::get_command_encoder(stream());
+  std::vector<array> in;
+  for (auto& input : inputs) {
+    in.push_back(row_contiguous(input, stream()));
+    encoder.set_input_array(in.back());
+  }
+  for (auto& out : outs) {
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+    encoder.set_output_array(out);
+  }
+  const array& w = in[0];
+  if (w.size() == 0) {
+    return;
+  }
+  cpu::Descent work{.w = w.data<char>(),
+      .hessian = in[4].data<float>(),
+      .codes = outs[0].data<uint8_t>(),
+      .scales = outs[1].data<char>(),
+      .biases = outs[2].data<char>(),
+      .rows = w.size() / w.shape(-1),
+      .cols = size_t(w.shape(-1)),
+      .group_size = group_size_,
+      .bits = bits_,
+      .sweeps = sweeps_,
+      .type = float_type(w.dtype())};
+  struct Copy {
+    const char* from;
+    char* to;
+    size_t nbytes;
+  };
+  std::vector<Copy> start;
+  for (int i = 0; i < 3; i++) {
+    start.push_back({in[i + 1].data<char>(), outs[i].data<char>(), outs[i].nbytes()});
+  }
+  encoder.dispatch([work, start]() {
+    for (auto& copy : start) {
+      std::memcpy(copy.to, copy.from, copy.nbytes);
+    }
+    cpu::kernels().descend(work);
+  });
+}
+
+void Descend::eval_gpu(const std::vector<array>&, std::vector<array>&) {
+  throw std::logic_error("[descend] it was put on the CPU");
+}
+
+bool Descend::is_equivalent(const mx::Primitive& other) const {
+  auto& o = static_cast<const Descend&>(other);
+  return group_size_ == o.group_size_ && bits_ == o.bits_ && sweeps_ == o.sweeps_;
+}
+
+} // namespace optiq

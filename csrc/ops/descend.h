@@ -1,0 +1,35 @@
+#pragma once
+
+#include "ops/matmul.h"
+
+#include <mlx/primitives.h>
+#include <mlx/utils.h>
+
+namespace optiq {
+
+/**
+ * A rounding of w [..., in] (codes, scales and biases as mx.quantize gives them) improved by
+ * coordinate descent on the layer's output error; `hessian` [in, in] is the second moment of the
+ * layer's inputs. Always on the CPU: the steps of a row follow one another.
+ */
+std::vector<mx::array> descend(const mx::array& w, const mx::array& codes, const mx::array& scales,
+    const mx::array& biases, const mx::array& hessian, int group_size, int bits, int sweeps);
+
+class Descend : public mx::Primitive {
+ public:
+  Descend(mx::Stream stream, int group_size, int bits, int sweeps)
+      : Primitive(stream), group_size_(group_size), bits_(bits), sweeps_(sweeps) {}
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outs) override;
+  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outs) override;
+
+  DEFINE_NAME(OptiqDescend)
+  bool is_equivalent(const mx::Primitive& other) const override;
+
+ private:
+  int group_size_;
+  int bits_;
+  int sweeps_;
+};
+
+} // namespace optiq
