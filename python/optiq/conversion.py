@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from typing import Any
 from . import calibration as cal
 from . import compare, importance, report
 from . import sensitivity as scoring
-from .errors import CalibrationError, ExportError, SensitivityError
+from .descent import descend
+from .errors import CalibrationError, ExportError, SensitivityError, UsageError
 from .export import check_target, export
 from .formats import DEFAULT_MENU, Format, parse_menu
 from .machine import available_memory
@@ -36,19 +38,23 @@ from .preflight import (
     check_writable,
 )
 from .progress import Progress
+from .proposals import propose
 from .roles import quantizable
 from .rounding import MINMAX, Rounding
 from .runtime import load as load_native
 from .runtime import render
+from .selection import decide
 from .sensitivity.checkpoint import saved_reference
 from .sensitivity.reference import Uniform4, choose, weight_bytes
 from .sources import LoadedModel, Source, load, resolve
 
 # Enough for stable scores of a small model; the scores' error bars say whether it was.
 CALIBRATION_TOKENS = 8192
+SELECTION_TOKENS = 4096
 HELD_OUT_TOKENS = 4096
 CHECKPOINT = "sensitivity.checkpoint.json"
 SCORES = "sensitivity.json"
+SEARCH, DESCENT = "search", "descent"
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,8 @@ def convert(
         sensitivity: "kl" (exact, slow), "fisher" (one backward pass) or "auto".
         reference: "bf16", "uniform4" (for models that do not fit memory) or "auto".
         calibration: JSON Lines of samples in place of the bundled mix.
-        rounding: "search" (weighted by what drives each layer; the default) or "minmax" (stock).
+        rounding: "descent" (fitted to what each layer's output loses; the default), "search"
+            (scales fitted to what drives each column) or "minmax" (stock).
         tokens, held_out_tokens: How much text to score with, and to measure the result on.
         scores: A sensitivity.json to use instead of measuring.
         resume: Go on with an interrupted measurement of the same job.
@@ -119,17 +126,20 @@ def convert(
     source = resolve(model, revision=revision)
     loaded = load(source)
     held_out = gather(loaded.tokenizer, calibration, "heldout", held_out_tokens, seed)
+    selecting = _selecting(loaded.tokenizer, calibration, seed)
     text = gather(loaded.tokenizer, calibration, "calibration", tokens, seed)
     if scores is not None:
         found = _given(Path(scores), source, loaded)
-        name = MINMAX.name if dry_run else rounding or found["rounding"]
+        rounding = rounding or (DESCENT if found["rounding"] == SEARCH else found["rounding"])
+        name = MINMAX.name if dry_run else rounding
         how = choose_rounding(name, source, text, reference, progress)
     else:
         needed = check_budget(source, loaded, size, menu)
         if not dry_run:
             check_space(out, needed)
         check_weights(source)
-        how = choose_rounding(rounding or "search", source, text, reference, progress)
+        rounding = rounding or DESCENT
+        how = choose_rounding(rounding, source, text, reference, progress)
         found = scoring.measure(
             source,
             loaded=loaded,
@@ -148,9 +158,15 @@ def convert(
         scoring.save(found, work / SCORES)
     del loaded  # its weights are in memory by now
     limit = menu if formats is not None else None
-    plan = build(found, size, limit, seed=seed, command=_command())
     if dry_run:
-        return Result(plan, found, None)
+        return Result(build(found, size, limit, seed=seed, command=_command()), found, None)
+    plans = propose(found, size, limit, seed=seed, command=_command())
+    fit = partial(
+        descend, source, text=text, rounding=how, reference=reference, seed=seed, progress=progress
+    )
+    plan, how = decide(
+        source, plans, how, selecting, fit if rounding == DESCENT else None, progress=progress
+    )
     try:
         export(source, plan, out, scores=found, rounding=how)
     except ExportError as error:
@@ -201,16 +217,26 @@ def gather(
     return found
 
 
+def _selecting(tokenizer: Any, path: str | Path | None, seed: int) -> list[cal.Sample]:
+    """Sequences to choose a plan by; none where the rows at `path` are too few."""
+    rows = cal.split(cal.load_rows(path), "selection")
+    if not rows:
+        return []
+    return cal.batches(rows, tokenizer, tokens=SELECTION_TOKENS, seed=seed).sequences
+
+
 def choose_rounding(
     name: str, source: Source, text: cal.Calibration, reference: str, progress: bool = True
 ) -> Rounding:
-    """The rounding called `name`; for "search", the importance of all columns is measured.
+    """The rounding that scores are measured with: for "search" and "descent" the search.
 
-    It is measured on the model that scores are measured in: the source's, or that in 4 bits.
+    For it the importance of all columns is measured, on the model that scores are measured in: the
+    source's, or that in 4 bits.
     """
     if name == MINMAX.name:
         return MINMAX
-    Rounding(name)  # an unknown name is refused before the measuring
+    if name not in (SEARCH, DESCENT):
+        raise UsageError(f"unknown rounding {name!r}; use {DESCENT}, {SEARCH} or {MINMAX.name}")
     model = load(source).model
     modules = quantizable(model)
     chosen, _ = choose(reference, weight_bytes(model))
@@ -218,7 +244,7 @@ def choose_rounding(
         Uniform4(source, model, modules, MINMAX)
     accelerate(model, blocks=False)  # each layer is metered
     sequences = [sample.tokens for sample in text.sequences]
-    return Rounding(name, importance.measure(model, modules, sequences, progress=progress))
+    return Rounding(SEARCH, importance.measure(model, modules, sequences, progress=progress))
 
 
 def _menu(formats: str | Sequence[Format] | None) -> tuple[Format, ...]:

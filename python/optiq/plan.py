@@ -22,7 +22,7 @@ from .scores import Scores, describe_module, module_of, parse
 Json = dict[str, Any]
 
 _PROVENANCE = (
-    "measured", "calibration", "seed", "command", "versions", "machine", "uniform4",
+    "measured", "selection", "calibration", "seed", "command", "versions", "machine", "uniform4",
 )  # fmt: skip
 _UNITS = {"b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
@@ -62,6 +62,7 @@ class Plan:
     bound: float | None = None  # proven: no plan within the budget has a smaller predicted KL
     gap: float | None = None
     measured: Json | None = None
+    selection: Json | None = None  # what it was chosen from (see selection.py)
     calibration: Json = field(default_factory=dict)
     seed: int = 0
     command: str = ""
@@ -125,7 +126,7 @@ class Plan:
                 ),
                 bound=data["objective"]["bound"],
                 gap=data["objective"]["gap"],
-                **{key: data[key] for key in _PROVENANCE},
+                **{key: data[key] for key in _PROVENANCE if key in data},
             )
             itemsize = plan.model["itemsize"]
             exact = all(m.nbytes == m.format.nbytes(m.module.shape, itemsize) for m in plan.modules)

@@ -32,11 +32,13 @@ class Rounding:
     "minmax" takes scale and bias from each group's smallest and largest weight: `mx.quantize`.
     "search" fits them to the columns' `importance`, by module path (see `importance.measure`); a
     module without it falls back to min/max, since a search that weighs all columns alike makes
-    models worse.
+    models worse. What is in `fitted`, by module path and format, is rounded already (see
+    `descent.descend`).
     """
 
     name: str = "minmax"
     importance: Mapping[str, mx.array] = field(default_factory=dict)
+    fitted: Mapping[tuple[str, Format], Rounded] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.name not in ROUNDINGS:
@@ -66,6 +68,8 @@ def round_weight(
             f"{max(32, fmt.group_size)}; use a smaller group size or bf16"
         )
     check_finite(f"{path}.weight", w)
+    if (path, fmt) in rounding.fitted:
+        return rounding.fitted[path, fmt]
     if fmt == NVFP4:
         return *_round_nvfp4(w), None
     return ops.quantize(w, fmt, rounding.importance.get(path))

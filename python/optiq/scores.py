@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,11 @@ _FIX = "measure again with: optiq sensitivity MODEL -o FILE"
 
 @dataclass(frozen=True)
 class Scored:
-    """A module and its scores: nats per token by format."""
+    """A module and its scores: nats per token by format, and standard errors where known."""
 
     module: Module
     losses: Mapping[Format, float]
+    errors: Mapping[Format, float | None] = field(default_factory=dict)
 
     def loss(self, fmt: Format) -> float:
         """The score of `fmt`; SensitivityError when it was not measured."""
@@ -77,6 +78,7 @@ def parse(data: Json) -> Scores:
         Scored(
             module_of(row),
             {Format.parse(fmt): float(score["kl"]) for fmt, score in row["scores"].items()},
+            {Format.parse(fmt): score.get("se") for fmt, score in row["scores"].items()},
         )
         for row in data["modules"]
     )

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from optiq.calibration import Calibration, batches, load_rows, render, split
+from optiq.calibration.rows import SPLITS
 from optiq.errors import CalibrationError
 
 ROWS = load_rows()
@@ -89,10 +90,10 @@ def test_every_prefix_is_balanced_up_to_one_sample(tokenizer: TokenizerWrapper) 
 
 
 def test_held_out_rows_share_nothing_with_calibration(tokenizer: TokenizerWrapper) -> None:
-    parts = [split(ROWS, part) for part in ("calibration", "heldout")]
-    assert [len(part) for part in parts] == [140, 20]
+    parts = [split(ROWS, part) for part in SPLITS]
+    assert [len(part) for part in parts] == [120, 20, 20]
     lines = [{s.line for s in batches(p, tokenizer, tokens=6_000).sequences} for p in parts]
-    assert not lines[0] & lines[1]
+    assert len(set.union(*lines)) == sum(map(len, lines))
 
 
 def test_a_short_domain_lowers_the_others() -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optiq.calibration import load_rows, split
+from optiq.calibration.rows import SPLITS
 from optiq.errors import CalibrationError
 
 TEXT = {"domain": "prose", "text": "Rain fell on the tin roof."}
@@ -120,17 +121,23 @@ def test_files_that_hold_no_rows(tmp_path: Path) -> None:
         assert "expected" in str(fault.value)
 
 
-def test_split_holds_out_every_eighth_row_of_each_domain() -> None:
+def test_split_gives_each_row_one_part() -> None:
     rows = [{"domain": d, "n": n} for n in range(32) for d in ("a", "b")]
-    rows += [{"domain": "short", "n": n} for n in range(3)] + [{"domain": "one", "n": 0}]
-    held = split(rows, "heldout")
-    for domain, places in [("a", [7, 15, 23, 31]), ("b", [7, 15, 23, 31]), ("short", [2])]:
-        assert [row["n"] for row in held if row["domain"] == domain] == places
-    kept = split(rows, "calibration")
-    assert not any(row in held for row in kept)
-    assert len(kept) + len(held) == len(rows)
-    assert {"domain": "one", "n": 0} in kept
-    with pytest.raises(CalibrationError, match="'calibration' or 'heldout'"):
+    for domain, count in (("short", 3), ("two", 2), ("one", 1)):
+        rows += [{"domain": domain, "n": n} for n in range(count)]
+    parts = {which: split(rows, which) for which in SPLITS}
+
+    def places(which: str, domain: str) -> list[int]:
+        return [row["n"] for row in parts[which] if row["domain"] == domain]
+
+    for domain in ("a", "b"):
+        assert places("heldout", domain) == [7, 15, 23, 31]
+        assert places("selection", domain) == [3, 11, 19, 27]
+    assert [places(which, "short") for which in SPLITS] == [[0], [1], [2]]
+    assert [places(which, "two") for which in SPLITS] == [[0], [], [1]]
+    assert [places(which, "one") for which in SPLITS] == [[0], [], []]
+    assert all(sum(row in part for part in parts.values()) == 1 for row in rows)
+    with pytest.raises(CalibrationError, match="calibration, selection, heldout"):
         split(rows, "test")
 
 

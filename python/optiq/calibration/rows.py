@@ -17,7 +17,8 @@ from ..errors import CalibrationError
 
 BUNDLED = Path(__file__).with_name("optiq.jsonl")
 ROLES = ("system", "user", "assistant", "tool")
-HELD_OUT_EVERY = 8
+EVERY = 8
+SPLITS = ("calibration", "selection", "heldout")
 
 Row = dict[str, Any]
 
@@ -44,21 +45,26 @@ def load_rows(path: str | os.PathLike[str] | None = None) -> list[Row]:
 
 
 def split(rows: Iterable[Row], which: str) -> list[Row]:
-    """The "calibration" or the "heldout" part of `rows`, in their order; the two never overlap.
+    """A part of `rows`, in their order: no row is in two of `SPLITS`, and each is in one.
 
-    Held out is every 8th row of each domain; of a domain with 2 to 7 rows, its last one.
+    "calibration" is what scores and rounding see, "selection" what plans are chosen by, "heldout"
+    what the result is judged on. Of every 8 rows of a domain the 4th selects and the 8th is held
+    out; of a domain with 3 to 7 rows, the last but one and the last; of one with 2, the last is
+    held out.
     """
-    if which not in ("calibration", "heldout"):
-        raise CalibrationError(f"no split is called {which!r}; use 'calibration' or 'heldout'")
+    if which not in SPLITS:
+        raise CalibrationError(f"no split is called {which!r}; use one of {', '.join(SPLITS)}")
     rows = list(rows)
     places: dict[str, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
         places[row["domain"]].append(index)
-    held: set[int] = set()
+    part = dict.fromkeys(range(len(rows)), "calibration")
     for members in places.values():
-        short = len(members) < HELD_OUT_EVERY
-        held.update(members[1:][-1:] if short else members[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
-    return [row for index, row in enumerate(rows) if (index in held) == (which == "heldout")]
+        short = len(members) < EVERY
+        held = members[1:][-1:] if short else members[EVERY - 1 :: EVERY]
+        selecting = members[1:-1][-1:] if short else members[EVERY // 2 - 1 :: EVERY]
+        part |= dict.fromkeys(held, "heldout") | dict.fromkeys(selecting, "selection")
+    return [row for index, row in enumerate(rows) if part[index] == which]
 
 
 def check_row(value: object) -> Row:

@@ -66,8 +66,9 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=positive, help="calibration tokens")
     parser.add_argument(
         "--rounding",
-        choices=("search", "minmax"),
-        help="search (the default): scales fitted to what drives each layer; minmax: as stock",
+        choices=("descent", "search", "minmax"),
+        help="descent (the default): fitted to what each layer's output loses; search: scales "
+        "fitted to what drives each column, as in all scores; minmax: as stock",
     )
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")

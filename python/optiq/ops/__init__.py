@@ -4,6 +4,7 @@
 """
 
 from .affine import AffineWeight, quantize
+from .descent import descend
 from .kl import Comparison, compare_logits, kl_divergence, kl_from_logits
 from .matmul import linear, mixed_quantized_matmul, quantized_matmul
 
@@ -11,6 +12,7 @@ __all__ = [
     "AffineWeight",
     "Comparison",
     "compare_logits",
+    "descend",
     "kl_divergence",
     "kl_from_logits",
     "linear",

@@ -158,11 +158,11 @@ def _search(w: mx.array, fmt: Format, importance: mx.array) -> Quantized:
         candidate = derive(*fit(candidate[0]))
     best = better(best, candidate)
     q, scale, bias = best
-    codes = _pack(q.flatten(-2), fmt.bits)
+    codes = pack(q.flatten(-2), fmt.bits)
     return codes, scale[..., 0].astype(dtype), bias[..., 0].astype(dtype)
 
 
-def _pack(q: mx.array, bits: int) -> mx.array:
+def pack(q: mx.array, bits: int) -> mx.array:
     """Codes `[..., in]` as one little-endian bit stream per row, uint32 `[..., in * bits / 32]`."""
     codes = mx.unflatten(q.astype(mx.uint32), -1, (-1, 32))  # 32 codes fill `bits` words
     words = [mx.zeros(codes.shape[:-1], dtype=mx.uint32) for _ in range(bits)]

@@ -20,32 +20,28 @@ all of a sequence coupled.
 The output head needs no such model: its divergence is computed exactly from the cached
 final hidden states. That an MoE router picks another expert is not smooth, and so invisible here.
 
-The backward pass goes call by call through the blocks, from the recorded outputs of the blocks
-before. What it holds at a time: the block outputs of a batch, their gradients, and the activations
-of one block; then the gradients of one weight for as many sequences as GRADIENT_BYTES allow.
+The backward pass is that of backward.py, for a batch of sequences; on top of what it holds come the
+gradients of one weight for as many sequences as GRADIENT_BYTES allow.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
 
 from ..errors import SensitivityError
 from ..nn.layers import dequantized
 from ..progress import Progress
 from ..roles import Module, Role
-from .gradients import Call, add_calls, looked_up, weight_gradient
+from .backward import Backward
+from .gradients import Call, looked_up, weight_gradient
 from .job import Job, is_head
-from .kl import LOGITS_BYTES, divergences, head_groups, record
-from .replay import Pass, Replay, Tape, arrays
+from .kl import divergences, head_groups, record
+from .replay import Replay
 from .tally import Totals
-from .taps import Taps
 
 # Bytes of float32 gradients of one weight, each of one sequence, that are held together.
 GRADIENT_BYTES = 1 << 30
@@ -86,85 +82,19 @@ class _Batch:
         self.tapes = record(replay, job, indices)
         keys = mx.random.split(mx.random.key(job.seed), len(job.sequences))
         self.keys = [keys[i] for i in indices]
-        # By tape and block call: gradients of the call's floating point outputs.
-        self.gradients = [
-            [[mx.zeros_like(a) for a in _floats(out)] for out in tape.outputs]
-            for tape in self.tapes
-        ]
         self.totals: Totals = {
             m.path: {str(fmt): [0.0] * len(indices) for fmt in job.rounded(m)} for m in work
         }
 
     def score(self) -> Totals:
         """The totals of every module of `work`."""
-        replay, tapes = self.replay, self.tapes
-        outside = [m for m in self.work if m.block is None and m.role is not Role.HEAD]
-        # By tape: calls of the modules outside the blocks, which any block's input may depend on.
-        shared: list[dict[str, list[Call]]] = []
-        for t, tape in enumerate(tapes):
-            at_head = [_head_gradient(replay, tape, self.keys[t])]
-            calls = self._backward(t, len(replay.order), outside, at_head)
-            shared.append({m.path: calls.get(m.path, []) for m in outside})
-        waiting: list[dict[str, list[Call]]] = [defaultdict(list) for _ in tapes]
-        for n in reversed(range(len(replay.order))):
-            block = replay.order[n]
-            inside = [m for m in self.work if m.block == block]
-            for t in range(len(tapes)):
-                gradients, self.gradients[t][n] = self.gradients[t][n], []
-                calls = self._backward(t, n, [*outside, *inside], gradients)
-                for m in inside:
-                    waiting[t][m.path] += calls.get(m.path, [])
-                for path, earlier in shared[t].items():
-                    shared[t][path] = add_calls(earlier, calls.get(path, []))
-            if n == replay.order.index(block):
-                for m in inside:
-                    self._score_module(m, [calls.pop(m.path) for calls in waiting])
-        for m in outside:
-            self._score_module(m, [calls[m.path] for calls in shared])
+        backward = Backward(self.replay, self.tapes, self.keys)
+        for m, calls in backward.calls(self.work):
+            self._score_module(m, calls)
         for m in self.work:
             if m.role is Role.HEAD:
-                self._score_module(m, [[] for _ in tapes])
+                self._score_module(m, [[] for _ in self.tapes])
         return self.totals
-
-    def _backward(
-        self, t: int, n: int, modules: Sequence[Module], gradients: Sequence[mx.array]
-    ) -> dict[str, list[Call]]:
-        """Take `gradients`, at the floating point outputs of block call n, back through it.
-
-        Adds what reaches earlier blocks' outputs to `self.gradients[t]`; returns the calls of
-        `modules`. With n beyond the last block call, the start is the input of the head instead.
-        """
-        tape = self.tapes[t]
-        live = range(n, min(n + 1, len(tape.outputs)))
-
-        def target(run: Pass) -> list[mx.array]:
-            return _floats(run.outputs[n] if live else run.hidden)
-
-        with Taps(self.replay, modules) as taps:
-            self.replay.run(tape.tokens, tape.outputs, live)  # for the shapes; nothing computes
-            deltas = tree_map(mx.zeros_like, taps.outputs)
-
-            def product(variables: dict[str, Any]) -> mx.array:
-                taps.start(variables["deltas"])
-                outputs = _with_floats(tape.outputs[:n], variables["outputs"])
-                run = self.replay.run(tape.tokens, [*outputs, *tape.outputs[n:]], live)
-                pairs = zip(target(run), gradients, strict=True)
-                return sum((mx.sum(a * g) for a, g in pairs), mx.array(0.0))
-
-            variables = {"outputs": _floats(tape.outputs[:n]), "deltas": deltas}
-            found = mx.grad(product)(variables)
-            arguments = taps.arguments
-        earlier = iter(found["outputs"])
-        for kept in self.gradients[t][:n]:
-            kept[:] = [g + next(earlier) for g in kept]
-        mx.eval(self.gradients[t][:n], found["deltas"], arrays(arguments))
-        return {
-            path: [
-                (args, kwargs, g)
-                for (args, kwargs), g in zip(arguments[path], found["deltas"][path], strict=True)
-            ]
-            for path in arguments
-        }
 
     def _score_module(self, module: Module, calls: Sequence[list[Call]]) -> None:
         """Add to `totals` the scores of one module, whose `calls` are given by tape."""
@@ -205,43 +135,3 @@ class _Batch:
                 found = divergences(self.replay, tape, (tape.hidden, dense), students)
                 for fmt, total in zip(group, found, strict=True):
                     self.totals[module.path][str(fmt)][t] += total
-
-
-def _head_gradient(replay: Replay, tape: Tape, key: mx.array) -> mx.array:
-    """Gradient [1, T, d] at the head's input of sum_t log p(y_t), y_t drawn from p."""
-    rows = max(1, LOGITS_BYTES // (4 * tape.vocabulary))
-    hidden = tape.hidden[0]
-    parts = []
-    for start in range(0, hidden.shape[0], rows):
-        key, draw = mx.random.split(key)
-        part = mx.grad(_likelihood(replay, tape, draw))(hidden[start : start + rows])
-        mx.eval(part)
-        parts.append(part)
-    return mx.concatenate(parts)[None]
-
-
-def _likelihood(replay: Replay, tape: Tape, key: mx.array) -> Callable[[mx.array], mx.array]:
-    def likelihood(rows: mx.array) -> mx.array:
-        logits = replay.logits(tape, rows).astype(mx.float32)
-        labels = mx.random.categorical(mx.stop_gradient(logits), key=key)
-        chosen = mx.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-        return mx.sum(chosen - mx.logsumexp(logits, axis=-1))
-
-    return likelihood
-
-
-def _is_float(leaf: Any) -> bool:
-    return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
-
-
-def _floats(tree: Any) -> list[mx.array]:
-    """The floating point arrays among the leaves."""
-    found: list[mx.array] = []
-    tree_map(lambda leaf: found.append(leaf) if _is_float(leaf) else None, tree)
-    return found
-
-
-def _with_floats(tree: Any, floats: Sequence[mx.array]) -> Any:
-    """The tree with its floating point leaves replaced by `floats`, in order."""
-    rest = iter(floats)
-    return tree_map(lambda leaf: next(rest) if _is_float(leaf) else leaf, tree)

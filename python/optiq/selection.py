@@ -1,0 +1,171 @@
+"""Real KL decides: proposed plans are rendered and measured, and the best is taken.
+
+Measured is KL(source || rendered) in nats per token on text that neither scores nor rounding saw
+("selection" of `calibration.split`). Of the source only the inputs of its output head are kept;
+logits are made of them a few rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from types import TracebackType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from .calibration import Sample, token_hash
+from .machine import available_memory
+from .nn import accelerate
+from .plan import Plan
+from .progress import Progress
+from .roles import quantizable
+from .rounding import Rounding
+from .runtime import render
+from .sensitivity.job import is_head
+from .sensitivity.kl import divergences
+from .sensitivity.replay import Replay, Tape
+from .sensitivity.tally import score
+from .sources import Source, load
+
+Json = dict[str, Any]
+
+# Measured over predicted KL; outside, the scores say little about this model.
+USUAL_RATIO = (0.5, 2.5)
+
+
+class Judge:
+    """Measures students of `source` on `sequences`; a context manager."""
+
+    def __init__(self, source: Source, sequences: Sequence[Sample]) -> None:
+        model = load(source).model
+        self.sequences = sequences
+        self._modules = quantizable(model)
+        self._head = next((m.path for m in self._modules if is_head(m)), None)
+        accelerate(model)
+        self._teacher = Replay(model, self._modules)
+        self._tapes: list[Tape] = []
+
+    def __enter__(self) -> Judge:
+        self._teacher.__enter__()
+        self._tapes = [_thin(self._teacher.record(s.tokens)) for s in self.sequences]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._teacher.__exit__(kind, error, trace)
+
+    def measure(self, student: nn.Module) -> Json:
+        """KL of a student, which is a model of the same architecture: {"mean", "se"}."""
+        totals: list[float] = []
+        with Replay(student, self._modules) as replay:
+            head = replay.slot(self._head).get() if self._head else None
+            for tape, sample in zip(self._tapes, self.sequences, strict=True):
+                hidden = replay.record(sample.tokens).hidden
+                totals += divergences(self._teacher, tape, (tape.hidden, None), [(hidden, head)])
+        mean, se = score(totals, [len(s.tokens) for s in self.sequences])
+        return {"mean": mean, "se": se}
+
+
+def decide(
+    source: Source,
+    plans: Mapping[str, Plan],
+    rounding: Rounding,
+    sequences: Sequence[Sample],
+    fit: Callable[[Plan], Rounding] | None = None,
+    *,
+    progress: bool = True,
+) -> tuple[Plan, Rounding]:
+    """The plan of least measured KL, and `rounding` or what `fit` makes of it, whichever is better.
+
+    All that was measured goes into the plan's `selection`. Without sequences, or where source and
+    student do not fit the memory together, the first plan is taken unmeasured, and `fit` trusted.
+    """
+    first = next(iter(plans.values()))
+    dense = sum(prod(m.module.shape) for m in first.modules) * int(first.model["itemsize"])
+    if not sequences or dense + first.budget > available_memory():
+        return first, fit(first) if fit else rounding
+    candidates: list[Json] = []
+    with Judge(source, sequences) as judge:
+
+        def measure(name: str, plan: Plan, rounding: Rounding) -> float:
+            found = judge.measure(render(load(source), plan, rounding=rounding))
+            candidates.append(
+                {
+                    "name": name,
+                    "nbytes": plan.nbytes,
+                    "predicted": plan.predicted_kl,
+                    "kl": found,
+                }
+            )
+            return float(found["mean"])
+
+        kl: dict[str, float] = {}
+        with Progress(len(plans), "plans measured", enabled=progress) as bar:
+            for name, plan in plans.items():
+                kl[name] = measure(name, plan, rounding)
+                bar.step(note=f"{name}: {kl[name]:.4g}")
+        chosen = min(plans, key=lambda name: (kl[name], plans[name].nbytes))
+        plan = plans[chosen]
+        if fit:
+            fitted = fit(plan)
+            descent = f"{chosen}, descent"
+            if measure(descent, plan, fitted) < kl[chosen]:
+                chosen, rounding = descent, fitted
+    selection = {
+        "chosen": chosen,
+        "candidates": candidates,
+        "tokens": sum(len(s.tokens) for s in sequences),
+        "sequences": len(sequences),
+        "text_sha256": token_hash(sequences),
+        **_trust([c for c in candidates if c["name"] in plans and c["predicted"]], kl, plan),
+    }
+    return replace(plan, selection=selection), rounding
+
+
+def _trust(candidates: Sequence[Json], kl: Mapping[str, float], plan: Plan) -> Json:
+    """How well predicted KL foretold the measured one, over plans and for the chosen one."""
+    pairs = [(c["predicted"], kl[c["name"]]) for c in candidates]
+    ratio = next((m / p for p, m in pairs if p == plan.predicted_kl), None)
+    low, high = USUAL_RATIO
+    if ratio is not None and not low <= ratio <= high:
+        Progress(0, "").say(
+            f"the chosen plan's KL is {ratio:.2g} times what its scores predict; usual is {low} to "
+            f"{high}: more calibration --tokens or --sensitivity kl may find a better one"
+        )
+    return {"ratio": ratio, "rank_correlation": rank_correlation(pairs)}
+
+
+def rank_correlation(pairs: Iterable[tuple[float, float]]) -> float | None:
+    """Spearman's coefficient; None for fewer than three pairs or where all ranks are equal."""
+    columns = [_ranks(column) for column in zip(*pairs, strict=True)]
+    if not columns or len(columns[0]) < 3:
+        return None
+    n = len(columns[0])
+    centred = [[r - (n - 1) / 2 for r in column] for column in columns]
+    (xx, xy), (_, yy) = (
+        [sum(a * b for a, b in zip(one, other, strict=True)) for other in centred]
+        for one in centred
+    )
+    return xy / (xx * yy) ** 0.5 if xx and yy else None
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """Places from 0 on; equal values share their mean place."""
+    ordered = sorted(values)
+    return [ordered.index(v) + (ordered.count(v) - 1) / 2 for v in values]
+
+
+def _thin(tape: Tape) -> Tape:
+    """Without the block outputs: to make logits of the head's input only their shapes are used."""
+    outputs = tree_map(
+        lambda leaf: mx.zeros_like(leaf) if isinstance(leaf, mx.array) else leaf, tape.outputs
+    )
+    return replace(tape, outputs=outputs)
