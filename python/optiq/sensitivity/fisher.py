@@ -27,10 +27,12 @@ gradients of one weight for as many sequences as GRADIENT_BYTES allow.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import SensitivityError
 from ..nn.layers import dequantized
@@ -45,6 +47,9 @@ from .tally import Totals
 
 # Bytes of float32 gradients of one weight, each of one sequence, that are held together.
 GRADIENT_BYTES = 1 << 30
+
+# Elements of what the formats change in some rows of a weight, held together.
+CHANGE_ELEMENTS = 1 << 24
 
 
 def score_by_fisher(job: Job) -> None:
@@ -115,17 +120,17 @@ class _Batch:
     def _add_smooth_part(
         self, module: Module, layer: nn.Module, calls: Sequence[list[Call]]
     ) -> None:
+        formats = self.job.rounded(module)
+        rounded = [self.job.render(module, layer, fmt) for fmt in formats]
         together = max(1, GRADIENT_BYTES // (4 * layer.weight.size))
         for start in range(0, len(calls), together):
             group = range(start, min(start + together, len(calls)))
-            gradients = [weight_gradient(layer, calls[t]) for t in group]
-            for fmt in self.job.rounded(module):
-                rounded = self.job.render(module, layer, fmt)
-                change = np.asarray(dequantized(rounded) - layer.weight.astype(mx.float32))
-                for t, gradient in zip(group, gradients, strict=True):
-                    rows = np.einsum("...i,...i->...", gradient, change)
-                    score = 0.5 * float(np.square(rows).sum(dtype=np.float64))
-                    self.totals[module.path][str(fmt)][t] += score
+            gradients = np.empty((len(group), *layer.weight.shape), np.float32)
+            for i, t in enumerate(group):
+                gradients[i] = weight_gradient(layer, calls[t])
+            for t, scores in zip(group, _squares(layer, rounded, gradients), strict=True):
+                for fmt, score in zip(formats, scores, strict=True):
+                    self.totals[module.path][str(fmt)][t] += 0.5 * float(score)
 
     def _add_head_part(self, module: Module, dense: nn.Module) -> None:
         for group in head_groups(self.job.rounded(module), dense):
@@ -135,3 +140,24 @@ class _Batch:
                 found = divergences(self.replay, tape, (tape.hidden, dense), students)
                 for fmt, total in zip(group, found, strict=True):
                     self.totals[module.path][str(fmt)][t] += total
+
+
+def _squares(
+    layer: nn.Module, rounded: Sequence[nn.Module], gradients: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """sum_rows (sum_in M * dW)^2 for every gradient M and rounded layer: [sequences, formats].
+
+    For each row that is a product of two small matrices; a gradient is read once for all formats.
+    """
+    weight = layer.weight
+    step = max(1, CHANGE_ELEMENTS // (len(rounded) * prod(weight.shape[1:])))
+    total = np.zeros((len(gradients), len(rounded)))
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        w = weight[rows].astype(mx.float32)
+        changes = [np.asarray(dequantized(r, rows) - w) for r in rounded]
+        d = np.stack([c.reshape(-1, c.shape[-1]) for c in changes])  # [formats, rows, in]
+        m = gradients[:, rows].reshape(len(gradients), *d.shape[1:])  # [sequences, rows, in]
+        dots = np.matmul(m.transpose(1, 0, 2), d.transpose(1, 2, 0))  # [rows, sequences, formats]
+        total += np.square(dots.astype(np.float64)).sum(axis=0)
+    return total

@@ -21,7 +21,7 @@ from .weight_error import relative_error
 
 # Tokens whose block outputs are kept at a time. A layer is rounded once per batch and format, so
 # a batch must be worth that; all of a batch's tokens are in memory at every block.
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 4096
 
 # What the checkpoint keeps beside the rounds: a "unit" for each module and format.
 WEIGHT_ERRORS = "weight errors"

@@ -1,0 +1,258 @@
+"""KL per byte on a real model, against stock rounding and stock recipes.
+
+    python -m bench.quality MODEL --text FOLDER [--seeds 3] [--also NAME=FOLDER ...] [-o OUT.json]
+
+MODEL is a folder or a .gguf file. The weights of a GGUF lie on the grid of their old format, which
+favours grids like it; so they are first moved by a uniform random part of a step, within the step
+(`dithered`), and rounded to bfloat16. That model is the reference, and each seed is another draw of
+it, of the calibration samples and of the labels.
+
+Protocol: windows of 512 tokens, the second half scored, float32 activations, KL(reference ||
+candidate) in nats over the full vocabulary, mean over windows with its standard error (a window
+comes from one document or a few short ones). FOLDER holds .jsonl files with a "text" in each row, a
+domain per file; each gives the same number of windows. optiq's own bundled samples, with which it
+calibrates and selects, are not among them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.convert import mixed_quant_predicate_builder
+
+import optiq
+from optiq import sensitivity
+from optiq.conversion import _selecting, choose_rounding, gather
+from optiq.descent import descend
+from optiq.formats import DENSE, Format, parse_menu
+from optiq.machine import machine, versions
+from optiq.nn import accelerate
+from optiq.plan import Plan, Planned, build, uniform_plan
+from optiq.proposals import propose
+from optiq.roles import quantizable
+from optiq.rounding import MINMAX, Rounding
+from optiq.runtime import load as load_native
+from optiq.runtime import render
+from optiq.selection import decide
+from optiq.sensitivity.job import is_head
+from optiq.sensitivity.replay import Replay
+from optiq.sources import Source, load, resolve
+
+WINDOW, SCORED = 512, 256
+ROWS = 128  # of logits at a time
+TOKENS = 8192  # of calibration
+
+Json = dict[str, Any]
+
+
+def dithered(source: Source, out: Path, seed: int) -> None:
+    """A copy of the folder whose matrices no longer lie on the grid of a 4-bit-class GGUF.
+
+    A row's blocks of 32 have a step each: the range by 15 (Q4_1, Q4_K), or for embeddings, which
+    are stored in 8 bits, the largest magnitude by 127.
+    """
+    shutil.copytree(source.path, out)
+    rng = np.random.default_rng(seed)
+    for file in out.glob("*.safetensors"):
+        tensors = mx.load(str(file))
+        for name, array in tensors.items():
+            if array.ndim != 2:
+                continue
+            w = np.array(array.astype(mx.float32)).reshape(-1, 32)
+            if "embed" in name:
+                step = np.abs(w).max(axis=-1, keepdims=True) / 127
+            else:
+                step = np.ptp(w, axis=-1, keepdims=True) / 15
+            w = w + step * rng.uniform(-0.5, 0.5, w.shape)
+            tensors[name] = mx.array(w.reshape(array.shape).astype(np.float32)).astype(array.dtype)
+        mx.eval(tensors)
+        file.unlink()  # it may still be mapped
+        mx.save_safetensors(str(file), tensors, metadata={"format": "mlx"})
+
+
+def windows(tokenizer: Any, folder: Path, count: int, seed: int) -> list[list[int]]:
+    """`count` windows of each file in `folder`, from documents in random order."""
+    found = []
+    for file in sorted(folder.glob("*.jsonl")):
+        texts = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+        random.Random(f"{seed}/{file.stem}").shuffle(texts)
+        bos, part, made = tokenizer.bos_token_id, [], 0
+        for text in texts:
+            part += tokenizer.encode(text, add_special_tokens=False)[:WINDOW]
+            if len(part) >= WINDOW and made < count:
+                found.append([*([bos] if bos is not None else []), *part][:WINDOW])
+                part, made = [], made + 1
+    return found
+
+
+class Protocol:
+    """Measures students against the model of `source` on `text`."""
+
+    def __init__(self, source: Source, text: list[list[int]]) -> None:
+        model = load(source).model
+        self.text, self.modules = text, quantizable(model)
+        self.head = next(m.path for m in self.modules if is_head(m))
+        accelerate(model)
+        self.teacher = Replay(model, self.modules)
+        self.teacher.__enter__()
+        self.tapes = [self.teacher.record(tokens) for tokens in text]
+        for tape in self.tapes:  # only the shapes are needed from here on
+            tape.outputs = [mx.zeros(tape.hidden.shape)] * len(tape.outputs)
+
+    def __call__(self, student: nn.Module) -> Json:
+        means, top = [], []
+        with Replay(student, self.modules) as replay:
+            head = replay.slot(self.head).get()
+            for tape, tokens in zip(self.tapes, self.text, strict=True):
+                hidden = replay.record(tokens).hidden
+                kl, agree = [], []
+                for start in range(WINDOW - SCORED, WINDOW, ROWS):
+                    rows = slice(start, start + ROWS)
+                    p = self.teacher.logits(tape, tape.hidden[0, rows])
+                    q = self.teacher.logits(tape, hidden[0, rows], head)
+                    both = optiq.ops.compare_logits(p, q)
+                    kl.append(np.array(both.kl, dtype=np.float64))
+                    agree.append(np.array(both.agree, dtype=np.float64))
+                means.append(np.concatenate(kl).mean())
+                top.append(np.concatenate(agree).mean())
+        se = float(np.std(means, ddof=1) / len(means) ** 0.5)
+        return {"kl": float(np.mean(means)), "se": se, "top1": float(np.mean(top))}
+
+
+def recipe(source: Source, name: str, model: Json) -> Plan:
+    """One of mlx-lm's `mixed_*` recipes."""
+    stock = load(source, lazy=True).model
+    predicate = mixed_quant_predicate_builder(name, stock, 64)
+    layers = dict(stock.named_modules())
+    planned = []
+    for m in quantizable(stock):
+        config = predicate(m.path, layers[m.path])
+        fmt = Format("affine", config["bits"], config["group_size"]) if config else DENSE
+        planned.append(Planned(m, fmt, fmt.nbytes(m.shape, model["itemsize"]), None))
+    return Plan(model=model, asked=name, budget=0, modules=tuple(planned))
+
+
+def run(name: str, folder: Path, text: Path, count: int, seed: int, also: Json) -> Json:
+    """All figures of one seed."""
+    times: dict[str, float] = {}
+
+    @contextmanager
+    def timed(what: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        times[what] = time.monotonic() - start
+        print(f"{what}: {times[what]:.1f} s", flush=True)
+
+    source = resolve(str(folder))
+    loaded = load(source)
+    measure = Protocol(source, windows(loaded.tokenizer, text, count, seed))
+    calibration = gather(loaded.tokenizer, None, "calibration", TOKENS, seed)
+    selecting = _selecting(loaded.tokenizer, None, seed)
+    results: dict[str, Json] = {}
+
+    def judge(label: str, plan: Plan, rounding: Rounding = MINMAX) -> Json:
+        student = render(load(source), plan, rounding=rounding)
+        results[label] = {"bpw": plan.bpw, "nbytes": plan.nbytes, **measure(student)}
+        print(f"{label:34s} {results[label]}", flush=True)
+        return results[label]
+
+    with timed("importance"):
+        search = choose_rounding("search", source, calibration, "bf16", progress=False)
+    common: Json = {"calibration": calibration, "reference": "bf16", "progress": False}
+    common |= {"method": "fisher", "seed": seed}
+    with timed("fisher scores"):
+        scores = sensitivity.measure(
+            source, menu=parse_menu("3,4,5,6,8,bf16"), rounding=search, **common
+        )
+    with timed("fisher scores, min/max, {4, 8}"):
+        peer = sensitivity.measure(source, menu=parse_menu("4g64,8g64"), **common)
+
+    model = scores["model"]
+    modules = quantizable(load(source, lazy=True).model)
+    with timed("search of all modules and formats"):
+        for m, weight in _weights(source):
+            for fmt in parse_menu("3,4,5,6,8"):
+                if fmt.fits(m.shape):
+                    mx.eval(optiq.ops.quantize(weight, fmt, search.importance[m.path]))
+
+    def fit(plan: Plan, rounding: Rounding = search) -> Rounding:
+        return descend(
+            source, plan, calibration, rounding, reference="bf16", seed=seed, progress=False
+        )
+
+    uniform4 = uniform_plan(modules, model)
+    judge("stock uniform 4-bit", uniform4)
+    for bits, group in ((3, 64), (4, 32), (5, 64), (6, 64), (8, 64)):
+        judge(
+            f"stock uniform {bits}g{group}",
+            uniform_plan(modules, model, Format("affine", bits, group)),
+        )
+    judge("uniform 4-bit, search", uniform4, search)
+    with timed("descent"):
+        fitted = fit(uniform4)
+    judge("uniform 4-bit, descent", uniform4, fitted)
+    mixed = recipe(source, "mixed_4_6", model)
+    judge("mlx-lm mixed_4_6", mixed)
+    judge("{4, 8} by scores, min/max, 5.0 bpw", build(peer, "5bpw"))
+    sizes = {"4.5": "uniform4", "5.0": "5bpw", "6.0": "6bpw", "mixed_4_6": f"{mixed.bpw:.4f}bpw"}
+    for label, size in sizes.items():
+        with timed(f"decision at {label} bpw"):
+            plan, rounding = decide(
+                source, propose(scores, size, seed=seed), search, selecting, fit, progress=False
+            )
+        found = judge(f"optiq, {label} bpw", plan, rounding)
+        found["chosen"] = plan.selection and plan.selection["chosen"]
+        found["selection"] = plan.selection
+    for label, other in also.items():
+        student, _ = load_native(other)
+        nbytes = sum(f.stat().st_size for f in Path(other).glob("*.safetensors"))
+        results[label] = {"nbytes": nbytes, **measure(student)}
+        print(f"{label:34s} {results[label]}", flush=True)
+    return {"seed": seed, "model": name, "seconds": times, "results": results}
+
+
+def _weights(source: Source) -> Iterator[tuple[Any, mx.array]]:
+    model = load(source).model
+    leaves = dict(model.named_modules())
+    for m in quantizable(model):
+        yield m, leaves[m.path].weight
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--windows", type=int, default=6, help="of each file in the folder")
+    parser.add_argument("--also", action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("-o", "--out", type=Path, default=Path("quality.json"))
+    args = parser.parse_args()
+    source = resolve(args.model)
+    runs = []
+    for seed in args.seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            reference = Path(folder) / "reference"
+            dithered(source, reference, seed)
+            also = dict(pair.split("=", 1) for pair in args.also)
+            runs.append(run(source.name, reference, args.text, args.windows, seed, also))
+        args.out.write_text(
+            json.dumps({"machine": machine(), "versions": versions(), "runs": runs}, indent=1)
+        )
+
+
+if __name__ == "__main__":
+    main()
