@@ -17,7 +17,8 @@ from mlx_lm.utils import load_model
 
 import optiq
 from optiq import conversion
-from optiq.conversion import Result, convert, gather, work_folder
+from optiq.calibration import gather
+from optiq.conversion import Result, convert, work_folder
 from optiq.errors import ExportError, UsageError
 from optiq.formats import DEFAULT_MENU, DENSE, Format
 from optiq.plan import Plan

@@ -69,7 +69,8 @@ def descend(
     """`rounding` with the modules of `plan` fitted to the sequences of `text`.
 
     Modules of which no input is known (experts, lookups) and those in nvfp4 stay as they were, and
-    all of them where there are fewer than two sequences. `reference` is that of `sensitivity.measure`.
+    all of them where there are fewer than two sequences. `reference` is that of
+    `sensitivity.measure`.
     """
     loaded = load(source)
     model, modules = loaded.model, quantizable(loaded.model)

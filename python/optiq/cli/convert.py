@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..conversion import CALIBRATION_TOKENS, CHECKPOINT, SCORES, convert, work_folder
+    from ..calibration import CALIBRATION_TOKENS
+    from ..conversion import CHECKPOINT, SCORES, convert, work_folder
     from .tables import plan_table, scores_line
 
     with options.resumable(work_folder(args.out) / CHECKPOINT):
