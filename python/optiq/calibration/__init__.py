@@ -1,22 +1,22 @@
 """Calibration text: rows of JSON Lines -> balanced token sequences, each a sample from its start.
 
 rows.py reads and validates, render.py turns one row into tokens, batches.py picks and balances,
-gather.py makes the three texts of a conversion.
+texts.py makes the three texts of a conversion.
 CALIBRATION.md describes the bundled mix `optiq.jsonl` and the row format.
 """
 
 from __future__ import annotations
 
 from .batches import Calibration, Sample, batches, token_hash
-from .gather import (
+from .render import Tokenizer, render
+from .rows import BUNDLED, check_row, load_rows, split
+from .texts import (
     CALIBRATION_TOKENS,
     HELD_OUT_TOKENS,
     gather,
     gather_selection,
     text_name,
 )
-from .render import Tokenizer, render
-from .rows import BUNDLED, check_row, load_rows, split
 
 __all__ = [
     "BUNDLED",
