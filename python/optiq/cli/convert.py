@@ -14,7 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_size(parser)
     options.add_measuring(parser)
     parser.add_argument("--scores", metavar="FILE", help="use this sensitivity.json, don't measure")
-    parser.add_argument("--dry-run", action="store_true", help="stop at the plan")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="stop at the plan of least predicted KL"
+    )
     options.add_json(parser)
 
 
