@@ -1,8 +1,8 @@
 """Real KL decides: proposed plans are rendered and measured, and the best is taken.
 
 Measured is KL(source || rendered) in nats per token on text that neither scores nor rounding saw
-("selection" of `calibration.split`). Of the source only the inputs of its output head are kept;
-logits are made of them a few rows at a time.
+("selection" of `calibration.split`). Of the source's runs only the inputs of its output head are
+kept; logits are made of them a few rows at a time.
 """
 
 from __future__ import annotations
