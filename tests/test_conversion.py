@@ -17,10 +17,12 @@ from mlx_lm.utils import load_model
 
 import optiq
 from optiq import conversion
-from optiq.conversion import Result, convert, gather, work_folder
+from optiq.calibration import gather
+from optiq.conversion import Result, convert, work_folder
 from optiq.errors import ExportError, UsageError
 from optiq.formats import DEFAULT_MENU, DENSE, Format
 from optiq.plan import Plan
+from optiq.proposals import propose
 from optiq.roles import allowed, floor, quantizable
 from optiq.sensitivity.checkpoint import Checkpoint
 from tests.tiny import tiny_folder
@@ -170,7 +172,11 @@ def test_a_dry_run_writes_no_folder_and_its_scores_are_taken_up(tmp_path: Path) 
     assert names(tmp_path) == ["model", "out.optiq-work"]
     written = convert(str(folder), out, resume=True, **QUICK)
     assert names(tmp_path) == ["model", "out"]
-    assert written.plan.modules == planned.plan.modules
+    assert planned.scores["modules"] == written.scores["modules"]
+    plans = propose(written.scores)
+    assert planned.plan.modules == plans["scores"].modules
+    assert written.plan.selection is not None
+    assert written.plan.modules == plans[written.plan.selection["chosen"]].modules
 
 
 @pytest.mark.parametrize("method", ["kl", "fisher"])

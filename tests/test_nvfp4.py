@@ -20,7 +20,8 @@ from mlx_lm.utils import load_model
 
 import optiq
 from optiq import compare
-from optiq.conversion import convert, gather
+from optiq.calibration import gather
+from optiq.conversion import convert
 from optiq.errors import UsageError
 from optiq.export import export
 from optiq.formats import DEFAULT_MENU, DENSE, NVFP4, Format, parse_menu

@@ -158,7 +158,7 @@ def test_json_round_trip() -> None:
     assert Plan.from_json(data).to_json() == data
     assert set(data) == {
         "schema", "kind", "model", "budget", "nbytes", "bpw", "objective", "measured", "modules",
-        "calibration", "seed", "command", "versions", "machine", "uniform4",
+        "selection", "calibration", "seed", "command", "versions", "machine", "uniform4",
     }  # fmt: skip
     assert data["budget"]["asked"] == "5bpw"
     assert (data["seed"], data["calibration"]["tokens"], data["machine"]) == (3, 1000, {"cpu": "x"})

@@ -11,7 +11,7 @@ import pytest
 
 from optiq import proposals
 from optiq.errors import BudgetError
-from optiq.formats import DENSE, Format
+from optiq.formats import DENSE, NVFP4, Format
 from optiq.plan import Plan, build
 from optiq.proposals import propose
 from optiq.scores import parse
@@ -112,6 +112,17 @@ def test_each_variant_is_optimal_for_what_it_asks(seed: int) -> None:
 def test_uniform_is_the_widest_that_fits() -> None:
     plans = propose(scores(), "5bpw")
     assert set(formats(plans["uniform"])) == {Format("affine", 4, 64)}
+
+
+def test_of_formats_of_the_same_bytes_uniform_takes_the_first() -> None:
+    """Not the one that a set happens to give first."""
+    data = scores()
+    for row in data["modules"]:
+        row["scores"] = {"nvfp4": {"kl": 0.1, "se": 0.0}, "4g64": {"kl": 0.1, "se": 0.0}}
+    for menu in (None, [NVFP4, Format("affine", 4, 64)]):
+        found = proposals._uniform(parse(data), "5bpw", menu, 10**6)
+        assert found is not None
+        assert set(found.values()) == {min(NVFP4, Format("affine", 4, 64))}
 
 
 def test_smooth_sees_through_noise() -> None:

@@ -20,11 +20,18 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from . import calibration as cal
 from . import compare, importance, report
 from . import sensitivity as scoring
+from .calibration import (
+    CALIBRATION_TOKENS,
+    HELD_OUT_TOKENS,
+    Calibration,
+    gather,
+    gather_selection,
+    text_name,
+)
 from .descent import descend
-from .errors import CalibrationError, ExportError, SensitivityError, UsageError
+from .errors import ExportError, SensitivityError, UsageError
 from .export import check_target, export
 from .formats import DEFAULT_MENU, Format, parse_menu
 from .machine import available_memory
@@ -37,7 +44,6 @@ from .preflight import (
     check_weights,
     check_writable,
 )
-from .progress import Progress
 from .proposals import propose
 from .roles import quantizable
 from .rounding import MINMAX, Rounding
@@ -48,10 +54,6 @@ from .sensitivity.checkpoint import saved_reference
 from .sensitivity.reference import Uniform4, choose, weight_bytes
 from .sources import LoadedModel, Source, load, resolve
 
-# Enough for stable scores of a small model; the scores' error bars say whether it was.
-CALIBRATION_TOKENS = 8192
-SELECTION_TOKENS = 4096
-HELD_OUT_TOKENS = 4096
 CHECKPOINT = "sensitivity.checkpoint.json"
 SCORES = "sensitivity.json"
 SEARCH, DESCENT = "search", "descent"
@@ -126,13 +128,15 @@ def convert(
     source = resolve(model, revision=revision)
     loaded = load(source)
     held_out = gather(loaded.tokenizer, calibration, "heldout", held_out_tokens, seed)
-    selecting = _selecting(loaded.tokenizer, calibration, seed)
+    selecting = gather_selection(loaded.tokenizer, calibration, seed)
     text = gather(loaded.tokenizer, calibration, "calibration", tokens, seed)
+    limit = menu if formats is not None else None
     if scores is not None:
         found = _given(Path(scores), source, loaded)
+        if dry_run:
+            return Result(build(found, size, limit, seed=seed, command=_command()), found, None)
         rounding = rounding or (DESCENT if found["rounding"] == SEARCH else found["rounding"])
-        name = MINMAX.name if dry_run else rounding
-        how = choose_rounding(name, source, text, reference, progress)
+        how = choose_rounding(rounding, source, text, reference, progress)
     else:
         needed = check_budget(source, loaded, size, menu)
         if not dry_run:
@@ -156,10 +160,9 @@ def convert(
             progress=progress,
         )
         scoring.save(found, work / SCORES)
+        if dry_run:
+            return Result(build(found, size, limit, seed=seed, command=_command()), found, None)
     del loaded  # its weights are in memory by now
-    limit = menu if formats is not None else None
-    if dry_run:
-        return Result(build(found, size, limit, seed=seed, command=_command()), found, None)
     plans = propose(found, size, limit, seed=seed, command=_command())
     fit = partial(
         descend, source, text=text, rounding=how, reference=reference, seed=seed, progress=progress
@@ -167,17 +170,7 @@ def convert(
     plan, how = decide(
         source, plans, how, selecting, fit if rounding == DESCENT else None, progress=progress
     )
-    try:
-        export(source, plan, out, scores=found, rounding=how)
-    except ExportError as error:
-        kept = f"; the scores are kept, --resume uses them ({work})" if work.exists() else ""
-        raise ExportError(f"{error}{kept}") from error
-    try:
-        plan = _measured(source, plan, out, held_out, progress)
-        _finish(plan, found, out)
-    except BaseException:  # also Ctrl-C: what is there is whole, or not there
-        shutil.rmtree(out)
-        raise
+    plan = _written(source, plan, out, found, how, held_out, progress)
     _remove_work(work)
     return Result(plan, found, out)
 
@@ -196,37 +189,8 @@ def _remove_work(work: Path) -> None:
         work.rmdir()
 
 
-def text_name(path: str | Path | None) -> str:
-    """What a plan calls the rows at `path`."""
-    return str(path or cal.BUNDLED.name)
-
-
-def gather(
-    tokenizer: Any, path: str | Path | None, which: str, tokens: int, seed: int
-) -> cal.Calibration:
-    """Sequences from the "calibration" or the "heldout" rows at `path`; no row is in both."""
-    rows = cal.split(cal.load_rows(path), which)
-    if not rows:
-        raise CalibrationError(
-            f"{text_name(path)} has a single row of each domain, and one of two is held out to "
-            "judge the result; add rows"
-        )
-    found = cal.batches(rows, tokenizer, tokens=tokens, seed=seed)
-    if found.note:
-        Progress(0, "").say(f"{which} text of {text_name(path)}: {found.note}")
-    return found
-
-
-def _selecting(tokenizer: Any, path: str | Path | None, seed: int) -> list[cal.Sample]:
-    """Sequences to choose a plan by; none where the rows at `path` are too few."""
-    rows = cal.split(cal.load_rows(path), "selection")
-    if not rows:
-        return []
-    return cal.batches(rows, tokenizer, tokens=SELECTION_TOKENS, seed=seed).sequences
-
-
 def choose_rounding(
-    name: str, source: Source, text: cal.Calibration, reference: str, progress: bool = True
+    name: str, source: Source, text: Calibration, reference: str, progress: bool = True
 ) -> Rounding:
     """The rounding that scores are measured with: for "search" and "descent" the search.
 
@@ -271,9 +235,32 @@ def _given(path: Path, source: Source, loaded: LoadedModel) -> dict[str, Any]:
     return found
 
 
-def _measured(
-    source: Source, plan: Plan, out: Path, held_out: cal.Calibration, progress: bool
+def _written(
+    source: Source,
+    plan: Plan,
+    out: Path,
+    scores: dict[str, Any],
+    rounding: Rounding,
+    held_out: Calibration,
+    progress: bool,
 ) -> Plan:
+    """Export to `out` and measure it; the plan with what was measured. After a failure no `out`."""
+    try:
+        export(source, plan, out, scores=scores, rounding=rounding)
+    except ExportError as error:
+        work = work_folder(out)
+        kept = f"; the scores are kept, --resume uses them ({work})" if work.exists() else ""
+        raise ExportError(f"{error}{kept}") from error
+    try:
+        plan = _measured(source, plan, out, held_out, progress)
+        _finish(plan, scores, out)
+    except BaseException:  # also Ctrl-C: what is there is whole, or not there
+        shutil.rmtree(out)
+        raise
+    return plan
+
+
+def _measured(source: Source, plan: Plan, out: Path, held_out: Calibration, progress: bool) -> Plan:
     """The plan with the KL of the exported folder, and of stock uniform 4-bit, in it."""
     baseline = uniform_plan([m.module for m in plan.modules], plan.model)
     dense = sum(prod(m.module.shape) for m in plan.modules) * plan.model["itemsize"]

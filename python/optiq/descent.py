@@ -5,7 +5,7 @@ For one layer, the model's output moves by about 1/2 sum over tokens and outputs
 see sensitivity/fisher.py). With one g^2 for all outputs of a token, their mean, that is
 (v - w)' H (v - w) for every row w, and
 
-    H = mean over tokens of mean(g^2) x x'
+    H = sum over tokens of mean(g^2) x x'
 
 says what each row must keep (GuidedQuant, Kim et al. 2025, weighs tokens so, per group of rows).
 `ops.descend` makes a rounding good by that measure. It was fitted to few tokens; so every module's
@@ -24,7 +24,7 @@ import numpy as np
 
 from . import ops
 from .calibration import Calibration
-from .formats import DENSE, Format
+from .formats import DENSE, NVFP4, Format
 from .nn import accelerate
 from .plan import Plan, Planned
 from .progress import Progress
@@ -68,8 +68,9 @@ def descend(
 ) -> Rounding:
     """`rounding` with the modules of `plan` fitted to the sequences of `text`.
 
-    Modules of which no input is known (experts, lookups) stay as they were, and all of them where
-    there are fewer than two sequences. `reference` is that of `sensitivity.measure`.
+    Modules of which no input is known (experts, lookups) and those in nvfp4 stay as they were, and
+    all of them where there are fewer than two sequences. `reference` is that of
+    `sensitivity.measure`.
     """
     loaded = load(source)
     model, modules = loaded.model, quantizable(loaded.model)
@@ -127,7 +128,8 @@ def _error(w: mx.array, v: ops.AffineWeight, hessian: mx.array) -> float:
 
 
 def _is_fitted(planned: Planned) -> bool:
-    return planned.format != DENSE and len(planned.module.shape) == 2
+    """Whether it is one matrix in an affine format."""
+    return planned.format not in (DENSE, NVFP4) and len(planned.module.shape) == 2
 
 
 def _record(replay: Replay, sequences: Sequence[Sequence[int]]) -> list[Tape]:

@@ -137,7 +137,7 @@ def _wide(read: Scores, size: str, menu: Sequence[Format] | None, budget: int) -
 def _uniform(read: Scores, size: str, menu: Sequence[Format] | None, budget: int) -> Formats | None:
     itemsize, fixed = int(read.model["itemsize"]), int(read.model["fixed_bytes"])
     best: tuple[int, Formats] | None = None
-    for fmt in menu if menu is not None else {f for s in read.modules for f in s.losses}:
+    for fmt in sorted(menu if menu is not None else {f for s in read.modules for f in s.losses}):
         formats: dict[str, Format] = {}
         for scored in read.modules:
             choices = allowed(scored.module, sorted(scored.losses) if menu is None else menu)

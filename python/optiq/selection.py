@@ -1,8 +1,8 @@
 """Real KL decides: proposed plans are rendered and measured, and the best is taken.
 
 Measured is KL(source || rendered) in nats per token on text that neither scores nor rounding saw
-("selection" of `calibration.split`). Of the source only the inputs of its output head are kept;
-logits are made of them a few rows at a time.
+("selection" of `calibration.split`). Of the source's runs only the inputs of its output head are
+kept; logits are made of them a few rows at a time.
 """
 
 from __future__ import annotations
@@ -85,62 +85,82 @@ def decide(
 ) -> tuple[Plan, Rounding]:
     """The plan of least measured KL, and `rounding` or what `fit` makes of it, whichever is better.
 
-    All that was measured goes into the plan's `selection`. Without sequences, or where source and
+    What was measured goes into the plan's `selection`. Without sequences, or where source and
     student do not fit the memory together, the first plan is taken unmeasured, and `fit` trusted.
     """
-    first = next(iter(plans.values()))
-    dense = sum(prod(m.module.shape) for m in first.modules) * int(first.model["itemsize"])
-    if not sequences or dense + first.budget > available_memory():
-        return first, fit(first) if fit else rounding
+    chosen = next(iter(plans))
+    if not sequences or not _fit_memory(plans[chosen]):
+        plan = plans[chosen]
+        rounding = fit(plan) if fit else rounding
+        return replace(plan, selection=_selection(chosen, rounding, [], ())), rounding
     candidates: list[Json] = []
     with Judge(source, sequences) as judge:
 
-        def measure(name: str, plan: Plan, rounding: Rounding) -> float:
-            found = judge.measure(render(load(source), plan, rounding=rounding))
+        def measure(name: str, rounding: Rounding) -> float:
+            plan = plans[name]
+            kl = judge.measure(render(load(source), plan, rounding=rounding))
             candidates.append(
                 {
                     "name": name,
+                    "rounding": _name(rounding),
                     "nbytes": plan.nbytes,
                     "predicted": plan.predicted_kl,
-                    "kl": found,
+                    "kl": kl,
                 }
             )
-            return float(found["mean"])
+            return float(kl["mean"])
 
-        kl: dict[str, float] = {}
+        found: dict[str, float] = {}
         with Progress(len(plans), "plans measured", enabled=progress) as bar:
-            for name, plan in plans.items():
-                kl[name] = measure(name, plan, rounding)
-                bar.step(note=f"{name}: {kl[name]:.4g}")
-        chosen = min(plans, key=lambda name: (kl[name], plans[name].nbytes))
-        plan = plans[chosen]
+            for name in plans:
+                found[name] = measure(name, rounding)
+                bar.step(note=f"{name}: {found[name]:.4g}")
+        chosen = min(plans, key=lambda name: (found[name], plans[name].nbytes))
+        trust = _trust(candidates, chosen)
         if fit:
-            fitted = fit(plan)
-            descent = f"{chosen}, descent"
-            if measure(descent, plan, fitted) < kl[chosen]:
-                chosen, rounding = descent, fitted
-    selection = {
+            fitted = fit(plans[chosen])
+            if fitted.fitted and measure(chosen, fitted) < found[chosen]:
+                rounding = fitted
+    selection = _selection(chosen, rounding, candidates, sequences) | trust
+    return replace(plans[chosen], selection=selection), rounding
+
+
+def _fit_memory(plan: Plan) -> bool:
+    dense = sum(prod(m.module.shape) for m in plan.modules) * int(plan.model["itemsize"])
+    return dense + plan.budget <= available_memory()
+
+
+def _name(rounding: Rounding) -> str:
+    return "descent" if rounding.fitted else rounding.name
+
+
+def _selection(
+    chosen: str, rounding: Rounding, candidates: Sequence[Json], sequences: Sequence[Sample]
+) -> Json:
+    return {
         "chosen": chosen,
+        "rounding": _name(rounding),
         "candidates": candidates,
         "tokens": sum(len(s.tokens) for s in sequences),
         "sequences": len(sequences),
-        "text_sha256": token_hash(sequences),
-        **_trust([c for c in candidates if c["name"] in plans and c["predicted"]], kl, plan),
+        "text_sha256": token_hash(sequences) if sequences else None,
+        "ratio": None,
+        "rank_correlation": None,
     }
-    return replace(plan, selection=selection), rounding
 
 
-def _trust(candidates: Sequence[Json], kl: Mapping[str, float], plan: Plan) -> Json:
+def _trust(candidates: Sequence[Json], chosen: str) -> Json:
     """How well predicted KL foretold the measured one, over plans and for the chosen one."""
-    pairs = [(c["predicted"], kl[c["name"]]) for c in candidates]
-    ratio = next((m / p for p, m in pairs if p == plan.predicted_kl), None)
+    pairs = {c["name"]: (c["predicted"], c["kl"]["mean"]) for c in candidates if c["predicted"]}
+    predicted, measured = pairs.get(chosen, (None, 0.0))
+    ratio = measured / predicted if predicted else None
     low, high = USUAL_RATIO
     if ratio is not None and not low <= ratio <= high:
         Progress(0, "").say(
             f"the chosen plan's KL is {ratio:.2g} times what its scores predict; usual is {low} to "
             f"{high}: more calibration --tokens or --sensitivity kl may find a better one"
         )
-    return {"ratio": ratio, "rank_correlation": rank_correlation(pairs)}
+    return {"ratio": ratio, "rank_correlation": rank_correlation(pairs.values())}
 
 
 def rank_correlation(pairs: Iterable[tuple[float, float]]) -> float | None:

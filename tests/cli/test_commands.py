@@ -17,6 +17,7 @@ from optiq.cli import main
 from optiq.conversion import convert
 from optiq.formats import Format
 from optiq.plan import Plan
+from optiq.proposals import propose
 from optiq.scores import check
 from tests.scored import PEER
 from tests.tiny import tiny_folder
@@ -53,6 +54,10 @@ def test_convert(optiq: Optiq, tmp_path: Path) -> None:
     text = optiq("convert", "model", "-o", out, "--tokens", "320", "--size", "5bpw")
     for word in ("(5bpw)", "% used", "predicted", "KL mean", "uniform 4-bit", "report.html"):
         assert word in text
+    chosen = json.loads((tmp_path / "q" / "optiq" / "plan.json").read_text())["selection"]
+    count = len({c["name"] for c in chosen["candidates"]})
+    assert f"chosen     plan {chosen['chosen']} of {count} by measured KL" in text
+    assert f"rounding {chosen['rounding']}, measured / predicted {chosen['ratio']:.2f}" in text
     assert str(tmp_path / "q" / "optiq" / "report.html") in text
     given = ["--scores", f"{out}/optiq/sensitivity.json", "--json"]
     data = json.loads(optiq("convert", "model", "-o", str(tmp_path / "again"), *given))
@@ -87,7 +92,9 @@ def test_sensitivity_and_plan(optiq: Optiq, folder: Path, tmp_path: Path) -> Non
 
     data = json.loads(optiq("plan", str(file), "--json"))
     written = json.loads((folder / "out" / "optiq" / "plan.json").read_text())
-    assert data["modules"] == written["modules"]
+    proposed = {name: p.to_json()["modules"] for name, p in propose(scores).items()}
+    assert data["modules"] == proposed["scores"]
+    assert written["modules"] == proposed[written["selection"]["chosen"]]
     assert data["nbytes"] <= data["budget"]["bytes"]
     text = optiq("plan", str(file), "--size", "6bpw", "--formats", "4,8")
     assert "(6bpw)" in text

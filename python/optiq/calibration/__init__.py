@@ -1,6 +1,7 @@
 """Calibration text: rows of JSON Lines -> balanced token sequences, each a sample from its start.
 
-rows.py reads and validates, render.py turns one row into tokens, batches.py picks and balances.
+rows.py reads and validates, render.py turns one row into tokens, batches.py picks and balances,
+texts.py makes the three texts of a conversion.
 CALIBRATION.md describes the bundled mix `optiq.jsonl` and the row format.
 """
 
@@ -9,16 +10,28 @@ from __future__ import annotations
 from .batches import Calibration, Sample, batches, token_hash
 from .render import Tokenizer, render
 from .rows import BUNDLED, check_row, load_rows, split
+from .texts import (
+    CALIBRATION_TOKENS,
+    HELD_OUT_TOKENS,
+    gather,
+    gather_selection,
+    text_name,
+)
 
 __all__ = [
     "BUNDLED",
+    "CALIBRATION_TOKENS",
+    "HELD_OUT_TOKENS",
     "Calibration",
     "Sample",
     "Tokenizer",
     "batches",
     "check_row",
+    "gather",
+    "gather_selection",
     "load_rows",
     "render",
     "split",
+    "text_name",
     "token_hash",
 ]

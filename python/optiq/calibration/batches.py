@@ -22,6 +22,10 @@ MIN_ROW = 8  # tokens; a shorter row says more about its BOS than about its doma
 MIN_CUT = 32  # tokens; no sample is cut below this to hit a quota
 
 
+class TooLittleText(CalibrationError):
+    """There are no rows, or too few tokens to balance the domains."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One sequence: `tokens` are ids from the sample's start, `line` its place in the file."""
@@ -54,15 +58,16 @@ def batches(
     Whole samples are taken in an order shuffled by `seed` and cut at `max_length`; the last one or
     two of a domain are cut further to hit its share, never below 32 tokens. When a domain has
     fewer tokens than its share, all shares are lowered to what it has, and `note` says so.
-    Raises CalibrationError for no rows, a row under 8 tokens, or shares under 32 tokens.
+    Raises CalibrationError for a row under 8 tokens, and its subclass TooLittleText for no rows or
+    shares under 32 tokens.
     """
     if max_length < MIN_CUT:
         raise CalibrationError(f"max_length is {max_length}; expected at least {MIN_CUT} tokens")
     pools = _render_all(rows, tokenizer, max_length)
     if not pools:
-        raise CalibrationError("there are no calibration rows; give a file with at least one")
+        raise TooLittleText("there are no calibration rows; give a file with at least one")
     if tokens < MIN_CUT * len(pools):
-        raise CalibrationError(
+        raise TooLittleText(
             f"{tokens} calibration tokens are too few for {len(pools)} domains; "
             f"ask for at least {MIN_CUT * len(pools)}"
         )
@@ -114,7 +119,7 @@ def _share(pools: dict[str, list[Sample]], tokens: int) -> tuple[int, str]:
         return share, ""
     share = available[smallest]
     if share < MIN_CUT:
-        raise CalibrationError(
+        raise TooLittleText(
             f"domain {smallest!r} has only {share} tokens; expected at least {MIN_CUT}: "
             "add rows to it or remove it"
         )

@@ -14,12 +14,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_size(parser)
     options.add_measuring(parser)
     parser.add_argument("--scores", metavar="FILE", help="use this sensitivity.json, don't measure")
-    parser.add_argument("--dry-run", action="store_true", help="stop at the plan")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="stop at the plan of least predicted KL"
+    )
     options.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..conversion import CALIBRATION_TOKENS, CHECKPOINT, SCORES, convert, work_folder
+    from ..calibration import CALIBRATION_TOKENS
+    from ..conversion import CHECKPOINT, SCORES, convert, work_folder
     from .tables import plan_table, scores_line
 
     with options.resumable(work_folder(args.out) / CHECKPOINT):

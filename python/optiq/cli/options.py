@@ -67,8 +67,9 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounding",
         choices=("descent", "search", "minmax"),
-        help="descent (the default): fitted to what each layer's output loses; search: scales "
-        "fitted to what drives each column, as in all scores; minmax: as stock",
+        help="descent (the default): weights fitted to what each layer's output loses; search: "
+        "scales fitted to what drives each column; minmax: as stock. Scores are made with minmax "
+        "or else search",
     )
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")

@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, world: World) -> int:
     from .. import sensitivity
-    from ..conversion import CALIBRATION_TOKENS, choose_rounding, gather, text_name
+    from ..calibration import CALIBRATION_TOKENS, gather, text_name
+    from ..conversion import choose_rounding
     from ..formats import DEFAULT_MENU, parse_menu
     from ..preflight import (
         check_budget,

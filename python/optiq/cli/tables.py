@@ -77,6 +77,8 @@ def plan_table(plan: Mapping[str, Any], path: Path | None) -> str:
         f"predicted  KL {number(objective['predicted_kl'])} nats per token, "
         f"optimal within {100 * (objective['gap'] or 0):.2g} %",
     ]
+    if plan.get("selection"):
+        lines.append(f"chosen     {_chosen(plan['selection'])}")
     if plan.get("measured"):
         both = {"optiq": plan["measured"]}
         if plan["uniform4"].get("measured"):
@@ -85,6 +87,16 @@ def plan_table(plan: Mapping[str, Any], path: Path | None) -> str:
     if path is not None:
         lines += ["", f"model      {path}", f"report     {path / 'optiq' / 'report.html'}"]
     return "\n".join(lines)
+
+
+def _chosen(selection: Mapping[str, Any]) -> str:
+    """Which proposal it is, by which rounding, and how well its KL was predicted."""
+    of = len({candidate["name"] for candidate in selection["candidates"]})
+    parts = [f"plan {selection['chosen']} {f'of {of} by measured KL' if of else 'unmeasured'}"]
+    parts.append(f"rounding {selection['rounding']}")
+    if selection["ratio"] is not None:
+        parts.append(f"measured / predicted {selection['ratio']:.2f} as scored")
+    return ", ".join(parts)
 
 
 def scores_table(scores: Mapping[str, Any], path: Path) -> str:

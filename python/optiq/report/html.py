@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExportError
-from . import compare, maps, measured
+from . import compare, maps, measured, proposed
 from .colors import stylesheet
 from .curve import trace
 from .layout import Grid, lay_out
@@ -75,6 +75,7 @@ def render(plan: dict[str, Any], scores: dict[str, Any]) -> str:
 <h2>Against stock uniform 4-bit</h2>
 {compare.table(ours, stock)}
 </section>
+{proposed.section(plan)}
 {_maps(plan, grid)}
 {_curve(plan, scores, grid)}
 <section>
@@ -137,7 +138,8 @@ measured on the whole model, with one standard error up and down.</p>
 
 def _provenance(plan: dict[str, Any], scores: dict[str, Any]) -> str:
     model, objective, budget = plan["model"], plan["objective"], plan["budget"]
-    mix = scores.get("calibration") or {}
+    mix, selection = scores.get("calibration") or {}, plan.get("selection") or {}
+    rounding = scores.get("rounding")
     domains = mix.get("tokens_per_domain") or {}
     gap = finite(objective["gap"])
     rows = [
@@ -150,7 +152,7 @@ def _provenance(plan: dict[str, Any], scores: dict[str, Any]) -> str:
         ("Gap to the bound", data(gap, f"{number(100 * gap, 2)} %" if gap is not None else None)),
         ("Reference", _known(scores.get("reference"))),
         ("Method", _known(scores.get("method"))),
-        ("Rounding", _known(scores.get("rounding"))),
+        ("Rounding", f"{_known(rounding)} (scores), {_known(selection.get('rounding'))} (weights)"),
         ("Calibration", _known(mix.get("source"))),
         ("Tokens", _known(mix.get("tokens"))),
         ("Tokens per domain", _pairs(domains)),

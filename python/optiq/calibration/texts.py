@@ -1,0 +1,55 @@
+"""The text of a conversion: to score and round with, to choose a plan by, to judge the result on.
+
+The three come from different rows of one file (`rows.split`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import CalibrationError
+from ..progress import Progress
+from .batches import Calibration, Sample, TooLittleText, batches
+from .render import Tokenizer
+from .rows import BUNDLED, load_rows, split
+
+# Enough for stable scores of a small model; the scores' error bars say whether it was.
+CALIBRATION_TOKENS = 8192
+SELECTION_TOKENS = 4096
+HELD_OUT_TOKENS = 4096
+
+
+def text_name(path: str | Path | None) -> str:
+    """What a plan calls the rows at `path`."""
+    return str(path or BUNDLED.name)
+
+
+def gather(
+    tokenizer: Tokenizer, path: str | Path | None, which: str, tokens: int, seed: int
+) -> Calibration:
+    """Sequences from the "calibration" or the "heldout" rows at `path` (None: the bundled mix).
+
+    Raises CalibrationError where there are too few.
+    """
+    rows = split(load_rows(path), which)
+    if not rows:
+        raise CalibrationError(
+            f"{text_name(path)} has a single row of each domain, and one of two is held out to "
+            "judge the result; add rows"
+        )
+    found = batches(rows, tokenizer, tokens=tokens, seed=seed)
+    if found.note:
+        Progress(0, "").say(f"{which} text of {text_name(path)}: {found.note}")
+    return found
+
+
+def gather_selection(tokenizer: Tokenizer, path: str | Path | None, seed: int) -> list[Sample]:
+    """Sequences from the "selection" rows at `path`; none where they are too few, which is said."""
+    rows = split(load_rows(path), "selection")
+    try:
+        return batches(rows, tokenizer, tokens=SELECTION_TOKENS, seed=seed).sequences
+    except TooLittleText as error:
+        Progress(0, "").say(
+            f"selection text of {text_name(path)}: none, plans are not compared ({error})"
+        )
+        return []

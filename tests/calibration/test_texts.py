@@ -1,0 +1,57 @@
+"""The three texts of a conversion, and what happens where there is too little of one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from optiq.calibration import gather, gather_selection, texts
+from optiq.errors import CalibrationError
+
+from .test_batches import Letters
+
+
+def mix(folder: Path, **lengths: list[int]) -> Path:
+    """Rows of `x`, a token each, by domain."""
+    path = folder / "mix.jsonl"
+    rows = [{"domain": d, "text": "x" * n} for d, sizes in lengths.items() for n in sizes]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_no_row_is_in_two_texts() -> None:
+    parts = [
+        gather(Letters(), None, "calibration", 8000, 0).sequences,
+        gather_selection(Letters(), None, 0),
+        gather(Letters(), None, "heldout", 4000, 0).sequences,
+    ]
+    lines = [{sample.line for sample in part} for part in parts]
+    assert all(lines)
+    assert len(set.union(*lines)) == sum(map(len, lines))
+
+
+def test_too_little_text_to_choose_by_is_said_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OPTIQ_PROGRESS", "1")
+    for lengths in ([99, 20, 99], [99, 99]):  # the second of three chooses; of two, none does
+        path = mix(tmp_path, a=lengths)
+        assert gather_selection(Letters(), path, 0) == []
+        assert "mix.jsonl: none, plans are not compared (" in capsys.readouterr().err
+        assert gather(Letters(), path, "calibration", 50, 0).sequences
+        assert gather(Letters(), path, "heldout", 50, 0).sequences
+    monkeypatch.setattr(texts, "SELECTION_TOKENS", 63)
+    assert gather_selection(Letters(), mix(tmp_path, a=[99] * 3, b=[99] * 3), 0) == []
+    assert "63 calibration tokens are too few" in capsys.readouterr().err
+
+
+def test_a_bad_row_to_choose_by_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="calibration line 2 is 3 tokens long"):
+        gather_selection(Letters(), mix(tmp_path, a=[99, 3, 99]), 0)
+
+
+def test_of_one_row_nothing_can_be_held_out(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"mix.jsonl has a single row of each domain"):
+        gather(Letters(), mix(tmp_path, a=[99], b=[99]), "heldout", 64, 0)
