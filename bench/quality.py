@@ -34,7 +34,8 @@ from mlx_lm.convert import mixed_quant_predicate_builder
 
 import optiq
 from optiq import sensitivity
-from optiq.conversion import _selecting, choose_rounding, gather
+from optiq.calibration.texts import gather, gather_selection
+from optiq.conversion import choose_rounding
 from optiq.descent import descend
 from optiq.formats import DENSE, Format, parse_menu
 from optiq.machine import machine, versions
@@ -159,7 +160,7 @@ def run(name: str, folder: Path, text: Path, count: int, seed: int, also: Json) 
     loaded = load(source)
     measure = Protocol(source, windows(loaded.tokenizer, text, count, seed))
     calibration = gather(loaded.tokenizer, None, "calibration", TOKENS, seed)
-    selecting = _selecting(loaded.tokenizer, None, seed)
+    selecting = gather_selection(loaded.tokenizer, None, seed)
     results: dict[str, Json] = {}
 
     def judge(label: str, plan: Plan, rounding: Rounding = MINMAX) -> Json:
@@ -213,7 +214,6 @@ def run(name: str, folder: Path, text: Path, count: int, seed: int, also: Json) 
                 source, propose(scores, size, seed=seed), search, selecting, fit, progress=False
             )
         found = judge(f"optiq, {label} bpw", plan, rounding)
-        found["chosen"] = plan.selection and plan.selection["chosen"]
         found["selection"] = plan.selection
     for label, other in also.items():
         student, _ = load_native(other)

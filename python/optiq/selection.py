@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from math import prod
+from math import inf, isfinite, prod
 from types import TracebackType
 from typing import Any
 
@@ -89,7 +89,7 @@ def decide(
     student do not fit the memory together, the first plan is taken unmeasured, and `fit` trusted.
     """
     chosen = next(iter(plans))
-    if not sequences or not _fit_memory(plans[chosen]):
+    if not sequences or not _fit_memory(plans[chosen], copies=2 if fit else 1):
         plan = plans[chosen]
         rounding = fit(plan) if fit else rounding
         return replace(plan, selection=_selection(chosen, rounding, [], ())), rounding
@@ -99,6 +99,8 @@ def decide(
         def measure(name: str, rounding: Rounding) -> float:
             plan = plans[name]
             kl = judge.measure(render(load(source), plan, rounding=rounding))
+            if not isfinite(kl["mean"]):  # the plan makes the model overflow
+                return inf
             candidates.append(
                 {
                     "name": name,
@@ -125,9 +127,10 @@ def decide(
     return replace(plans[chosen], selection=selection), rounding
 
 
-def _fit_memory(plan: Plan) -> bool:
+def _fit_memory(plan: Plan, copies: int) -> bool:
+    """Whether a student and so many copies of the source do; fitting loads one of its own."""
     dense = sum(prod(m.module.shape) for m in plan.modules) * int(plan.model["itemsize"])
-    return dense + plan.budget <= available_memory()
+    return copies * dense + plan.budget <= available_memory()
 
 
 def _name(rounding: Rounding) -> str:
