@@ -35,12 +35,12 @@ from mlx_lm.convert import mixed_quant_predicate_builder
 import optiq
 from optiq import sensitivity
 from optiq.calibration.texts import gather, gather_selection
-from optiq.conversion import choose_rounding
 from optiq.descent import descend
 from optiq.formats import DENSE, Format, parse_menu
 from optiq.machine import machine, versions
 from optiq.nn import accelerate
 from optiq.plan import Plan, Planned, build, uniform_plan
+from optiq.preparation import choose_rounding
 from optiq.proposals import propose
 from optiq.roles import quantizable
 from optiq.rounding import MINMAX, Rounding

@@ -16,12 +16,13 @@ from mlx_lm import load as stock_load
 from mlx_lm.utils import load_model
 
 import optiq
-from optiq import conversion
+from optiq import conversion, preparation
 from optiq.calibration import gather
-from optiq.conversion import Result, convert, work_folder
+from optiq.conversion import Result, convert
 from optiq.errors import ExportError, UsageError
 from optiq.formats import DEFAULT_MENU, DENSE, Format
 from optiq.plan import Plan
+from optiq.preparation import CHECKPOINT, work_folder
 from optiq.proposals import propose
 from optiq.roles import allowed, floor, quantizable
 from optiq.sensitivity.checkpoint import Checkpoint
@@ -133,7 +134,7 @@ def test_scores_are_used_again_without_measuring(
 ) -> None:
     folder = tiny_folder(tmp_path, name="model")
     first = convert(str(folder), tmp_path / "first", size="5bpw", **QUICK)
-    monkeypatch.setattr(conversion.scoring, "measure", None)
+    monkeypatch.setattr(preparation.scoring, "measure", None)
     given = tmp_path / "first" / "optiq" / "sensitivity.json"
     again = convert(str(folder), tmp_path / "again", size="5bpw", scores=given, **QUICK)
     assert again.plan == first.plan
@@ -204,7 +205,7 @@ def test_an_interrupted_run_goes_on_to_the_same_scores(
     with pytest.raises(KeyboardInterrupt):
         convert(folder, out, **job)
     assert names(tmp_path) == ["model", "out.optiq-work", "whole"]
-    assert names(work_folder(out)) == [conversion.CHECKPOINT]
+    assert names(work_folder(out)) == [CHECKPOINT]
     (checkpoint,) = work_folder(out).iterdir()
     units = json.loads(checkpoint.read_text())["rounds"][f"0 {method}"]
     assert len(units) == saves

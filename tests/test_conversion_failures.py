@@ -15,7 +15,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm import convert as stock_convert
 
-from optiq import conversion
+from optiq import preparation
 from optiq.cli import main
 from optiq.sources import resolve
 from tests.planned import scores_of
@@ -39,7 +39,7 @@ def refused(
     def measure(*args: Any, **options: Any) -> None:
         raise AssertionError("measured in vain")
 
-    monkeypatch.setattr(conversion.scoring, "measure", measure)
+    monkeypatch.setattr(preparation.scoring, "measure", measure)
     monkeypatch.chdir(tmp_path)
 
     def run(message: str, *arguments: str, code: int = 1) -> None:

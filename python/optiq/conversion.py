@@ -8,55 +8,36 @@ an interrupted run goes on with `resume=True`, and a failure after measuring cos
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shlex
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from . import compare, importance, report
-from . import sensitivity as scoring
-from .calibration import (
-    CALIBRATION_TOKENS,
-    HELD_OUT_TOKENS,
-    Calibration,
-    gather,
-    gather_selection,
-    text_name,
-)
-from .descent import descend
-from .errors import ExportError, SensitivityError, UsageError
+from . import compare, report
+from .calibration import CALIBRATION_TOKENS, HELD_OUT_TOKENS, Calibration
+from .errors import ExportError
 from .export import check_target, export
-from .formats import DEFAULT_MENU, Format, parse_menu
+from .formats import Format
 from .machine import available_memory
 from .nn import accelerate
 from .plan import Plan, build, parse_size, uniform_plan
-from .preflight import (
-    check_budget,
-    check_space,
-    check_unfinished,
-    check_weights,
-    check_writable,
+from .preflight import check_budget, check_space, check_unfinished, check_writable
+from .preparation import (
+    CHECKPOINT,
+    command_line,
+    gather_all,
+    prepare,
+    read_menu,
+    remove_work,
+    work_folder,
 )
-from .proposals import propose
-from .roles import quantizable
-from .rounding import MINMAX, Rounding
+from .rounding import Rounding
 from .runtime import load as load_native
 from .runtime import render
-from .selection import decide
-from .sensitivity.checkpoint import saved_reference
-from .sensitivity.reference import Uniform4, choose, weight_bytes
-from .sources import LoadedModel, Source, load, resolve
-
-CHECKPOINT = "sensitivity.checkpoint.json"
-SCORES = "sensitivity.json"
-SEARCH, DESCENT = "search", "descent"
+from .sources import Source, load, resolve
 
 
 @dataclass(frozen=True)
@@ -121,118 +102,41 @@ def convert(
     check_writable(out)
     if scores is None:
         check_unfinished(work / CHECKPOINT, resume)
-        if resume and reference == "auto":  # free memory may have changed since
-            reference = saved_reference(work / CHECKPOINT) or reference
-    menu = _menu(formats)
+    menu = read_menu(formats)
     parse_size(size, params=1, uniform4=1)  # a misspelled size is refused before any work
     source = resolve(model, revision=revision)
     loaded = load(source)
-    held_out = gather(loaded.tokenizer, calibration, "heldout", held_out_tokens, seed)
-    selecting = gather_selection(loaded.tokenizer, calibration, seed)
-    text = gather(loaded.tokenizer, calibration, "calibration", tokens, seed)
-    limit = menu if formats is not None else None
-    if scores is not None:
-        found = _given(Path(scores), source, loaded)
-        if dry_run:
-            return Result(build(found, size, limit, seed=seed, command=_command()), found, None)
-        rounding = rounding or (DESCENT if found["rounding"] == SEARCH else found["rounding"])
-        how = choose_rounding(rounding, source, text, reference, progress)
-    else:
+    texts = gather_all(loaded.tokenizer, calibration, seed, tokens, held_out_tokens)
+    if scores is None:
         needed = check_budget(source, loaded, size, menu)
         if not dry_run:
             check_space(out, needed)
-        check_weights(source)
-        rounding = rounding or DESCENT
-        how = choose_rounding(rounding, source, text, reference, progress)
-        found = scoring.measure(
-            source,
-            loaded=loaded,
-            menu=menu,
-            calibration=text,
-            calibration_source=text_name(calibration),
-            method=sensitivity,
-            size=size,
-            reference=reference,
-            rounding=how,
-            seed=seed,
-            checkpoint=work / CHECKPOINT,
-            resume=resume,
-            progress=progress,
-        )
-        scoring.save(found, work / SCORES)
-        if dry_run:
-            return Result(build(found, size, limit, seed=seed, command=_command()), found, None)
+    ready = prepare(
+        source,
+        loaded,
+        texts,
+        work,
+        size=size,
+        formats=formats,
+        sensitivity=sensitivity,
+        reference=reference,
+        rounding=rounding,
+        scores=scores,
+        seed=seed,
+        resume=resume,
+        unrounded=dry_run,
+        progress=progress,
+    )
     del loaded  # its weights are in memory by now
-    plans = propose(found, size, limit, seed=seed, command=_command())
-    fit = partial(
-        descend, source, text=text, rounding=how, reference=reference, seed=seed, progress=progress
-    )
-    plan, how = decide(
-        source, plans, how, selecting, fit if rounding == DESCENT else None, progress=progress
-    )
-    plan = _written(source, plan, out, found, how, held_out, progress)
-    _remove_work(work)
-    return Result(plan, found, out)
-
-
-def work_folder(out: str | Path) -> Path:
-    """Where scores lie until `out` is complete."""
-    out = Path(out).expanduser().resolve()
-    return out.parent / f"{out.name}.optiq-work"
-
-
-def _remove_work(work: Path) -> None:
-    """Remove our own files; anything else in the folder is somebody's."""
-    for name in (CHECKPOINT, SCORES):
-        (work / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        work.rmdir()
-
-
-def choose_rounding(
-    name: str, source: Source, text: Calibration, reference: str, progress: bool = True
-) -> Rounding:
-    """The rounding that scores are measured with: for "search" and "descent" the search.
-
-    For it the importance of all columns is measured, on the model that scores are measured in: the
-    source's, or that in 4 bits.
-    """
-    if name == MINMAX.name:
-        return MINMAX
-    if name not in (SEARCH, DESCENT):
-        raise UsageError(f"unknown rounding {name!r}; use {DESCENT}, {SEARCH} or {MINMAX.name}")
-    model = load(source).model
-    modules = quantizable(model)
-    chosen, _ = choose(reference, weight_bytes(model))
-    if chosen == "uniform4":
-        Uniform4(source, model, modules, MINMAX)
-    accelerate(model, blocks=False)  # each layer is metered
-    sequences = [sample.tokens for sample in text.sequences]
-    return Rounding(SEARCH, importance.measure(model, modules, sequences, progress=progress))
-
-
-def _menu(formats: str | Sequence[Format] | None) -> tuple[Format, ...]:
-    if formats is None:
-        return DEFAULT_MENU
-    return parse_menu(formats if isinstance(formats, str) else map(str, formats))
-
-
-def _command() -> str:
-    program, *arguments = sys.argv or [""]
-    return shlex.join(["optiq", *arguments]) if Path(program).name == "optiq" else ""
-
-
-def _given(path: Path, source: Source, loaded: LoadedModel) -> dict[str, Any]:
-    """The scores of a file, if they are those of this model."""
-    modules = quantizable(loaded.model)
-    described = scoring.describe_model(source, loaded, modules)
-    found = scoring.load(path, model=described, modules=modules)
-    if found["model"]["fingerprint"] != source.fingerprint:
-        raise SensitivityError(
-            f"{path} holds the scores of {found['model']['name']}, not of {source.name} as it is "
-            "now; measure again"
+    found = ready.scores
+    if dry_run:
+        return Result(
+            build(found, size, ready.limit, seed=seed, command=command_line()), found, None
         )
-    return found
+    plan, how = ready.best(size, command_line())
+    plan = _written(source, plan, out, found, how, texts.held_out, progress)
+    remove_work(work)
+    return Result(plan, found, out)
 
 
 def _written(

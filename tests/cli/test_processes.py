@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from optiq.conversion import CHECKPOINT
+from optiq.preparation import CHECKPOINT
 from tests.scored import PEER
 from tests.test_plan import scores_of
 from tests.tiny import tiny_folder

@@ -21,6 +21,7 @@ COMMANDS = {
     "convert": "measure, plan, round and write a model",
     "sensitivity": "measure how much each module suffers from fewer bits",
     "plan": "a plan for another size, from scores already measured",
+    "frontier": "size against KL: ours, uniform widths and mlx-lm's mixed recipes",
     "compare": "KL, top-1 agreement and perplexity of models against a reference",
     "generate": "answer one prompt",
     "bench": "time the kernels against stock MLX on this machine",

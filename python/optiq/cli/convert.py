@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..calibration import CALIBRATION_TOKENS
-    from ..conversion import CHECKPOINT, SCORES, convert, work_folder
+    from ..conversion import convert
+    from ..preparation import CHECKPOINT, SCORES, work_folder
     from .tables import plan_table, scores_line
 
     with options.resumable(work_folder(args.out) / CHECKPOINT):

@@ -35,7 +35,6 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace, world: World) -> int:
     from .. import sensitivity
     from ..calibration import CALIBRATION_TOKENS, gather, text_name
-    from ..conversion import choose_rounding
     from ..formats import DEFAULT_MENU, parse_menu
     from ..preflight import (
         check_budget,
@@ -44,6 +43,7 @@ def _run(args: argparse.Namespace, world: World) -> int:
         check_weights,
         check_writable,
     )
+    from ..preparation import choose_rounding
     from ..sensitivity.checkpoint import existing
     from ..sources import load, resolve
     from .tables import scores_table

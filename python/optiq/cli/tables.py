@@ -99,6 +99,18 @@ def _chosen(selection: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def frontier_table(result: Mapping[str, Any]) -> str:
+    """One row per model by rising bytes, then what was left out."""
+    head = ["", "size", "bits per weight", "KL mean", "over uniform", "same top token", ""]
+    rows = [head]
+    for p in result["points"]:
+        ratio = number(p["uniform"]["ratio"]) if p["uniform"] else "-"
+        figures = [size(p["nbytes"]), f"{p['bpw']:.3f}", number(p["kl"]["mean"], p["kl"]["se"])]
+        mark = "dominated" if p["dominated"] else ""
+        rows.append([p["name"], *figures, ratio, _percent(p["top1"]), mark])
+    return "\n".join([grid(rows), *(["", *result["notes"]] if result["notes"] else [])])
+
+
 def scores_table(scores: Mapping[str, Any], path: Path) -> str:
     """The most sensitive modules, and what was measured."""
     fmt = "4g64"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .layout import Grid, uniform
@@ -20,7 +20,7 @@ class Point:
     """One marked model. `nbytes` of all tensors, `kl` and `se` in nats per token."""
 
     label: str
-    kind: str  # "plan" or "uniform"
+    kind: str  # "plan", "uniform" or "recipe"
     nbytes: int
     kl: float
     se: float | None = None  # of a measured value; None for a predicted one without error bar
@@ -29,11 +29,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """`frontier` is (bytes of all tensors, predicted KL in nats per token) by rising bytes."""
+    """Lines are (bytes of all tensors, KL in nats per token) by rising bytes."""
 
     frontier: list[tuple[int, float]]
     points: list[Point]
     unpredicted: list[int]  # uniform widths that some module has no score for
+    uniform: list[tuple[int, float]] = field(default_factory=list)
 
 
 def trace(plan: dict[str, Any], scores: dict[str, Any], grid: Grid) -> Curve:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ..errors import ExportError
 from . import compare, maps, measured, proposed
-from .colors import stylesheet
 from .curve import trace
+from .document import code, document, drawings, facts, known, pairs
 from .layout import Grid, lay_out
-from .svg import chart
-from .text import MISSING, UNKNOWN, count, data, esc, finite, number
+from .text import MISSING, count, data, esc, finite, number
 
 _METHODS = {
     "kl": "One module at a time was rounded to one format, and the KL divergence this causes "
@@ -51,25 +48,10 @@ def render(plan: dict[str, Any], scores: dict[str, Any]) -> str:
     """
     grid = lay_out(plan, scores)
     ours, stock = compare.sides(plan, scores, grid)
-    name = esc(plan["model"]["name"])
-    css = files(__package__).joinpath("style.css").read_text(encoding="utf-8")
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{name}: optiq report</title>
-<style>
-{css}{stylesheet()}
-</style>
-</head>
-<body>
-<main>
-<header>
-<p class="kicker">optiq report</p>
-<h1><bdi>{name}</bdi></h1>
-{compare.headline(ours, stock)}
+    return document(
+        plan["model"]["name"],
+        "optiq report",
+        f"""{compare.headline(ours, stock)}
 </header>
 <section>
 <h2>Against stock uniform 4-bit</h2>
@@ -86,11 +68,8 @@ in thousandths of a nat per token</summary>
 {maps.module_table(grid)}
 </details>
 </section>
-{_provenance(plan, scores)}
-</main>
-</body>
-</html>
-"""
+{_provenance(plan, scores)}""",
+    )
 
 
 def _maps(plan: dict[str, Any], grid: Grid) -> str:
@@ -118,11 +97,7 @@ def _maps(plan: dict[str, Any], grid: Grid) -> str:
 
 def _curve(plan: dict[str, Any], scores: dict[str, Any], grid: Grid) -> str:
     curve = trace(plan, scores, grid)
-    drawings = (chart(curve, 810, 440), chart(curve, 360, 340))
-    figure = "".join(
-        f'<div class="{css}">{svg}</div>'
-        for css, svg in zip(("wide", "narrow"), drawings, strict=True)
-    )
+    figure = drawings(curve)
     if not curve.frontier:
         figure += f"<p>Frontier: {MISSING}, some modules have no score.</p>"
     if curve.unpredicted:
@@ -144,34 +119,33 @@ def _provenance(plan: dict[str, Any], scores: dict[str, Any]) -> str:
     gap = finite(objective["gap"])
     rows = [
         ("Model", esc(model["name"])),
-        ("Fingerprint", _code(model["fingerprint"])),
-        ("Type", f"{_known(model['model_type'])}, {_known(model['dtype'])}"),
-        ("Budget", f"{_known(budget['asked'])}: {count(budget['bytes'])} bytes"),
+        ("Fingerprint", code(model["fingerprint"])),
+        ("Type", f"{known(model['model_type'])}, {known(model['dtype'])}"),
+        ("Budget", f"{known(budget['asked'])}: {count(budget['bytes'])} bytes"),
         ("Predicted KL", data(objective["predicted_kl"])),
         ("Proven lower bound", data(objective["bound"])),
         ("Gap to the bound", data(gap, f"{number(100 * gap, 2)} %" if gap is not None else None)),
-        ("Reference", _known(scores.get("reference"))),
-        ("Method", _known(scores.get("method"))),
-        ("Rounding", f"{_known(rounding)} (scores), {_known(selection.get('rounding'))} (weights)"),
-        ("Calibration", _known(mix.get("source"))),
-        ("Tokens", _known(mix.get("tokens"))),
-        ("Tokens per domain", _pairs(domains)),
-        ("Sequences", _known(mix.get("sequences"))),
-        ("Text sha256", _code(mix.get("sha256"))),
-        ("Seed", f"{_known(mix.get('seed'))} (text), {_known(plan.get('seed'))} (plan)"),
+        ("Reference", known(scores.get("reference"))),
+        ("Method", known(scores.get("method"))),
+        ("Rounding", f"{known(rounding)} (scores), {known(selection.get('rounding'))} (weights)"),
+        ("Calibration", known(mix.get("source"))),
+        ("Tokens", known(mix.get("tokens"))),
+        ("Tokens per domain", pairs(domains)),
+        ("Sequences", known(mix.get("sequences"))),
+        ("Text sha256", code(mix.get("sha256"))),
+        ("Seed", f"{known(mix.get('seed'))} (text), {known(plan.get('seed'))} (plan)"),
         ("Seconds measuring", data(scores.get("seconds"))),
-        ("Command", _code(plan.get("command") or None)),
-        ("Versions", _pairs(plan.get("versions"))),
-        ("Machine", _pairs(plan.get("machine"))),
+        ("Command", code(plan.get("command") or None)),
+        ("Versions", pairs(plan.get("versions"))),
+        ("Machine", pairs(plan.get("machine"))),
     ]
     for key in ("versions", "machine"):
         if scores.get(key) != plan.get(key):
-            rows.append((f"{key.capitalize()}, scores", _pairs(scores.get(key))))
-    body = "".join(f"<div><dt>{term}</dt><dd>{value}</dd></div>" for term, value in rows)
+            rows.append((f"{key.capitalize()}, scores", pairs(scores.get(key))))
     return f"""<section>
 <h2>How the numbers were made</h2>
 {_notes(scores)}
-<dl class="facts">{body}</dl>
+{facts(rows)}
 </section>"""
 
 
@@ -186,22 +160,3 @@ independent; the error of a difference takes the two sides as independent.</p>
 modules add up, so it ranks plans well and states a level less well; a measured KL comes from
 running the whole quantized model. Bits per weight are eight times the bytes of all tensors
 (scales, biases, norms and embeddings included) over the number of weights.</p>"""
-
-
-def _known(value: object) -> str:
-    if value is None:
-        return UNKNOWN
-    return data(value, count(value)) if isinstance(value, int) else esc(value)
-
-
-def _code(value: object) -> str:
-    return UNKNOWN if value is None else f"<code>{esc(value)}</code>"
-
-
-def _pairs(values: dict[str, Any] | None) -> str:
-    """Key and value of a flat dict, comma-separated; a nested value as JSON."""
-    pairs = (
-        f"{esc(key)} {_known(v if isinstance(v, str | int | float | None) else json.dumps(v))}"
-        for key, v in (values or {}).items()
-    )
-    return ", ".join(pairs) or UNKNOWN

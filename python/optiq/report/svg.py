@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import ceil, floor, log10
 
 from .curve import Curve, Point
@@ -10,12 +11,13 @@ from .text import UNITS, esc, number, plus_minus, size
 TOP, RIGHT, BOTTOM, LEFT = 30, 18, 46, 58  # px around the plot
 LINE = 15  # px between two labels that would overlap
 GLYPH = 7.5  # px, a generous width of one letter
+MARK = 11  # px across a mark
 
 
 def chart(curve: Curve, width: int, height: int) -> str:
     """An `<svg>` of `width` x `height` px. Text stays at its own size: draw it again, narrower,
     for a narrow screen instead of scaling it."""
-    spots = [(p.nbytes, p.kl) for p in curve.points] + curve.frontier
+    spots = [(p.nbytes, p.kl) for p in curve.points] + curve.frontier + curve.uniform
     spots += [(p.nbytes, p.kl + (p.se or 0)) for p in curve.points]
     spots += [(p.nbytes, p.kl - (p.se or 0)) for p in curve.points]
     heights = [kl for _, kl in spots if kl > 0]
@@ -27,9 +29,10 @@ def chart(curve: Curve, width: int, height: int) -> str:
         'role="img" aria-label="KL divergence against size">',
         *_axes(plot),
     ]
-    line = " ".join(f"{plot.x(b):.1f},{plot.y(kl):.1f}" for b, kl in curve.frontier if kl > 0)
-    if line:
-        parts.append(f'<polyline class="frontier" points="{line}"/>')
+    for css, line in (("frontier plain", curve.uniform), ("frontier", curve.frontier)):
+        points = " ".join(f"{plot.x(b):.1f},{plot.y(kl):.1f}" for b, kl in line if kl > 0)
+        if points:
+            parts.append(f'<polyline class="{css}" points="{points}"/>')
     drawn = [p for p in curve.points if p.kl > 0]
     parts += [_mark(plot, p) for p in drawn]
     parts += _labels(plot, drawn)
@@ -95,7 +98,8 @@ def _text(css: str, x: float, y: float, text: str) -> str:
 
 
 def _mark(plot: _Plot, p: Point) -> str:
-    """Circles for the plan, squares for uniform widths; filled when measured, hollow when not."""
+    """Circles for plans, squares for uniform widths, triangles for recipes; filled when measured,
+    hollow when not."""
     x, y = plot.x(p.nbytes), plot.y(p.kl)
     css = f"mark {p.kind}{' measured' if p.measured else ''}"
     parts = [f'<g class="{css}"><title>{esc(_sentence(p))}</title>']
@@ -107,6 +111,8 @@ def _mark(plot: _Plot, p: Point) -> str:
         )
     if p.kind == "plan":
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5.5"/>')
+    elif p.kind == "recipe":
+        parts.append(f'<path d="M{x:.1f} {y - 6:.1f}l6 10.5h-12z"/>')
     else:
         parts.append(f'<rect x="{x - 4.5:.1f}" y="{y - 4.5:.1f}" width="9" height="9"/>')
     return "".join([*parts, "</g>"])
@@ -118,21 +124,50 @@ def _sentence(p: Point) -> str:
 
 
 def _labels(plot: _Plot, points: list[Point]) -> list[str]:
-    """Plan labels left of their marks, below the frontier; uniform labels right, above it.
+    """Each label beside its mark where it covers no other and no mark: plans rather to the left,
+    below the line, others to the right, above it.
 
-    Labels keep `LINE` apart; the predicted and the measured mark of one model share a label when
-    they are closer. Without room on the right a label goes below its mark.
+    The predicted and the measured mark of one model share a label when they are close. A label
+    that finds no room is left out: every mark has its title, and the table its row.
     """
-    parts = []
-    for kind in ("plan", "uniform"):
-        last, said = -1e9, ""
-        for p in sorted((p for p in points if p.kind == kind), key=lambda p: plot.y(p.kl)):
-            x, y = plot.x(p.nbytes), plot.y(p.kl) + 4
-            if p.label == said and y < last + LINE:
-                continue
-            css, x = ("end", x - 12) if kind == "plan" else ("start", x + 11)
-            if css == "start" and x + GLYPH * len(p.label) > plot.width - 4:
-                css, x, y = "end", plot.width - 4, y + 22
-            last, said = max(y, last + LINE), p.label
-            parts.append(_text(f"label {kind} {css}", x, last, p.label))
+    taken = [_Box(plot.x(p.nbytes), plot.y(p.kl), MARK, MARK) for p in points]
+    parts, said = [], dict[str, float]()
+    for p in sorted(points, key=lambda p: (p.kind != "plan", plot.y(p.kl))):
+        x, y, width = plot.x(p.nbytes), plot.y(p.kl), GLYPH * len(p.label)
+        if p.label in said and abs(y - said[p.label]) < LINE:
+            continue
+        left, right = x - 12 - width / 2, x + 11 + width / 2
+        sides = (left, right) if p.kind == "plan" else (right, left)
+        spots = [(side, y + shift) for shift in (0, -9, 9) for side in sides]
+        spots += [(x, y + 19), (x, y - 17)]
+        edge = min(max(x, width / 2 + 4), plot.width - 4 - width / 2)
+        spots += [(edge, y + 22), (edge, y - 22)]
+        boxes = (_Box(at, height, width, LINE) for at, height in spots)
+        box = next((b for b in boxes if b.inside(plot) and not any(map(b.meets, taken))), None)
+        if box is not None:
+            taken.append(box)
+            said[p.label] = y
+            parts.append(_text(f"label {p.kind} mid", box.x, box.y + 4, p.label))
     return parts
+
+
+@dataclass(frozen=True)
+class _Box:
+    """Centre, width and height in px."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+    def inside(self, plot: _Plot) -> bool:
+        return (
+            self.width / 2 <= self.x <= plot.width - self.width / 2
+            and TOP - LINE <= self.y <= plot.height - BOTTOM - self.height / 2
+        )
+
+    def meets(self, other: _Box) -> bool:
+        return (
+            2 * abs(self.x - other.x) < self.width + other.width
+            and 2 * abs(self.y - other.y) < self.height + other.height
+        )

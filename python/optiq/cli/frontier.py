@@ -1,0 +1,53 @@
+"""`optiq frontier MODEL -o FOLDER`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from . import options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+    parser.add_argument(
+        "-o", "--out", required=True, help="folder for frontier.json and frontier.html"
+    )
+    parser.add_argument(
+        "--sizes",
+        help="sizes of ours, as for convert --size (default: 3.5bpw,4bpw,uniform4,5bpw,6bpw)",
+    )
+    options.add_measuring(parser)
+    parser.add_argument("--scores", metavar="FILE", help="use this sensitivity.json, don't measure")
+    options.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..calibration import CALIBRATION_TOKENS
+    from ..frontier import POINTS, SIZES, frontier
+    from ..frontier_files import HTML
+    from ..preparation import CHECKPOINT, work_folder
+    from .tables import frontier_table
+
+    work = work_folder(args.out)
+    with options.resumable(work / POINTS if args.scores else work / CHECKPOINT):
+        result = frontier(
+            args.model,
+            args.out,
+            sizes=SIZES if args.sizes is None else args.sizes.split(","),
+            formats=args.formats,
+            sensitivity=args.sensitivity,
+            reference=args.reference,
+            calibration=args.calibration,
+            tokens=args.tokens or CALIBRATION_TOKENS,
+            rounding=args.rounding,
+            scores=args.scores,
+            revision=args.revision,
+            seed=args.seed,
+            resume=args.resume,
+        )
+    if args.json:
+        print(json.dumps(result, indent=1))
+    else:
+        print(f"{frontier_table(result)}\n\nreport     {args.out}/{HTML}")
+    return 0
