@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import optiq
-from optiq import cli, plan, scores
+from optiq import cli, pareto, plan, scores
 from optiq.calibration.rows import check_row
 from optiq.compare import summary
 from optiq.formats import Format
@@ -155,6 +155,25 @@ def test_plan_example_has_every_key() -> None:
     measured = summary([np.zeros((3, 4))])
     assert data["measured"].keys() == {*measured, "text_sha256", "nbytes", "bpw"}
     assert data["measured"]["kl"].keys() == measured["kl"].keys()
+
+
+def test_frontier_example_has_every_key() -> None:
+    data = example("optiq.frontier")
+    (point,) = data["points"]
+    uniform = [
+        {**point, "name": name, "family": "uniform", "nbytes": nbytes, "kl": {"mean": kl}}
+        for name, nbytes, kl in (("uniform 3-bit", 10**5, 2.0), ("uniform 4-bit", 10**6, 0.1))
+    ]
+    (made,) = (p for p in pareto.compare([point, *uniform]) if p["family"] == "ours")
+    assert point.keys() == made.keys()
+    assert point["uniform"].keys() == made["uniform"].keys()
+    measured = summary([np.zeros((3, 4))])
+    assert point.keys() >= {*measured, "text_sha256", "nbytes", "bpw"}
+    assert point["kl"].keys() == measured["kl"].keys()
+    assert data["model"].keys() == example("optiq.plan")["model"].keys()
+    assert point["uniform"]["ratio"] == pytest.approx(
+        point["kl"]["mean"] / point["uniform"]["kl"], rel=1e-3
+    )
 
 
 def test_config_example_is_the_plans() -> None:

@@ -40,7 +40,7 @@ from .preparation import (
     work_folder,
 )
 from .progress import Progress
-from .roles import Role
+from .roles import Module, Role
 from .runtime import render, size
 from .scores import parse
 from .sources import load, resolve
@@ -99,7 +99,7 @@ def frontier(
     texts = gather_all(loaded.tokenizer, calibration, seed, tokens, held_out_tokens)
     notes: list[str] = []
     if scores is None:
-        sizes = _fitting(sizes, lambda s: check_budget(source, loaded, s, menu), notes)
+        sizes = _fitting(sizes, partial(check_budget, source, loaded, menu=menu), notes)
     ready = prepare(
         source,
         loaded,
@@ -115,7 +115,7 @@ def frontier(
         progress=progress,
     )
     del loaded
-    sizes = _fitting(sizes, lambda s: build(ready.scores, s, ready.limit), notes)
+    sizes = _fitting(sizes, partial(build, ready.scores, menu=ready.limit), notes)
     _check_memory(ready, sizes)
     finished = Finished(work / POINTS, _identity(ready), resume=resume)
     points = list(_measure(ready, sizes, finished, notes))
@@ -202,36 +202,55 @@ def _point(ready: Prepared, name: str, make: Callable[[], Made]) -> Json:
 
 def _check_memory(ready: Prepared, sizes: Sequence[str]) -> None:
     """State what will be held together at most; OptiqError where two models do not fit."""
+    needs, available = memory(ready, sizes), available_memory()
+    Progress(0, "", enabled=ready.progress).say(
+        f"memory: at most {sum(needs.values()) / 1e9:.2f} GB ("
+        + ", ".join(f"{part} {nbytes / 1e9:.2f}" for part, nbytes in needs.items())
+        + f"); {available / 1e9:.1f} GB are available"
+    )
+    two = needs["source"] + needs["model"]
+    if two > available:
+        raise OptiqError(
+            f"the source and a model of it take {two:,} bytes but only {available:,} are "
+            "available; free memory, or use a machine with more"
+        )
+
+
+def memory(ready: Prepared, sizes: Sequence[str]) -> dict[str, int]:
+    """Bytes of each part when it is largest, from shapes alone; their sum bounds the peak."""
     read = parse(ready.scores)
     modules, itemsize = [s.module for s in read.modules], int(read.model["itemsize"])
     fixed = int(read.model["fixed_bytes"])
     dense = fixed + itemsize * sum(prod(m.shape) for m in modules)
     widest = Format("affine", max(stock.UNIFORM_WIDTHS), 64)
-    student = max(
-        [fixed + sum(widest.nbytes(m.shape, itemsize) for m in modules)]
-        + [build(ready.scores, text, ready.limit).nbytes for text in sizes]
-    )
+    stocks = fixed + sum(widest.nbytes(m.shape, itemsize) for m in modules)
+    student = max(stocks, *(build(ready.scores, s, ready.limit).nbytes for s in sizes))
     vocabulary, width = next(m.shape for m in modules if m.role is Role.EMBEDDING)
-    held_out = ready.texts.held_out.sequences
-    rows = min(
-        max(len(s.tokens) for s in held_out), max(1, compare.LOGITS_BYTES // 4 // vocabulary)
-    )
-    needs = {"source": dense, "model": student, "logits": 5 * 4 * rows * vocabulary}
-    if ready.descent:  # a second source runs, and the model is rounded before it is made
-        blocks = 1 + max((m.block or 0) for m in modules)
-        tokens = sum(len(s.tokens) for s in ready.texts.calibration.sequences)
-        needs["descent"] = dense + student + min(TAPE_BYTES, 4 * tokens * width * (blocks + 1))
-    available = available_memory()
-    Progress(0, "", enabled=ready.progress).say(
-        f"memory: about {sum(needs.values()) / 1e9:.2f} GB ("
-        + ", ".join(f"{part} {nbytes / 1e9:.2f}" for part, nbytes in needs.items())
-        + f"); {available / 1e9:.1f} GB are available"
-    )
-    if dense + student > available:
-        raise OptiqError(
-            f"the source and a model of it take {dense + student:,} bytes but only {available:,} "
-            "are available; free memory, or use a machine with more"
+    texts = ready.texts
+    sequences = [*texts.held_out.sequences, *texts.selection, *texts.calibration.sequences]
+    longest = max(len(s.tokens) for s in sequences)
+    rows = min(longest, max(1, compare.LOGITS_BYTES // 4 // vocabulary))
+    block = max(sum(sum(m.shape[-2:]) for m in modules if m.block == b) for b in _blocks(modules))
+    needs = {
+        "source": dense,
+        "model": student,
+        "at work": 4 * (5 * rows * vocabulary + 3 * longest * (block + vocabulary)),
+    }
+    if ready.descent:  # a second source runs, and a model is rounded before it is made
+        tokens = sum(len(s.tokens) for s in texts.calibration.sequences)
+        tapes = 4 * tokens * width * (len(_blocks(modules)) + 1)
+        squares = sum(m.shape[-1] ** 2 for m in modules if m.block == min(_blocks(modules)))
+        needs["descent"] = (
+            dense
+            + student
+            + min(TAPE_BYTES, tapes)
+            + 4 * (2 * squares + 2 * tokens * block + 6 * max(prod(m.shape) for m in modules))
         )
+    return needs
+
+
+def _blocks(modules: Sequence[Module]) -> list[int]:
+    return sorted({m.block for m in modules if m.block is not None}) or [0]
 
 
 def _describe(ready: Prepared, sizes: Sequence[str], notes: Sequence[str]) -> Json:

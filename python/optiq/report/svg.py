@@ -124,50 +124,61 @@ def _sentence(p: Point) -> str:
 
 
 def _labels(plot: _Plot, points: list[Point]) -> list[str]:
-    """Each label beside its mark where it covers no other and no mark: plans rather to the left,
-    below the line, others to the right, above it.
+    """Each label beside its mark where it covers no other label and no mark: plans rather to the
+    left, below their line, others to the right, above it.
 
     The predicted and the measured mark of one model share a label when they are close. A label
-    that finds no room is left out: every mark has its title, and the table its row.
+    that finds no room is left out: its mark still has a title.
     """
-    taken = [_Box(plot.x(p.nbytes), plot.y(p.kl), MARK, MARK) for p in points]
+    taken = [_Box.around(plot.x(p.nbytes), plot.y(p.kl), MARK, MARK) for p in points]
     parts, said = [], dict[str, float]()
     for p in sorted(points, key=lambda p: (p.kind != "plan", plot.y(p.kl))):
-        x, y, width = plot.x(p.nbytes), plot.y(p.kl), GLYPH * len(p.label)
+        x, y = plot.x(p.nbytes), plot.y(p.kl)
         if p.label in said and abs(y - said[p.label]) < LINE:
             continue
-        left, right = x - 12 - width / 2, x + 11 + width / 2
-        sides = (left, right) if p.kind == "plan" else (right, left)
-        spots = [(side, y + shift) for shift in (0, -9, 9) for side in sides]
-        spots += [(x, y + 19), (x, y - 17)]
-        edge = min(max(x, width / 2 + 4), plot.width - 4 - width / 2)
-        spots += [(edge, y + 22), (edge, y - 22)]
-        boxes = (_Box(at, height, width, LINE) for at, height in spots)
-        box = next((b for b in boxes if b.inside(plot) and not any(map(b.meets, taken))), None)
-        if box is not None:
-            taken.append(box)
-            said[p.label] = y
-            parts.append(_text(f"label {p.kind} mid", box.x, box.y + 4, p.label))
+        width = GLYPH * len(p.label)
+        left = [("end", x - 12, y), ("end", x - 8, y + 10)]
+        right = [("start", x + 11, y), ("start", x + 8, y - 10)]
+        below = [("mid", x, y + 18), ("start", x, y + 18), ("end", x, y + 18)]
+        above = [("mid", x, y - 18), ("start", x, y - 18), ("end", x, y - 18)]
+        plan, other = [*left, *below, *right, *above], [*right, *above, *left, *below]
+        for css, at, height in plan if p.kind == "plan" else other:
+            middle = at + {"start": width / 2, "mid": 0, "end": -width / 2}[css]
+            box = _Box.around(middle, height, width, LINE)
+            if box.inside(plot) and not any(map(box.meets, taken)):
+                taken.append(box)
+                said[p.label] = y
+                parts.append(_text(f"label {p.kind} {css}", at, height + 4, p.label))
+                break
     return parts
 
 
 @dataclass(frozen=True)
 class _Box:
-    """Centre, width and height in px."""
+    """A rectangle in px."""
 
-    x: float
-    y: float
-    width: float
-    height: float
+    left: float
+    right: float
+    top: float
+    bottom: float
+
+    @classmethod
+    def around(cls, x: float, y: float, width: float, height: float) -> _Box:
+        return cls(x - width / 2, x + width / 2, y - height / 2, y + height / 2)
 
     def inside(self, plot: _Plot) -> bool:
+        """Within the axes; above them there is room for half a line more."""
         return (
-            self.width / 2 <= self.x <= plot.width - self.width / 2
-            and TOP - LINE <= self.y <= plot.height - BOTTOM - self.height / 2
+            self.left >= LEFT
+            and self.right <= plot.width
+            and self.top >= TOP - LINE / 2
+            and self.bottom <= plot.height - BOTTOM
         )
 
     def meets(self, other: _Box) -> bool:
         return (
-            2 * abs(self.x - other.x) < self.width + other.width
-            and 2 * abs(self.y - other.y) < self.height + other.height
+            self.left < other.right
+            and other.left < self.right
+            and self.top < other.bottom
+            and other.top < self.bottom
         )
