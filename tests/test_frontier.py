@@ -147,10 +147,24 @@ def test_interrupted_and_resumed_it_writes_the_same_file(
         assert (tmp_path / "out" / file).read_bytes() == (home.out / file).read_bytes()
 
 
-def test_without_scores_they_are_measured_and_kept(tmp_path: Path) -> None:
+def test_without_scores_they_are_measured_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tiny_folder(tmp_path, name="model")
     out = tmp_path / "out"
-    result = frontier(folder, out, sizes=["uniform4"], formats="4,8", **QUICK)
+
+    def again(**options: Any) -> Any:
+        return frontier(folder, out, sizes=["uniform4"], formats="4,8", **options, **QUICK)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Prepared, "best", lambda *args: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            again()
+    assert names(tmp_path) == ["model", "out.optiq-work"]
+    with pytest.raises(UsageError, match=r"unfinished measurement; add --resume"):
+        again()
+    monkeypatch.setattr("optiq.sensitivity.fisher._Batch.score", None)  # measures nothing anew
+    result = again(resume=True)
     assert result["scores"]["method"] == "auto"
     assert names(out) == [*FILES, "sensitivity.json"]
     kept = json.loads((out / "sensitivity.json").read_text())
@@ -260,7 +274,7 @@ def test_both_files_or_none(
         return write_text(self, text, **options)
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OptiqError, match=r"No space left on device; free space"):
+    with pytest.raises(OptiqError, match=r"No space left on device\); free space"):
         frontier_files.write(home.result, None, tmp_path / "out")
     assert names(tmp_path) == []
 

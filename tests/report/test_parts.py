@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from importlib.resources import files
 from itertools import pairwise
+from random import Random
 
 import pytest
 
 from optiq.formats import Format
 from optiq.report import colors
-from optiq.report.curve import trace
+from optiq.report.curve import Curve, Point, trace
 from optiq.report.layout import LogScale, format_level, lay_out, uniform
 from optiq.report.svg import chart
 from optiq.report.text import MINUS, TIMES, esc, number, plus_minus, size
@@ -52,7 +53,7 @@ def test_text_on_the_page_reads_well() -> None:
     assert len(schemes) == 2
     for block in re.findall(r":root \{(.*?)\}", css, re.DOTALL):
         variables = dict(re.findall(r"--(\w+): (#\w+)", block))
-        for name in ("text", "quiet", "accent"):
+        for name in ("text", "quiet", "accent", "cool"):
             assert contrast(variables[name], variables["page"]) >= 4.5
         assert contrast(variables["text"], variables["wash"]) >= 4.5
 
@@ -197,3 +198,27 @@ def test_chart_stays_inside_its_box(width: int) -> None:
     assert len(list(svg.all("g", "measured"))) == 2
     assert len(list(svg.all("path", "error"))) == 2
     assert "measured KL" in svg.first("g", "measured").first("title").text
+
+
+@pytest.mark.parametrize("width", [360, 810])
+def test_labels_cover_neither_each_other_nor_the_axis(width: int) -> None:
+    rng = Random(width)
+    spots = [(rng.randrange(300, 900), 10 ** rng.uniform(-3, 0)) for _ in range(14)]
+    kinds = ("plan", "uniform", "recipe")
+    points = [
+        Point(f"{kinds[i % 3]} {i}", kinds[i % 3], nbytes, kl, kl / 10, True)
+        for i, (nbytes, kl) in enumerate(spots)
+    ]
+    svg = read(chart(Curve([], points, []), width, 400)).first("svg")
+    assert len(list(svg.all("g", "mark"))) == len(points)
+    boxes = []
+    for text in svg.all("text", "label"):
+        x, y, wide = float(text.attrs["x"]), float(text.attrs["y"]), 7.0 * len(text.text)
+        left = x - wide * {"start": 0, "mid": 0.5, "end": 1}[text.classes[-1]]
+        boxes.append((left, left + wide, y - 10, y + 2))
+        assert left >= 58  # right of the axis and its numbers
+        assert left + wide <= width
+    assert len(boxes) > 8
+    for i, (left, right, top, bottom) in enumerate(boxes):
+        for other in boxes[:i]:
+            assert right <= other[0] or other[1] <= left or bottom <= other[2] or other[3] <= top

@@ -138,7 +138,7 @@ def _labels(plot: _Plot, points: list[Point]) -> list[str]:
             continue
         width = GLYPH * len(p.label)
         left = [("end", x - 12, y), ("end", x - 8, y + 10)]
-        right = [("start", x + 11, y), ("start", x + 8, y - 10)]
+        right = [("start", x + 11, y), ("start", x + 8, y - 10), ("start", x + 8, y + 10)]
         below = [("mid", x, y + 18), ("start", x, y + 18), ("end", x, y + 18)]
         above = [("mid", x, y - 18), ("start", x, y - 18), ("end", x, y - 18)]
         plan, other = [*left, *below, *right, *above], [*right, *above, *left, *below]
