@@ -30,22 +30,19 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.convert import mixed_quant_predicate_builder
 
 import optiq
-from optiq import sensitivity
+from optiq import runtime, sensitivity, stock
 from optiq.calibration.texts import gather, gather_selection
 from optiq.descent import descend
-from optiq.formats import DENSE, Format, parse_menu
+from optiq.formats import Format, parse_menu
 from optiq.machine import machine, versions
 from optiq.nn import accelerate
-from optiq.plan import Plan, Planned, build, uniform_plan
+from optiq.plan import Plan, build, uniform_plan
 from optiq.preparation import choose_rounding
 from optiq.proposals import propose
 from optiq.roles import quantizable
 from optiq.rounding import MINMAX, Rounding
-from optiq.runtime import load as load_native
-from optiq.runtime import render
 from optiq.selection import decide
 from optiq.sensitivity.job import is_head
 from optiq.sensitivity.replay import Replay
@@ -132,20 +129,9 @@ class Protocol:
         return {"kl": float(np.mean(means)), "se": se, "top1": float(np.mean(top))}
 
 
-def recipe(source: Source, name: str, model: Json) -> Plan:
-    """One of mlx-lm's `mixed_*` recipes."""
-    stock = load(source, lazy=True).model
-    predicate = mixed_quant_predicate_builder(name, stock, 64)
-    layers = dict(stock.named_modules())
-    planned = []
-    for m in quantizable(stock):
-        config = predicate(m.path, layers[m.path])
-        fmt = Format("affine", config["bits"], config["group_size"]) if config else DENSE
-        planned.append(Planned(m, fmt, fmt.nbytes(m.shape, model["itemsize"]), None))
-    return Plan(model=model, asked=name, budget=0, modules=tuple(planned))
-
-
-def run(name: str, folder: Path, text: Path, count: int, seed: int, also: Json) -> Json:
+def run(
+    name: str, folder: Path, text: Path, count: int, seed: int, at: list[str], also: Json
+) -> Json:
     """All figures of one seed."""
     times: dict[str, float] = {}
 
@@ -163,11 +149,13 @@ def run(name: str, folder: Path, text: Path, count: int, seed: int, also: Json) 
     selecting = gather_selection(loaded.tokenizer, None, seed)
     results: dict[str, Json] = {}
 
-    def judge(label: str, plan: Plan, rounding: Rounding = MINMAX) -> Json:
-        student = render(load(source), plan, rounding=rounding)
-        results[label] = {"bpw": plan.bpw, "nbytes": plan.nbytes, **measure(student)}
+    def judge_model(label: str, student: nn.Module) -> Json:
+        results[label] = {**runtime.size(student), **measure(student)}
         print(f"{label:34s} {results[label]}", flush=True)
         return results[label]
+
+    def judge(label: str, plan: Plan, rounding: Rounding = MINMAX) -> Json:
+        return judge_model(label, runtime.render(load(source), plan, rounding=rounding))
 
     with timed("importance"):
         search = choose_rounding("search", source, calibration, "bf16", progress=False)
@@ -204,11 +192,13 @@ def run(name: str, folder: Path, text: Path, count: int, seed: int, also: Json) 
     with timed("descent"):
         fitted = fit(uniform4)
     judge("uniform 4-bit, descent", uniform4, fitted)
-    mixed = recipe(source, "mixed_4_6", model)
-    judge("mlx-lm mixed_4_6", mixed)
+    stock_mixed = stock.quantize(load(source, lazy=True), recipe="mixed_4_6")
+    accelerate(stock_mixed)
+    mixed = judge_model("mlx-lm mixed_4_6", stock_mixed)
     judge("{4, 8} by scores, min/max, 5.0 bpw", build(peer, "5bpw"))
-    sizes = {"4.5": "uniform4", "5.0": "5bpw", "6.0": "6bpw", "mixed_4_6": f"{mixed.bpw:.4f}bpw"}
-    for label, size in sizes.items():
+    sizes = {"4.5": "uniform4", "5.0": "5bpw", "6.0": "6bpw", "mixed_4_6": f"{mixed['bpw']:.6f}bpw"}
+    for label in at:
+        size = sizes[label]
         with timed(f"decision at {label} bpw"):
             plan, rounding = decide(
                 source, propose(scores, size, seed=seed), search, selecting, fit, progress=False
@@ -216,10 +206,7 @@ def run(name: str, folder: Path, text: Path, count: int, seed: int, also: Json) 
         found = judge(f"optiq, {label} bpw", plan, rounding)
         found["selection"] = plan.selection
     for label, other in also.items():
-        student, _ = load_native(other)
-        nbytes = sum(f.stat().st_size for f in Path(other).glob("*.safetensors"))
-        results[label] = {"nbytes": nbytes, **measure(student)}
-        print(f"{label:34s} {results[label]}", flush=True)
+        judge_model(label, runtime.load(other)[0])
     return {"seed": seed, "model": name, "seconds": times, "results": results}
 
 
@@ -238,6 +225,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--windows", type=int, default=6, help="of each file in the folder")
+    parser.add_argument("--sizes", nargs="+", default=["4.5", "5.0", "6.0", "mixed_4_6"])
     parser.add_argument("--also", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("-o", "--out", type=Path, default=Path("quality.json"))
     args = parser.parse_args()
@@ -248,7 +236,9 @@ def main() -> None:
             reference = Path(folder) / "reference"
             dithered(source, reference, seed)
             also = dict(pair.split("=", 1) for pair in args.also)
-            runs.append(run(source.name, reference, args.text, args.windows, seed, also))
+            runs.append(
+                run(source.name, reference, args.text, args.windows, seed, args.sizes, also)
+            )
         args.out.write_text(
             json.dumps({"machine": machine(), "versions": versions(), "runs": runs}, indent=1)
         )
