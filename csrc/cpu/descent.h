@@ -70,7 +70,10 @@ struct DescentRows {
 
   struct Tile {
     Tile(size_t cols, size_t groups)
-        : codes(kRows * cols), error(kRows * cols), slope(kRows * cols), scale(kRows * groups),
+        : codes(kRows * cols),
+          error(kRows * cols),
+          slope(kRows * cols),
+          scale(kRows * groups),
           bias(kRows * groups) {
       std::memset(&error[0], 0, kRows * cols * sizeof(float));
       std::memset(&slope[0], 0, kRows * cols * sizeof(float));

@@ -128,7 +128,8 @@ struct Quantize {
 };
 
 // Improves a rounding of w[rows, cols] in place: sweeps of coordinate descent on the output error
-// (v - w) hessian (v - w)' of each row, which none of them raises. hessian[cols, cols] is symmetric.
+// (v - w) hessian (v - w)' of each row, which none of them raises. hessian[cols, cols] is
+// symmetric.
 struct Descent {
   const void* w;
   const float* hessian;
