@@ -104,7 +104,7 @@ def test_ours_is_what_convert_ships(home: SimpleNamespace, tmp_path: Path) -> No
     assert selection is not None
     (ours,) = (p for p in home.result["points"] if p["name"] == "optiq 6bpw")
     assert (ours["nbytes"], ours["bpw"]) == (measured["nbytes"], measured["bpw"])
-    assert ours["chosen"] == selection["chosen"]
+    assert (ours["chosen"], ours["rounding"]) == (selection["chosen"], selection["rounding"])
     assert ours["text_sha256"] == measured["text_sha256"]
     assert ours["kl"] == pytest.approx(measured["kl"], rel=1e-4)
     assert ours["top1"] == pytest.approx(measured["top1"], rel=1e-4)

@@ -170,13 +170,14 @@ def _measure(
 def _candidates(ready: Prepared, sizes: Sequence[str]) -> Iterator[Candidate]:
     def theirs(**how: Any) -> Made:
         model = stock.quantize(load(ready.source), **how)
-        return model, {**size(model), "asked": None, "chosen": None}
+        return model, {**size(model), "asked": None, "chosen": None, "rounding": "minmax"}
 
     def ours(asked: str) -> Made:
         plan, rounding = ready.best(asked)
         model = render(load(ready.source), plan, rounding=rounding)
-        chosen = plan.selection["chosen"] if plan.selection else None
-        return model, {"nbytes": plan.nbytes, "bpw": plan.bpw, "asked": asked, "chosen": chosen}
+        selection = plan.selection or {}
+        about = {key: selection.get(key) for key in ("chosen", "rounding")}
+        return model, {"nbytes": plan.nbytes, "bpw": plan.bpw, "asked": asked, **about}
 
     for bits in stock.UNIFORM_WIDTHS:
         yield f"uniform {bits}-bit", "uniform", partial(theirs, bits=bits)
@@ -268,7 +269,7 @@ def _describe(ready: Prepared, sizes: Sequence[str], notes: Sequence[str]) -> Js
         "calibration": scores["calibration"],
         "selection": {
             "tokens": sum(len(s.tokens) for s in texts.selection),
-            "text_sha256": token_hash(texts.selection),
+            "text_sha256": token_hash(texts.selection) if texts.selection else None,
         },
         "seed": ready.seed,
         "command": command_line(),
