@@ -102,7 +102,7 @@ void from_f32(const float* in, Float type, void* out, size_t n) {
 } // namespace
 
 extern const Kernels table = {OPTIQ_STRING(OPTIQ_ISA), matmul, products, sgemm, kl_divergence,
-    head_kl, head_kl_gradient, quantize, descend, rms_norm, heads, attention, gate, to_f32,
-    from_f32};
+    head_kl, head_kl_gradient, quantize, descend, group_gradient, rms_norm, heads, attention, gate,
+    to_f32, from_f32};
 
 } // namespace optiq::cpu::OPTIQ_ISA

@@ -140,6 +140,15 @@ struct Descent {
   Float type;
 };
 
+// With G = out.T @ in, the gradient at a weight[rows, cols] that takes in[m, cols] to results whose
+// gradient is out[m, rows]: per group of the weight, sum of G * code and sum of G.
+struct GroupGradient {
+  const float *out, *in;
+  const uint8_t* codes;
+  float *scales, *biases; // [rows, cols / group_size]
+  int m, rows, cols, group_size, bits;
+};
+
 // y[r, :] = add[r, :] + gain * weight * x[r, :] / sqrt(mean(x[r, :]^2) + eps), rows contiguous.
 // Without `weight` ones, without `add` zeros, without `norm` y = add + gain * x. y may be x or add.
 struct RmsNorm {
@@ -213,6 +222,7 @@ struct Kernels {
   void (*head_kl_gradient)(const HeadKlGradient&);
   void (*quantize)(const Quantize&);
   void (*descend)(const Descent&);
+  void (*group_gradient)(const GroupGradient&);
   void (*rms_norm)(const RmsNorm&);
   void (*heads)(const Heads&);
   void (*attention)(const Attention&);

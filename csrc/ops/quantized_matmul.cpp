@@ -8,6 +8,7 @@
 #include "launch/quantized_matmul.h"
 #include "metal/encoder.h"
 #include "ops/affine_weight.h"
+#include "ops/group_gradient.h"
 
 namespace optiq {
 
@@ -89,7 +90,7 @@ std::vector<array> QuantizedMatmul::vjp(const std::vector<array>& primals,
     const std::vector<array>&) {
   const array& x = primals[0];
   const array& dy = cotangents[0];
-  std::optional<array> dw; // [rows, groups, group_size], shared by scales and biases
+  std::optional<std::vector<array>> at_groups; // at scales and biases
   std::vector<array> grads;
   for (int arg : argnums) {
     if (arg == 0) {
@@ -100,27 +101,11 @@ std::vector<array> QuantizedMatmul::vjp(const std::vector<array>& primals,
     if ((arg != 2 && arg != 3) || primals.size() == 5) {
       fail("gradients exist with respect to x, and to scales and biases of a single weight");
     }
-    const array& scales = primals[2];
-    if (!dw) {
-      auto rows = [&](const array& a) {
-        return mx::astype(mx::flatten(a, 0, -2, stream()), mx::float32, stream());
-      };
-      auto left = transpose_ ? rows(dy) : rows(x);
-      auto right = transpose_ ? rows(x) : rows(dy);
-      auto full = mx::matmul(mx::transpose(left, stream()), right, stream());
-      dw = mx::unflatten(full, -1, {scales.shape(-1), group_size_}, stream());
+    if (!at_groups) {
+      at_groups = group_gradient(transpose_ ? dy : x, transpose_ ? x : dy, primals[1],
+          primals[2].shape(-1), group_size_, bits_, stream());
     }
-    if (arg == 3) { // w = scale * code + bias
-      grads.push_back(mx::astype(mx::sum(*dw, -1, false, stream()), scales.dtype(), stream()));
-    } else {
-      auto ones = mx::ones_like(scales, stream());
-      auto zeros = mx::zeros_like(scales, stream());
-      auto codes = mx::dequantize(primals[1], ones, zeros, group_size_, bits_, "affine",
-          std::nullopt, std::nullopt, stream());
-      codes = mx::unflatten(codes, -1, {scales.shape(-1), group_size_}, stream());
-      auto product = mx::multiply(*dw, mx::astype(codes, mx::float32, stream()), stream());
-      grads.push_back(mx::astype(mx::sum(product, -1, false, stream()), scales.dtype(), stream()));
-    }
+    grads.push_back(mx::astype((*at_groups)[arg - 2], primals[arg].dtype(), stream()));
   }
   return grads;
 }

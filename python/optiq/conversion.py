@@ -12,12 +12,14 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from . import compare, report
-from .calibration import CALIBRATION_TOKENS, HELD_OUT_TOKENS, Calibration
+from . import refine as refining
+from .calibration import CALIBRATION_TOKENS, HELD_OUT_TOKENS, Calibration, gather
 from .errors import ExportError
 from .export import check_target, export
 from .formats import Format
@@ -69,6 +71,7 @@ def convert(
     tokens: int = CALIBRATION_TOKENS,
     held_out_tokens: int = HELD_OUT_TOKENS,
     rounding: str | None = None,
+    refine_tokens: int = 0,
     scores: str | Path | None = None,
     revision: str | None = None,
     seed: int = 0,
@@ -88,6 +91,8 @@ def convert(
         calibration: JSON Lines of samples in place of the bundled mix.
         rounding: "descent" (fitted to what each layer's output loses; the default), "search"
             (scales fitted to what drives each column) or "minmax" (stock).
+        refine_tokens: Train scales and biases on at most so many calibration tokens (see
+            refine.py); kept if it lowers the KL on other text. By default not done.
         tokens, held_out_tokens: How much text to score with, and to measure the result on.
         scores: A sensitivity.json to use instead of measuring.
         resume: Go on with an interrupted measurement of the same job.
@@ -102,11 +107,24 @@ def convert(
     check_writable(out)
     if scores is None:
         check_unfinished(work / CHECKPOINT, resume)
+    if refine_tokens:
+        check_unfinished(work / refining.CHECKPOINT, resume)
     menu = read_menu(formats)
     parse_size(size, params=1, uniform4=1)  # a misspelled size is refused before any work
     source = resolve(model, revision=revision)
     loaded = load(source)
     texts = gather_all(loaded.tokenizer, calibration, seed, tokens, held_out_tokens)
+    refine = None
+    if refine_tokens:
+        refine = partial(
+            refining.refine,
+            source,
+            text=gather(loaded.tokenizer, calibration, "calibration", refine_tokens, seed),
+            seed=seed,
+            checkpoint=work / refining.CHECKPOINT,
+            resume=resume,
+            progress=progress,
+        )
     if scores is None:
         needed = check_budget(source, loaded, size, menu)
         if not dry_run:
@@ -133,9 +151,9 @@ def convert(
         return Result(
             build(found, size, ready.limit, seed=seed, command=command_line()), found, None
         )
-    plan, how = ready.best(size, command_line())
+    plan, how = ready.best(size, command_line(), refine=refine)
     plan = _written(source, plan, out, found, how, texts.held_out, progress)
-    remove_work(work)
+    remove_work(work, refining.CHECKPOINT)
     return Result(plan, found, out)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -74,9 +74,16 @@ class Prepared:
     seed: int
     progress: bool
 
-    def best(self, size: str, command: str = "") -> tuple[Plan, Rounding]:
+    def best(
+        self,
+        size: str,
+        command: str = "",
+        *,
+        refine: Callable[[Plan, Rounding], Rounding] | None = None,
+    ) -> tuple[Plan, Rounding]:
         """The plan to ship at `size`, and how its weights are rounded: proposed, then measured.
 
+        `refine` is that of `selection.decide`.
         Raises as `plan.build` does.
         """
         plans = propose(self.scores, size, self.limit, seed=self.seed, command=command)
@@ -95,6 +102,7 @@ class Prepared:
             self.rounding,
             self.texts.selection,
             fit if self.descent else None,
+            refine=refine,
             progress=self.progress,
         )
 

@@ -29,10 +29,12 @@ def load(name: str, *, revision: str | None = None) -> tuple[nn.Module, Any]:
     return loaded.model, loaded.tokenizer
 
 
-def render(loaded: LoadedModel, plan: Plan, *, rounding: Rounding = MINMAX) -> nn.Module:
+def render(
+    loaded: LoadedModel, plan: Plan, *, rounding: Rounding = MINMAX, blocks: bool = True
+) -> nn.Module:
     """The model that `plan` describes, in memory: each weight is rounded and its source dropped.
 
-    Takes over `loaded.model`, whose weights should still be lazy.
+    Takes over `loaded.model`, whose weights should still be lazy; `blocks` is that of `accelerate`.
     """
     leaves: dict[str, nn.Module] = dict(
         tree_flatten(loaded.model.leaf_modules(), is_leaf=nn.Module.is_module)
@@ -44,7 +46,7 @@ def render(loaded: LoadedModel, plan: Plan, *, rounding: Rounding = MINMAX) -> n
             layer = render_layer(module, fmt, rounding, path)
             mx.eval(layer.parameters())
             slot_at(loaded.model, path).set(layer)
-    accelerate(loaded.model)
+    accelerate(loaded.model, blocks=blocks)
     return loaded.model
 
 

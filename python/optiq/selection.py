@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from .calibration import Sample, token_hash
+from .errors import UsageError
 from .machine import available_memory
 from .nn import accelerate
 from .plan import Plan
@@ -81,22 +82,30 @@ def decide(
     sequences: Sequence[Sample],
     fit: Callable[[Plan], Rounding] | None = None,
     *,
+    refine: Callable[[Plan, Rounding], Rounding] | None = None,
     progress: bool = True,
 ) -> tuple[Plan, Rounding]:
     """The plan of least measured KL, and `rounding` or what `fit` makes of it, whichever is better.
 
-    What was measured goes into the plan's `selection`. Without sequences, or where source and
-    student do not fit the memory together, the first plan is taken unmeasured, and `fit` trusted.
+    `refine` then makes another one of that, which is taken if it is better still. What was measured
+    goes into the plan's `selection`. Without sequences, or where source and student do not fit the
+    memory together, the first plan is taken unmeasured, `fit` is trusted, and `refine`, which is
+    not, raises UsageError.
     """
     chosen = next(iter(plans))
-    if not sequences or not _fit_memory(plans[chosen], copies=2 if fit else 1):
+    if not sequences or not _fit_memory(plans[chosen], copies=2 if fit or refine else 1):
+        if refine:
+            raise UsageError(
+                "--refine is kept only where it lowers measured KL, and there is not enough text "
+                "or memory to measure; leave it out, add --calibration rows or free memory"
+            )
         plan = plans[chosen]
         rounding = fit(plan) if fit else rounding
-        return replace(plan, selection=_selection(chosen, rounding, [], ())), rounding
+        return replace(plan, selection=_selection(chosen, _name(rounding), [], ())), rounding
     candidates: list[Json] = []
     with Judge(source, sequences) as judge:
 
-        def measure(name: str, rounding: Rounding) -> float:
+        def measure(name: str, rounding: Rounding, how: str) -> float:
             plan = plans[name]
             kl = judge.measure(render(load(source), plan, rounding=rounding))
             if not isfinite(kl["mean"]):  # the plan makes the model overflow
@@ -104,7 +113,7 @@ def decide(
             candidates.append(
                 {
                     "name": name,
-                    "rounding": _name(rounding),
+                    "rounding": how,
                     "nbytes": plan.nbytes,
                     "predicted": plan.predicted_kl,
                     "kl": kl,
@@ -112,19 +121,25 @@ def decide(
             )
             return float(kl["mean"])
 
+        how = _name(rounding)
         found: dict[str, float] = {}
         with Progress(len(plans), "plans measured", enabled=progress) as bar:
             for name in plans:
-                found[name] = measure(name, rounding)
+                found[name] = measure(name, rounding, how)
                 bar.step(note=f"{name}: {found[name]:.4g}")
         chosen = min(plans, key=lambda name: (found[name], plans[name].nbytes))
         trust = _trust(candidates, chosen)
+        plan, least = plans[chosen], found[chosen]
         if fit:
-            fitted = fit(plans[chosen])
-            if fitted.fitted and measure(chosen, fitted) < found[chosen]:
-                rounding = fitted
-    selection = _selection(chosen, rounding, candidates, sequences) | trust
-    return replace(plans[chosen], selection=selection), rounding
+            fitted = fit(plan)
+            if fitted.fitted and (kl := measure(chosen, fitted, _name(fitted))) < least:
+                rounding, how, least = fitted, _name(fitted), kl
+        if refine:
+            refined, name = refine(plan, rounding), f"{how}, refined"
+            if refined is not rounding and measure(chosen, refined, name) < least:
+                rounding, how = refined, name
+    selection = _selection(chosen, how, candidates, sequences) | trust
+    return replace(plan, selection=selection), rounding
 
 
 def _fit_memory(plan: Plan, copies: int) -> bool:
@@ -138,11 +153,11 @@ def _name(rounding: Rounding) -> str:
 
 
 def _selection(
-    chosen: str, rounding: Rounding, candidates: Sequence[Json], sequences: Sequence[Sample]
+    chosen: str, rounding: str, candidates: Sequence[Json], sequences: Sequence[Sample]
 ) -> Json:
     return {
         "chosen": chosen,
-        "rounding": _name(rounding),
+        "rounding": rounding,
         "candidates": candidates,
         "tokens": sum(len(s.tokens) for s in sequences),
         "sequences": len(sequences),

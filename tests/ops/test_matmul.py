@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optiq import ops
+from optiq.formats import AFFINE_BITS, AFFINE_GROUPS
 from optiq.ops import native, reference
 
 from .cases import DENSE, EPS, QUANTIZED, Case
@@ -164,6 +165,32 @@ def test_gradients_match_stock() -> None:
         a = mx.grad(lambda x, w: (ops.linear(x, w) * pull).sum(), argnum)(x, w)
         b = mx.grad(lambda x, w: ((x @ w.T) * pull).sum(), argnum)(x, w)
         assert mx.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("transpose", [True, False])
+@pytest.mark.parametrize("group_size", AFFINE_GROUPS)
+@pytest.mark.parametrize("bits", AFFINE_BITS)
+def test_gradients_at_scales_and_biases(bits: int, group_size: int, transpose: bool) -> None:
+    """Sums over groups of G * code and G, with G the gradient at the dequantized weight."""
+    rows, columns, tokens = 77, 256, 37
+    w = mx.random.normal((rows, columns), key=mx.random.key(bits))
+    codes, scales, biases = mx.quantize(w, group_size, bits)
+    shape = [(tokens, columns), (tokens, rows)]
+    x, pull = (mx.random.normal(s, key=mx.random.key(7)) for s in shape[:: 1 if transpose else -1])
+
+    def loss(scales: mx.array, biases: mx.array) -> mx.array:
+        y = ops.quantized_matmul(x, codes, scales, biases, transpose, group_size, bits)
+        return (y * pull).sum()
+
+    found = mx.grad(loss, (0, 1))(scales, biases)
+    left, right = (f64(pull), f64(x)) if transpose else (f64(x), f64(pull))
+    grid = reference.dequantize(
+        np.array(codes), np.ones(scales.shape), np.zeros(scales.shape), group_size, bits
+    )
+    for got, factor in zip(found, (grid, np.ones_like(grid)), strict=True):
+        terms = ((left.T @ right) * factor).reshape(rows, -1, group_size)
+        size = ((abs(left).T @ abs(right)) * factor).reshape(rows, -1, group_size).sum(-1)
+        assert (abs(f64(got) - terms.sum(-1)) <= 2.0**-24 * (tokens + group_size) * size).all()
 
 
 def test_transforms() -> None:

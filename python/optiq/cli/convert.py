@@ -13,6 +13,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", required=True, help="folder to write; must not exist")
     options.add_size(parser)
     options.add_measuring(parser)
+    parser.add_argument(
+        "--refine",
+        action="store_true",
+        help="train scales and biases to predict what MODEL predicts, and keep that where it "
+        "lowers the KL on other text (slow)",
+    )
+    parser.add_argument(
+        "--refine-tokens",
+        type=options.positive,
+        metavar="N",
+        help="calibration tokens to train on at most, with --refine (default: 16384)",
+    )
     parser.add_argument("--scores", metavar="FILE", help="use this sensitivity.json, don't measure")
     parser.add_argument(
         "--dry-run", action="store_true", help="stop at the plan of least predicted KL"
@@ -23,10 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..calibration import CALIBRATION_TOKENS
     from ..conversion import convert
+    from ..errors import UsageError
     from ..preparation import CHECKPOINT, SCORES, work_folder
+    from ..refine import CHECKPOINT as REFINING
+    from ..refine import TOKENS
     from .tables import plan_table, scores_line
 
-    with options.resumable(work_folder(args.out) / CHECKPOINT):
+    if args.refine_tokens and not args.refine:
+        raise UsageError("--refine-tokens is for --refine; add it, or leave both out")
+    work = work_folder(args.out)
+    with options.resumable(work / CHECKPOINT, work / REFINING):
         result = convert(
             args.model,
             args.out,
@@ -37,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
             calibration=args.calibration,
             tokens=args.tokens or CALIBRATION_TOKENS,
             rounding=args.rounding,
+            refine_tokens=(args.refine_tokens or TOKENS) if args.refine else 0,
             scores=args.scores,
             revision=args.revision,
             seed=args.seed,

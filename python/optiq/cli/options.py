@@ -76,10 +76,11 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def resumable(checkpoint: Path) -> Iterator[None]:
+def resumable(*checkpoints: Path) -> Iterator[None]:
     """Ctrl-C says how to go on, if there is something to go on from."""
     try:
         yield
     except KeyboardInterrupt:
-        hint = "; the same command with --resume goes on from here" if checkpoint.exists() else ""
+        found = any(checkpoint.exists() for checkpoint in checkpoints)
+        hint = "; the same command with --resume goes on from here" if found else ""
         raise KeyboardInterrupt(hint) from None

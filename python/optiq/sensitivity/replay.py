@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.nn.utils import checkpoint
 from mlx.utils import tree_flatten, tree_map
 
 from ..errors import SensitivityError
@@ -71,11 +72,15 @@ class Replay:
     """Wraps the blocks and the head of `model`; `modules` are its quantizable modules.
 
     A context manager: the model is its own again after the with block. `executions` counts the
-    block calls that really ran.
+    block calls that really ran. With `recompute`, gradients of a run keep the blocks' outputs only
+    and run each block again on the way back.
     """
 
-    def __init__(self, model: nn.Module, modules: Sequence[Module]) -> None:
+    def __init__(
+        self, model: nn.Module, modules: Sequence[Module], *, recompute: bool = False
+    ) -> None:
         self.executions = 0
+        self._recompute = recompute
         self.order: list[int] = []  # block index of each block call of a forward pass
         self._model = model
         self._slots = {m.path: slot_at(model, m.path) for m in modules}
@@ -167,7 +172,7 @@ class Replay:
         if n == len(self.order):
             self.order.append(index)
         self.executions += 1
-        out = inner(*args, **kwargs)
+        out = (checkpoint(inner) if self._recompute else inner)(*args, **kwargs)
         self._ran[n] = handles(out)
         return out
 

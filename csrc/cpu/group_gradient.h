@@ -1,0 +1,65 @@
+// The gradient at the scales and biases of a quantized weight.
+//
+// With G the gradient at the dequantized weight, that at a bias is the sum of G over its group, and
+// that at a scale the sum of G * code. A tile of G is reduced while it is in the cache: G as a whole
+// is as large as the dequantized weight and never exists.
+#pragma once
+
+#include "gemm.h"
+
+namespace optiq::cpu::OPTIQ_ISA {
+
+struct GroupGradientTiles {
+  const GroupGradient& a;
+  static constexpr int kStrip = 4 * kRows; // rows of the weight that share a reading of `in`
+
+  void operator()(int task) {
+    const int first = task * kStrip;
+    const int rows = first + kStrip < a.rows ? kStrip : a.rows - first;
+    const int groups = a.cols / a.group_size;
+    Scratch<float> out(size_t(kStrip) * a.m); // out[:, first:], transposed
+    for (int t = 0; t < a.m; t++) {
+      for (int r = 0; r < rows; r++) {
+        out[size_t(r) * a.m + t] = a.out[size_t(t) * a.rows + first + r];
+      }
+    }
+    Scratch<float> tile(size_t(kStrip) * a.group_size); // of G
+    for (int g = 0; g < groups; g++) {
+      for (int c = 0; c < a.group_size; c += kPanel) { // a group is one or more panels
+        const float* panel = a.in + size_t(g) * a.group_size + c;
+        for (int r = 0; r < rows; r += kRows) {
+          micro_kernel_edge(rows - r < kRows ? rows - r : kRows, out + size_t(r) * a.m, a.m, panel,
+              a.cols, a.m, tile + size_t(r) * a.group_size + c, a.group_size, kPanel, false);
+        }
+      }
+      for (int r = 0; r < rows; r++) {
+        reduce(first + r, g, tile + size_t(r) * a.group_size);
+      }
+    }
+  }
+
+ private:
+  void reduce(int row, int g, const float* gradient) const {
+    const size_t at = size_t(row) * (a.cols / a.group_size) + g;
+    const uint8_t* codes = a.codes + at * (a.group_size / 8) * a.bits;
+    f32x8 by_codes{}, by_ones{};
+    at_width(a.bits, [&]<int BITS>(Width<BITS>) {
+      for (int i = 0; i < a.group_size; i += 8, codes += BITS) {
+        uint8_t bytes[8] = {};
+        std::memcpy(bytes, codes, BITS);
+        f32x8 v = load<f32x8>(gradient + i);
+        by_codes += v * decode_codes<BITS>(bytes);
+        by_ones += v;
+      }
+    });
+    a.scales[at] = sum(by_codes);
+    a.biases[at] = sum(by_ones);
+  }
+};
+
+inline void group_gradient(const GroupGradient& a) {
+  GroupGradientTiles body{a};
+  parallel_for((a.rows + body.kStrip - 1) / body.kStrip, body);
+}
+
+} // namespace optiq::cpu::OPTIQ_ISA
