@@ -1,8 +1,8 @@
 // The gradient at the scales and biases of a quantized weight.
 //
 // With G the gradient at the dequantized weight, that at a bias is the sum of G over its group, and
-// that at a scale the sum of G * code. A tile of G is reduced while it is in the cache: G as a whole
-// is as large as the dequantized weight and never exists.
+// that at a scale the sum of G * code. A tile of G is reduced while it is in the cache: G as a
+// whole is as large as the dequantized weight and never exists.
 #pragma once
 
 #include "gemm.h"

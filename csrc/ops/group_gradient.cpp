@@ -23,8 +23,8 @@ std::vector<array> group_gradient(const array& out, const array& in, const array
   }
   auto split = [&](const array& a) { return mx::unflatten(a, -1, {groups, group_size}, s); };
   auto ones = mx::ones(shape, mx::float32, s), zeros = mx::zeros(shape, mx::float32, s);
-  auto q = mx::dequantize(
-      codes, ones, zeros, group_size, bits, "affine", std::nullopt, std::nullopt, s);
+  auto q =
+      mx::dequantize(codes, ones, zeros, group_size, bits, "affine", std::nullopt, std::nullopt, s);
   auto dw = split(mx::matmul(mx::transpose(left, s), right, s));
   return {mx::sum(mx::multiply(dw, split(q), s), -1, false, s), mx::sum(dw, -1, false, s)};
 }

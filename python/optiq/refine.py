@@ -240,7 +240,8 @@ class _Student:
 
         def divergence(target: mx.array, rows: mx.array) -> mx.array:
             p = self.replay.logits(tape, target, self.teacher.head)
-            return _kl(p, self.replay.logits(tape, rows))
+            total: mx.array = _kl(p, self.replay.logits(tape, rows))
+            return total
 
         target = self.teacher.hidden[i][0]
         step = max(1, LOGITS_BYTES // (4 * tape.vocabulary))
