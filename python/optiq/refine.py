@@ -27,7 +27,7 @@ from dataclasses import replace
 from hashlib import sha256
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -178,8 +178,8 @@ class _Teacher:
         self.sequences = sequences
         with Replay(model, self.modules) as replay:
             self.hidden = [replay.record(tokens).hidden for tokens in sequences]
-        self.path = next((m.path for m in self.modules if is_head(m)), None)
-        self.head = slot_at(model, self.path).get() if self.path else None
+        self.head_path = next((m.path for m in self.modules if is_head(m)), None)
+        self.head = slot_at(model, self.head_path).get() if self.head_path else None
 
 
 class _Student:
@@ -193,7 +193,8 @@ class _Student:
             _Grid(p, slot_at(model, p.module.path).get()) for p in plan.modules if _is_trained(p)
         ]
         self.replay = Replay(model, teacher.modules, recompute=True)
-        self.head = slot_at(model, teacher.path).get() if teacher.path else nn.Module()
+        head = teacher.head_path
+        self.head = slot_at(model, head).get() if head else nn.Module()
         self._total = sum(map(len, teacher.sequences)) / len(teacher.sequences)
 
     def digest(self) -> str:
@@ -240,8 +241,7 @@ class _Student:
 
         def divergence(target: mx.array, rows: mx.array) -> mx.array:
             p = self.replay.logits(tape, target, self.teacher.head)
-            total: mx.array = _kl(p, self.replay.logits(tape, rows))
-            return total
+            return cast(mx.array, _kl(p, self.replay.logits(tape, rows)))
 
         target = self.teacher.hidden[i][0]
         step = max(1, LOGITS_BYTES // (4 * tape.vocabulary))

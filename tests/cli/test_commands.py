@@ -78,6 +78,14 @@ def test_a_dry_run_says_where_its_scores_are(optiq: Optiq, tmp_path: Path) -> No
     json.loads(optiq("convert", "model", "-o", out, *quick, "--resume", "--dry-run", "--json"))
 
 
+def test_convert_refines(optiq: Optiq, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    job = ["convert", "model", "-o", str(out), "--tokens", "320"]
+    assert main([*job, "--refine-tokens", "320"]) == 2
+    plan = json.loads(optiq(*job, "--refine", "--refine-tokens", "320", "--json"))
+    assert plan["selection"]["candidates"][-1]["name"].endswith(", refine")
+
+
 def test_sensitivity_and_plan(optiq: Optiq, folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "new" / "scores.json"
     measure = ["sensitivity", "model", "-o", str(file), "--tokens", "320"]
