@@ -183,6 +183,19 @@ def test_memory_is_checked_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         refine(source, uniform(source), MINMAX, text_of(), progress=False)
 
 
+@pytest.mark.parametrize("variant", ["llama", "llama-untied", "gemma3_text"])
+def test_memory_is_as_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
+    monkeypatch.setattr(refining, "LOGITS_BYTES", 32 << 10)  # or nothing else would count
+    source, text = source_of(tmp_path, variant), text_of((300, 200))
+    plan = uniform(source)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    refine(source, plan, MINMAX, text, progress=False)
+    peak = mx.get_peak_memory() - before
+    assert 0.1 < peak / refining.memory(plan, text) <= 1
+
+
 def test_the_judge_keeps_the_better_rounding(tmp_path: Path) -> None:
     source, text = source_of(tmp_path), text_of()
     plan = uniform(source)

@@ -25,6 +25,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
+from itertools import groupby
 from math import isfinite
 from pathlib import Path
 from typing import Any, cast
@@ -44,7 +45,7 @@ from .machine import available_memory
 from .nn import accelerate
 from .plan import Plan, Planned
 from .progress import Progress
-from .roles import quantizable
+from .roles import Role, quantizable
 from .rounding import Rounded, Rounding
 from .runtime import render
 from .sensitivity.job import is_head
@@ -60,8 +61,10 @@ LEARNING_RATE = 0.003  # steps of a group's grid, of Adam's first update; it fal
 SAVE_EVERY = 16  # sequences
 DIVERGED = 10.0  # times the mean KL so far
 
-# Float32 arrays of the size of the logits, or of a block's activations, that exist at a time.
-_LOGITS, _ACTIVATIONS = 6, 4
+# Float32 arrays that exist at a time of the size of the logits, of a block's activations, and of
+# the groups: turn and shift, scales and biases, what they are made of, gradients, Adam's means.
+_LOGITS, _ACTIVATIONS, _GROUPS = 8, 4, 24
+_HEADS = 32  # of attention, whose weights [heads, T, T] are activations, too
 
 Parameters = dict[str, mx.array]  # turn and shift of the i-th layer, [out, groups] float32
 
@@ -130,22 +133,20 @@ def memory(plan: Plan, text: Calibration) -> int:
     longest = max(len(s.tokens) for s in text.sequences)
     tokens = sum(len(s.tokens) for s in text.sequences)
     modules = [m.module for m in plan.modules]
-    width = next(m.shape[-1] for m in modules if m.block is None)
-    blocks: dict[int, int] = {}
-    for m in modules:
-        if m.block is not None:
-            blocks[m.block] = blocks.get(m.block, 0) + sum(m.shape[-2:])
+    width = next(m.shape[-1] for m in modules if m.role is Role.EMBEDDING)
+    inside = sorted((m for m in modules if m.block is not None), key=lambda m: m.block or 0)
+    blocks = [
+        sum(sum(m.shape[-2:]) for m in of) for _, of in groupby(inside, key=lambda m: m.block)
+    ]
+    activations = _ACTIVATIONS * (max(blocks, default=0) + _HEADS * longest)
     itemsize: int = plan.model["itemsize"]
-    head = sum(DENSE.nbytes(m.shape, itemsize) for m in modules if m.block is None)
-    dense = sum(DENSE.nbytes(m.shape, itemsize) for m in modules)
-    # Two numbers a group: themselves, their gradient and Adam's two means, before and after.
-    training = 2 * 4 * groups * 8
-    running = (
-        4 * longest * (width * (len(blocks) + 1) + _ACTIVATIONS * max(blocks.values(), default=0))
+    dense, outside = (
+        sum(DENSE.nbytes(m.shape, itemsize) for m in of)
+        for of in (modules, [m for m in modules if m.block is None])
     )
-    targets = 4 * tokens * width
+    training = 4 * groups * _GROUPS + 4 * longest * (width * (len(blocks) + 1) + activations)
     at_head = _LOGITS * LOGITS_BYTES
-    return targets + at_head + max(dense, plan.nbytes + head + training + running)
+    return 4 * tokens * width + at_head + max(dense, plan.nbytes + outside + training)
 
 
 def _check_memory(needed: int, progress: bool) -> None:
