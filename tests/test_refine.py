@@ -20,6 +20,7 @@ from optiq.conversion import convert
 from optiq.errors import UsageError
 from optiq.formats import Format
 from optiq.plan import Plan
+from optiq.preparation import work_folder
 from optiq.refine import refine
 from optiq.rounding import MINMAX, Rounding
 from optiq.runtime import render
@@ -199,39 +200,52 @@ def test_memory_is_as_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, va
 def test_the_judge_keeps_the_better_rounding(tmp_path: Path) -> None:
     source, text = source_of(tmp_path), text_of()
     plan = uniform(source)
-    calls: list[Rounding] = []
 
     def good(plan: Plan, rounding: Rounding) -> Rounding:
-        calls.append(rounding)
         return refine(source, plan, rounding, text, learning_rate=0.02, progress=False)
 
-    def bad(plan: Plan, rounding: Rounding) -> Rounding:
-        calls.append(rounding)
-        fitted = {
-            key: (codes, scales * 2, biases)
-            for key, (codes, scales, biases) in rounding.fitted.items()
-        }
-        return replace(rounding, fitted=fitted)
+    better = good(plan, MINMAX)
+    before, after = kl(source, plan, MINMAX, text), kl(source, plan, better, text)
+    assert after < before
 
-    def nothing(plan: Plan, rounding: Rounding) -> Rounding:
+    def judged(**fits: Any) -> tuple[dict[str, Any], Rounding]:
+        found, rounding = decide(
+            source, {"u": plan}, MINMAX, text.sequences, progress=False, **fits
+        )
+        assert found.selection is not None
+        assert found.modules == plan.modules
+        return found.selection, rounding
+
+    selection, kept = judged(refine=good)
+    assert selection["rounding"] == "minmax, refined"
+    assert [c["rounding"] for c in selection["candidates"]] == ["minmax", "minmax, refined"]
+    means = [c["kl"]["mean"] for c in selection["candidates"]]
+    assert means == pytest.approx([before, after], rel=1e-5)
+    assert kl(source, plan, kept, text) == pytest.approx(after, rel=1e-5)
+
+    doubled = {key: (w, s * 2, b) for key, (w, s, b) in better.fitted.items()}
+    bad = replace(better, fitted=doubled)
+    selection, kept = judged(refine=lambda plan, rounding: bad)
+    assert kept is MINMAX
+    assert selection["rounding"] == "minmax"
+    assert len(selection["candidates"]) == 2
+
+    calls: list[Rounding] = []
+
+    def diverging(plan: Plan, rounding: Rounding) -> Rounding:
         calls.append(rounding)
         return rounding
 
-    fits = {"good": good, "bad": bad, "nothing": nothing}
-    chosen, kept = decide(source, {"u": plan}, MINMAX, text.sequences, fits, progress=False)
-    assert calls == [MINMAX, kept, kept]
-    assert chosen.selection is not None
-    assert chosen.selection["chosen"] == "u, good"
-    measured = {c["name"]: c["kl"]["mean"] for c in chosen.selection["candidates"]}
-    assert list(measured) == ["u", "u, good", "u, good, bad"]
-    assert measured["u, good"] < measured["u"] < measured["u, good, bad"]
-    assert measured["u, good"] == pytest.approx(kl(source, plan, kept, text), rel=1e-5)
+    selection, kept = judged(fit=lambda plan: better, refine=diverging)
+    assert calls == [better]
+    assert kept is better
+    assert [c["rounding"] for c in selection["candidates"]] == ["minmax", "descent"]
 
 
 def test_unmeasured_it_is_refused(tmp_path: Path) -> None:
     source = source_of(tmp_path)
-    with pytest.raises(UsageError, match=r"--refine is kept only where .* leave out --refine"):
-        decide(source, {"u": uniform(source)}, MINMAX, [], {"refine": refine}, progress=False)
+    with pytest.raises(UsageError, match="--refine is kept only where it lowers measured KL"):
+        decide(source, {"u": uniform(source)}, MINMAX, [], refine=lambda *_: MINMAX, progress=False)
 
 
 def test_convert_refines_and_goes_on_after_a_stop(
@@ -247,7 +261,7 @@ def test_convert_refines_and_goes_on_after_a_stop(
     monkeypatch.setattr(conversion, "export", full)
     with pytest.raises(KeyboardInterrupt):
         convert(folder, tmp_path / "out", progress=False, **job)
-    state = conversion.work_folder(tmp_path / "out") / conversion.REFINING
+    state = work_folder(tmp_path / "out") / refining.CHECKPOINT
     assert state.exists()
     with pytest.raises(UsageError, match="holds an unfinished"):
         convert(folder, tmp_path / "out", progress=False, **job)
@@ -256,5 +270,4 @@ def test_convert_refines_and_goes_on_after_a_stop(
     convert(folder, tmp_path / "out", resume=True, progress=False, **job)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
     plan = json.loads((tmp_path / "out" / "optiq" / "plan.json").read_text())
-    names = [c["name"] for c in plan["selection"]["candidates"]]
-    assert names[-1].endswith(", refine")
+    assert plan["selection"]["candidates"][-1]["rounding"].endswith(", refined")

@@ -83,7 +83,7 @@ def test_convert_refines(optiq: Optiq, tmp_path: Path) -> None:
     job = ["convert", "model", "-o", str(out), "--tokens", "320"]
     assert main([*job, "--refine-tokens", "320"]) == 2
     plan = json.loads(optiq(*job, "--refine", "--refine-tokens", "320", "--json"))
-    assert plan["selection"]["candidates"][-1]["name"].endswith(", refine")
+    assert plan["selection"]["candidates"][-1]["rounding"].endswith(", refined")
 
 
 def test_sensitivity_and_plan(optiq: Optiq, folder: Path, tmp_path: Path) -> None:
