@@ -3,6 +3,7 @@
 #include "descent.h"
 #include "elementwise.h"
 #include "gemm.h"
+#include "group_gradient.h"
 #include "kl.h"
 #include "kl_gradient.h"
 #include "kl_stream.h"
