@@ -52,4 +52,12 @@ OPTIQ_INLINE f32x8 decode_codes(const uint8_t* p) {
   return scaled * unscale;
 }
 
+// The same where nothing may be read beyond the codes: decoding reads eight bytes.
+template <int BITS>
+OPTIQ_INLINE f32x8 decode_last_codes(const uint8_t* p) {
+  uint8_t word[8] = {};
+  std::memcpy(word, p, BITS);
+  return decode_codes<BITS>(word);
+}
+
 } // namespace optiq::cpu::OPTIQ_ISA

@@ -85,6 +85,7 @@ struct DescentRows {
 
   // A group as it would be with another scale and bias.
   struct Trial {
+    Trial(float scale, float bias) : scale(scale), bias(bias) {}
     float scale, bias;
     float gain = 0; // by how much E falls
     f32x8 codes[kMaxGroup / 8], change[kMaxGroup / 8], slope[kMaxGroup / 8];
@@ -99,9 +100,7 @@ struct DescentRows {
     const uint8_t* in = a.codes + row * (a.cols / 8) * a.bits;
     at_width(a.bits, [&]<int BITS>(Width<BITS>) {
       for (size_t i = 0; i < a.cols; i += 8, in += BITS) {
-        uint8_t bytes[8] = {};
-        std::memcpy(bytes, in, BITS);
-        f32x8 codes = decode_codes<BITS>(bytes);
+        f32x8 codes = decode_last_codes<BITS>(in);
         size_t at = r * groups + i / a.group_size;
         f32x8 w = load_float(a.w, a.type, row * a.cols + i);
         store(&tile.codes[r * a.cols + i], codes);
@@ -125,13 +124,6 @@ struct DescentRows {
 
   float load_one(const void* base, size_t i) const {
     return load_tail(base, a.type, i, 1)[0];
-  }
-
-  // As it would be read again.
-  float stored(float x) const {
-    uint32_t place;
-    store_float(&place, a.type, 0, x);
-    return load_tail(&place, a.type, 0, 1)[0];
   }
 
   // slope += change @ H, over the columns of group k.
@@ -184,15 +176,15 @@ struct DescentRows {
       one_slope += y;
     }
     const float scale = tile.scale[at], bias = tile.bias[at];
-    Trial best{.scale = scale, .bias = bias};
+    Trial best(scale, bias);
     move_codes(tile, start, k, by_codes, 0, 0, best);
     const double A = sum(qhq), B = sum(qh1), C = sum(one_h1), determinant = A * C - B * B;
     if (determinant > 1e-9 * A * C) {
       // The bias is fitted to the scale as it is stored.
       double step = (sum(one_slope) * B - sum(q_slope) * C) / determinant;
-      Trial trial{.scale = stored(float(scale + step)), .bias = 0};
+      Trial trial(stored(a.type, float(scale + step)), 0);
       step = double(trial.scale) - scale;
-      trial.bias = stored(float(bias - (sum(one_slope) + B * step) / C));
+      trial.bias = stored(a.type, float(bias - (sum(one_slope) + B * step) / C));
       move_codes(tile, start, k, by_codes, trial.scale - scale, trial.bias - bias, trial);
       if (trial.gain > best.gain) {
         best = trial;

@@ -45,10 +45,8 @@ struct GroupGradientTiles {
     f32x8 by_codes{}, by_ones{};
     at_width(a.bits, [&]<int BITS>(Width<BITS>) {
       for (int i = 0; i < a.group_size; i += 8, codes += BITS) {
-        uint8_t bytes[8] = {};
-        std::memcpy(bytes, codes, BITS);
         f32x8 v = load<f32x8>(gradient + i);
-        by_codes += v * decode_codes<BITS>(bytes);
+        by_codes += v * decode_last_codes<BITS>(codes);
         by_ones += v;
       }
     });

@@ -109,9 +109,7 @@ struct Side {
       f64x8 dot = {}, ones = {};
       for (int k = int(g) * w.group_size; k < int(g + 1) * w.group_size; k += 8) {
         f64x8 xk = widen(load<f32x8>(x + k));
-        uint8_t word[8] = {}; // decoding reads eight bytes
-        std::memcpy(word, codes + k / 8 * BITS, BITS);
-        dot += widen(decode_codes<BITS>(word)) * xk;
+        dot += widen(decode_last_codes<BITS>(codes + k / 8 * BITS)) * xk;
         ones += xk;
       }
       size_t at = size_t(token) * w.groups() + g;

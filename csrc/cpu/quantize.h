@@ -45,19 +45,6 @@ struct SearchRows {
     float sum_c = 0, sum_cw = 0;
   };
 
-  float stored(float x) const {
-    switch (a.type) {
-      case Float::f32:
-        return x;
-      case Float::bf16:
-        return bf16_to_f32(f32_to_bf16(x));
-      default: {
-        uint16_t half = f32_to_f16(x);
-        return load_tail(&half, Float::f16, 0, 1)[0];
-      }
-    }
-  }
-
   void group(size_t index, const float* importance) {
     const int vectors = a.group_size / 8;
     const float top = float((1 << a.bits) - 1);
@@ -160,8 +147,8 @@ struct SearchRows {
   }
 
   void derive(const Group& in, int vectors, float top, float scale, float bias, Fit& fit) {
-    fit.scale = stored(scale);
-    fit.bias = stored(bias);
+    fit.scale = stored(a.type, scale);
+    fit.bias = stored(a.type, bias);
     float inverse = fit.scale != 0 ? 1 / fit.scale : 0;
     for (int i = 0; i < vectors; i++) {
       fit.codes[i] = clamp(round((in.w[i] - fit.bias) * inverse), top);

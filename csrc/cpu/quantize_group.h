@@ -68,6 +68,20 @@ OPTIQ_INLINE void store_float(void* base, Float type, size_t i, float x) {
   }
 }
 
+// As it will be read again.
+OPTIQ_INLINE float stored(Float type, float x) {
+  switch (type) {
+    case Float::f32:
+      return x;
+    case Float::bf16:
+      return bf16_to_f32(f32_to_bf16(x));
+    default: {
+      uint16_t half = f32_to_f16(x);
+      return load_tail(&half, Float::f16, 0, 1)[0];
+    }
+  }
+}
+
 // Writes groups of eight codes, given as whole floats, as `bits` bytes each.
 class Packer {
  public:

@@ -4,7 +4,6 @@
 #include <sstream>
 #include <stdexcept>
 
-#include <mlx/allocator.h>
 #include <mlx/backend/cpu/encoder.h>
 #include <mlx/ops.h>
 
@@ -50,16 +49,7 @@ std::vector<array> descend(const array& w, const array& codes, const array& scal
 }
 
 void Descend::eval_cpu(const std::vector<array>& inputs, std::vector<array>& outs) {
-  auto& encoder = mx::cpu::get_command_encoder(stream());
-  std::vector<array> in;
-  for (auto& input : inputs) {
-    in.push_back(row_contiguous(input, stream()));
-    encoder.set_input_array(in.back());
-  }
-  for (auto& out : outs) {
-    out.set_data(mx::allocator::malloc(out.nbytes()));
-    encoder.set_output_array(out);
-  }
+  std::vector<array> in = prepare(inputs, outs, stream());
   const array& w = in[0];
   if (w.size() == 0) {
     return;
@@ -84,7 +74,7 @@ void Descend::eval_cpu(const std::vector<array>& inputs, std::vector<array>& out
   for (int i = 0; i < 3; i++) {
     start.push_back({in[i + 1].data<char>(), outs[i].data<char>(), outs[i].nbytes()});
   }
-  encoder.dispatch([work, start]() {
+  mx::cpu::get_command_encoder(stream()).dispatch([work, start]() {
     for (auto& copy : start) {
       std::memcpy(copy.to, copy.from, copy.nbytes);
     }

@@ -2,7 +2,6 @@
 
 #include <stdexcept>
 
-#include <mlx/allocator.h>
 #include <mlx/backend/cpu/encoder.h>
 #include <mlx/ops.h>
 
@@ -30,16 +29,7 @@ std::vector<array> group_gradient(const array& out, const array& in, const array
 }
 
 void GroupGradient::eval_cpu(const std::vector<array>& inputs, std::vector<array>& outs) {
-  auto& encoder = mx::cpu::get_command_encoder(stream());
-  std::vector<array> in;
-  for (auto& input : inputs) {
-    in.push_back(row_contiguous(input, stream()));
-    encoder.set_input_array(in.back());
-  }
-  for (auto& out : outs) {
-    out.set_data(mx::allocator::malloc(out.nbytes()));
-    encoder.set_output_array(out);
-  }
+  std::vector<array> in = prepare(inputs, outs, stream());
   cpu::GroupGradient work{.out = in[0].data<float>(),
       .in = in[1].data<float>(),
       .codes = in[2].data<uint8_t>(),
@@ -50,7 +40,8 @@ void GroupGradient::eval_cpu(const std::vector<array>& inputs, std::vector<array
       .cols = in[1].shape(1),
       .group_size = group_size_,
       .bits = bits_};
-  encoder.dispatch([work]() { cpu::kernels().group_gradient(work); });
+  mx::cpu::get_command_encoder(stream()).dispatch(
+      [work]() { cpu::kernels().group_gradient(work); });
 }
 
 void GroupGradient::eval_gpu(const std::vector<array>&, std::vector<array>&) {

@@ -74,22 +74,6 @@ cpu::Weight weight(const array* w, std::pair<int, int> format) {
   return out;
 }
 
-// Row-major inputs, registered with the stream, and allocated outputs.
-std::vector<array> prepare(
-    const std::vector<array>& inputs, std::vector<array>& outs, mx::Stream stream) {
-  auto& encoder = mx::cpu::get_command_encoder(stream);
-  std::vector<array> in;
-  for (const auto& a : inputs) {
-    in.push_back(row_contiguous(a, stream));
-    encoder.set_input_array(in.back());
-  }
-  for (auto& out : outs) {
-    out.set_data(mx::allocator::malloc(out.nbytes()));
-    encoder.set_output_array(out);
-  }
-  return in;
-}
-
 } // namespace
 
 std::vector<array> compare_logits(const array& p, const array& q, mx::StreamOrDevice s) {

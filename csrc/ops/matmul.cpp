@@ -97,6 +97,21 @@ mx::array row_contiguous(const mx::array& a, mx::Stream stream) {
   return copy;
 }
 
+std::vector<mx::array> prepare(
+    const std::vector<mx::array>& inputs, std::vector<mx::array>& outs, mx::Stream stream) {
+  auto& encoder = mx::cpu::get_command_encoder(stream);
+  std::vector<mx::array> in;
+  for (const auto& a : inputs) {
+    in.push_back(row_contiguous(a, stream));
+    encoder.set_input_array(in.back());
+  }
+  for (auto& out : outs) {
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+    encoder.set_output_array(out);
+  }
+  return in;
+}
+
 namespace {
 
 using cpu::kernels;

@@ -27,6 +27,10 @@ mx::Shape matmul_shape(const char* op, const mx::array& x, const mx::Shape& weig
 // Row-major copy where needed; the copy lives until the stream has used it.
 mx::array row_contiguous(const mx::array& a, mx::Stream stream);
 
+// Row-major inputs, registered with the stream, and allocated outputs.
+std::vector<mx::array> prepare(
+    const std::vector<mx::array>& inputs, std::vector<mx::array>& outs, mx::Stream stream);
+
 // Fills `out`, allocated here, with the product on the stream's CPU thread.
 void eval_matmul(const mx::array& x, const cpu::Weight& weight, int experts, bool transpose,
     const std::optional<mx::array>& indices, mx::array& out, mx::Stream stream);
