@@ -1,8 +1,17 @@
-"""What a sensitivity.json says besides its model and modules."""
+"""What a sensitivity.json says besides its modules."""
 
 from __future__ import annotations
 
 from typing import Any
+
+MODEL: dict[str, Any] = {
+    "name": "m",
+    "fingerprint": "f",
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "itemsize": 2,
+    "fixed_bytes": 1000,
+}
 
 PROVENANCE: dict[str, Any] = {
     "schema": 1,

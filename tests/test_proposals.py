@@ -15,17 +15,8 @@ from optiq.formats import DENSE, NVFP4, Format
 from optiq.plan import Plan, build
 from optiq.proposals import propose
 from optiq.scores import parse
-from tests.scored import PROVENANCE
+from tests.scored import MODEL, PROVENANCE
 
-MODEL = {
-    "name": "m",
-    "fingerprint": "f",
-    "model_type": "llama",
-    "dtype": "bfloat16",
-    "itemsize": 2,
-    "fixed_bytes": 100,
-    "header_bytes": 0,
-}
 MENU = [Format("affine", b, 64) for b in (3, 4, 6)] + [DENSE]
 LEAVES = {"self_attn.q_proj": "qkv", "self_attn.k_proj": "qkv", "mlp.down_proj": ""}
 
@@ -51,7 +42,7 @@ def scores(seed: int = 0, *, se: float = 0.0, noise: float = 0.5) -> dict[str, A
                 },
             }
         )
-    return {**PROVENANCE, "model": MODEL, "modules": rows}
+    return {**PROVENANCE, "model": {**MODEL, "fixed_bytes": 100}, "modules": rows}
 
 
 def formats(plan: Plan) -> list[Format]:

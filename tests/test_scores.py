@@ -15,16 +15,8 @@ from optiq.formats import DENSE, UNIFORM4, Format
 from optiq.plan import build
 from optiq.roles import Module, Role
 from optiq.scores import check, describe_module, module_of, parse, read
-from tests.scored import PEER, PROVENANCE
+from tests.scored import MODEL, PEER, PROVENANCE
 
-MODEL = {
-    "name": "m",
-    "fingerprint": "f",
-    "model_type": "llama",
-    "dtype": "bfloat16",
-    "itemsize": 2,
-    "fixed_bytes": 1000,
-}
 UP = Module("model.layers.0.mlp.up_proj", Role.MLP, "model.layers.0.mlp.gate_up", (384, 128), 0)
 EMBED = Module("model.embed_tokens", Role.EMBEDDING, "model.embed_tokens", (512, 128), None)
 ODD = Module("model.layers.0.odd", Role.OTHER, "model.layers.0.odd", (16, 72), 0)

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -185,8 +184,7 @@ def _written(
 def _measured(source: Source, plan: Plan, out: Path, held_out: Calibration, progress: bool) -> Plan:
     """The plan with the KL of the exported folder, and of stock uniform 4-bit, in it."""
     baseline = uniform_plan([m.module for m in plan.modules], plan.model)
-    dense = sum(prod(m.module.shape) for m in plan.modules) * plan.model["itemsize"]
-    needed = dense + plan.nbytes + baseline.nbytes
+    needed = plan.dense_nbytes + plan.nbytes + baseline.nbytes
     if needed > available_memory():
         return plan  # the report says "not measured"
     reference = load(source).model

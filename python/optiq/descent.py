@@ -29,12 +29,12 @@ from .nn import accelerate
 from .plan import Plan, Planned
 from .progress import Progress
 from .roles import Module, Role, quantizable
-from .rounding import Rounded, Rounding
+from .rounding import MINMAX, Rounded, Rounding
 from .sensitivity.backward import Backward
 from .sensitivity.gradients import Call
 from .sensitivity.job import is_head
 from .sensitivity.kl import LOGITS_BYTES
-from .sensitivity.reference import Bf16, Uniform4, choose, weight_bytes
+from .sensitivity.reference import choose, open_reference, weight_bytes
 from .sensitivity.replay import Replay, Tape
 from .sources import Source, load
 
@@ -76,9 +76,7 @@ def descend(
     model, modules = loaded.model, quantizable(loaded.model)
     work = {p.module.path: p for p in plan.modules if _is_fitted(p)}
     chosen, _ = choose(reference, weight_bytes(model))
-    running = (
-        Bf16(model, modules) if chosen == "bf16" else Uniform4(source, model, modules, Rounding())
-    )
+    running = open_reference(chosen, source, model, modules, MINMAX)
     accelerate(model, blocks=False)
     fitted: dict[tuple[str, Format], Rounded] = {}
     ways = Counter[str]()
@@ -122,8 +120,7 @@ def best(w: mx.array, fmt: Format, moments: Moments) -> tuple[str, Rounded]:
 
 
 def _error(w: mx.array, v: ops.AffineWeight, hessian: mx.array) -> float:
-    scales, biases = v.scales.astype(mx.float32), v.biases.astype(mx.float32)
-    change = mx.dequantize(v.codes, scales, biases, v.group_size, v.bits) - w.astype(mx.float32)
+    change = v.dequantized() - w.astype(mx.float32)
     return float(np.asarray(mx.sum((change @ hessian) * change)))
 
 
@@ -172,10 +169,9 @@ def _call(call: Call) -> Rows:
 
 def _head_rows(replay: Replay, tape: Tape) -> list[Rows]:
     """Of the head, sum over words of E g^2 = 1 - sum p^2, with g = [word is the label] - p."""
-    step = max(1, LOGITS_BYTES // (4 * tape.vocabulary))
     rows = []
-    for start in range(0, tape.hidden.shape[1], step):
-        x = tape.hidden[0, start : start + step]
+    for chunk in tape.chunks(LOGITS_BYTES):
+        x = tape.hidden[0, chunk]
         p = mx.softmax(replay.logits(tape, x).astype(mx.float32), axis=-1)
         weights = 1 - mx.sum(mx.square(p), axis=-1)
         mx.eval(weights)

@@ -265,7 +265,7 @@ def _describe(ready: Prepared, sizes: Sequence[str], notes: Sequence[str]) -> Js
         "notes": list(notes),
         "metric": "nats per token",
         "scores": {key: scores[key] for key in ("method", "reference", "rounding")},
-        "rounding": "descent" if ready.descent else ready.rounding.name,
+        "rounding": ready.way,
         "calibration": scores["calibration"],
         "selection": {
             "tokens": sum(len(s.tokens) for s in texts.selection),
@@ -286,7 +286,7 @@ def _identity(ready: Prepared) -> Json:
         "model": ready.source.fingerprint,
         "scores": hashlib.sha256(modules.encode()).hexdigest(),
         "formats": ready.limit and [str(fmt) for fmt in ready.limit],
-        "rounding": "descent" if ready.descent else ready.rounding.name,
+        "rounding": ready.way,
         "text": [token_hash(t) for t in (texts.calibration.sequences, texts.selection)],
         "held-out text": token_hash(texts.held_out.sequences),
         "seed": ready.seed,

@@ -76,6 +76,11 @@ class Plan:
         return int(self.model["fixed_bytes"]) + sum(m.nbytes for m in self.modules)
 
     @property
+    def dense_nbytes(self) -> int:
+        """Bytes of the modules' weights in the source."""
+        return sum(prod(m.module.shape) for m in self.modules) * int(self.model["itemsize"])
+
+    @property
     def bpw(self) -> float:
         """Bits of all tensors per logical parameter."""
         return 8 * self.nbytes / _params(self.model, [m.module for m in self.modules])

@@ -36,7 +36,7 @@ from .roles import quantizable
 from .rounding import MINMAX, Rounding
 from .selection import decide
 from .sensitivity.checkpoint import saved_reference
-from .sensitivity.reference import Uniform4, choose, weight_bytes
+from .sensitivity.reference import choose, open_reference, weight_bytes
 from .sources import LoadedModel, Source, load
 
 Json = dict[str, Any]
@@ -73,6 +73,11 @@ class Prepared:
     reference: str
     seed: int
     progress: bool
+
+    @property
+    def way(self) -> str:
+        """How weights are rounded: "descent", "search" or "minmax"."""
+        return DESCENT if self.descent else self.rounding.name
 
     def best(
         self,
@@ -208,8 +213,7 @@ def choose_rounding(
     model = load(source).model
     modules = quantizable(model)
     chosen, _ = choose(reference, weight_bytes(model))
-    if chosen == "uniform4":
-        Uniform4(source, model, modules, MINMAX)
+    open_reference(chosen, source, model, modules, MINMAX)
     accelerate(model, blocks=False)  # each layer is metered
     sequences = [sample.tokens for sample in text.sequences]
     return Rounding(SEARCH, importance.measure(model, modules, sequences, progress=progress))

@@ -245,10 +245,8 @@ class _Student:
             return cast(mx.array, _kl(p, self.replay.logits(tape, rows)))
 
         target = self.teacher.hidden[i][0]
-        step = max(1, LOGITS_BYTES // (4 * tape.vocabulary))
         total = mx.array(0.0)
-        for start in range(0, target.shape[0], step):
-            at = slice(start, start + step)
+        for at in tape.chunks(LOGITS_BYTES):
             part: mx.array = recomputed(self.head, divergence)(target[at], run.hidden[0, at])
             total = total + part
         return total

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from math import inf, isfinite, prod
-from types import TracebackType
+from math import inf, isfinite
 from typing import Any
 
 import mlx.core as mx
@@ -55,13 +54,8 @@ class Judge:
         self._tapes = [_thin(self._teacher.record(s.tokens)) for s in self.sequences]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._teacher.__exit__(kind, error, trace)
+    def __exit__(self, *exception: object) -> None:
+        self._teacher.__exit__(*exception)
 
     def measure(self, student: nn.Module) -> Json:
         """KL of a student, which is a model of the same architecture: {"mean", "se"}."""
@@ -144,8 +138,7 @@ def decide(
 
 def _fit_memory(plan: Plan, copies: int) -> bool:
     """Whether a student and so many copies of the source do; fitting loads one of its own."""
-    dense = sum(prod(m.module.shape) for m in plan.modules) * int(plan.model["itemsize"])
-    return copies * dense + plan.budget <= available_memory()
+    return copies * plan.dense_nbytes + plan.budget <= available_memory()
 
 
 def _name(rounding: Rounding) -> str:

@@ -33,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..calibration import CALIBRATION_TOKENS
     from ..conversion import convert
     from ..errors import UsageError
     from ..preparation import CHECKPOINT, SCORES, work_folder
@@ -49,18 +48,9 @@ def run(args: argparse.Namespace) -> int:
             args.model,
             args.out,
             size=args.size,
-            formats=args.formats,
-            sensitivity=args.sensitivity,
-            reference=args.reference,
-            calibration=args.calibration,
-            tokens=args.tokens or CALIBRATION_TOKENS,
-            rounding=args.rounding,
             refine_tokens=(args.refine_tokens or TOKENS) if args.refine else 0,
-            scores=args.scores,
-            revision=args.revision,
-            seed=args.seed,
-            resume=args.resume,
             dry_run=args.dry_run,
+            **options.measuring(args),
         )
     plan = result.plan.to_json()
     if args.json:

@@ -23,7 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..calibration import CALIBRATION_TOKENS
     from ..frontier import POINTS, SIZES, frontier
     from ..frontier_files import HTML
     from ..preparation import CHECKPOINT, work_folder
@@ -35,16 +34,7 @@ def run(args: argparse.Namespace) -> int:
             args.model,
             args.out,
             sizes=SIZES if args.sizes is None else args.sizes.split(","),
-            formats=args.formats,
-            sensitivity=args.sensitivity,
-            reference=args.reference,
-            calibration=args.calibration,
-            tokens=args.tokens or CALIBRATION_TOKENS,
-            rounding=args.rounding,
-            scores=args.scores,
-            revision=args.revision,
-            seed=args.seed,
-            resume=args.resume,
+            **options.measuring(args),
         )
     if args.json:
         print(json.dumps(result, indent=1))

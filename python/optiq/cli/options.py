@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def positive(text: str) -> int:
@@ -73,6 +74,15 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+
+
+def measuring(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_model`, `add_measuring` and --scores ask for, as `convert` takes it."""
+    from ..calibration import CALIBRATION_TOKENS
+
+    names = ("formats", "sensitivity", "reference", "calibration", "rounding", "scores", "revision")
+    given = {name: getattr(args, name) for name in (*names, "seed", "resume")}
+    return {**given, "tokens": args.tokens or CALIBRATION_TOKENS}
 
 
 @contextmanager

@@ -34,6 +34,11 @@ class AffineWeight(NamedTuple):
         """Of the weight: `[..., out, in]`."""
         return (*self.scales.shape[:-1], self.scales.shape[-1] * self.group_size)
 
+    def dequantized(self) -> mx.array:
+        """The weight that is stored, float32."""
+        scales, biases = self.scales.astype(mx.float32), self.biases.astype(mx.float32)
+        return mx.dequantize(self.codes, scales, biases, self.group_size, self.bits)
+
     def check(self, name: str) -> None:
         """Raise ValueError, naming the weight `name`, where its parts do not fit together."""
         codes, scales, biases = self.codes, self.scales, self.biases

@@ -57,11 +57,11 @@ def _descend(w: mx.array, rounded: AffineWeight, hessian: mx.array, sweeps: int)
     size, top, dtype = rounded.group_size, 2**rounded.bits - 1, rounded.scales.dtype
     h = np.array(hessian.astype(mx.float32))
     ones, zeros = mx.ones_like(rounded.scales), mx.zeros_like(rounded.scales)
-    q = np.array(_values(rounded._replace(scales=ones, biases=zeros)).reshape(-1, w.shape[-1]))
+    q = np.array(rounded._replace(scales=ones, biases=zeros).dequantized().reshape(-1, w.shape[-1]))
     scales, biases = (
         np.array(a.astype(mx.float32).reshape(len(q), -1)) for a in (rounded.scales, rounded.biases)
     )
-    error = np.array((_values(rounded) - w.astype(mx.float32)).reshape(q.shape))
+    error = np.array((rounded.dequantized() - w.astype(mx.float32)).reshape(q.shape))
     slope = error @ h
 
     def stored(a: Floats) -> Floats:
@@ -113,12 +113,4 @@ def _descend(w: mx.array, rounded: AffineWeight, hessian: mx.array, sweeps: int)
         codes=pack(mx.array(q).reshape(w.shape), rounded.bits),
         scales=mx.array(scales).astype(dtype).reshape(rounded.scales.shape),
         biases=mx.array(biases).astype(dtype).reshape(rounded.biases.shape),
-    )
-
-
-def _values(rounded: AffineWeight) -> mx.array:
-    """The weight that is stored, float32."""
-    scales, biases = (a.astype(mx.float32) for a in (rounded.scales, rounded.biases))
-    return mx.dequantize(
-        rounded.codes, scales, biases, group_size=rounded.group_size, bits=rounded.bits
     )

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..calibration import Calibration
@@ -32,7 +31,7 @@ from ..sources import LoadedModel, Source
 from .checkpoint import Checkpoint, saved_reference
 from .job import Job
 from .memory import estimate
-from .reference import Bf16, Reference, Uniform4, choose, common, weight_bytes
+from .reference import choose, common, open_reference, weight_bytes
 from .rounds import Rounds, measure_auto, smooth
 from .store import save
 
@@ -115,7 +114,7 @@ def measure(
         modules=modules,
         formats={m.path: allowed(m, menu) for m in modules},
         sequences=[sample.tokens for sample in calibration.sequences],
-        reference=_reference(chosen, source, model, modules, rounding),
+        reference=open_reference(chosen, source, model, modules, rounding),
         checkpoint=state,
         rounding=rounding,
         seed=seed,
@@ -186,11 +185,3 @@ def describe_model(
         "fixed_bytes": fixed_bytes(loaded.model, modules),
         "header_bytes": header_bound(shapes, {f"{m.path}.weight" for m in modules}),
     }
-
-
-def _reference(
-    name: str, source: Source, model: nn.Module, modules: Sequence[Module], rounding: Rounding
-) -> Reference:
-    if name == "bf16":
-        return Bf16(model, modules)
-    return Uniform4(source, model, modules, rounding)

@@ -108,12 +108,10 @@ class Backward:
 
 def _head_gradient(replay: Replay, tape: Tape, key: mx.array) -> mx.array:
     """Gradient [1, T, d] at the head's input of sum_t log p(y_t), y_t drawn from p."""
-    rows = max(1, LOGITS_BYTES // (4 * tape.vocabulary))
-    hidden = tape.hidden[0]
     parts = []
-    for start in range(0, hidden.shape[0], rows):
+    for rows in tape.chunks(LOGITS_BYTES):
         key, draw = mx.random.split(key)
-        part = mx.grad(_likelihood(replay, tape, draw))(hidden[start : start + rows])
+        part = mx.grad(_likelihood(replay, tape, draw))(tape.hidden[0, rows])
         mx.eval(part)
         parts.append(part)
     return mx.concatenate(parts)[None]

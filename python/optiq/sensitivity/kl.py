@@ -79,14 +79,12 @@ def divergences(
     """KL(teacher || student) in nats, summed over the tokens of `tape`, for each student."""
     from .. import ops
 
-    rows = max(1, LOGITS_BYTES // (4 * tape.vocabulary))
     totals = [0.0] * len(students)
-    for start in range(0, tape.tokens.shape[1], rows):
-        stop = start + rows
-        p = replay.logits(tape, teacher[0][0, start:stop], teacher[1])
+    for rows in tape.chunks(LOGITS_BYTES):
+        p = replay.logits(tape, teacher[0][0, rows], teacher[1])
         mx.eval(p)
         for i, (hidden, head) in enumerate(students):
-            q = replay.logits(tape, hidden[0, start:stop], head)
+            q = replay.logits(tape, hidden[0, rows], head)
             kl, _ = ops.kl_from_logits(p, q)
             totals[i] += float(np.asarray(kl).sum(dtype=np.float64))
     return totals

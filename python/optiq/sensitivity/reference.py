@@ -125,6 +125,15 @@ class Uniform4:
         return self._formats[path]
 
 
+def open_reference(
+    name: str, source: Source, model: nn.Module, modules: Sequence[Module], rounding: Rounding
+) -> Reference:
+    """The reference called `name`, "bf16" or "uniform4"; the latter makes `model` 4-bit."""
+    if name == "bf16":
+        return Bf16(model, modules)
+    return Uniform4(source, model, modules, rounding)
+
+
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters, without reading them."""
     return sum(array.nbytes for array in arrays(model.parameters()))

@@ -9,7 +9,7 @@ what only the skipped blocks would have needed is never computed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -31,6 +31,12 @@ class Tape:
     outputs: list[Any]
     hidden: mx.array  # [1, T, d], the input of the output head
     vocabulary: int
+
+    def chunks(self, nbytes: int) -> Iterator[slice]:
+        """The tokens in parts whose float32 logits take at most `nbytes`, or of one token."""
+        rows = max(1, nbytes // (4 * self.vocabulary))
+        for start in range(0, self.tokens.shape[1], rows):
+            yield slice(start, start + rows)
 
 
 @dataclass
