@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from .. import ops
 from ..anatomy import Block, Unknown
+from ..ops.attention import capped_attention
 from .layers import Linear, QuantizedLinear
 
 Mask = Any  # None, "causal" or an array that broadcasts to [batch, heads, rows, keys]
@@ -190,7 +191,7 @@ class Composed:
     ) -> mx.array:
         a, m, one = self.d.attention, self.d.mlp, self.d.plus_one
         if a["softcap"]:
-            y = _capped_attention(q * a["scale"], k, v, mask, a["softcap"])
+            y = capped_attention(q * a["scale"], k, v, mask, a["softcap"])
         else:
             y = mx.fast.scaled_dot_product_attention(
                 q, k, v, scale=a["scale"], mask=mask, sinks=a["sinks"]
@@ -272,22 +273,3 @@ def _product(
     if scales is None:
         return ops.linear(x, w)
     return ops.quantized_matmul(x, w, scales, biases, group_size=group_size, bits=bits)
-
-
-def _capped_attention(q: mx.array, k: mx.array, v: mx.array, mask: Mask, cap: float) -> mx.array:
-    groups = q.shape[1] // k.shape[1]
-    q = mx.unflatten(q, 1, (k.shape[1], groups))
-    k, v = k[:, :, None], v[:, :, None]
-    scores = cap * mx.tanh((q @ k.swapaxes(-1, -2)) / cap)
-    if isinstance(mask, str):
-        rows, keys = scores.shape[-2:]
-        mask = mx.arange(keys - rows, keys)[:, None] >= mx.arange(keys)
-    if mask is not None:
-        if mask.ndim == 4:
-            mask = mx.unflatten(mask, 1, (-1, groups)) if mask.shape[1] > 1 else mask[:, :, None]
-        if mask.dtype == mx.bool_:
-            scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
-        else:
-            scores = scores + mask
-    out: mx.array = mx.softmax(scores, axis=-1, precise=True) @ v
-    return out.flatten(1, 2)

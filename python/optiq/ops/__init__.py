@@ -4,6 +4,7 @@
 """
 
 from .affine import AffineWeight, quantize
+from .attention import dequantize_kv, quantize_kv, quantized_attention
 from .descent import descend
 from .kl import Comparison, compare_logits, kl_divergence, kl_from_logits
 from .matmul import linear, mixed_quantized_matmul, quantized_matmul
@@ -12,11 +13,14 @@ __all__ = [
     "AffineWeight",
     "Comparison",
     "compare_logits",
+    "dequantize_kv",
     "descend",
     "kl_divergence",
     "kl_from_logits",
     "linear",
     "mixed_quantized_matmul",
     "quantize",
+    "quantize_kv",
+    "quantized_attention",
     "quantized_matmul",
 ]

@@ -28,6 +28,18 @@ def dequantize(codes: Any, scales: Any, biases: Any, group_size: int, bits: int)
     return np.asarray(q * s + b)
 
 
+def dequantize_kv(records: Any, dim: int, group_size: int, bits: int) -> Float64:
+    """Keys or values `[..., dim]` from their records `[..., words]`; see attention.py."""
+    words = np.ascontiguousarray(records, dtype=np.uint32)
+    groups = -(-dim // group_size)
+    header = words[..., :groups].copy().view(np.float16).astype(np.float64)
+    stream = np.unpackbits(words[..., groups:].copy().view(np.uint8), axis=-1, bitorder="little")
+    fields = stream[..., : dim * bits].reshape(*words.shape[:-1], dim, bits).astype(np.int64)
+    q = fields @ (1 << np.arange(bits))
+    s, b = (np.repeat(header[..., i::2], group_size, axis=-1)[..., :dim] for i in (0, 1))
+    return np.asarray(q * s + b)
+
+
 def kl_from_logits(p: Any, q: Any) -> Float64:
     """KL(softmax(p) || softmax(q)) over the last axis, in nats."""
     log_p, log_q = (_log_softmax(np.asarray(a, dtype=np.float64)) for a in (p, q))
