@@ -142,11 +142,9 @@ def test_formats_and_shapes_that_do_not_fit() -> None:
         ops.quantize_kv(x, Format("affine", 2, 64))
     with pytest.raises(ValueError, match="multiple of 8"):
         ops.quantize_kv(x[..., :60], Format("affine", 4, 32))
-    packed, _ = records(x, Format("affine", 8, 32))
+    fmt = Format("affine", 8, 32)
+    packed, _ = records(x, fmt)
     with pytest.raises(ValueError, match="are not those of 64 values"):
         ops.dequantize_kv(packed, 64, Format("affine", 4, 32), mx.float32)
     with pytest.raises(ValueError, match="causal"):
-        ops.quantized_attention(
-            x, packed, packed, k_format=Format("affine", 8, 32),
-            v_format=Format("affine", 4, 32), scale=1.0, window=4,
-        )  # fmt: skip
+        ops.quantized_attention(x, packed, packed, k_format=fmt, v_format=fmt, scale=1.0, window=4)
