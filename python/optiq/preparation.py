@@ -9,7 +9,7 @@ import contextlib
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from . import sensitivity as scoring
 from .calibration import (
     CALIBRATION_TOKENS,
     HELD_OUT_TOKENS,
+    SCORING_TOKENS,
     Calibration,
     Sample,
     gather,
@@ -48,9 +49,13 @@ SEARCH, DESCENT = "search", "descent"
 
 @dataclass(frozen=True)
 class Texts:
-    """Sequences to score and round with, to choose a plan by (maybe none), and to judge it on."""
+    """Sequences to score with, to round with, to choose a plan by (maybe none), and to judge it on.
+
+    Those to score with come from the same rows as those to round with.
+    """
 
     name: str
+    scoring: Calibration
     calibration: Calibration
     selection: list[Sample]
     held_out: Calibration
@@ -101,7 +106,7 @@ class Prepared:
             seed=self.seed,
             progress=self.progress,
         )
-        return decide(
+        plan, rounding = decide(
             self.source,
             plans,
             self.rounding,
@@ -110,6 +115,11 @@ class Prepared:
             refine=refine,
             progress=self.progress,
         )
+        fitted_on = {
+            "rounding_tokens": sum(len(s.tokens) for s in self.texts.calibration.sequences),
+            "rounding_sha256": self.texts.calibration.sha256,
+        }
+        return replace(plan, selection=(plan.selection or {}) | fitted_on), rounding
 
 
 def prepare(
@@ -151,7 +161,7 @@ def prepare(
             source,
             loaded=loaded,
             menu=read_menu(formats),
-            calibration=text,
+            calibration=texts.scoring,
             calibration_source=texts.name,
             method=sensitivity,
             size=size,
@@ -189,11 +199,12 @@ def gather_all(
     tokens: int = CALIBRATION_TOKENS,
     held_out_tokens: int = HELD_OUT_TOKENS,
 ) -> Texts:
-    """The three parts of the rows at `path`; raises CalibrationError for too few."""
+    """The texts from the rows at `path`; raises CalibrationError for too few."""
     return Texts(
         text_name(path),
         held_out=gather(tokenizer, path, "heldout", held_out_tokens, seed),
         selection=gather_selection(tokenizer, path, seed),
+        scoring=gather(tokenizer, path, "calibration", min(tokens, SCORING_TOKENS), seed),
         calibration=gather(tokenizer, path, "calibration", tokens, seed),
     )
 

@@ -13,6 +13,7 @@ from .rows import BUNDLED, check_row, load_rows, split
 from .texts import (
     CALIBRATION_TOKENS,
     HELD_OUT_TOKENS,
+    SCORING_TOKENS,
     gather,
     gather_selection,
     text_name,
@@ -22,6 +23,7 @@ __all__ = [
     "BUNDLED",
     "CALIBRATION_TOKENS",
     "HELD_OUT_TOKENS",
+    "SCORING_TOKENS",
     "Calibration",
     "Sample",
     "Tokenizer",

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, world: World) -> int:
     from .. import sensitivity
-    from ..calibration import CALIBRATION_TOKENS, gather, text_name
+    from ..calibration import SCORING_TOKENS, gather, text_name
     from ..formats import DEFAULT_MENU, parse_menu
     from ..preflight import (
         check_budget,
@@ -59,7 +59,7 @@ def _run(args: argparse.Namespace, world: World) -> int:
     loaded = load(source)
     if args.size:
         check_budget(source, loaded, args.size, menu)
-    tokens = args.tokens or CALIBRATION_TOKENS
+    tokens = args.tokens or SCORING_TOKENS
     text = gather(loaded.tokenizer, args.calibration, "calibration", tokens, args.seed)
     check_weights(source)
     rounding = choose_rounding(
