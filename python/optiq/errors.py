@@ -39,3 +39,7 @@ class DistributedError(OptiqError):
 
 class ExportError(OptiqError):
     """The model could not be written, or what was written differs from the plan."""
+
+
+class EvalError(OptiqError):
+    """Evaluation data or records are missing, damaged, or belong to another run."""

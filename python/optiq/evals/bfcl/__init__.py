@@ -1,0 +1,13 @@
+"""BFCL-v3 "simple": read the tool call out of an answer and judge it by its syntax tree.
+
+    calls = parse(answer)
+    reason = str(calls) if isinstance(calls, ParseError) else check(function, possible, calls)
+
+`reason` is None if the call is right. Pure: no model, no files.
+"""
+
+from .calls import Call, ParseError
+from .checker import check
+from .parser import parse
+
+__all__ = ["Call", "ParseError", "check", "parse"]

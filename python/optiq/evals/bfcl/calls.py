@@ -1,0 +1,29 @@
+"""What a model asked for: calls, or the reason why none could be read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call. Values keep the type they were written with: 1, 1.0, True and "1" all differ."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ParseError:
+    """The verdict on an answer without a readable call; a value, since models do this all day."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+class Unreadable(Exception):
+    """Inside the parser: the text is not a call, for the reason given."""

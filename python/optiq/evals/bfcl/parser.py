@@ -1,0 +1,152 @@
+"""Tool calls in the notations that models are trained to write.
+
+An envelope decides, if there is one: Hermes and Qwen `<tool_call>`, Mistral `[TOOL_CALLS]`, Llama
+`<|python_tag|>` and `<function=name>`, code fences as Gemma writes them. Inside it, and in an
+answer without any, a call is JSON ({"name": ..., "arguments": ...} and its variants) or Python
+syntax. Of prose around a call without an envelope only the JSON is found: words can look like
+Python, they rarely look like a JSON call.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from .calls import Call, ParseError, Unreadable
+from .python_syntax import python_calls
+
+_END_OF_TURN = re.compile(r"(?:\s|<\|[a-z_]+\|>|</s>|<end_of_turn>|<eos>)+\Z")
+_TOOL_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+_FUNCTION = re.compile(r"<function=([\w.-]+)>(.*?)(?:</function>|\Z)", re.DOTALL)
+_MISTRAL = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?\s*(\{.*)", re.DOTALL)
+_FENCE = re.compile(r"```(\w*)\s(.*?)(?:```|\Z)", re.DOTALL)
+_CALL_LANGUAGES = {"", "json", "python", "py", "tool_code", "tool_call"}
+_BETWEEN = re.compile(r"[\s,;]*")
+_JSON = json.JSONDecoder()
+
+
+def parse(answer: str) -> list[Call] | ParseError:
+    """The calls in a model's answer, in order, or why it has none that can be read.
+
+    `answer` is the generated text, with or without special tokens and a closed <think> block.
+    Never raises on any text.
+    """
+    text = answer.rpartition("</think>")[2]
+    if "<think>" in text:
+        return ParseError("the thought never ends")
+    try:
+        return _read(_END_OF_TURN.sub("", text).strip())
+    except Unreadable as error:
+        return ParseError(str(error))
+    except (RecursionError, MemoryError):
+        return ParseError("nested too deeply")
+
+
+def _read(text: str) -> list[Call]:
+    if not text:
+        raise Unreadable("the answer is empty")
+    if "<tool_call>" in text:
+        return _each(_TOOL_CALL.findall(text), _plain)
+    if "[TOOL_CALLS]" in text:
+        return _each(text.split("[TOOL_CALLS]")[1:], _mistral)
+    if "<|python_tag|>" in text:
+        return _plain(text.partition("<|python_tag|>")[2])
+    if named := _FUNCTION.findall(text):
+        return [Call(name, _arguments(body)) for name, body in named]
+    if calls := _fenced(text):
+        return calls
+    try:
+        return _plain(text)
+    except Unreadable:
+        if calls := _json_in_prose(text):
+            return calls
+        raise
+
+
+def _each(parts: list[str], read: Callable[[str], list[Call]]) -> list[Call]:
+    return [call for part in parts for call in read(part)]
+
+
+def _plain(text: str) -> list[Call]:
+    """A text that is nothing but calls."""
+    text = text.strip("` \t\r\n")
+    try:
+        values = _json_values(text)
+    except ValueError:  # not JSON; includes integers of more digits than Python reads
+        return python_calls(text)
+    return [call for value in values for call in _json_calls(value)]
+
+
+def _mistral(text: str) -> list[Call]:
+    if match := _MISTRAL.fullmatch(text):
+        return [Call(match[1], _arguments(match[2]))]
+    return _plain(text)
+
+
+def _fenced(text: str) -> list[Call]:
+    """The calls in code fences; other fences may show a result or explain."""
+    calls = []
+    for language, body in _FENCE.findall(text):
+        if language.lower() in _CALL_LANGUAGES:
+            with suppress(Unreadable):
+                calls += _plain(body)
+    return calls
+
+
+def _json_in_prose(text: str) -> list[Call]:
+    calls, at = [], 0
+    while at < len(text):
+        start, at = at, at + 1
+        if text[start] in "{[":
+            with suppress(ValueError, Unreadable):
+                value, end = _JSON.raw_decode(text, start)
+                calls += _json_calls(value)
+                at = end
+    return calls
+
+
+def _json_values(text: str) -> list[Any]:
+    """One JSON value or several, separated by nothing, commas or semicolons."""
+    values, at = [], 0
+    while at < len(text):
+        value, at = _JSON.raw_decode(text, at)
+        values.append(value)
+        between = _BETWEEN.match(text, at)
+        assert between
+        at = between.end()
+    return values
+
+
+def _json_calls(value: Any) -> list[Call]:
+    if isinstance(value, list):
+        return [call for item in value for call in _json_calls(item)]
+    if not isinstance(value, dict):
+        raise Unreadable("the JSON is not a call")
+    if isinstance(value.get("tool_calls"), list):
+        return _json_calls(value["tool_calls"])
+    if isinstance(value.get("function"), dict):  # OpenAI: {"type": "function", "function": {...}}
+        return _json_calls(value["function"])
+    name = value.get("name", value.get("function"))
+    for key in ("arguments", "parameters"):
+        if isinstance(name, str) and key in value:
+            return [Call(name, _arguments(value[key]))]
+    if len(value) == 1:  # {"name of the function": {...}}, the notation of BFCL itself
+        ((name, arguments),) = value.items()
+        if isinstance(arguments, dict):
+            return [Call(name, arguments)]
+    raise Unreadable("the JSON has no name and arguments of a call")
+
+
+def _arguments(value: Any) -> dict[str, Any]:
+    """An object, or the text of one."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else {}
+        except ValueError as error:
+            raise Unreadable(f"the arguments are not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise Unreadable("the arguments are not an object")
+    return value
