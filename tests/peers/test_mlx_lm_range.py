@@ -17,6 +17,7 @@ import pytest
 
 from optiq import runtime
 from optiq.conversion import convert
+from tests.peers.packages import install
 from tests.tiny import tiny_folder
 
 ROOT = Path(__file__).parents[2]
@@ -37,12 +38,7 @@ def oldest(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     declared = re.search(r'"mlx-lm>=([\d.]+),', (ROOT / "pyproject.toml").read_text())
     assert declared
     folder = tmp_path_factory.mktemp("mlx-lm")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
-    done = subprocess.run(
-        [*command, str(folder), f"mlx-lm=={declared[1]}"], capture_output=True, text=True
-    )
-    if done.returncode:
-        pytest.skip(f"mlx-lm {declared[1]} cannot be installed: {done.stderr.strip()[-200:]}")
+    install(folder, f"mlx-lm=={declared[1]}")
     return declared[1], folder
 
 

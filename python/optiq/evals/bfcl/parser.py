@@ -18,7 +18,9 @@ from typing import Any
 from .calls import Call, ParseError, Unreadable
 from .python_syntax import python_calls
 
-_END_OF_TURN = re.compile(r"(?:\s|<\|[a-z_]+\|>|</s>|<end_of_turn>|<eos>)+\Z")
+_END_OF_TURN = re.compile(
+    r"<\|(?:im_end|eot_id|eom_id|eot|eom|end|end_of_text|endoftext)\|>|</s>|<end_of_turn>|<eos>"
+)
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _FUNCTION = re.compile(r"<function=([\w.-]+)>(.*?)(?:</function>|\Z)", re.DOTALL)
 _MISTRAL = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?\s*(\{.*)", re.DOTALL)
@@ -38,7 +40,7 @@ def parse(answer: str) -> list[Call] | ParseError:
     if "<think>" in text:
         return ParseError("the thought never ends")
     try:
-        return _read(_END_OF_TURN.sub("", text).strip())
+        return _read(_END_OF_TURN.split(text, maxsplit=1)[0].strip())
     except Unreadable as error:
         return ParseError(str(error))
     except (RecursionError, MemoryError):

@@ -89,4 +89,5 @@ def _readings(response: str) -> list[str]:
     lines = response.split("\n")
     cuts = [lines[1:], lines[:-1], lines[1:-1]]
     readings = [response, *("\n".join(cut).strip() for cut in cuts)]
-    return readings + [reading.replace("*", "") for reading in readings]
+    readings += [reading.replace("*", "") for reading in readings]
+    return list(dict.fromkeys(readings))  # most answers have fewer than eight that differ

@@ -1,4 +1,4 @@
-"""Words as NLTK 3.10's `word_tokenize` cuts them: the Penn Treebank rules, sentence by sentence.
+"""Words as NLTK 3.9's `word_tokenize` cuts them: the Penn Treebank rules, sentence by sentence.
 
 The rules are substitutions applied in order, which set spaces around whatever is a token of its
 own (R. MacIntyre's sed script, in the form of NLTK's `NLTKWordTokenizer`, Apache-2.0).
@@ -18,14 +18,13 @@ _RULES = [
         (r'^"', r"``"),
         (r"(``)", r" \1 "),
         (r"""([ (\[{<])("|'{2})""", r"\1 `` "),
-        (r"(?i)(?<!\w)(')(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)", r"\1 "),
+        (r"(?i)(')(?!re|ve|ll|m|t|s|d|n)(\w)\b", r"\1 \2"),
         # Punctuation. The lookahead makes the run of closing marks atomic: no backtracking.
         (r"""([^.])(\.)(?=([\])}>"'\u00bb\u201d\u2019 ]*))\3\s*$""", r"\1 \2 \3 "),
         (r"([:,])([^\d])", r" \1 \2"),
         (r"([:,])$", r" \1 "),
         (r"\.{2,}", r" \g<0> "),
         (r"[;@#$%&]", r" \g<0> "),
-        (r"[\u2012-\u2015]", r" \g<0> "),  # dashes
         (r"""([^.])(\.)([\])}>"']*)\s*$""", r"\1 \2\3 "),
         (r"[?!]", r" \g<0> "),
         (r"([^'])' ", r"\1 ' "),
