@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optiq.evals.bfcl import Call, ParseError, parse
@@ -31,6 +31,7 @@ NOTATIONS = {
     "<|eom_id|>",
     "llama, custom": "<function=math.area>JSON</function>",
     "llama, function as name": '{"function": "math.area", "parameters": JSON}',
+    "llama, in Python's words": "{'name': 'math.area', 'parameters': LITERAL}",
     "mistral": '[TOOL_CALLS] [{"name": "math.area", "arguments": JSON}]</s>',
     "mistral, new": "[TOOL_CALLS]math.area[ARGS]JSON",
     "mistral, newer": "[TOOL_CALLS]math.area[CALL_ID]a1b2c3d4e[ARGS]JSON",
@@ -50,6 +51,7 @@ NOTATIONS = {
 @pytest.mark.parametrize("notation", NOTATIONS)
 def test_the_same_call(notation: str) -> None:
     text = NOTATIONS[notation].replace("JSON", JSON).replace("PYTHON", PYTHON)
+    text = text.replace("LITERAL", repr(ARGUMENTS))
     assert parse(text.replace("TEXT", json.dumps(JSON))) == [CALL]
 
 
@@ -111,6 +113,8 @@ def test_python_values_keep_their_type(source: str, value: object) -> None:
         ('{"answer": 5}', "no name and arguments"),
         ('{"name": "f", "arguments": "{a"}', "not JSON"),
         ('{"name": "f", "arguments": [1]}', "not an object"),
+        ("{1: {}}", "no name and arguments"),
+        ("{[]: {}}", "values besides"),
         ("[" * 100_000, "too deeply"),
         ("-" * 100_000 + "1", "too deeply"),
     ],
@@ -122,14 +126,36 @@ def test_no_call_is_a_reason(text: str, reason: str) -> None:
     assert "\n" not in str(error)
 
 
+def test_a_broken_block_beside_a_whole_one_is_passed_over() -> None:
+    """As bfcl-eval's handler of Qwen and Hermes has it."""
+    text = (
+        '<tool_call>{"name": "f",</tool_call><tool_call>{"name": "g", "arguments": {}}</tool_call>'
+    )
+    assert parse(text) == [Call("g", {})]
+
+
 def test_no_calls_are_no_error() -> None:
     assert parse("[]") == []
 
 
 FRAGMENTS = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "```json\n", "```"]
-FRAGMENTS += ['{"name": "f", ', '"arguments": ', "{}", "}", "f(", "a=", "1", ")", "[", "]", "\x00"]
+FRAGMENTS += [
+    '{"name": "f", ',
+    '"arguments": ',
+    "{}",
+    "}",
+    "f(",
+    "a=",
+    "1",
+    ")",
+    "[",
+    "]",
+    "\x00",
+    "{'a': ",
+]
 
 
+@settings(deadline=None)
 @given(st.one_of(st.text(), st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join)))
 def test_any_text_gives_calls_or_a_reason(text: str) -> None:
     result = parse(text)

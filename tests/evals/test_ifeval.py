@@ -221,7 +221,7 @@ def test_a_missing_package_is_named_before_any_answer(
 
 
 @given(st.text(max_size=80))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_any_response_has_a_verdict(response: str) -> None:
     for name, arguments, _, _ in CASES:
         verdict = _check(name, arguments, response)

@@ -9,9 +9,11 @@ Python, they rarely look like a JSON call.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -25,7 +27,7 @@ _TOOL_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _FUNCTION = re.compile(r"<function=([\w.-]+)>(.*?)(?:</function>|\Z)", re.DOTALL)
 _MISTRAL = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?\s*(\{.*)", re.DOTALL)
 _FENCE = re.compile(r"```(\w*)\s(.*?)(?:```|\Z)", re.DOTALL)
-_CALL_LANGUAGES = {"", "json", "python", "py", "tool_code", "tool_call"}
+_LANGUAGES = {"", "json", "python", "py", "tool_code", "tool_call"}
 _BETWEEN = re.compile(r"[\s,;]*")
 _JSON = json.JSONDecoder()
 
@@ -40,7 +42,9 @@ def parse(answer: str) -> list[Call] | ParseError:
     if "<think>" in text:
         return ParseError("the thought never ends")
     try:
-        return _read(_END_OF_TURN.split(text, maxsplit=1)[0].strip())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of backslashes in what the model wrote
+            return _read(_END_OF_TURN.split(text, maxsplit=1)[0].strip())
     except Unreadable as error:
         return ParseError(str(error))
     except (RecursionError, MemoryError):
@@ -58,26 +62,38 @@ def _read(text: str) -> list[Call]:
         return _plain(text.partition("<|python_tag|>")[2])
     if named := _FUNCTION.findall(text):
         return [Call(name, _arguments(body)) for name, body in named]
-    if calls := _fenced(text):
-        return calls
+    fenced = [body for language, body in _FENCE.findall(text) if language.lower() in _LANGUAGES]
+    if fenced:
+        with suppress(Unreadable):
+            return _each(fenced, _plain)
     try:
         return _plain(text)
     except Unreadable:
-        if calls := _json_in_prose(text):
+        if calls := _in_prose(text):
             return calls
         raise
 
 
-def _each(parts: list[str], read: Callable[[str], list[Call]]) -> list[Call]:
-    return [call for part in parts for call in read(part)]
+def _each(parts: Sequence[str], read: Callable[[str], list[Call]]) -> list[Call]:
+    """The calls of all parts; a broken one beside a whole one is passed over, as in bfcl-eval."""
+    calls: list[Call] = []
+    error = None
+    for part in parts:
+        try:
+            calls += read(part)
+        except Unreadable as unreadable:
+            error = unreadable
+    if error and not calls:
+        raise error
+    return calls
 
 
 def _plain(text: str) -> list[Call]:
     """A text that is nothing but calls."""
     text = text.strip("` \t\r\n")
     try:
-        values = _json_values(text)
-    except ValueError:  # not JSON; includes integers of more digits than Python reads
+        values = _values(text)
+    except (ValueError, SyntaxError, TypeError):
         return python_calls(text)
     return [call for value in values for call in _json_calls(value)]
 
@@ -88,17 +104,7 @@ def _mistral(text: str) -> list[Call]:
     return _plain(text)
 
 
-def _fenced(text: str) -> list[Call]:
-    """The calls in code fences; other fences may show a result or explain."""
-    calls = []
-    for language, body in _FENCE.findall(text):
-        if language.lower() in _CALL_LANGUAGES:
-            with suppress(Unreadable):
-                calls += _plain(body)
-    return calls
-
-
-def _json_in_prose(text: str) -> list[Call]:
+def _in_prose(text: str) -> list[Call]:
     calls, at = [], 0
     while at < len(text):
         start, at = at, at + 1
@@ -108,6 +114,16 @@ def _json_in_prose(text: str) -> list[Call]:
                 calls += _json_calls(value)
                 at = end
     return calls
+
+
+def _values(text: str) -> list[Any]:
+    """JSON, or the Python that Llama at times writes in its place: single quotes, True, None."""
+    try:
+        return _json_values(text)
+    except ValueError:  # integers of more digits than Python reads are one, too
+        if not text.startswith(("{", "[{")):
+            raise
+        return [ast.literal_eval(text)]
 
 
 def _json_values(text: str) -> list[Any]:
@@ -137,7 +153,7 @@ def _json_calls(value: Any) -> list[Call]:
             return [Call(name, _arguments(value[key]))]
     if len(value) == 1:  # {"name of the function": {...}}, the notation of BFCL itself
         ((name, arguments),) = value.items()
-        if isinstance(arguments, dict):
+        if isinstance(name, str) and isinstance(arguments, dict):
             return [Call(name, arguments)]
     raise Unreadable("the JSON has no name and arguments of a call")
 
