@@ -51,7 +51,7 @@ def examine() -> list[Finding]:
             findings.append(Finding("compiler", "none", advice))
     memory = available_memory()
     findings.append(Finding("memory", f"{memory / 1e9:.1f} GB available", _memory_advice(memory)))
-    return findings
+    return findings + _sandbox()
 
 
 def _version(package: str) -> str:
@@ -85,6 +85,16 @@ def _blas() -> Finding:
         else "import optiq before mlx, or preload OpenBLAS"
     )
     return Finding("float32 matmul of MLX", "reference BLAS", advice)
+
+
+def _sandbox() -> list[Finding]:
+    """What holds untrusted code at each level, found by running an empty program."""
+    from .sandbox.mechanisms import available
+
+    return [
+        Finding(f"sandbox, {a.level}", ", ".join(a.mechanisms) or "no", a.reason)
+        for a in available()
+    ]
 
 
 def _memory_advice(available: int) -> str:

@@ -43,3 +43,11 @@ class ExportError(OptiqError):
 
 class EvalError(OptiqError):
     """Evaluation data or records are missing, damaged, or belong to another run."""
+
+
+class SandboxError(OptiqError):
+    """A sandbox cannot do what it is asked for."""
+
+
+class SandboxUnavailable(SandboxError):
+    """The asked level of isolation cannot be had here; nothing was run."""

@@ -24,6 +24,7 @@ COMMANDS = {
     "frontier": "size against KL: ours, uniform widths and mlx-lm's mixed recipes",
     "compare": "KL, top-1 agreement and perplexity of models against a reference",
     "generate": "answer one prompt",
+    "sandbox": "run untrusted Python, held by the kernel and under limits",
     "bench": "time the kernels against stock MLX on this machine",
     "doctor": "what this machine runs optiq with, and what to improve",
     "demo": "fetch a small real model, convert it and compare it with uniform 4-bit",

@@ -1,0 +1,106 @@
+"""A Python that has given up its privileges and forks a locked-in worker for each order.
+
+Started by the host with the number of a socket and, as JSON, the paths that workers may read. It
+never runs untrusted code itself. An order is one packet with the work folder, the limits and the
+worker's descriptors: stdout, stderr, the channel, a socket for reports and, for a candidate and
+its test, their common one. Over the report socket go a handle of the worker that its host can
+kill it by, and at its end how it ended and what it used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+from typing import Any, NoReturn
+
+from . import linux, wire, worker
+
+# What programs import most, so that a worker, which inherits what is loaded, need not.
+_POPULAR = ("collections", "copy", "functools", "heapq", "itertools", "math", "string", "typing")
+_FIRST_FREE = 5  # descriptors a worker keeps: 0 to worker.PEER
+PACKET = 2**16
+
+
+def main(control: str, readable_paths: str) -> NoReturn:
+    """Serve the host until it closes."""
+    host, readable = socket.socket(fileno=int(control)), json.loads(readable_paths)
+    linux.drop_privileges()
+    for name in _POPULAR:
+        importlib.import_module(name)
+    gc.freeze()  # so that a collection in a worker copies none of these pages
+    host.send(json.dumps({"landlock": linux.landlock_version()}).encode())
+    reports: dict[int, tuple[int, socket.socket]] = {}  # by handle: process id, socket
+    while True:
+        ready, _, _ = select.select([host.fileno(), *reports], [], [])
+        for handle in ready:
+            if handle in reports:
+                _report(handle, *reports.pop(handle))
+                continue
+            packet, descriptors, _, _ = socket.recv_fds(host, PACKET, 8)
+            if not packet:  # the host has closed, or is no more: so end we, and with us the workers
+                os._exit(0)
+            order = json.loads(packet)
+            pid = os.fork()
+            if pid == 0:
+                _work(order, descriptors, readable)
+            process = os.pidfd_open(pid)
+            out, err, channel, report, *peer = descriptors
+            for descriptor in (out, err, channel, *peer):
+                os.close(descriptor)
+            reporter = socket.socket(fileno=report)
+            reports[process] = (pid, reporter)
+            try:
+                socket.send_fds(reporter, [b"\0"], [process])
+            except OSError:  # the host is not interested any more
+                os.kill(pid, signal.SIGKILL)
+
+
+def _work(order: dict[str, Any], descriptors: list[int], readable: list[str]) -> NoReturn:
+    """In the fork: lock the process in, say so, and do what the host orders."""
+    try:
+        linux.die_with_parent()
+        out, err, channel, _, *peer = [fcntl.fcntl(d, fcntl.F_DUPFD, 100) for d in descriptors]
+        null = os.open(os.devnull, os.O_RDONLY)
+        for source, target in zip(
+            (null, out, err, channel, *peer), range(_FIRST_FREE), strict=False
+        ):
+            os.dup2(source, target)
+        os.closerange(_FIRST_FREE if peer else _FIRST_FREE - 1, 1 << 20)
+        _lock_in(order, readable)
+        worker.obey()
+    finally:
+        os._exit(1)
+
+
+def _lock_in(order: dict[str, Any], readable: list[str]) -> None:
+    try:
+        os.chdir(order["work"])
+        os.umask(0o077)
+        os.environ.update(HOME=order["work"], TMPDIR=order["work"])
+        linux.limit(order["limits"])
+        version = linux.landlock(order["work"], readable)
+        linux.filter_calls(worker.CHANNEL)
+    except BaseException as error:
+        wire.send(worker.CHANNEL, {"unlocked": f"{type(error).__name__}: {error}"})
+        raise
+    wire.send(worker.CHANNEL, {"landlock": version})
+
+
+def _report(process: int, pid: int, report: socket.socket) -> None:
+    """How a worker ended. A worker has no children, so its own times are all it used."""
+    _, status, used = os.wait4(pid, 0)
+    os.close(process)
+    ended = {
+        "code": os.waitstatus_to_exitcode(status),
+        "cpu": used.ru_utime + used.ru_stime,
+        "memory": used.ru_maxrss * 1024,
+    }
+    with report, contextlib.suppress(OSError):
+        report.send(json.dumps(ended).encode())

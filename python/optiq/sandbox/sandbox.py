@@ -1,0 +1,139 @@
+"""The front of the package: one sandbox, whatever holds the code."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Mapping
+from types import MappingProxyType, TracebackType
+from typing import Literal, Protocol, get_args
+
+from ..errors import SandboxUnavailable, UsageError
+from .limits import Limits, Result, Verdict
+
+Level = Literal["interpreter", "process", "namespace"]
+NO_FILES: Mapping[str, bytes] = MappingProxyType({})
+
+
+class _Session(Protocol):
+    @property
+    def alive(self) -> bool: ...
+
+    def run(self, code: str) -> Result: ...
+
+    def close(self) -> None: ...
+
+
+class Sandbox:
+    """Runs untrusted Python under `limits`, held by at least what `level` names, or not at all.
+
+    "process" (the default): full CPython and its standard library in a process that the kernel
+    locks in; on Linux by Landlock and seccomp, and by bubblewrap too where that works; on macOS by
+    seatbelt. "namespace": bubblewrap has to work. "interpreter": pydantic-monty, an interpreter of
+    a part of Python without any access to the system, started faster.
+
+    Where the level cannot be had, the first run raises SandboxUnavailable. The first run also
+    starts what later ones are forked from; any number of threads may run code at a time.
+    """
+
+    def __init__(self, limits: Limits | None = None, level: Level = "process") -> None:
+        if level not in get_args(Level):
+            raise UsageError(f"sandbox level {level!r} is none of {', '.join(get_args(Level))}")
+        self.limits = limits or Limits()
+        self.level = level
+        if level == "interpreter":
+            from .interpreter import Interpreter
+
+            self._interpreter: Interpreter | None = Interpreter(self.limits)
+            close = self._interpreter.close
+        else:
+            from .processes import Processes
+
+            self._interpreter = None
+            self._processes = Processes(_jail(level), self.limits)
+            close = self._processes.jail.close
+        self._close = weakref.finalize(self, close)
+
+    def run(self, code: str, files: Mapping[str, bytes] = NO_FILES) -> Result:
+        """Run a program to its end, in a fresh process and a fresh work folder with `files`.
+
+        Whatever the code does is a Result. UsageError for a file name outside the folder.
+        """
+        return (self._interpreter or self._processes).run(code, files)
+
+    def judge(self, code: str, check: str, entry: str) -> Verdict:
+        """Whether function `entry` of the untrusted `code` passes `check`, a trusted program.
+
+        `check` defines `check(candidate)`, which calls the candidate and raises if it is not
+        satisfied, as HumanEval's tests do. It runs in a jailed process of its own: arguments and
+        results cross as plain data, the verdict comes over a descriptor that the code never had,
+        with a nonce that is made after the code was imported. What a test uses beside the
+        candidate (for HumanEval: the problem's prompt) belongs into `check`.
+        """
+        if self._interpreter is not None:
+            raise UsageError("level 'interpreter' judges no tests; take level='process'")
+        return self._processes.judge(code, check, entry)
+
+    def session(self, files: Mapping[str, bytes] = NO_FILES) -> Session:
+        """A process that keeps its variables and its work folder from one snippet to the next."""
+        return Session((self._interpreter or self._processes).session(files))
+
+    def close(self) -> None:
+        """End all processes and remove the work folders."""
+        self._close()
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Session:
+    """Snippets that share variables; made by `Sandbox.session`.
+
+    A snippet that raises leaves the session alive. One that hits a limit or ends the process ends
+    the session too: then `alive` is False and `run` raises SandboxError.
+    """
+
+    def __init__(self, session: _Session) -> None:
+        self._session = session
+
+    @property
+    def alive(self) -> bool:
+        return self._session.alive
+
+    def run(self, code: str) -> Result:
+        """Run one snippet. `usage.cpu` and `usage.memory` are of the session so far."""
+        return self._session.run(code)
+
+    def close(self) -> None:
+        self._session.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _jail(level: Level):  # type: ignore[no-untyped-def]
+    if sys.platform == "linux":
+        from .kernel_jail import KernelJail
+
+        return KernelJail(True if level == "namespace" else None)
+    if sys.platform == "darwin" and level == "process":
+        from .seatbelt import SeatbeltJail
+
+        return SeatbeltJail()
+    raise SandboxUnavailable(f"level {level!r} cannot be had on {sys.platform}")
