@@ -282,6 +282,18 @@ inline void widen(const void* in, Float type, size_t at, size_t n, float* out) {
   }
 }
 
+// The inverse, rounded.
+inline void narrow(const float* in, size_t n, void* out, Float type) {
+  if (type == Float::f32) {
+    std::memcpy(out, in, n * sizeof(float));
+    return;
+  }
+  auto* halves = static_cast<uint16_t*>(out);
+  for (size_t i = 0; i < n; i++) {
+    halves[i] = type == Float::bf16 ? f32_to_bf16(in[i]) : f32_to_f16(in[i]);
+  }
+}
+
 // Eight rows of eight become columns.
 OPTIQ_INLINE void transpose(f32x8* v) {
 #define OPTIQ_SHUFFLE __builtin_shufflevector

@@ -290,7 +290,7 @@ def test_wrong_input_is_named() -> None:
         ext.block_project(block, h, 0, mx.array([1, 2]))
     with pytest.raises(ValueError, match="q is"):
         ext.block_attend(block, h, q[:, :2], k, k, "")
-    with pytest.raises(ValueError, match="do not fit a block"):
+    with pytest.raises(ValueError, match="do not fit a batch of 1 and 2 key heads of 16"):
         ext.block_attend(block, h, q, k[:, :1], k, "")
     with pytest.raises(ValueError, match="does not broadcast"):
         ext.block_attend(block, h, q, k, k, "array", mx.zeros((3, 5)))

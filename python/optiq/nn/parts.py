@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from .. import ops
 from ..anatomy import Block, Unknown
-from ..ops.attention import capped_attention
+from ..ops.attention import capped_attention, masking
 from .layers import Linear, QuantizedLinear
 
 Mask = Any  # None, "causal" or an array that broadcasts to [batch, heads, rows, keys]
@@ -130,9 +130,9 @@ class Native:
         mlp: bool,
     ) -> list[mx.array]:
         """The block with the cache's first `length` rows, the new ones put at `start`."""
-        masking, array = _masking(mask)
+        name, array = masking(mask)
         out: list[mx.array] = self._step(
-            self.block, x, keys, values, start, length, position, masking, array, mlp
+            self.block, x, keys, values, start, length, position, name, array, mlp
         )
         return out
 
@@ -147,15 +147,9 @@ class Native:
     def attend(
         self, x: mx.array, q: mx.array, k: mx.array, v: mx.array, mask: Mask, mlp: bool
     ) -> mx.array:
-        masking, array = _masking(mask)
-        out: mx.array = self.ext.block_attend(self.block, x, q, k, v, masking, array, mlp)
+        name, array = masking(mask)
+        out: mx.array = self.ext.block_attend(self.block, x, q, k, v, name, array, mlp)
         return out
-
-
-def _masking(mask: Mask) -> tuple[str, mx.array | None]:
-    if mask is None:
-        return "", None
-    return (mask, None) if isinstance(mask, str) else ("array", mask)
 
 
 class Composed:

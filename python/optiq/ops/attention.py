@@ -17,6 +17,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..formats import DENSE, Format
+from . import native
 from .affine import pack
 
 Mask = mx.array | str | None
@@ -51,6 +52,9 @@ def quantize_kv(x: mx.array, fmt: Format) -> mx.array:
         ValueError: A format or `dim` that has no records.
     """
     _check(x.shape[-1], fmt)
+    if ext := native.active():
+        records: mx.array = ext.quantize_kv(x, fmt.group_size, fmt.bits)
+        return records
     dim, size = x.shape[-1], fmt.group_size
     groups = -(-dim // size)
     columns = mx.unflatten(mx.arange(groups * size), 0, (groups, size))
@@ -80,6 +84,9 @@ def dequantize_kv(records: mx.array, dim: int, fmt: Format, dtype: mx.Dtype) -> 
             f"[dequantize_kv] records {records.shape} {records.dtype} are not those of "
             f"{dim} values in {fmt}, which are uint32 and end in {record_words(dim, fmt)}"
         )
+    if ext := native.active():
+        vectors: mx.array = ext.dequantize_kv(records, dim, fmt.group_size, fmt.bits, dtype)
+        return vectors
     groups = -(-dim // fmt.group_size)
     header = mx.contiguous(records[..., :groups]).view(mx.float16).astype(mx.float32)
     header = mx.unflatten(header, -1, (groups, 2))
@@ -133,7 +140,29 @@ def quantized_attention(
     Raises:
         ValueError: Shapes, dtypes or formats that do not fit together.
     """
+    if window is not None and not isinstance(mask, str):
+        raise ValueError('[quantized_attention] window needs mask="causal"')
+    if window is not None and window < 1:
+        raise ValueError(f"[quantized_attention] window is {window}; it must be 1 or more")
     dim = q.shape[-1]
+    if ext := native.active():
+        out: mx.array = ext.quantized_attention(
+            q,
+            k,
+            v,
+            packing(k_format, dim),
+            packing(v_format, value_dim or dim),
+            scale,
+            *masking(mask),
+            window or 0,
+            sinks,
+            softcap,
+            starts,
+            first,
+            recent,
+            value_dim or 0,
+        )
+        return out
     keys = _plain(k, dim, k_format, q.dtype)
     values = _plain(v, value_dim or dim, v_format, q.dtype)
     for exact, end in ((first, False), (recent, True)):
@@ -159,6 +188,21 @@ def _check(dim: int, fmt: Format) -> None:
         raise ValueError(f"vectors of {dim} elements cannot be quantized; use a multiple of 8")
 
 
+def packing(fmt: Format, dim: int) -> tuple[int, int]:
+    """Group size and bits of records as the extension takes them, (0, 0) for plain vectors."""
+    if fmt == DENSE:
+        return 0, 0
+    _check(dim, fmt)
+    return fmt.group_size, fmt.bits
+
+
+def masking(mask: Mask) -> tuple[str, mx.array | None]:
+    """A mask as the extension takes it: a name, and an array if it is one."""
+    if mask is None:
+        return "", None
+    return (mask, None) if isinstance(mask, str) else ("array", mask)
+
+
 def _plain(x: mx.array, dim: int, fmt: Format, dtype: mx.Dtype) -> mx.array:
     return x.astype(dtype) if fmt == DENSE else dequantize_kv(x, dim, fmt, dtype)
 
@@ -178,8 +222,6 @@ def _seen(
     mask: Mask, rows: int, size: int, window: int | None, starts: mx.array | None
 ) -> mx.array | str | None:
     """One mask for all that excludes keys."""
-    if window is not None and not isinstance(mask, str):
-        raise ValueError('[quantized_attention] window needs mask="causal"')
     if isinstance(mask, str):
         if mask != "causal":
             raise ValueError(f'[quantized_attention] mask is {mask!r}; it must be "causal"')
