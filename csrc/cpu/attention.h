@@ -8,12 +8,19 @@
 
 #include "kl_logits.h" // tanh
 #include "kv_records.h"
+#include "unpack.h"
 
 namespace optiq::cpu::OPTIQ_ISA {
 
-constexpr int kSplit = 128;               // keys
-constexpr int kChunk = 32;                // keys that are decoded at a time
-constexpr int kTileRows = 16;             // query rows that share the keys read, at most
+constexpr int kSplit = 128;   // keys
+constexpr int kChunk = 32;    // values that are decoded at a time
+constexpr int kTileRows = 16; // query rows that share the keys read, at most
+// Query rows of a product that fills the registers with its four sums per row.
+#if defined(__AVX512F__)
+constexpr int kDotRows = 4;
+#else
+constexpr int kDotRows = 2;
+#endif
 constexpr float kExcluded = -__FLT_MAX__; // as mx.fast.scaled_dot_product_attention masks
 constexpr float kInfinity = __builtin_inff();
 
@@ -26,26 +33,93 @@ struct Partial {
   float maximum, sum;
 };
 
+inline constexpr int padded(int dim) {
+  return (dim + kWide - 1) / kWide * kWide;
+}
+
 // Some consecutive keys or values of a head, `stride` floats apart.
 struct Chunk {
   const float* rows;
   size_t stride;
 };
 
-// `n` tokens of a head from the at-th element on, `dim` floats each.
+// `n` tokens of a head from the at-th element on, as floats padded(dim) apart.
 inline void decode(const Vectors& x, size_t at, int n, int dim, float* out) {
+  size_t stride = padded(dim);
   if (x.bits == 0) {
     for (int j = 0; j < n; j++) {
-      widen(x.data, x.type, at + j * x.row, dim, out + size_t(j) * dim);
+      widen(x.data, x.type, at + j * x.row, dim, out + j * stride);
     }
     return;
   }
+  int groups = (dim + x.group_size - 1) / x.group_size;
   at_width(x.bits, [&]<int BITS>(Width<BITS>) {
     for (int j = 0; j < n; j++) {
       auto* record = static_cast<const uint32_t*>(x.data) + at + j * x.row;
-      decode_record<BITS>(record, dim, x.group_size, out + size_t(j) * dim);
+      decode_record<BITS>(record, dim, groups, x.group_size, out + j * stride);
     }
   });
+}
+
+// `n` <= kWide rows, the last one in place of those that are missing, as columns out[dim][kWide].
+inline void transpose_rows(Chunk x, int n, int dim, float* out) {
+  for (int i = 0; i < dim; i += kWide) {
+    uw block[kWide];
+    for (int r = 0; r < kWide; r++) {
+      block[r] = load<uw>(x.rows + (r < n ? r : n - 1) * x.stride + i);
+    }
+    transpose(block);
+    for (int j = 0; j < kWide && i + j < dim; j++) {
+      store(out + size_t(i + j) * kWide, block[j]);
+    }
+  }
+}
+
+// The same for records, whose words are transposed before their codes are unpacked, a key per lane.
+template <int BITS>
+void unpack_keys(const uint32_t* first, size_t stride, int n, int dim, int group_size, float* out) {
+  const int groups = (dim + group_size - 1) / group_size, count = (dim * BITS + 31) / 32;
+  const uint32_t* record[kWide];
+  for (int r = 0; r < kWide; r++) {
+    record[r] = first + (r < n ? r : n - 1) * stride;
+  }
+  uw words[least_multiple_of_block(BITS)]; // of whole units
+  constexpr int span = least_multiple_of_block(BITS);
+  fw scale = {}, bias = {};
+  for (int at = 0, i = 0; at < count; at += span) {
+    for (int begin = 0; begin < span && at + begin < count; begin += kBlock) {
+      uw block[kBlock];
+      for (int r = 0; r < kWide; r++) {
+        block[r] = load_words(record[r] + groups + at + begin, count - at - begin);
+      }
+      transpose(block);
+      for (int j = 0; j < kBlock; j++) {
+        words[begin + j] = block[j];
+      }
+    }
+    for (const uw* unit = words; unit < words + span && i < dim; unit += BITS) {
+      if (i % group_size == 0) {
+        uw header;
+        for (int r = 0; r < kWide; r++) {
+          header[r] = record[r][i / group_size];
+        }
+        scale = from_f16(header & 0xffff);
+        bias = from_f16(header >> 16);
+      }
+#pragma GCC unroll 4
+      for (int eight = 0; eight < kUnit; eight += 8) {
+        if (i == dim) {
+          break;
+        }
+#pragma GCC unroll 8
+        for (int c = 0; c < 8; c++) {
+          iw codes = iw(code_at<BITS>(unit, (eight + c) * BITS, 0));
+          store(out + size_t(i + c) * kWide, __builtin_convertvector(codes, fw) * scale + bias);
+        }
+        i += 8;
+      }
+    }
+  }
 }
 
 struct AttentionTiles {
@@ -56,7 +130,8 @@ struct AttentionTiles {
   int splits;      // of the keys
   bool split_up;   // a task is one split, and somebody else merges
   Partial* states; // [tasks, height], when split up
-  float* values;   // [tasks, height, value_dim]
+  float* values;   // [tasks, height, width]
+  int width;       // padded value_dim
 
   struct Tile {
     int batch, kv_head, begin, rows;
@@ -89,23 +164,21 @@ struct AttentionTiles {
     if (split < t.first || split > t.last) {
       return;
     }
-    int widest = a.dim > a.value_dim ? a.dim : a.value_dim;
-    Scratch<float> q(size_t(height) * a.dim), scores(size_t(height) * kSplit);
-    Scratch<float> chunk(size_t(kChunk) * widest);
-    gather(t, q);
+    Scratch<float> memory(room_size());
+    Room own = room(memory);
+    gather(t, own.q);
     if (split_up) {
       size_t at = size_t(task) * height;
-      partial(t, split, q, scores, chunk, states + at, values + at * a.value_dim);
+      partial(t, split, own, states + at, values + at * width);
       return;
     }
     Partial all[kTileRows], one[kTileRows];
-    Scratch<float> sums(size_t(height) * a.value_dim), next(size_t(height) * a.value_dim);
-    partial(t, split, q, scores, chunk, all, sums);
+    partial(t, split, own, all, own.sums);
     for (int s = split + 1; s <= t.last; s++) {
-      partial(t, s, q, scores, chunk, one, next);
-      merge(t, all, sums, one, next);
+      partial(t, s, own, one, own.next);
+      merge(t, all, own.sums, one, own.next);
     }
-    finish(t, all, sums);
+    finish(t, all, own.sums);
   }
 
   // The second pass of split-up tiles.
@@ -114,12 +187,41 @@ struct AttentionTiles {
     size_t at = (size_t(index) * splits + t.first) * height;
     for (int s = 1; s <= t.last - t.first; s++) {
       size_t next = at + size_t(s) * height;
-      merge(t, states + at, values + at * a.value_dim, states + next, values + next * a.value_dim);
+      merge(t, states + at, values + at * width, states + next, values + next * width);
     }
-    finish(t, states + at, values + at * a.value_dim);
+    finish(t, states + at, values + at * width);
   }
 
  private:
+  // Where a task works: pieces of one allocation.
+  struct Room {
+    float* q;           // [height, dim], scaled
+    float* columns;     // [dim, kWide]: some keys
+    float* chunk;       // [kChunk, padded dim or width]: some keys or values
+    float* scores;      // [height, kSplit]
+    float *sums, *next; // [height, width]
+  };
+
+  size_t room_size() const {
+    size_t widest = padded(a.dim) > width ? padded(a.dim) : width;
+    return height * (size_t(a.dim) + kSplit + 2 * width) + kChunk * widest + kWide * a.dim;
+  }
+
+  Room room(float* at) const {
+    auto take = [&](size_t n) {
+      at += n;
+      return at - n;
+    };
+    Room r;
+    r.columns = take(size_t(kWide) * a.dim);
+    r.scores = take(size_t(height) * kSplit);
+    r.sums = take(size_t(height) * width);
+    r.next = take(size_t(height) * width);
+    r.q = take(size_t(height) * a.dim);
+    r.chunk = at;
+    return r;
+  }
+
   // Rows are ordered by query, then by head, so that a causal tile ends early.
   int query(const Tile& t, int r) const {
     return (t.begin + r) / group;
@@ -137,102 +239,113 @@ struct AttentionTiles {
     }
   }
 
-  // Keys or values of the tile from the begin-th on.
+  size_t place(const Tile& t, const Vectors& x, int token) const {
+    return t.batch * x.batch + t.kv_head * x.head + size_t(token) * x.row;
+  }
+
+  // Whether the exact vectors are others than these.
+  bool uniform(const Tile& t, int begin, int end) const {
+    return begin >= t.start + a.first && end <= a.keys - a.recent;
+  }
+
+  // Keys or values of the tile from the begin-th on, rows or in `out`.
   Chunk vectors(const Tile& t, const Vectors& x, const Vectors& first, const Vectors& recent,
       int dim, int begin, int n, float* out) const {
-    auto at = [&](const Vectors& from, int token) {
-      return t.batch * from.batch + t.kv_head * from.head + size_t(token) * from.row;
-    };
-    int end = begin + n, exact = t.start + a.first, inexact = a.keys - a.recent;
-    if (begin >= exact && end <= inexact) {
-      if (x.bits == 0 && x.type == Float::f32) {
-        return {static_cast<const float*>(x.data) + at(x, begin), x.row};
-      }
-      decode(x, at(x, begin), n, dim, out);
-      return {out, size_t(dim)};
+    size_t stride = padded(dim);
+    if (stride > size_t(dim)) {
+      std::memset(out, 0, sizeof(float) * n * stride);
     }
-    for (int j = begin; j < end; j++) {
+    if (uniform(t, begin, begin + n)) {
+      if (x.bits == 0 && x.type == Float::f32 && stride == size_t(dim)) {
+        return {static_cast<const float*>(x.data) + place(t, x, begin), x.row};
+      }
+      decode(x, place(t, x, begin), n, dim, out);
+      return {out, stride};
+    }
+    int exact = t.start + a.first, inexact = a.keys - a.recent;
+    for (int j = begin; j < begin + n; j++) {
       bool late = j >= inexact, early = j < exact;
       const Vectors& from = late ? recent : early ? first : x;
       int token = j - (late ? inexact : early ? t.start : 0);
-      decode(from, at(from, token), 1, dim, out + size_t(j - begin) * dim);
+      decode(from, place(t, from, token), 1, dim, out + (j - begin) * stride);
     }
-    return {out, size_t(dim)};
+    return {out, stride};
+  }
+
+  // kWide keys or fewer, a key per column.
+  void key_columns(const Tile& t, int begin, int n, const Room& room) const {
+    if (a.k.bits == 0 || !uniform(t, begin, begin + n)) {
+      Chunk rows = vectors(t, a.k, a.first_k, a.recent_k, a.dim, begin, n, room.chunk);
+      return transpose_rows(rows, n, a.dim, room.columns);
+    }
+    at_width(a.k.bits, [&]<int BITS>(Width<BITS>) {
+      auto* records = static_cast<const uint32_t*>(a.k.data) + place(t, a.k, begin);
+      unpack_keys<BITS>(records, a.k.row, n, a.dim, a.k.group_size, room.columns);
+    });
   }
 
   // out[r, :] = softmax-weighted values of one split, not yet divided by the sum.
-  void partial(const Tile& t, int split, const float* q, float* scores, float* chunk,
-      Partial* state, float* out) const {
+  void partial(const Tile& t, int split, const Room& room, Partial* state, float* out) const {
     int begin = t.start + split * kSplit;
     int n = t.end - begin < kSplit ? t.end - begin : kSplit;
     n = n < 0 ? 0 : n;
-    for (int c = 0; c < n; c += kChunk) {
-      int some = n - c < kChunk ? n - c : kChunk;
-      Chunk k = vectors(t, a.k, a.first_k, a.recent_k, a.dim, begin + c, some, chunk);
-      for (int j = 0; j < some; j += 8) {
-        int keys = some - j < 8 ? some - j : 8;
-        Chunk eight = {k.rows + j * k.stride, k.stride};
-        int r = 0;
-        for (; r + 2 <= t.rows; r += 2) {
-          dots<2>(q + r * a.dim, eight, keys, scores + r * kSplit + c + j);
-        }
-        if (r < t.rows) {
-          dots<1>(q + r * a.dim, eight, keys, scores + r * kSplit + c + j);
-        }
+    for (int j = 0; j < n; j += kWide) {
+      key_columns(t, begin + j, n - j < kWide ? n - j : kWide, room);
+      for (int r = 0; r < t.rows; r += kDotRows) {
+        dot_rows(t.rows - r < kDotRows ? t.rows - r : kDotRows, room.q + r * a.dim, room.columns,
+            room.scores + r * kSplit + j);
       }
     }
     for (int r = 0; r < t.rows; r++) {
-      state[r] = weigh(t, r, begin, n, scores + r * kSplit);
+      state[r] = weigh(t, r, begin, n, room.scores + r * kSplit);
     }
-    std::memset(out, 0, sizeof(float) * t.rows * a.value_dim);
+    std::memset(out, 0, sizeof(float) * t.rows * width);
     for (int c = 0; c < n; c += kChunk) {
       int some = n - c < kChunk ? n - c : kChunk;
-      add_values(t, vectors(t, a.v, a.first_v, a.recent_v, a.value_dim, begin + c, some, chunk),
-          some, scores + c, out);
+      Chunk v = vectors(t, a.v, a.first_v, a.recent_v, a.value_dim, begin + c, some, room.chunk);
+      add_values(t, v, some, room.scores + c, out);
+    }
+  }
+
+  OPTIQ_INLINE void dot_rows(int rows, const float* q, const float* columns, float* scores) const {
+    rows == 1   ? dots<1>(q, columns, scores)
+    : rows == 2 ? dots<2>(q, columns, scores)
+    : rows == 3 ? dots<kDotRows == 4 ? 3 : 2>(q, columns, scores)
+                : dots<kDotRows>(q, columns, scores);
+  }
+
+  // scores[r, 0:kWide] = q[r] . keys, always the same four sums.
+  template <int ROWS>
+  OPTIQ_INLINE void dots(const float* q, const float* columns, float* scores) const {
+    fw acc[ROWS][4] = {};
+    for (int i = 0; i < a.dim; i += 4) {
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; c++) {
+        fw k = load<fw>(columns + size_t(i + c) * kWide);
+        for (int r = 0; r < ROWS; r++) {
+          acc[r][c] += q[r * a.dim + i + c] * k;
+        }
+      }
+    }
+    for (int r = 0; r < ROWS; r++) {
+      store(scores + r * kSplit, (acc[r][0] + acc[r][2]) + (acc[r][1] + acc[r][3]));
     }
   }
 
   void add_values(const Tile& t, Chunk v, int n, const float* weights, float* out) const {
-    for (int d = 0; d < a.value_dim; d += 32) {
-      int vectors = a.value_dim - d < 32 ? (a.value_dim - d) / 8 : 4;
+    for (int d = 0; d < width; d += 4 * kWide) {
+      int vectors = width - d < 4 * kWide ? (width - d) / kWide : 4;
       Chunk part = {v.rows + d, v.stride};
       for (int r = 0; r < t.rows; r += 4) {
         int rows = t.rows - r < 4 ? t.rows - r : 4;
         const float* p = weights + r * kSplit;
-        float* o = out + r * a.value_dim + d;
+        float* o = out + r * width + d;
         vectors == 4 ? rows == 4   ? weighted<4, 4>(p, part, n, o)
                        : rows == 3 ? weighted<3, 4>(p, part, n, o)
                        : rows == 2 ? weighted<2, 4>(p, part, n, o)
                                    : weighted<1, 4>(p, part, n, o)
                      : ragged(p, part, n, rows, vectors, o);
       }
-    }
-  }
-
-  // scores[r, j] = q[r] . k[j] for eight keys and one or two rows.
-  template <int ROWS>
-  OPTIQ_INLINE void dots(const float* q, Chunk k, int keys, float* scores) const {
-    f32x8 acc[ROWS][8] = {};
-    const float* row[8];
-    for (int j = 0; j < 8; j++) {
-      row[j] = k.rows + (j < keys ? j : keys - 1) * k.stride;
-    }
-    for (int i = 0; i < a.dim; i += 8) {
-      f32x8 qi[ROWS];
-      for (int r = 0; r < ROWS; r++) {
-        qi[r] = load<f32x8>(q + r * a.dim + i);
-      }
-      for (int j = 0; j < 8; j++) {
-        f32x8 kj = load<f32x8>(row[j] + i);
-        for (int r = 0; r < ROWS; r++) {
-          acc[r][j] += qi[r] * kj;
-        }
-      }
-    }
-    for (int r = 0; r < ROWS; r++) {
-      f32x8* c = acc[r];
-      transpose(c);
-      store(scores + r * kSplit, ((c[0] + c[4]) + (c[2] + c[6])) + ((c[1] + c[5]) + (c[3] + c[7])));
     }
   }
 
@@ -285,27 +398,26 @@ struct AttentionTiles {
   // o[r, :] += sum_j p[r, j] v[j, :] for a few rows and a few vectors, all in registers.
   template <int ROWS, int VECTORS>
   OPTIQ_INLINE void weighted(const float* p, Chunk v, int n, float* o) const {
-    f32x8 acc[ROWS][VECTORS];
+    fw acc[ROWS][VECTORS];
     for (int r = 0; r < ROWS; r++) {
       for (int d = 0; d < VECTORS; d++) {
-        acc[r][d] = load<f32x8>(o + r * a.value_dim + 8 * d);
+        acc[r][d] = load<fw>(o + r * width + kWide * d);
       }
     }
     for (int j = 0; j < n; j++) {
-      f32x8 vj[VECTORS];
+      fw vj[VECTORS];
       for (int d = 0; d < VECTORS; d++) {
-        vj[d] = load<f32x8>(v.rows + j * v.stride + 8 * d);
+        vj[d] = load<fw>(v.rows + j * v.stride + kWide * d);
       }
       for (int r = 0; r < ROWS; r++) {
-        f32x8 weight = splat(p[r * kSplit + j]);
         for (int d = 0; d < VECTORS; d++) {
-          acc[r][d] += weight * vj[d];
+          acc[r][d] += p[r * kSplit + j] * vj[d];
         }
       }
     }
     for (int r = 0; r < ROWS; r++) {
       for (int d = 0; d < VECTORS; d++) {
-        store(o + r * a.value_dim + 8 * d, acc[r][d]);
+        store(o + r * width + kWide * d, acc[r][d]);
       }
     }
   }
@@ -313,8 +425,8 @@ struct AttentionTiles {
   void ragged(const float* p, Chunk v, int n, int rows, int vectors, float* o) const {
     for (int r = 0; r < rows; r++) {
       for (int d = 0; d < vectors; d++) {
-        Chunk part = {v.rows + 8 * d, v.stride};
-        weighted<1, 1>(p + r * kSplit, part, n, o + r * a.value_dim + 8 * d);
+        Chunk part = {v.rows + kWide * d, v.stride};
+        weighted<1, 1>(p + r * kSplit, part, n, o + r * width + kWide * d);
       }
     }
   }
@@ -327,10 +439,10 @@ struct AttentionTiles {
         continue;
       }
       float keep = exp_one(all[r].maximum - m), take = exp_one(one[r].maximum - m);
-      float* y = sums + r * a.value_dim;
-      for (int d = 0; d < a.value_dim; d += 8) {
-        f32x8 more = load<f32x8>(next + r * a.value_dim + d) * take;
-        store(y + d, load<f32x8>(y + d) * keep + more);
+      float* y = sums + r * width;
+      for (int d = 0; d < width; d += kWide) {
+        fw more = load<fw>(next + r * width + d) * take;
+        store(y + d, load<fw>(y + d) * keep + more);
       }
       all[r] = {m, all[r].sum * keep + one[r].sum * take};
     }
@@ -349,7 +461,7 @@ struct AttentionTiles {
       factor = total == 0 ? 0 : factor / total;
       size_t row = (size_t(t.batch) * a.rows + query(t, r)) * a.heads + h;
       for (int d = 0; d < a.value_dim; d += 8) {
-        f32x8 y = load<f32x8>(sums + r * a.value_dim + d) * factor;
+        f32x8 y = load<f32x8>(sums + r * width + d) * factor;
         char* out = static_cast<char*>(a.y) + (row * a.value_dim + d) * size_of(a.type);
         narrow(reinterpret_cast<float*>(&y), 8, out, a.type);
       }
@@ -366,8 +478,9 @@ inline void attention(const Attention& a) {
   bool split_up = !serial && splits > 1 && base < 4 * num_threads();
   size_t partials = split_up ? size_t(base) * splits * height : 1;
   Scratch<Partial> states(partials);
-  Scratch<float> values(partials * a.value_dim);
-  AttentionTiles work{a, group, height, tiles, splits, split_up, states, values};
+  int width = padded(a.value_dim);
+  Scratch<float> values(partials * width);
+  AttentionTiles work{a, group, height, tiles, splits, split_up, states, values, width};
   if (serial) {
     for (int t = 0; t < base; t++) {
       work(t);

@@ -13,14 +13,29 @@
 
 namespace optiq::cpu::OPTIQ_ISA {
 
-// Eight codes times 2^shift. What is read lies within the record: it may begin before the codes,
-// behind which nothing need be, since a header of one word or more precedes them.
+// The bytes of eight codes, the last of those read. They lie within the record: before the codes is
+// a header of one word or more, behind them there may be nothing.
 template <int BITS>
-OPTIQ_INLINE f32x8 record_codes(const uint8_t* p) {
+OPTIQ_INLINE u8x32 record_bytes(const uint8_t* p) {
   if constexpr (BITS >= 4) {
-    return Natural<BITS>::template scaled<8 - BITS>(splat_bytes(load<uint64_t>(p + BITS - 8)));
+    return splat_bytes(load<uint64_t>(p + BITS - 8));
   } else {
-    return Natural<BITS>::template scaled<4 - BITS>(splat_bytes(load<uint32_t>(p + BITS - 4)));
+    return splat_bytes(load<uint32_t>(p + BITS - 4));
+  }
+}
+
+// Codes times 2^shift.
+template <int BITS, int LANES>
+OPTIQ_INLINE typename Vector<LANES>::Floats record_codes(const uint8_t* p) {
+  constexpr int first = (BITS >= 4 ? 8 : 4) - BITS;
+  if constexpr (LANES == 8) {
+    return Natural<BITS>::template scaled<first>(record_bytes<BITS>(p));
+  } else {
+    auto both = [&]<int... BYTE>(std::integer_sequence<int, BYTE...>) {
+      return __builtin_shufflevector(record_bytes<BITS>(p), record_bytes<BITS>(p + BITS), BYTE...);
+    };
+    auto bytes = both(std::make_integer_sequence<int, 64>{});
+    return Natural<BITS, 16>::template scaled<first>(bytes);
   }
 }
 
@@ -30,16 +45,27 @@ OPTIQ_INLINE Grid record_grid(uint32_t word) {
   return {both[0], both[1]};
 }
 
+template <int BITS, int LANES>
+OPTIQ_INLINE void decode_values(const uint8_t* codes, Grid grid, float* out) {
+  auto scale = Natural<BITS, LANES>::unscale() * grid.scale;
+  store(out, record_codes<BITS, LANES>(codes) * scale + grid.bias);
+}
+
 template <int BITS>
-OPTIQ_INLINE void decode_record(const uint32_t* record, int dim, int group_size, float* out) {
-  int groups = (dim + group_size - 1) / group_size;
+OPTIQ_INLINE void decode_record(
+    const uint32_t* record, int dim, int groups, int group_size, float* out) {
   auto* codes = reinterpret_cast<const uint8_t*>(record + groups);
-  for (int g = 0; g < groups; g++) {
+  for (int g = 0, i = 0; g < groups; g++) {
     Grid grid = record_grid(record[g]);
-    f32x8 scale = Natural<BITS>::unscale() * grid.scale;
-    int end = (g + 1) * group_size < dim ? (g + 1) * group_size : dim;
-    for (int i = g * group_size; i < end; i += 8, codes += BITS) {
-      store(out + i, record_codes<BITS>(codes) * scale + grid.bias);
+    int end = i + group_size < dim ? i + group_size : dim;
+    for (; i + 32 <= end; i += 32, codes += 4 * BITS) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 32; j += kWide) {
+        decode_values<BITS, kWide>(codes + j / 8 * BITS, grid, out + i + j);
+      }
+    }
+    for (; i < end; i += 8, codes += BITS) {
+      decode_values<BITS, 8>(codes, grid, out + i);
     }
   }
 }
@@ -95,12 +121,13 @@ inline void quantize_kv(const Records& a) {
 
 // The floats that records stand for, in `type`.
 inline void dequantize_kv(const Records& a) {
+  const int groups = (a.dim + a.group_size - 1) / a.group_size;
   const int words = record_words(a.dim, a.bits, a.group_size);
   auto* out = static_cast<char*>(const_cast<void*>(a.floats));
   for_records(a, [&](size_t index) {
     Scratch<float> values(a.dim);
     at_width(a.bits, [&]<int BITS>(Width<BITS>) {
-      decode_record<BITS>(a.words + index * words, a.dim, a.group_size, values);
+      decode_record<BITS>(a.words + index * words, a.dim, groups, a.group_size, values);
     });
     narrow(values, a.dim, out + index * a.dim * size_of(a.type), a.type);
   });

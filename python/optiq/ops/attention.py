@@ -150,8 +150,8 @@ def quantized_attention(
             q,
             k,
             v,
-            packing(k_format, dim),
-            packing(v_format, value_dim or dim),
+            packing(k_format),
+            packing(v_format),
             scale,
             *masking(mask),
             window or 0,
@@ -188,12 +188,9 @@ def _check(dim: int, fmt: Format) -> None:
         raise ValueError(f"vectors of {dim} elements cannot be quantized; use a multiple of 8")
 
 
-def packing(fmt: Format, dim: int) -> tuple[int, int]:
+def packing(fmt: Format) -> tuple[int, int]:
     """Group size and bits of records as the extension takes them, (0, 0) for plain vectors."""
-    if fmt == DENSE:
-        return 0, 0
-    _check(dim, fmt)
-    return fmt.group_size, fmt.bits
+    return (0, 0) if fmt == DENSE else (fmt.group_size, fmt.bits)
 
 
 def masking(mask: Mask) -> tuple[str, mx.array | None]:
