@@ -164,10 +164,10 @@ std::vector<Argument> optional_inputs(const QuantizedAttention& op) {
   using Mask = QuantizedAttention::Mask;
   int next = 3;
   auto input = [&](bool there) { return Argument{Kind::input, there ? next++ : 0}; };
-  Argument seen = input(op.mask == Mask::seen), added = input(op.mask == Mask::added);
-  std::vector<Argument> out = {seen, added, input(op.sinks), input(op.starts)};
-  for (int exact : {op.first, op.first, op.recent, op.recent}) {
-    out.push_back(input(exact > 0));
+  std::vector<Argument> out = {input(op.mask == Mask::seen), input(op.mask == Mask::added)};
+  for (bool there :
+      {op.starts, op.first > 0, op.first > 0, op.recent > 0, op.recent > 0, op.sinks}) {
+    out.push_back(input(there));
   }
   return out;
 }
@@ -177,6 +177,7 @@ std::vector<Argument> optional_inputs(const QuantizedAttention& op) {
 Plan plan_quantized_attention(const QuantizedAttention& op, const Tuning& t) {
   check(op);
   Plan plan;
+  plan.strided = {1, 2};
   int all_rows = op.heads / op.kv_heads * op.rows;
   if (op.batch * all_rows == 0) {
     return plan;
@@ -216,7 +217,7 @@ Plan plan_quantized_attention(const QuantizedAttention& op, const Tuning& t) {
     plan.temporaries = {shape.splits * rows * op.v.dim * 4, shape.splits * rows * 8};
     Launch merge = launch("attention.metal", "attention_merge", {type, value_dim});
     merge.arguments = {
-        {Kind::temporary, 0}, {Kind::temporary, 1}, optional[2], result, constants(shape)};
+        {Kind::temporary, 0}, {Kind::temporary, 1}, optional.back(), result, constants(shape)};
     merge.threadgroups.x = uint32_t(rows);
     merge.threads.x = 32;
     plan.launches.push_back(merge);

@@ -33,8 +33,8 @@ struct QuantizedAttention {
   int first = 0, recent = 0; // exact keys and values
 };
 
-// Inputs: the queries [batch, heads, rows, k.dim], k, v, then what there is of mask, sinks in
-// float32, starts in int32, first keys and values, recent keys and values. k and v may have
+// Inputs: the queries [batch, heads, rows, k.dim], k, v, then what there is of mask, starts in
+// int32, first keys and values, recent keys and values, sinks in float32. k and v may have
 // strides, all else is row-major. Output: [batch, heads, rows, v.dim]. Throws
 // std::invalid_argument where no kernel does the job.
 Plan plan_quantized_attention(const QuantizedAttention& op, const Tuning& tuning);

@@ -84,6 +84,7 @@ nb::dict to_python(const Plan& plan) {
   }
   out["launches"] = launches;
   out["temporaries"] = plan.temporaries;
+  out["strided"] = plan.strided;
   return out;
 }
 
