@@ -5,6 +5,9 @@
 
 #include <mlx/backend/cpu/encoder.h>
 
+#include "launch/attention.h"
+#include "metal/encoder.h"
+
 namespace optiq {
 namespace {
 
@@ -73,9 +76,14 @@ void KvRecords::eval_cpu(const std::vector<array>& inputs, array& out) {
   });
 }
 
-void KvRecords::eval_gpu(const std::vector<array>&, array&) {
-  throw std::runtime_error(std::string(quantize_ ? "[quantize_kv]" : "[dequantize_kv]") +
-                           " has no GPU kernel; use the mx.* formula there");
+void KvRecords::eval_gpu(const std::vector<array>& inputs, array& out) {
+  if (!quantize_) {
+    throw std::runtime_error("[dequantize_kv] has no GPU kernel; use the mx.* formula there");
+  }
+  const array& x = inputs[0];
+  metal::run(launch::plan_quantize_kv(
+                 {x.size() / dim_, dim_, format_.second, format_.first, float_type(x.dtype())}),
+      inputs, {out}, stream());
 }
 
 bool KvRecords::is_equivalent(const mx::Primitive& other) const {

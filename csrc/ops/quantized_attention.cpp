@@ -1,11 +1,15 @@
 #include "ops/quantized_attention.h"
 
+#include <algorithm>
 #include <sstream>
 #include <stdexcept>
 
 #include <mlx/allocator.h>
 #include <mlx/backend/cpu/encoder.h>
 #include <mlx/ops.h>
+
+#include "launch/attention.h"
+#include "metal/encoder.h"
 
 namespace optiq {
 namespace {
@@ -18,6 +22,31 @@ template <class... Parts>
   msg << "[" << kName << "] ";
   (msg << ... << parts);
   throw std::invalid_argument(msg.str());
+}
+
+// The kernels on a GPU read plain vectors in the type of the queries, and a mask to add in float32.
+void cast_for_gpu(array& k, array& v, KeyValues& kv, mx::Dtype type, mx::StreamOrDevice s) {
+  auto cast = [&](array& x, KvFormat format = {0, 0}) {
+    if (format.second == 0) {
+      x = mx::astype(x, type, s);
+    }
+  };
+  cast(k, kv.k_format);
+  cast(v, kv.v_format);
+  for (auto* exact : {&kv.first, &kv.recent}) {
+    if (*exact) {
+      cast((*exact)->first);
+      cast((*exact)->second);
+    }
+  }
+  if (kv.mask && kv.mask->dtype() != mx::bool_) {
+    kv.mask = mx::astype(*kv.mask, mx::float32, s);
+  }
+}
+
+launch::KvTensor kv_tensor(const array& x, int dim, KvFormat format) {
+  auto strides = metal::strides_handed_on(x);
+  return {dim, format.second, format.first, {strides[0], strides[1], strides[2]}};
 }
 
 } // namespace
@@ -42,6 +71,9 @@ array quantized_attention(const array& q, const array& k, const array& v, KvForm
   KeyValues kv{k_format, v_format, masking, mask, window, starts, first, recent};
   auto layout = kv.check(kName, shape, k, v);
   std::vector<array> inputs = {q, k, v};
+  if (mx::to_stream(s).device == mx::Device::gpu) {
+    cast_for_gpu(inputs[1], inputs[2], kv, q.dtype(), s);
+  }
   kv.append(inputs, s);
   if (sinks) {
     if (sinks->ndim() != 1 || sinks->shape(0) != shape.heads) {
@@ -86,8 +118,37 @@ void QuantizedAttention::eval_cpu(const std::vector<array>& inputs, array& out) 
   mx::cpu::get_command_encoder(stream()).dispatch([a]() { cpu::kernels().attention(a); });
 }
 
-void QuantizedAttention::eval_gpu(const std::vector<array>&, array&) {
-  throw std::runtime_error("[quantized_attention] has no GPU kernel; use the mx.* formula there");
+void QuantizedAttention::eval_gpu(const std::vector<array>& inputs, array& out) {
+  using Mask = launch::QuantizedAttention::Mask;
+  const array &q = inputs[0], &k = inputs[1], &v = inputs[2];
+  launch::QuantizedAttention op;
+  op.batch = q.shape(0);
+  op.heads = q.shape(1);
+  op.kv_heads = k.shape(1);
+  op.rows = q.shape(2);
+  op.keys = k.shape(2);
+  op.type = float_type(q.dtype());
+  op.k = kv_tensor(k, q.shape(3), layout_.k_format);
+  op.v = kv_tensor(v, out.shape(3), layout_.v_format);
+  op.scale = scale_;
+  op.softcap = softcap_;
+  op.causal = layout_.masking == cpu::Masking::causal;
+  op.window = layout_.window;
+  size_t next = 3;
+  if (layout_.mask) {
+    const array& mask = inputs[next++];
+    op.mask = mask.dtype() == mx::bool_ ? Mask::seen : Mask::added;
+    op.mask_shape = {1, 1, 1, 1};
+    std::copy(mask.shape().begin(), mask.shape().end(), op.mask_shape.end() - mask.ndim());
+  }
+  op.starts = layout_.starts;
+  next += op.starts;
+  op.first = layout_.first ? inputs[next].shape(2) : 0;
+  next += layout_.first ? 2 : 0;
+  op.recent = layout_.recent ? inputs[next].shape(2) : 0;
+  op.sinks = sinks_;
+  metal::run(
+      launch::plan_quantized_attention(op, metal::tuning(stream())), inputs, {out}, stream());
 }
 
 std::vector<array> QuantizedAttention::jvp(

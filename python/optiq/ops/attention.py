@@ -12,6 +12,7 @@ size (head_dim 80 in groups of 32); zeros fill the code stream up to whole words
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -52,7 +53,7 @@ def quantize_kv(x: mx.array, fmt: Format) -> mx.array:
         ValueError: A format or `dim` that has no records.
     """
     _check(x.shape[-1], fmt)
-    if ext := native.active():
+    if ext := native.active() or native.proven("quantize_kv"):
         records: mx.array = ext.quantize_kv(x, fmt.group_size, fmt.bits)
         return records
     dim, size = x.shape[-1], fmt.group_size
@@ -145,7 +146,7 @@ def quantized_attention(
     if window is not None and window < 1:
         raise ValueError(f"[quantized_attention] window is {window}; it must be 1 or more")
     dim = q.shape[-1]
-    if ext := native.active():
+    if ext := native.active() or _on_gpu(dim, value_dim or dim):
         out: mx.array = ext.quantized_attention(
             q,
             k,
@@ -177,6 +178,12 @@ def quantized_attention(
     return mx.fast.scaled_dot_product_attention(
         q, keys, values, scale=scale, mask=seen, sinks=sinks
     )
+
+
+def _on_gpu(*dims: int) -> ModuleType | None:
+    """The extension where its Metal kernels are trusted and take vectors of these dimensions."""
+    fits = all(dim % 8 == 0 and dim <= 256 for dim in dims)
+    return native.proven("quantized_attention") if fits else None
 
 
 def _check(dim: int, fmt: Format) -> None:
