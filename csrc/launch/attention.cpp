@@ -1,11 +1,11 @@
 #include "launch/attention.h"
 
 #include <algorithm>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 
 #include "../metal/kv_shape.h"
+#include "launch/instantiate.h"
 
 namespace optiq::launch {
 
@@ -24,14 +24,6 @@ constexpr int kDecodeRows = 32; // queries up to which the keys are split
   throw std::invalid_argument(std::string("[") + function + "] " + message);
 }
 
-std::string metal_name(cpu::Float type) {
-  return type == cpu::Float::f32 ? "float" : type == cpu::Float::f16 ? "half" : "bfloat";
-}
-
-int ceil_div(int a, int b) {
-  return (a + b - 1) / b;
-}
-
 void check_format(const char* function, const std::string& name, int dim, int bits, int group) {
   if (dim < 8 || dim % 8 != 0 || dim > kMaxDim) {
     fail(function, name + "dim is " + std::to_string(dim) + "; it must be a multiple of 8 up to " +
@@ -43,28 +35,6 @@ void check_format(const char* function, const std::string& name, int dim, int bi
   if (group != 32 && group != 64) {
     fail(function, name + "group_size is " + std::to_string(group) + "; it must be 32 or 64");
   }
-}
-
-// "attention<half, 64>" of the parts "half" and 64.
-Launch launch(const char* source, const char* function, const std::vector<std::string>& arguments) {
-  Launch out;
-  out.source = source;
-  out.kernel = function;
-  out.instantiation = std::string(function) + "<";
-  for (size_t i = 0; i < arguments.size(); i++) {
-    out.kernel += "_" + arguments[i];
-    out.instantiation += (i ? ", " : "") + arguments[i];
-  }
-  out.instantiation += ">";
-  return out;
-}
-
-template <class T>
-Argument constants(const T& shape) {
-  Argument out{Kind::constants};
-  out.bytes.resize(sizeof(shape));
-  std::memcpy(out.bytes.data(), &shape, sizeof(shape));
-  return out;
 }
 
 int type_bytes(cpu::Float type) {
@@ -199,7 +169,7 @@ Plan plan_quantized_attention(const QuantizedAttention& op, const Tuning& t) {
   }
   arguments.push_back(std::to_string(share));
   arguments.push_back(split ? "true" : "false");
-  Launch attend = launch("attention.metal", "attention", arguments);
+  Launch attend = instantiate("attention.metal", "attention", arguments);
   attend.arguments = {{Kind::input, 0}, {Kind::input, 1}, {Kind::input, 2}};
   auto optional = optional_inputs(op);
   attend.arguments.insert(attend.arguments.end(), optional.begin(), optional.end());
@@ -215,7 +185,7 @@ Plan plan_quantized_attention(const QuantizedAttention& op, const Tuning& t) {
   if (split) {
     size_t rows = size_t(op.batch) * op.heads * op.rows;
     plan.temporaries = {shape.splits * rows * op.v.dim * 4, shape.splits * rows * 8};
-    Launch merge = launch("attention.metal", "attention_merge", {type, value_dim});
+    Launch merge = instantiate("attention.metal", "attention_merge", {type, value_dim});
     merge.arguments = {
         {Kind::temporary, 0}, {Kind::temporary, 1}, optional.back(), result, constants(shape)};
     merge.threadgroups.x = uint32_t(rows);
@@ -238,7 +208,7 @@ Plan plan_quantize_kv(const QuantizeKv& op) {
   if (groups == 0) {
     return plan;
   }
-  Launch quantize = launch("quantize_kv.metal", "quantize_kv",
+  Launch quantize = instantiate("quantize_kv.metal", "quantize_kv",
       {metal_name(op.type), std::to_string(op.bits), std::to_string(op.group_size)});
   RecordShape shape{uint32_t(op.vectors), uint32_t(op.dim)};
   quantize.arguments = {{Kind::input, 0}, {Kind::output, 0}, constants(shape)};

@@ -14,7 +14,7 @@ from optiq.ops.trials import TRIALS
 from tests.msl.emulator import needs_emulator
 from tests.ops.cases import DTYPES
 
-from . import test_attention, test_kl_divergence, test_quantize
+from . import test_attention, test_kl_divergence, test_quantize, test_quantize_kv
 from .launcher import NAMES, plan_quantized_matmul, run
 
 pytestmark = needs_emulator
@@ -67,7 +67,7 @@ class Emulated:
         return test_kl_divergence.compared(sides, cap or None)
 
     def quantize_kv(self, x: mx.array, group_size: int, bits: int) -> mx.array:
-        return test_attention.quantized(x, Format("affine", bits, group_size))
+        return test_quantize_kv.quantized(x, Format("affine", bits, group_size))
 
     def quantized_attention(
         self, q: mx.array, k: mx.array, v: mx.array, k_format: Any, v_format: Any, scale: float,

@@ -106,7 +106,9 @@ def test_where_the_trial_fails_mlx_runs_and_one_warning_says_so(
     def broken(out: Any, *args: Any, **kwargs: Any) -> Any:
         if fault == "raises":
             raise RuntimeError("no such function")
-        return out * 1.1 if isinstance(out, mx.array) else [a * 1.1 for a in out]
+        if isinstance(out, mx.array):
+            return (out * 1.1).astype(out.dtype)
+        return [a * 1.1 for a in out]
 
     expected = work()[op]()
     extension = on(**{op: broken})
