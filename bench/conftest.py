@@ -14,10 +14,10 @@ medians: dict[str, dict[str, float]] = defaultdict(dict)
 @pytest.fixture
 def record(request: pytest.FixtureRequest, benchmark):  # type: ignore[no-untyped-def]
     """record(job, who): file this test's median time under `job` as that of `who`."""
-    names: list[str] = []
-    yield lambda job, who: names.extend((job, who))
-    if names and benchmark.stats:
-        medians[names[0]][names[1]] = benchmark.stats.stats.median
+    names: list[tuple[str, str]] = []
+    yield lambda job, who: names.append((job, who))
+    for job, who in names if benchmark.stats else ():
+        medians[job][who] = benchmark.stats.stats.median
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,6 +1,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
@@ -10,9 +11,11 @@
 #include "ops/decoder_block_bindings.h"
 #include "ops/descend.h"
 #include "ops/kl_divergence.h"
+#include "ops/kv_records.h"
 #include "ops/linear.h"
 #include "ops/mixed_quantized_matmul.h"
 #include "ops/quantize.h"
+#include "ops/quantized_attention.h"
 #include "ops/quantized_matmul.h"
 
 namespace nb = nanobind;
@@ -37,6 +40,14 @@ NB_MODULE(_ext, m) {
       "format_q"_a, "soft_cap"_a = 0.0f, nb::kw_only(), "stream"_a = nb::none());
   m.def("compare_logits", &optiq::compare_logits, "p"_a, "q"_a, nb::kw_only(),
       "stream"_a = nb::none());
+  m.def("quantize_kv", &optiq::quantize_kv, "x"_a, "group_size"_a, "bits"_a, nb::kw_only(),
+      "stream"_a = nb::none());
+  m.def("dequantize_kv", &optiq::dequantize_kv, "records"_a, "dim"_a, "group_size"_a, "bits"_a,
+      "dtype"_a, nb::kw_only(), "stream"_a = nb::none());
+  m.def("quantized_attention", &optiq::quantized_attention, "q"_a, "k"_a, "v"_a, "k_format"_a,
+      "v_format"_a, "scale"_a, "masking"_a = "", "mask"_a = nb::none(), "window"_a = 0,
+      "sinks"_a = nb::none(), "softcap"_a = 0.0f, "starts"_a = nb::none(), "first"_a = nb::none(),
+      "recent"_a = nb::none(), "value_dim"_a = 0, nb::kw_only(), "stream"_a = nb::none());
   optiq::bind_decoder_block(m);
   optiq::launch::bind(m);
 }

@@ -24,14 +24,6 @@ constexpr int padded_rows(int rows) {
   return rows <= 4 ? rows : rows <= 6 ? 6 : rows <= 8 ? 8 : rows <= 12 ? 12 : 16;
 }
 
-constexpr int least_multiple_of_block(int words) {
-  int n = words;
-  while (n % kBlock) {
-    n += words;
-  }
-  return n;
-}
-
 // Words of the groups that are transposed together.
 template <int BITS>
 constexpr int kLongestSpan =

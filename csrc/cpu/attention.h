@@ -1,17 +1,26 @@
 // Softmax attention over a cache in place, for one query (decode) as for many (prefill).
 //
-// All query heads of a key head are rows that share each key and value read. The keys are cut into
-// fixed splits; each split gives a maximum, a sum and a weighted value per row, and splits are
-// merged in order. So a row's result does not depend on the rows beside it or on the threads.
+// All query heads of a key head are rows that share each key and value read, and decoded where the
+// cache holds records. The keys are cut into fixed splits from the first one of a batch entry on;
+// each split gives a maximum, a sum and a weighted value per row, and splits are merged in order.
+// So a row's result depends neither on the rows beside it, nor on padding, nor on the threads.
 #pragma once
 
-#include "elementwise.h"
 #include "kl_logits.h" // tanh
+#include "kv_records.h"
+#include "unpack.h"
 
 namespace optiq::cpu::OPTIQ_ISA {
 
-constexpr int kSplit = 128;               // keys
-constexpr int kTileRows = 16;             // query rows that share the keys read
+constexpr int kSplit = 128;   // keys
+constexpr int kChunk = 32;    // values that are decoded at a time
+constexpr int kTileRows = 16; // query rows that share the keys read, at most
+// Query rows of a product that fills the registers with its four sums per row.
+#if defined(__AVX512F__)
+constexpr int kDotRows = 4;
+#else
+constexpr int kDotRows = 2;
+#endif
 constexpr float kExcluded = -__FLT_MAX__; // as mx.fast.scaled_dot_product_attention masks
 constexpr float kInfinity = __builtin_inff();
 
@@ -24,61 +33,195 @@ struct Partial {
   float maximum, sum;
 };
 
-template <Float TYPE>
+inline constexpr int padded(int dim) {
+  return (dim + kWide - 1) / kWide * kWide;
+}
+
+// Some consecutive keys or values of a head, `stride` floats apart.
+struct Chunk {
+  const float* rows;
+  size_t stride;
+};
+
+// `n` tokens of a head from the at-th element on, as floats padded(dim) apart.
+inline void decode(const Vectors& x, size_t at, int n, int dim, float* out) {
+  size_t stride = padded(dim);
+  if (x.bits == 0) {
+    for (int j = 0; j < n; j++) {
+      widen(x.data, x.type, at + j * x.row, dim, out + j * stride);
+    }
+    return;
+  }
+  int groups = (dim + x.group_size - 1) / x.group_size;
+  at_width(x.bits, [&]<int BITS>(Width<BITS>) {
+    for (int j = 0; j < n; j++) {
+      auto* record = static_cast<const uint32_t*>(x.data) + at + j * x.row;
+      decode_record<BITS>(record, dim, groups, x.group_size, out + j * stride);
+    }
+  });
+}
+
+// `n` <= kWide rows, the last one in place of those that are missing, as columns out[dim][kWide].
+inline void transpose_rows(Chunk x, int n, int dim, float* out) {
+  for (int i = 0; i < dim; i += kWide) {
+    uw block[kWide];
+    for (int r = 0; r < kWide; r++) {
+      block[r] = load<uw>(x.rows + (r < n ? r : n - 1) * x.stride + i);
+    }
+    transpose(block);
+    for (int j = 0; j < kWide && i + j < dim; j++) {
+      store(out + size_t(i + j) * kWide, block[j]);
+    }
+  }
+}
+
+// The same for records, whose words are transposed before their codes are unpacked, a key per lane.
+template <int BITS>
+void unpack_keys(const uint32_t* first, size_t stride, int n, int dim, int group_size, float* out) {
+  const int groups = (dim + group_size - 1) / group_size, count = (dim * BITS + 31) / 32;
+  const uint32_t* record[kWide];
+  for (int r = 0; r < kWide; r++) {
+    record[r] = first + (r < n ? r : n - 1) * stride;
+  }
+  uw words[least_multiple_of_block(BITS)]; // of whole units
+  constexpr int span = least_multiple_of_block(BITS);
+  fw scale = {}, bias = {};
+  for (int at = 0, i = 0; at < count; at += span) {
+    for (int begin = 0; begin < span && at + begin < count; begin += kBlock) {
+      uw block[kBlock];
+      for (int r = 0; r < kWide; r++) {
+        block[r] = load_words(record[r] + groups + at + begin, count - at - begin);
+      }
+      transpose(block);
+      for (int j = 0; j < kBlock; j++) {
+        words[begin + j] = block[j];
+      }
+    }
+    for (const uw* unit = words; unit < words + span && i < dim; unit += BITS) {
+      if (i % group_size == 0) {
+        uw header;
+        for (int r = 0; r < kWide; r++) {
+          header[r] = record[r][i / group_size];
+        }
+        scale = from_f16(header & 0xffff);
+        bias = from_f16(header >> 16);
+      }
+#pragma GCC unroll 4
+      for (int eight = 0; eight < kUnit; eight += 8) {
+        if (i == dim) {
+          break;
+        }
+#pragma GCC unroll 8
+        for (int c = 0; c < 8; c++) {
+          iw codes = iw(code_at<BITS>(unit, (eight + c) * BITS, 0));
+          store(out + size_t(i + c) * kWide, __builtin_convertvector(codes, fw) * scale + bias);
+        }
+        i += 8;
+      }
+    }
+  }
+}
+
 struct AttentionTiles {
   const Attention& a;
   int group;       // query heads per key head
-  int tiles;       // of rows, per batch entry and key head
+  int height;      // rows of a tile
+  int tiles;       // per batch entry and key head
   int splits;      // of the keys
   bool split_up;   // a task is one split, and somebody else merges
-  Partial* states; // [tasks, kTileRows], when split up
-  float* values;   // [tasks, kTileRows, value_dim]
+  Partial* states; // [tasks, height], when split up
+  float* values;   // [tasks, height, width]
+  int width;       // padded value_dim
 
   struct Tile {
     int batch, kv_head, begin, rows;
-    int visible; // keys that its last row sees
+    int start;       // first key of the batch entry
+    int end;         // of the keys that its last row sees
+    int first, last; // splits with keys that it sees
   };
 
   Tile tile(int index) const {
     int of_head = index % tiles, head = index / tiles;
-    int begin = of_head * kTileRows, all = group * a.rows;
-    int rows = all - begin < kTileRows ? all - begin : kTileRows;
-    int last = (begin + rows - 1) / group;
-    int visible = a.masking == Masking::causal ? a.keys - a.rows + last + 1 : a.keys;
-    return {head / a.kv_heads, head % a.kv_heads, begin, rows, visible};
+    int begin = of_head * height, all = group * a.rows;
+    int rows = all - begin < height ? all - begin : height;
+    Tile t{head / a.kv_heads, head % a.kv_heads, begin, rows, 0, a.keys, 0, 0};
+    if (a.starts) {
+      int start = a.starts[t.batch];
+      t.start = start < 0 ? 0 : start < a.keys ? start : a.keys;
+    }
+    if (a.masking == Masking::causal) {
+      t.end = a.keys - a.rows + query(t, rows - 1) + 1;
+      int seen = a.keys - a.rows + query(t, 0) + 1 - a.window - t.start;
+      t.first = a.window && seen > 0 ? seen / kSplit : 0;
+    }
+    t.last = t.end > t.start ? (t.end - t.start - 1) / kSplit : 0;
+    return t;
   }
 
   void operator()(int task) {
     Tile t = tile(split_up ? task / splits : task);
-    Scratch<float> q(size_t(kTileRows) * a.dim), scores(size_t(kTileRows) * kSplit);
-    gather(t, q);
+    int split = split_up ? task % splits : t.first;
+    if (split < t.first || split > t.last) {
+      return;
+    }
+    Scratch<float> memory(room_size());
+    Room own = room(memory);
+    gather(t, own.q);
     if (split_up) {
-      size_t at = size_t(task) * kTileRows;
-      partial(t, task % splits, q, scores, states + at, values + at * a.value_dim);
+      size_t at = size_t(task) * height;
+      partial(t, split, own, states + at, values + at * width);
       return;
     }
     Partial all[kTileRows], one[kTileRows];
-    Scratch<float> sums(size_t(kTileRows) * a.value_dim), next(size_t(kTileRows) * a.value_dim);
-    partial(t, 0, q, scores, all, sums);
-    for (int s = 1; s * kSplit < t.visible; s++) {
-      partial(t, s, q, scores, one, next);
-      merge(t, all, sums, one, next);
+    partial(t, split, own, all, own.sums);
+    for (int s = split + 1; s <= t.last; s++) {
+      partial(t, s, own, one, own.next);
+      merge(t, all, own.sums, one, own.next);
     }
-    finish(t, all, sums);
+    finish(t, all, own.sums);
   }
 
   // The second pass of split-up tiles.
   void combine(int index) {
     Tile t = tile(index);
-    size_t at = size_t(index) * splits * kTileRows;
-    for (int s = 1; s * kSplit < t.visible; s++) {
-      size_t next = at + size_t(s) * kTileRows;
-      merge(t, states + at, values + at * a.value_dim, states + next, values + next * a.value_dim);
+    size_t at = (size_t(index) * splits + t.first) * height;
+    for (int s = 1; s <= t.last - t.first; s++) {
+      size_t next = at + size_t(s) * height;
+      merge(t, states + at, values + at * width, states + next, values + next * width);
     }
-    finish(t, states + at, values + at * a.value_dim);
+    finish(t, states + at, values + at * width);
   }
 
  private:
+  // Where a task works: pieces of one allocation.
+  struct Room {
+    float* q;           // [height, dim], scaled
+    float* columns;     // [dim, kWide]: some keys
+    float* chunk;       // [kChunk, padded dim or width]: some keys or values
+    float* scores;      // [height, kSplit]
+    float *sums, *next; // [height, width]
+  };
+
+  size_t room_size() const {
+    size_t widest = padded(a.dim) > width ? padded(a.dim) : width;
+    return height * (size_t(a.dim) + kSplit + 2 * width) + kChunk * widest + kWide * a.dim;
+  }
+
+  Room room(float* at) const {
+    auto take = [&](size_t n) {
+      at += n;
+      return at - n;
+    };
+    Room r;
+    r.columns = take(size_t(kWide) * a.dim);
+    r.scores = take(size_t(height) * kSplit);
+    r.sums = take(size_t(height) * width);
+    r.next = take(size_t(height) * width);
+    r.q = take(size_t(height) * a.dim);
+    r.chunk = at;
+    return r;
+  }
+
   // Rows are ordered by query, then by head, so that a causal tile ends early.
   int query(const Tile& t, int r) const {
     return (t.begin + r) / group;
@@ -89,75 +232,120 @@ struct AttentionTiles {
 
   void gather(const Tile& t, float* q) const {
     for (int r = 0; r < t.rows; r++) {
-      const float* from = a.q + t.batch * a.q_batch + head(t, r) * a.q_head + query(t, r) * a.q_row;
+      size_t from = t.batch * a.q_batch + head(t, r) * a.q_head + query(t, r) * a.q_row;
       for (int i = 0; i < a.dim; i += 8) {
-        store(q + r * a.dim + i, load<f32x8>(from + i) * a.scale);
+        store(q + r * a.dim + i, load_float(a.q, a.type, from + i) * a.scale);
       }
     }
+  }
+
+  size_t place(const Tile& t, const Vectors& x, int token) const {
+    return t.batch * x.batch + t.kv_head * x.head + size_t(token) * x.row;
+  }
+
+  // Whether the exact vectors are others than these.
+  bool uniform(const Tile& t, int begin, int end) const {
+    return begin >= t.start + a.first && end <= a.keys - a.recent;
+  }
+
+  // Keys or values of the tile from the begin-th on, rows or in `out`.
+  Chunk vectors(const Tile& t, const Vectors& x, const Vectors& first, const Vectors& recent,
+      int dim, int begin, int n, float* out) const {
+    size_t stride = padded(dim);
+    if (stride > size_t(dim)) {
+      std::memset(out, 0, sizeof(float) * n * stride);
+    }
+    if (uniform(t, begin, begin + n)) {
+      if (x.bits == 0 && x.type == Float::f32 && stride == size_t(dim)) {
+        return {static_cast<const float*>(x.data) + place(t, x, begin), x.row};
+      }
+      decode(x, place(t, x, begin), n, dim, out);
+      return {out, stride};
+    }
+    int exact = t.start + a.first, inexact = a.keys - a.recent;
+    for (int j = begin; j < begin + n; j++) {
+      bool late = j >= inexact, early = j < exact;
+      const Vectors& from = late ? recent : early ? first : x;
+      int token = j - (late ? inexact : early ? t.start : 0);
+      decode(from, place(t, from, token), 1, dim, out + (j - begin) * stride);
+    }
+    return {out, stride};
+  }
+
+  // kWide keys or fewer, a key per column.
+  void key_columns(const Tile& t, int begin, int n, const Room& room) const {
+    if (a.k.bits == 0 || !uniform(t, begin, begin + n)) {
+      Chunk rows = vectors(t, a.k, a.first_k, a.recent_k, a.dim, begin, n, room.chunk);
+      return transpose_rows(rows, n, a.dim, room.columns);
+    }
+    at_width(a.k.bits, [&]<int BITS>(Width<BITS>) {
+      auto* records = static_cast<const uint32_t*>(a.k.data) + place(t, a.k, begin);
+      unpack_keys<BITS>(records, a.k.row, n, a.dim, a.k.group_size, room.columns);
+    });
   }
 
   // out[r, :] = softmax-weighted values of one split, not yet divided by the sum.
-  void partial(
-      const Tile& t, int split, const float* q, float* scores, Partial* state, float* out) const {
-    int begin = split * kSplit;
-    int n = t.visible - begin < kSplit ? t.visible - begin : kSplit;
-    if (n <= 0) {
-      return;
-    }
-    size_t k_at = t.batch * a.k_batch + t.kv_head * a.k_head + size_t(begin) * a.k_row;
-    for (int j = 0; j < n; j += 8) {
-      int keys = n - j < 8 ? n - j : 8;
-      int r = 0;
-      for (; r + 2 <= t.rows; r += 2) {
-        dots<2>(q + r * a.dim, k_at + j * a.k_row, keys, scores + r * kSplit + j);
-      }
-      if (r < t.rows) {
-        dots<1>(q + r * a.dim, k_at + j * a.k_row, keys, scores + r * kSplit + j);
+  void partial(const Tile& t, int split, const Room& room, Partial* state, float* out) const {
+    int begin = t.start + split * kSplit;
+    int n = t.end - begin < kSplit ? t.end - begin : kSplit;
+    n = n < 0 ? 0 : n;
+    for (int j = 0; j < n; j += kWide) {
+      key_columns(t, begin + j, n - j < kWide ? n - j : kWide, room);
+      for (int r = 0; r < t.rows; r += kDotRows) {
+        dot_rows(t.rows - r < kDotRows ? t.rows - r : kDotRows, room.q + r * a.dim, room.columns,
+            room.scores + r * kSplit + j);
       }
     }
     for (int r = 0; r < t.rows; r++) {
-      state[r] = weigh(t, r, begin, n, scores + r * kSplit);
+      state[r] = weigh(t, r, begin, n, room.scores + r * kSplit);
     }
-    size_t v_at = t.batch * a.v_batch + t.kv_head * a.v_head + size_t(begin) * a.v_row;
-    for (int d = 0; d < a.value_dim; d += 32) {
-      int vectors = a.value_dim - d < 32 ? (a.value_dim - d) / 8 : 4;
-      for (int r = 0; r < t.rows; r += 4) {
-        int rows = t.rows - r < 4 ? t.rows - r : 4;
-        const float* p = scores + r * kSplit;
-        float* o = out + r * a.value_dim + d;
-        vectors == 4 ? rows == 4   ? weighted<4, 4>(p, v_at + d, n, o)
-                       : rows == 3 ? weighted<3, 4>(p, v_at + d, n, o)
-                       : rows == 2 ? weighted<2, 4>(p, v_at + d, n, o)
-                                   : weighted<1, 4>(p, v_at + d, n, o)
-                     : ragged(p, v_at + d, n, rows, vectors, o);
-      }
+    std::memset(out, 0, sizeof(float) * t.rows * width);
+    for (int c = 0; c < n; c += kChunk) {
+      int some = n - c < kChunk ? n - c : kChunk;
+      Chunk v = vectors(t, a.v, a.first_v, a.recent_v, a.value_dim, begin + c, some, room.chunk);
+      add_values(t, v, some, room.scores + c, out);
     }
   }
 
-  // scores[r, j] = q[r] . k[j] for eight keys and one or two rows.
+  OPTIQ_INLINE void dot_rows(int rows, const float* q, const float* columns, float* scores) const {
+    rows == 1   ? dots<1>(q, columns, scores)
+    : rows == 2 ? dots<2>(q, columns, scores)
+    : rows == 3 ? dots<kDotRows == 4 ? 3 : 2>(q, columns, scores)
+                : dots<kDotRows>(q, columns, scores);
+  }
+
+  // scores[r, 0:kWide] = q[r] . keys, always the same four sums.
   template <int ROWS>
-  OPTIQ_INLINE void dots(const float* q, size_t k_at, int keys, float* scores) const {
-    f32x8 acc[ROWS][8] = {};
-    size_t row[8];
-    for (int j = 0; j < 8; j++) {
-      row[j] = k_at + (j < keys ? j : keys - 1) * a.k_row;
-    }
-    for (int i = 0; i < a.dim; i += 8) {
-      f32x8 qi[ROWS];
-      for (int r = 0; r < ROWS; r++) {
-        qi[r] = load<f32x8>(q + r * a.dim + i);
-      }
-      for (int j = 0; j < 8; j++) {
-        f32x8 kj = load_float(a.k, TYPE, row[j] + i);
+  OPTIQ_INLINE void dots(const float* q, const float* columns, float* scores) const {
+    fw acc[ROWS][4] = {};
+    for (int i = 0; i < a.dim; i += 4) {
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; c++) {
+        fw k = load<fw>(columns + size_t(i + c) * kWide);
         for (int r = 0; r < ROWS; r++) {
-          acc[r][j] += qi[r] * kj;
+          acc[r][c] += q[r * a.dim + i + c] * k;
         }
       }
     }
     for (int r = 0; r < ROWS; r++) {
-      f32x8* c = acc[r];
-      transpose(c);
-      store(scores + r * kSplit, ((c[0] + c[4]) + (c[2] + c[6])) + ((c[1] + c[5]) + (c[3] + c[7])));
+      store(scores + r * kSplit, (acc[r][0] + acc[r][2]) + (acc[r][1] + acc[r][3]));
+    }
+  }
+
+  void add_values(const Tile& t, Chunk v, int n, const float* weights, float* out) const {
+    for (int d = 0; d < width; d += 4 * kWide) {
+      int vectors = width - d < 4 * kWide ? (width - d) / kWide : 4;
+      Chunk part = {v.rows + d, v.stride};
+      for (int r = 0; r < t.rows; r += 4) {
+        int rows = t.rows - r < 4 ? t.rows - r : 4;
+        const float* p = weights + r * kSplit;
+        float* o = out + r * width + d;
+        vectors == 4 ? rows == 4   ? weighted<4, 4>(p, part, n, o)
+                       : rows == 3 ? weighted<3, 4>(p, part, n, o)
+                       : rows == 2 ? weighted<2, 4>(p, part, n, o)
+                                   : weighted<1, 4>(p, part, n, o)
+                     : ragged(p, part, n, rows, vectors, o);
+      }
     }
   }
 
@@ -170,9 +358,9 @@ struct AttentionTiles {
       }
     }
     if (a.masking == Masking::causal) {
-      int limit = a.keys - a.rows + i + 1 - begin;
-      for (int j = limit < 0 ? 0 : limit; j < n; j++) {
-        s[j] = kExcluded;
+      int end = a.keys - a.rows + i + 1 - begin, first = a.window ? end - a.window : 0;
+      for (int j = 0; (first > 0 || end < n) && j < n; j++) {
+        s[j] = j >= first && j < end ? s[j] : -kInfinity;
       }
     } else if (a.masking != Masking::none) {
       const int64_t* stride = a.mask_strides;
@@ -207,33 +395,38 @@ struct AttentionTiles {
     return score + load_tail(a.mask, a.mask_type, at, 1)[0];
   }
 
-  // o[r, :] = sum_j p[r, j] v[j, :] for a few rows and a few vectors, all in registers.
+  // o[r, :] += sum_j p[r, j] v[j, :] for a few rows and a few vectors, all in registers.
   template <int ROWS, int VECTORS>
-  OPTIQ_INLINE void weighted(const float* p, size_t v_at, int n, float* o) const {
-    f32x8 acc[ROWS][VECTORS] = {};
-    for (int j = 0; j < n; j++) {
-      f32x8 v[VECTORS];
+  OPTIQ_INLINE void weighted(const float* p, Chunk v, int n, float* o) const {
+    fw acc[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; r++) {
       for (int d = 0; d < VECTORS; d++) {
-        v[d] = load_float(a.v, TYPE, v_at + j * a.v_row + 8 * d);
+        acc[r][d] = load<fw>(o + r * width + kWide * d);
+      }
+    }
+    for (int j = 0; j < n; j++) {
+      fw vj[VECTORS];
+      for (int d = 0; d < VECTORS; d++) {
+        vj[d] = load<fw>(v.rows + j * v.stride + kWide * d);
       }
       for (int r = 0; r < ROWS; r++) {
-        f32x8 weight = splat(p[r * kSplit + j]);
         for (int d = 0; d < VECTORS; d++) {
-          acc[r][d] += weight * v[d];
+          acc[r][d] += p[r * kSplit + j] * vj[d];
         }
       }
     }
     for (int r = 0; r < ROWS; r++) {
       for (int d = 0; d < VECTORS; d++) {
-        store(o + r * a.value_dim + 8 * d, acc[r][d]);
+        store(o + r * width + kWide * d, acc[r][d]);
       }
     }
   }
 
-  void ragged(const float* p, size_t v_at, int n, int rows, int vectors, float* o) const {
+  void ragged(const float* p, Chunk v, int n, int rows, int vectors, float* o) const {
     for (int r = 0; r < rows; r++) {
       for (int d = 0; d < vectors; d++) {
-        weighted<1, 1>(p + r * kSplit, v_at + 8 * d, n, o + r * a.value_dim + 8 * d);
+        Chunk part = {v.rows + kWide * d, v.stride};
+        weighted<1, 1>(p + r * kSplit, part, n, o + r * width + kWide * d);
       }
     }
   }
@@ -246,15 +439,16 @@ struct AttentionTiles {
         continue;
       }
       float keep = exp_one(all[r].maximum - m), take = exp_one(one[r].maximum - m);
-      float* y = sums + r * a.value_dim;
-      for (int d = 0; d < a.value_dim; d += 8) {
-        f32x8 more = load<f32x8>(next + r * a.value_dim + d) * take;
-        store(y + d, load<f32x8>(y + d) * keep + more);
+      float* y = sums + r * width;
+      for (int d = 0; d < width; d += kWide) {
+        fw more = load<fw>(next + r * width + d) * take;
+        store(y + d, load<fw>(y + d) * keep + more);
       }
       all[r] = {m, all[r].sum * keep + one[r].sum * take};
     }
   }
 
+  // A row that saw nothing is zero.
   void finish(const Tile& t, const Partial* all, const float* sums) const {
     for (int r = 0; r < t.rows; r++) {
       int h = head(t, r);
@@ -264,27 +458,29 @@ struct AttentionTiles {
         factor = exp_one(all[r].maximum - m);
         total = total * factor + exp_one(a.sinks[h] - m);
       }
+      factor = total == 0 ? 0 : factor / total;
       size_t row = (size_t(t.batch) * a.rows + query(t, r)) * a.heads + h;
       for (int d = 0; d < a.value_dim; d += 8) {
-        store(a.y + row * a.value_dim + d,
-            load<f32x8>(sums + r * a.value_dim + d) * (factor / total));
+        f32x8 y = load<f32x8>(sums + r * width + d) * factor;
+        char* out = static_cast<char*>(a.y) + (row * a.value_dim + d) * size_of(a.type);
+        narrow(reinterpret_cast<float*>(&y), 8, out, a.type);
       }
     }
   }
 };
 
-template <Float TYPE>
-void attend(const Attention& a) {
-  int group = a.heads / a.kv_heads;
-  int tiles = (group * a.rows + kTileRows - 1) / kTileRows;
+inline void attention(const Attention& a) {
+  int group = a.heads / a.kv_heads, all = group * a.rows;
+  int height = all < kTileRows ? all : kTileRows, tiles = (all + height - 1) / height;
   int base = a.batch * a.kv_heads * tiles, splits = (a.keys + kSplit - 1) / kSplit;
   double flops = 2.0 * a.batch * a.heads * a.rows * a.keys * (a.dim + a.value_dim);
   bool serial = flops < kSerialFlops;
   bool split_up = !serial && splits > 1 && base < 4 * num_threads();
-  size_t partials = split_up ? size_t(base) * splits * kTileRows : 1;
+  size_t partials = split_up ? size_t(base) * splits * height : 1;
   Scratch<Partial> states(partials);
-  Scratch<float> values(partials * a.value_dim);
-  AttentionTiles<TYPE> work{a, group, tiles, splits, split_up, states, values};
+  int width = padded(a.value_dim);
+  Scratch<float> values(partials * width);
+  AttentionTiles work{a, group, height, tiles, splits, split_up, states, values, width};
   if (serial) {
     for (int t = 0; t < base; t++) {
       work(t);
@@ -294,17 +490,6 @@ void attend(const Attention& a) {
   parallel_for(split_up ? base * splits : base, work);
   for (int t = 0; split_up && t < base; t++) {
     work.combine(t);
-  }
-}
-
-inline void attention(const Attention& a) {
-  switch (a.type) {
-    case Float::f32:
-      return attend<Float::f32>(a);
-    case Float::f16:
-      return attend<Float::f16>(a);
-    default:
-      return attend<Float::bf16>(a);
   }
 }
 

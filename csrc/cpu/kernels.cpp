@@ -7,6 +7,7 @@
 #include "kl.h"
 #include "kl_gradient.h"
 #include "kl_stream.h"
+#include "kv_records.h"
 #include "products.h"
 #include "quantize.h"
 #include "rows.h"
@@ -90,20 +91,13 @@ void to_f32(const void* in, Float type, float* out, size_t n) {
 }
 
 void from_f32(const float* in, Float type, void* out, size_t n) {
-  if (type == Float::f32) {
-    std::memcpy(out, in, n * sizeof(float));
-    return;
-  }
-  auto* halves = static_cast<uint16_t*>(out);
-  for (size_t i = 0; i < n; i++) {
-    halves[i] = type == Float::bf16 ? f32_to_bf16(in[i]) : f32_to_f16(in[i]);
-  }
+  narrow(in, n, out, type);
 }
 
 } // namespace
 
 extern const Kernels table = {OPTIQ_STRING(OPTIQ_ISA), matmul, products, sgemm, kl_divergence,
-    head_kl, head_kl_gradient, quantize, descend, group_gradient, rms_norm, heads, attention, gate,
-    to_f32, from_f32};
+    head_kl, head_kl_gradient, quantize, descend, group_gradient, rms_norm, heads, attention,
+    quantize_kv, dequantize_kv, gate, to_f32, from_f32};
 
 } // namespace optiq::cpu::OPTIQ_ISA

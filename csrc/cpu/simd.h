@@ -66,6 +66,22 @@ OPTIQ_INLINE fw max(fw a, fw b) {
 }
 #endif
 
+// The first n words at p, if that many are in a vector, the others zero.
+OPTIQ_INLINE uw load_words(const uint32_t* p, int n) {
+  if (n >= kWide) {
+    return load<uw>(p);
+  }
+#if defined(__AVX512F__)
+  return uw(_mm512_maskz_loadu_epi32(__mmask16((1u << n) - 1), p));
+#else
+  uw v{};
+  for (int i = 0; i < n; i++) {
+    v[i] = p[i];
+  }
+  return v;
+#endif
+}
+
 // acc + a.low * b.low + a.high * b.high in each lane: two signed 16-bit integers a lane.
 OPTIQ_INLINE iw dot_pairs(iw acc, iw a, iw b) {
 #if defined(__AVX512VNNI__)
@@ -252,6 +268,19 @@ OPTIQ_INLINE f32x8 load_f16(const void* p) {
 #endif
 }
 
+// Each lane from the float16 in its low half.
+OPTIQ_INLINE fw from_f16(uw halves) {
+  uint16_t packed[kWide];
+  for (int i = 0; i < kWide; i++) {
+    packed[i] = uint16_t(halves[i]);
+  }
+  fw out;
+  for (int i = 0; i < kWide; i += 8) {
+    store(reinterpret_cast<float*>(&out) + i, load_f16(packed + i));
+  }
+  return out;
+}
+
 OPTIQ_INLINE f32x8 load_float(const void* base, Float type, size_t i) {
   switch (type) {
     case Float::f32:
@@ -279,6 +308,18 @@ inline void widen(const void* in, Float type, size_t at, size_t n, float* out) {
   if (i < n) {
     f32x8 tail = load_tail(in, type, at + i, n - i);
     std::memcpy(out + i, &tail, (n - i) * sizeof(float));
+  }
+}
+
+// The inverse, rounded.
+inline void narrow(const float* in, size_t n, void* out, Float type) {
+  if (type == Float::f32) {
+    std::memcpy(out, in, n * sizeof(float));
+    return;
+  }
+  auto* halves = static_cast<uint16_t*>(out);
+  for (size_t i = 0; i < n; i++) {
+    halves[i] = type == Float::bf16 ? f32_to_bf16(in[i]) : f32_to_f16(in[i]);
   }
 }
 

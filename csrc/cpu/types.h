@@ -182,23 +182,50 @@ struct Heads {
 
 enum class Masking : uint8_t { none, causal, boolean, additive };
 
+// Keys or values [batch, heads, tokens, dim] by strides, in elements: floats, or records of uint32
+// words (kv_records.h).
+struct Vectors {
+  const void* data;
+  Float type;           // of floats
+  int bits, group_size; // of records; 0 bits: floats
+  size_t batch, head, row;
+};
+
 // y[b, r, h, :] = softmax(scale * q k.T, masked) v; query head h reads key head
-// h * kv_heads / heads. With `causal` query r sees the first keys - rows + r + 1 keys.
+// h * kv_heads / heads. With `causal` query r sees the first keys - rows + r + 1 keys, of them the
+// last `window` unless that is 0.
 struct Attention {
-  const float* q; // [batch, heads, rows, dim] by strides
+  const void* q; // [batch, heads, rows, dim] by strides
+  Float type;    // of q and y
   size_t q_batch, q_head, q_row;
-  const void *k, *v; // [batch, kv_heads, keys, dim] by strides, in elements
-  Float type;
-  size_t k_batch, k_head, k_row, v_batch, v_head, v_row;
+  Vectors k, v;
+  // Floats in place of the `first` keys from each start on, and of the `recent` last ones.
+  Vectors first_k, first_v, recent_k, recent_v;
+  int first, recent;
+  const int32_t* starts; // [batch], the first key of each, those before it are not seen; null: 0
   Masking masking;
+  int window;
   const void* mask; // [batch, heads, rows, keys] by strides; bool, or `mask_type` to add
   Float mask_type;
   int64_t mask_strides[4];
   const float* sinks; // [heads]: a logit beside the keys that takes probability and gives nothing
-  float* y;           // [batch, rows, heads, value_dim]
+  void* y;            // [batch, rows, heads, value_dim]
   int batch, heads, kv_heads, rows, keys, dim, value_dim;
   float scale, softcap; // scores become softcap * tanh(score / softcap) unless that is 0
 };
+
+// `count` vectors [count, dim] of floats, and their records.
+struct Records {
+  const void* floats;
+  Float type;
+  uint32_t* words;
+  size_t count;
+  int dim, bits, group_size;
+};
+
+inline constexpr int record_words(int dim, int bits, int group_size) {
+  return (dim + group_size - 1) / group_size + (dim * bits + 31) / 32;
+}
 
 // y[r, i] = activation(gate[r, i] + gate_bias[i]) * (up[r, i] + up_bias[i])
 enum class Activation : uint8_t { silu, gelu_tanh };
@@ -226,6 +253,8 @@ struct Kernels {
   void (*rms_norm)(const RmsNorm&);
   void (*heads)(const Heads&);
   void (*attention)(const Attention&);
+  void (*quantize_kv)(const Records&);
+  void (*dequantize_kv)(const Records&);
   void (*gate)(const Gate&);
   void (*to_f32)(const void* in, Float type, float* out, size_t n);
   void (*from_f32)(const float* in, Float type, void* out, size_t n);

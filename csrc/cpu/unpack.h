@@ -75,6 +75,14 @@ OPTIQ_INLINE iw unpack(const uw* words, int i) {
   return iw(code_at<BITS>(words, low, 0) | code_at<BITS>(words, high, 16));
 }
 
+constexpr int least_multiple_of_block(int words) {
+  int n = words;
+  while (n % kBlock) {
+    n += words;
+  }
+  return n;
+}
+
 // `count` words of kWide rows, `stride` bytes apart -> out[word][row], in whole blocks. The rows
 // hold `available` words; what a block takes beyond them is undefined.
 OPTIQ_INLINE void transpose_words(

@@ -6,12 +6,14 @@
 #include <variant>
 #include <vector>
 
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include "launch/attention.h"
 #include "launch/copy.h"
 #include "launch/kl_divergence.h"
 #include "launch/quantize.h"
@@ -82,10 +84,19 @@ nb::dict to_python(const Plan& plan) {
   }
   out["launches"] = launches;
   out["temporaries"] = plan.temporaries;
+  out["strided"] = plan.strided;
   return out;
 }
 
 using Weight = std::tuple<int, int, int>; // out, bits, group_size
+
+// dim, bits (0: plain vectors), group_size
+using KvFormat = std::tuple<int, int, int>;
+
+KvTensor kv_tensor(const KvFormat& format, const std::array<int64_t, 3>& strides) {
+  auto [dim, bits, group_size] = format;
+  return {dim, bits, group_size, strides};
+}
 
 } // namespace
 
@@ -141,6 +152,43 @@ void bind(nb::module_& m) {
       },
       "rows"_a, "cols"_a, "group_size"_a = 64, "bits"_a = 4, "dtype"_a = "float16",
       "rows_per_importance"_a = 0);
+  m.def(
+      "plan_quantized_attention",
+      [](const std::array<int, 5>& sizes, const KvFormat& k, const KvFormat& v,
+          const std::array<int64_t, 3>& k_strides, const std::array<int64_t, 3>& v_strides,
+          const std::string& dtype, float scale, bool causal, int window, float softcap,
+          std::optional<std::array<int, 4>> mask, bool added, bool sinks, bool starts, int first,
+          int recent, const std::string& gpu, std::optional<std::string> tune) {
+        using Mask = QuantizedAttention::Mask;
+        QuantizedAttention op;
+        std::tie(op.batch, op.heads, op.kv_heads, op.rows, op.keys) = std::tuple_cat(sizes);
+        op.k = kv_tensor(k, k_strides);
+        op.v = kv_tensor(v, v_strides);
+        op.type = float_named(dtype);
+        op.scale = scale;
+        op.softcap = softcap;
+        op.causal = causal;
+        op.window = window;
+        op.mask = !mask ? Mask::none : added ? Mask::added : Mask::seen;
+        op.mask_shape = mask.value_or(std::array<int, 4>{});
+        op.sinks = sinks;
+        op.starts = starts;
+        op.first = first;
+        op.recent = recent;
+        Gpu chip = parse_gpu(gpu);
+        return to_python(plan_quantized_attention(op, tune ? tuning(chip, *tune) : tuning(chip)));
+      },
+      "sizes"_a, "k"_a, "v"_a, "k_strides"_a, "v_strides"_a, nb::kw_only(), "dtype"_a = "float16",
+      "scale"_a = 1.0f, "causal"_a = false, "window"_a = 0, "softcap"_a = 0.0f,
+      "mask"_a = nb::none(), "added"_a = false, "sinks"_a = false, "starts"_a = false,
+      "first"_a = 0, "recent"_a = 0, "gpu"_a = "applegpu_g15s", "tune"_a = nb::none());
+  m.def(
+      "plan_quantize_kv",
+      [](size_t vectors, const KvFormat& format, const std::string& dtype) {
+        auto [dim, bits, group_size] = format;
+        return to_python(plan_quantize_kv({vectors, dim, bits, group_size, float_named(dtype)}));
+      },
+      "vectors"_a, "format"_a, "dtype"_a = "float16");
 }
 
 } // namespace optiq::launch

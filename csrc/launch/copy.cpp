@@ -1,10 +1,10 @@
 #include "launch/copy.h"
 
-#include <cstring>
 #include <stdexcept>
 #include <string>
 
 #include "../metal/shapes.h"
+#include "launch/instantiate.h"
 
 namespace optiq::launch {
 
@@ -20,28 +20,22 @@ Plan plan_row_contiguous(
                                 " axes and " + std::to_string(itemsize) +
                                 " bytes an item; call mx.contiguous first");
   }
-  CopyShape constants{};
-  constants.size = 1;
-  constants.axes = int(shape.size());
+  CopyShape copy{};
+  copy.size = 1;
+  copy.axes = int(shape.size());
   for (size_t i = 0; i < shape.size(); i++) {
-    constants.size *= shape[i];
-    constants.shape[i] = shape[i];
-    constants.strides[i] = strides[i];
+    copy.size *= shape[i];
+    copy.shape[i] = shape[i];
+    copy.strides[i] = strides[i];
   }
   Plan plan;
-  if (constants.size == 0) {
+  if (copy.size == 0) {
     return plan;
   }
-  Launch launch;
-  launch.source = "copy.metal";
-  launch.kernel = std::string("copy_rows_") + type;
-  launch.instantiation = std::string("copy_rows<") + type + ">";
-  Argument bytes{Argument::Kind::constants};
-  bytes.bytes.resize(sizeof(constants));
-  std::memcpy(bytes.bytes.data(), &constants, sizeof(constants));
-  launch.arguments = {{Argument::Kind::input, 0}, {Argument::Kind::output, 0}, bytes};
+  Launch launch = instantiate("copy.metal", "copy_rows", {type});
+  launch.arguments = {{Argument::Kind::input, 0}, {Argument::Kind::output, 0}, constants(copy)};
   launch.threads.x = 256;
-  launch.threadgroups.x = uint32_t((constants.size + 255) / 256);
+  launch.threadgroups.x = uint32_t((copy.size + 255) / 256);
   plan.launches.push_back(launch);
   return plan;
 }

@@ -1,12 +1,12 @@
 #include "launch/kl_divergence.h"
 
 #include <algorithm>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 
 #include "../metal/kl_shape.h"
 #include "cpu/affine_format.h"
+#include "launch/instantiate.h"
 
 namespace optiq::launch {
 
@@ -32,10 +32,6 @@ void check(char side, const Head& head) {
     fail(name + ".d is " + std::to_string(head.d) + ", no multiple of " +
          std::to_string(head.group_size));
   }
-}
-
-std::string metal_name(cpu::Float type) {
-  return type == cpu::Float::f32 ? "float" : type == cpu::Float::f16 ? "half" : "bfloat";
 }
 
 int shift(const Head& head) {
@@ -68,17 +64,11 @@ Plan plan_kl_divergence(const KlDivergenceOp& op) {
   shape.shift_p = shift(op.p);
   shape.shift_q = shift(op.q);
   shape.soft_cap = op.soft_cap;
-  Argument constants{Kind::constants};
-  constants.bytes.resize(sizeof(shape));
-  std::memcpy(constants.bytes.data(), &shape, sizeof(shape));
   plan.temporaries = {size_t(shape.splits) * op.tokens * sizeof(KlPart)};
 
-  std::string p = metal_name(op.p.type), p_bits = std::to_string(op.p.bits);
-  std::string q = metal_name(op.q.type), q_bits = std::to_string(op.q.bits);
-  Launch ranges;
-  ranges.source = "kl_divergence.metal";
-  ranges.kernel = "kl_ranges_" + p + "_" + p_bits + "_" + q + "_" + q_bits;
-  ranges.instantiation = "kl_ranges<" + p + ", " + p_bits + ", " + q + ", " + q_bits + ">";
+  Launch ranges = instantiate("kl_divergence.metal", "kl_ranges",
+      {metal_name(op.p.type), std::to_string(op.p.bits), metal_name(op.q.type),
+          std::to_string(op.q.bits)});
   int input = 2;
   for (int side = 0; side < 2; side++) {
     bool dense = (side == 0 ? op.p : op.q).bits == 0;
@@ -89,19 +79,16 @@ Plan plan_kl_divergence(const KlDivergenceOp& op) {
     input += dense ? 1 : 3;
   }
   ranges.arguments.push_back({Kind::temporary, 0});
-  ranges.arguments.push_back(constants);
+  ranges.arguments.push_back(constants(shape));
   ranges.threadgroups = {uint32_t(shape.splits), uint32_t(tiles)};
   ranges.threads.x = 128;
 
-  Launch merge;
-  merge.source = ranges.source;
-  merge.kernel = "kl_merge_float";
-  merge.instantiation = "kl_merge<float>";
+  Launch merge = instantiate("kl_divergence.metal", "kl_merge", {"float"});
   merge.arguments = {{Kind::temporary, 0}};
   for (int i = 0; i < 4; i++) {
     merge.arguments.push_back({Kind::output, i});
   }
-  merge.arguments.push_back(constants);
+  merge.arguments.push_back(constants(shape));
   merge.threads.x = 64;
   merge.threadgroups.x = uint32_t((op.tokens + 63) / 64);
   plan.launches = {ranges, merge};

@@ -35,6 +35,7 @@ struct Launch {
 struct Plan {
   std::vector<Launch> launches;
   std::vector<size_t> temporaries; // bytes of each
+  std::vector<int> strided = {};   // inputs whose strides the kernels know; others are row-major
 };
 
 } // namespace optiq::launch

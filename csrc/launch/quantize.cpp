@@ -1,11 +1,11 @@
 #include "launch/quantize.h"
 
-#include <cstring>
 #include <stdexcept>
 #include <string>
 
 #include "../metal/quantize_shape.h"
 #include "cpu/affine_format.h"
+#include "launch/instantiate.h"
 
 namespace optiq::launch {
 
@@ -27,16 +27,9 @@ Plan plan_quantize(const QuantizeOp& op) {
   if (octets == 0) {
     return plan;
   }
-  Launch launch;
   bool search = op.rows_per_importance > 0;
-  std::string function = search ? "quantize_search" : "quantize_minmax";
-  std::string type = op.type == cpu::Float::f32   ? "float"
-                     : op.type == cpu::Float::f16 ? "half"
-                                                  : "bfloat";
-  std::string bits = std::to_string(op.bits), group = std::to_string(op.group_size);
-  launch.source = "quantize.metal";
-  launch.kernel = function + "_" + type + "_" + bits + "_" + group;
-  launch.instantiation = function + "<" + type + ", " + bits + ", " + group + ">";
+  Launch launch = instantiate("quantize.metal", search ? "quantize_search" : "quantize_minmax",
+      {metal_name(op.type), std::to_string(op.bits), std::to_string(op.group_size)});
   using Kind = Argument::Kind;
   launch.arguments = {{Kind::input, 0}};
   if (search) {
@@ -47,10 +40,7 @@ Plan plan_quantize(const QuantizeOp& op) {
   }
   QuantizeShape shape{
       uint32_t(octets), uint32_t(op.cols), uint32_t(search ? op.rows_per_importance : 1)};
-  Argument constants{Kind::constants};
-  constants.bytes.resize(sizeof(shape));
-  std::memcpy(constants.bytes.data(), &shape, sizeof(shape));
-  launch.arguments.push_back(constants);
+  launch.arguments.push_back(constants(shape));
   launch.threads.x = kThreads;
   launch.threadgroups.x = uint32_t((octets + kThreads - 1) / kThreads);
   plan.launches.push_back(launch);

@@ -1,12 +1,12 @@
 #include "launch/quantized_matmul.h"
 
 #include <algorithm>
-#include <cstring>
 #include <sstream>
 #include <stdexcept>
 
 #include "../metal/shapes.h"
 #include "cpu/affine_format.h"
+#include "launch/instantiate.h"
 
 namespace optiq::launch {
 
@@ -14,35 +14,6 @@ namespace {
 
 constexpr size_t kMaxParts = 4; // slots of qmv_mixed and qmm_mixed
 constexpr int kThreadgroupMemory = 32 * 1024;
-
-const char* metal_name(Float type) {
-  switch (type) {
-    case Float::f32:
-      return "float";
-    case Float::f16:
-      return "half";
-    default:
-      return "bfloat";
-  }
-}
-
-int ceil_div(int a, int b) {
-  return (a + b - 1) / b;
-}
-
-// "qmv<half, 16>" -> host name "qmv_half_16".
-Launch launch(const char* source, const char* function, const std::vector<std::string>& arguments) {
-  Launch out;
-  out.source = source;
-  out.kernel = function;
-  out.instantiation = std::string(function) + "<";
-  for (size_t i = 0; i < arguments.size(); i++) {
-    out.kernel.append("_").append(arguments[i]);
-    out.instantiation.append(i ? ", " : "").append(arguments[i]);
-  }
-  out.instantiation += ">";
-  return out;
-}
 
 // What one launch does: some of the weights, all with one type of scales.
 struct Batch {
@@ -102,10 +73,7 @@ void finish(const Batch& batch, int tile, Launch& out) {
     shape.part[p] = {w.out, w.bits, group_shift, tiles};
     tiles += ceil_div(w.out, tile);
   }
-  Argument constants{Kind::constants};
-  constants.bytes.resize(sizeof(shape));
-  std::memcpy(constants.bytes.data(), &shape, sizeof(shape));
-  out.arguments.push_back(constants);
+  out.arguments.push_back(constants(shape));
   out.threadgroups.x = uint32_t(tiles);
 }
 
@@ -141,7 +109,7 @@ Launch qmv(const Batch& batch, const Tuning& t) {
     arguments.push_back(staged ? "true" : "false");
   }
   const char* function = gather ? "qmv_gather" : batch.size() > 1 ? "qmv_mixed" : "qmv";
-  Launch out = launch("qmv.metal", function, arguments);
+  Launch out = instantiate("qmv.metal", function, arguments);
   finish(batch, tile, out);
   out.threadgroups.y = gather ? uint32_t(op.rows) : 1;
   out.threads.x = uint32_t(32 * simdgroups);
@@ -164,7 +132,7 @@ Launch qmm(const Batch& batch, const Tuning& t) {
   if (!gather && batch.size() == 1) {
     arguments.push_back(op.transpose ? "true" : "false");
   }
-  Launch out = launch("qmm.metal", function, arguments);
+  Launch out = instantiate("qmm.metal", function, arguments);
   finish(batch, bn, out);
   out.threadgroups.y = uint32_t(row_tiles);
   out.threads.x = 128;

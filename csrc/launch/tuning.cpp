@@ -44,6 +44,7 @@ const std::vector<Knob>& knobs() {
       {"staged_tile", &Tuning::staged_tile, {16, 32, 64}},
       {"qmm_from", &Tuning::qmm_from, {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17}},
       {"narrow_from", &Tuning::narrow_from, {0, 16, 32, 64, 80, 96, 128, 160, 192, 256}},
+      {"kv_split", &Tuning::kv_split, {0, 128, 256, 512, 1024, 2048, 4096}},
   };
   return all;
 }

@@ -27,6 +27,8 @@ struct Tuning {
   // qmm: more rows.
   int qmm_from = 17;    // rows of x from which it takes over, at most 17
   int narrow_from = 32; // threadgroups; with fewer of 64 outputs each, they get 32 outputs
+  // Attention over quantized keys and values.
+  int kv_split = 0; // keys of a threadgroup; 0: by the bytes that splitting adds
 };
 
 // The table's row for the chip, with what OPTIQ_TUNE overrides: `name=value` joined by commas,

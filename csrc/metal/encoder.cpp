@@ -17,9 +17,29 @@ std::string library_name(const launch::Launch& launch) {
   return "optiq_" + std::string(source_hash(launch.source)) + "_" + launch.kernel;
 }
 
+namespace {
+
+bool dense(const mx::array& a) {
+  return a.ndim() > 0 && a.strides().back() == 1;
+}
+
+} // namespace
+
+std::vector<int64_t> strides_handed_on(const mx::array& a) {
+  std::vector<int64_t> strides(a.strides().begin(), a.strides().end());
+  int64_t stride = 1;
+  for (int axis = int(a.ndim()) - 1; axis >= 0 && !dense(a); axis--) {
+    strides[axis] = stride;
+    stride *= a.shape(axis);
+  }
+  return strides;
+}
+
 } // namespace optiq::metal
 
 #ifdef _METAL_
+
+#include <algorithm>
 
 #include <mlx/allocator.h>
 #include <mlx/backend/metal/device.h>
@@ -98,8 +118,9 @@ const launch::Tuning& tuning(mx::Stream stream) {
 void run(const launch::Plan& plan, const std::vector<mx::array>& inputs,
     const std::vector<mx::array>& outputs, mx::Stream stream) {
   std::vector<mx::array> in, out = outputs; // handles: they share what set_data sets
-  for (const auto& a : inputs) {
-    in.push_back(row_contiguous(a, stream));
+  for (int i = 0; i < int(inputs.size()); i++) {
+    bool strided = std::count(plan.strided.begin(), plan.strided.end(), i) > 0;
+    in.push_back(strided && dense(inputs[i]) ? inputs[i] : row_contiguous(inputs[i], stream));
   }
   for (auto& a : out) {
     a.set_data(mx::allocator::malloc(a.nbytes()));

@@ -23,6 +23,10 @@ std::string library_name(const launch::Launch& launch);
 // Tile choices for the GPU of the stream, with OPTIQ_TUNE's changes.
 const launch::Tuning& tuning(mx::Stream stream);
 
+// Strides of an input that a plan names in `strided`, as run() hands it on: its own, unless its
+// last axis is not dense and it is copied.
+std::vector<int64_t> strides_handed_on(const mx::array& a);
+
 // Allocates the outputs and encodes the plan. Inputs that are not row-major are copied first.
 // Throws std::runtime_error where optiq is built without Metal.
 void run(const launch::Plan& plan, const std::vector<mx::array>& inputs,

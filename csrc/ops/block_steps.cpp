@@ -16,7 +16,7 @@ enum class Mode { project, attend, step, mlp };
 struct Arguments {
   Mode mode;
   int start = 0, length = 0, offset = 0;
-  cpu::Masking masking = cpu::Masking::none;
+  KeyValueLayout layout = {};
   bool mlp = false;
 };
 
@@ -24,23 +24,15 @@ cpu::HeadsOut heads_out(float* data, int heads, int rows, int dim) {
   return {data, size_t(heads) * rows * dim, size_t(rows) * dim, size_t(dim)};
 }
 
-void set_mask(cpu::Attention& a, const array& mask, cpu::Masking masking) {
-  a.masking = masking;
-  a.mask = mask.data<char>();
-  a.mask_type = masking == cpu::Masking::additive ? float_type(mask.dtype()) : cpu::Float::f32;
-  for (int axis = 0; axis < 4; axis++) {
-    int own = axis - 4 + int(mask.ndim());
-    a.mask_strides[axis] = own < 0 || mask.shape(own) == 1 ? 0 : mask.strides()[own];
+// New vectors [batch, head, row, dim], as project() gives them, into a cache of records.
+void quantize_rows(
+    const float* x, const cpu::Vectors& cache, int batch, int heads, int rows, int dim, int start) {
+  auto* words = static_cast<uint32_t*>(const_cast<void*>(cache.data));
+  for (int i = 0; i < batch * heads; i++) {
+    uint32_t* to = words + i / heads * cache.batch + i % heads * cache.head + start * cache.row;
+    cpu::kernels().quantize_kv({x + size_t(i) * rows * dim, cpu::Float::f32, to, size_t(rows), dim,
+        cache.bits, cache.group_size});
   }
-}
-
-void set_keys(cpu::Attention& a, const array& k, const array& v, int keys) {
-  a.k = k.data<char>();
-  a.v = v.data<char>();
-  a.type = float_type(k.dtype());
-  a.keys = keys;
-  a.k_batch = k.strides()[0], a.k_head = k.strides()[1], a.k_row = k.strides()[2];
-  a.v_batch = v.strides()[0], a.v_head = v.strides()[1], a.v_row = v.strides()[2];
 }
 
 class BlockPrimitive : public mx::Primitive {
@@ -56,7 +48,7 @@ class BlockPrimitive : public mx::Primitive {
 
  private:
   void project(const array& h, const std::optional<array>& offsets, std::vector<array>& out);
-  void attend(const std::vector<array>& in, array& out);
+  void attend(const std::vector<array>& inputs, array& out);
   void step(const std::vector<array>& inputs, std::vector<array>& out);
   void cache(const array& in, array& out);
 
@@ -84,24 +76,20 @@ void BlockPrimitive::eval_cpu(const std::vector<array>& inputs, std::vector<arra
   if (args_.mode == Mode::step) {
     return step(inputs, outputs);
   }
-  std::vector<array> in = {row_contiguous(inputs[0], stream())};
-  for (size_t i = 1; i < inputs.size(); i++) {
-    bool strided = i == 4 || (i >= 2 && inputs[i].strides().back() == 1); // a mask, keys, values
-    in.push_back(strided ? inputs[i] : row_contiguous(inputs[i], stream()));
-  }
+  array h = row_contiguous(inputs[0], stream());
   if (args_.mode == Mode::project) {
     std::optional<array> offsets;
-    if (in.size() == 2) {
-      offsets = in[1];
+    if (inputs.size() == 2) {
+      offsets = row_contiguous(inputs[1], stream());
     }
-    return project(in[0], offsets, outputs);
+    return project(h, offsets, outputs);
   }
   array& out = outputs[0];
   out.set_data(mx::allocator::malloc(out.nbytes()));
   if (args_.mode == Mode::attend) {
-    return attend(in, out);
+    return attend(inputs, out);
   }
-  dispatch([h = in[0].data<float>(), y = out.data<float>(), rows = in[0].size() / in[0].shape(-1)](
+  dispatch([h = h.data<float>(), y = out.data<float>(), rows = h.size() / h.shape(-1)](
                const DecoderBlock& b) { cpu::mlp(*b.mlp, h, int(rows), y); });
 }
 
@@ -125,18 +113,15 @@ void BlockPrimitive::project(
   });
 }
 
-void BlockPrimitive::attend(const std::vector<array>& in, array& out) {
-  const array &h = in[0], &q = in[1];
+void BlockPrimitive::attend(const std::vector<array>& inputs, array& out) {
+  array h = row_contiguous(inputs[0], stream()), q = row_contiguous(inputs[1], stream());
   cpu::Attention a{};
   a.batch = h.shape(0);
   a.rows = h.shape(1);
-  a.q = q.data<float>();
+  a.keys = inputs[2].shape(2);
+  a.q = q.data<char>();
   a.q_batch = q.strides()[0], a.q_head = q.strides()[1], a.q_row = q.strides()[2];
-  set_keys(a, in[2], in[3], in[2].shape(2));
-  a.masking = args_.masking;
-  if (in.size() == 5) {
-    set_mask(a, in[4], args_.masking);
-  }
+  args_.layout.set(a, &inputs[2], &inputs[3], inputs.data() + 4, stream());
   dispatch(
       [a, hp = h.data<float>(), y = out.data<float>(), mlp = args_.mlp](const DecoderBlock& b) {
         cpu::attend(*b.attention, hp, a, y);
@@ -180,41 +165,40 @@ void BlockPrimitive::step(const std::vector<array>& inputs, std::vector<array>& 
   cpu::Attention given{};
   given.batch = batch;
   given.rows = rows;
-  given.masking = args_.masking;
-  if (inputs.size() % 2 == 0) {
-    set_mask(given, inputs.back(), args_.masking);
-  }
+  given.keys = args_.length;
   out[0].set_data(mx::allocator::malloc(out[0].nbytes()));
   bool cached = out.size() == 3;
   if (cached) {
     cache(inputs[1], out[1]);
     cache(inputs[2], out[2]);
-    set_keys(given, out[1], out[2], args_.length);
   }
+  const array *in = inputs.data() + (cached ? 3 : 1), *kv = cached ? &out[1] : nullptr;
+  args_.layout.set(given, kv, kv ? kv + 1 : nullptr, in, stream());
   dispatch([=, offset = args_.offset, start = args_.start, mlp = args_.mlp, hp = h.data<float>(),
                y = out[0].data<float>()](const DecoderBlock& b) {
     const auto& layer = *b.attention;
     cpu::Attention a = given;
-    size_t m = size_t(batch) * rows, kv = cached ? 0 : m * kv_heads * dim;
-    std::unique_ptr<float[]> own(new float[m * layer.heads * dim + 2 * kv]);
-    float* keys = own.get() + m * layer.heads * dim;
-    if (!cached) {
-      a.type = cpu::Float::f32;
-      a.keys = rows;
-      a.k = keys;
-      a.v = keys + kv;
-      a.k_batch = a.v_batch = size_t(kv_heads) * rows * dim;
-      a.k_head = a.v_head = size_t(rows) * dim;
-      a.k_row = a.v_row = dim;
+    size_t m = size_t(batch) * rows, q_size = m * layer.heads * dim, kv_size = m * kv_heads * dim;
+    std::unique_ptr<float[]> own(new float[q_size + 2 * kv_size]);
+    cpu::HeadsOut q = heads_out(own.get(), layer.heads, rows, dim), to[2];
+    cpu::Vectors* vectors[2] = {&a.k, &a.v};
+    for (int i = 0; i < 2; i++) {
+      cpu::Vectors& x = *vectors[i];
+      to[i] = heads_out(own.get() + q_size + i * kv_size, kv_heads, rows, dim);
+      if (!cached) {
+        x = {to[i].data, cpu::Float::f32, 0, 0, to[i].batch, to[i].head, to[i].row};
+      } else if (x.bits == 0) {
+        float* data = static_cast<float*>(const_cast<void*>(x.data));
+        to[i] = {data + start * x.row, x.batch, x.head, x.row};
+      }
     }
-    cpu::HeadsOut q = heads_out(own.get(), layer.heads, rows, dim);
-    auto to = [&](const void* cache, size_t b, size_t h, size_t r) {
-      float* data = static_cast<float*>(const_cast<void*>(cache));
-      return cpu::HeadsOut{data + start * r, b, h, r};
-    };
     std::vector<int64_t> starts(batch, offset);
-    cpu::project(layer, hp, batch, rows, {starts.data()}, q, to(a.k, a.k_batch, a.k_head, a.k_row),
-        to(a.v, a.v_batch, a.v_head, a.v_row));
+    cpu::project(layer, hp, batch, rows, {starts.data()}, q, to[0], to[1]);
+    for (int i = 0; cached && i < 2; i++) {
+      if (vectors[i]->bits) {
+        quantize_rows(to[i].data, *vectors[i], batch, kv_heads, rows, dim, start);
+      }
+    }
     a.q = own.get();
     a.q_batch = q.batch, a.q_head = q.head, a.q_row = q.row;
     cpu::attend(layer, hp, a, y);
@@ -232,36 +216,15 @@ const array& checked_hidden(const array& h, int width) {
   return h;
 }
 
-cpu::Masking masking_of(const std::string& name, const std::optional<array>& mask, int batch,
-    int heads, int rows, int keys) {
-  if (!mask) {
-    if (name != "" && name != "causal") {
-      fail_block("masking is '", name, "'; it must be '' or 'causal' without a mask");
-    }
-    return name == "causal" && rows > 1 ? cpu::Masking::causal : cpu::Masking::none;
-  }
-  const int full[4] = {batch, heads, rows, keys};
-  bool fits = mask->ndim() <= 4 && mask->ndim() > 0;
-  for (int axis = 0; fits && axis < int(mask->ndim()); axis++) {
-    int n = mask->shape(axis);
-    fits = n == 1 || n == full[4 - int(mask->ndim()) + axis];
-  }
-  if (!fits) {
-    fail_block("mask ", mask->shape(), " does not broadcast to [", batch, ", ", heads, ", ", rows,
-        ", ", keys, "]");
-  }
-  if (mask->dtype() == mx::bool_) {
-    return cpu::Masking::boolean;
-  }
-  require_floating("decoder_block", "mask", *mask);
-  return cpu::Masking::additive;
-}
-
 const cpu::AttentionLayer& attention_of(const BlockPtr& block, bool mlp) {
   if (!block->attention || (mlp && !block->mlp)) {
     fail_block("the block has no ", block->attention ? "MLP" : "attention");
   }
   return *block->attention;
+}
+
+AttentionShape shape_of(const cpu::AttentionLayer& layer, const array& h) {
+  return {h.shape(0), layer.heads, layer.kv_heads, h.shape(1), layer.head_dim, layer.head_dim};
 }
 
 } // namespace
@@ -287,8 +250,7 @@ std::vector<array> block_project(const BlockPtr& block, const array& h, int offs
 }
 
 array block_attend(const BlockPtr& block, const array& h, const array& q, const array& k,
-    const array& v, const std::string& masking, const std::optional<array>& mask, bool mlp,
-    mx::StreamOrDevice s) {
+    const array& v, const KeyValues& kv, bool mlp, mx::StreamOrDevice s) {
   const auto& layer = attention_of(block, mlp);
   checked_hidden(h, layer.width());
   int batch = h.shape(0), rows = h.shape(1);
@@ -296,57 +258,45 @@ array block_attend(const BlockPtr& block, const array& h, const array& q, const 
       q.dtype() != mx::float32) {
     fail_block("q is ", q.shape(), " ", q.dtype(), ", not as block_project gives it");
   }
-  require_floating("decoder_block", "k", k);
-  if (k.ndim() != 4 || k.shape() != v.shape() || k.dtype() != v.dtype() || k.shape(0) != batch ||
-      k.shape(1) != layer.kv_heads || k.shape(3) != layer.head_dim || k.shape(2) == 0) {
-    fail_block("k ", k.shape(), " ", k.dtype(), " and v ", v.shape(), " ", v.dtype(),
-        " do not fit a block of ", layer.kv_heads, " key heads of ", layer.head_dim);
-  }
   Arguments args{.mode = Mode::attend, .mlp = mlp};
-  args.masking = masking_of(masking, mask, batch, layer.heads, rows, k.shape(2));
+  args.layout = kv.check("decoder_block", shape_of(layer, h), k, v);
   std::vector<array> inputs = {h, q, k, v};
-  if (mask) {
-    inputs.push_back(*mask);
-  }
+  kv.append(inputs, s);
   return array(h.shape(), mx::float32,
       std::make_shared<BlockPrimitive>(mx::to_stream(s), block, args), std::move(inputs));
 }
 
 std::vector<array> block_step(const BlockPtr& block, const array& h,
     const std::optional<array>& keys, const std::optional<array>& values, int start, int length,
-    int offset, const std::string& masking, const std::optional<array>& mask, bool mlp,
-    mx::StreamOrDevice s) {
+    int offset, const KeyValues& kv, bool mlp, mx::StreamOrDevice s) {
   const auto& layer = attention_of(block, mlp);
   checked_hidden(h, layer.width());
-  int batch = h.shape(0), rows = h.shape(1);
+  int rows = h.shape(1);
+  Arguments args{
+      .mode = Mode::step, .start = start, .length = length, .offset = offset, .mlp = mlp};
   std::vector<array> inputs = {h};
   std::vector<mx::Shape> shapes = {h.shape()};
+  std::vector<mx::Dtype> dtypes = {mx::float32};
   if (keys && values) {
-    for (const auto& cache : {*keys, *values}) {
-      if (cache.ndim() != 4 || cache.shape(0) != batch || cache.shape(1) != layer.kv_heads ||
-          cache.shape(3) != layer.head_dim || cache.dtype() != mx::float32 ||
-          cache.shape() != keys->shape()) {
-        fail_block("a cache is ", cache.shape(), " ", cache.dtype(), "; it must be [", batch, ", ",
-            layer.kv_heads, ", rows, ", layer.head_dim, "] float32");
+    args.layout = kv.check("decoder_block", shape_of(layer, h), *keys, *values, length);
+    for (const auto* cache : {&*keys, &*values}) {
+      if (cache->dtype() != mx::float32 && cache->dtype() != mx::uint32) {
+        fail_block("a cache is ", cache->dtype(), "; it must be float32, or uint32 records");
       }
-      inputs.push_back(cache);
-      shapes.push_back(cache.shape());
+      inputs.push_back(*cache);
+      shapes.push_back(cache->shape());
+      dtypes.push_back(cache->dtype());
     }
     if (start < 0 || start + rows > length || length > keys->shape(2)) {
       fail_block("rows ", start, " to ", start + rows, " of ", length, " do not fit a cache of ",
           keys->shape(2));
     }
   } else {
-    start = 0;
-    length = rows;
+    args.start = 0;
+    args.length = rows;
+    args.layout = kv.check("decoder_block", shape_of(layer, h), rows);
   }
-  Arguments args{
-      .mode = Mode::step, .start = start, .length = length, .offset = offset, .mlp = mlp};
-  args.masking = masking_of(masking, mask, batch, layer.heads, rows, length);
-  if (mask) {
-    inputs.push_back(*mask);
-  }
-  std::vector<mx::Dtype> dtypes(shapes.size(), mx::float32);
+  kv.append(inputs, s);
   return array::make_arrays(std::move(shapes), dtypes,
       std::make_shared<BlockPrimitive>(mx::to_stream(s), block, args), inputs);
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "ops/decoder_block.h"
+#include "ops/key_values.h"
 
 #include <mlx/utils.h>
 
@@ -15,19 +16,16 @@ using BlockPtr = std::shared_ptr<DecoderBlock>;
 std::vector<array> block_project(const BlockPtr& block, const array& h, int offset,
     const std::optional<array>& offsets, mx::StreamOrDevice s = {});
 
-/** h + attention over keys and values, then the MLP if `mlp`. `masking` is "", "causal" or "array";
- * the mask broadcasts to [B, heads, L, S], bool or floating (added to the scores). */
+/** h + attention over keys and values, then the MLP if `mlp`. */
 array block_attend(const BlockPtr& block, const array& h, const array& q, const array& k,
-    const array& v, const std::string& masking, const std::optional<array>& mask, bool mlp,
-    mx::StreamOrDevice s = {});
+    const array& v, const KeyValues& kv, bool mlp, mx::StreamOrDevice s = {});
 
 /** Attention and, if `mlp`, the MLP over the first `length` rows of a cache [B, kv_heads, S, D] in
- * float32, after the L new rows were put at `start`. Returns h and both caches: the caches given,
- * if nobody else holds them, else copies. Without caches, attention within h. */
+ * float32, or of records, after the L new rows were put at `start`. Returns h and both caches: the
+ * caches given, if nobody else holds them, else copies. Without caches, attention within h. */
 std::vector<array> block_step(const BlockPtr& block, const array& h,
     const std::optional<array>& keys, const std::optional<array>& values, int start, int length,
-    int offset, const std::string& masking, const std::optional<array>& mask, bool mlp,
-    mx::StreamOrDevice s = {});
+    int offset, const KeyValues& kv, bool mlp, mx::StreamOrDevice s = {});
 
 /** h + MLP. */
 array block_mlp(const BlockPtr& block, const array& h, mx::StreamOrDevice s = {});

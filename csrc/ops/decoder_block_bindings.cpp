@@ -1,6 +1,7 @@
 #include "ops/decoder_block_bindings.h"
 
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
@@ -54,6 +55,9 @@ auto with_handle(R (*f)(const BlockPtr&, Args...)) {
   return [f](const Handle& h, Args... args) { return f(h.block, std::forward<Args>(args)...); };
 }
 
+using MaybeArray = std::optional<array>;
+using MaybePair = std::optional<KeyValues::Pair>;
+
 template <class... Args>
 auto method(void (DecoderBlock::*f)(Args...)) {
   return [f](Handle& h, Args... args) { ((*h.block).*f)(std::forward<Args>(args)...); };
@@ -76,11 +80,30 @@ void bind_decoder_block(nb::module_& m) {
   m.def("traced", [](const array& a) { return a.is_tracer(); }, "a"_a);
   m.def("block_project", with_handle(&block_project), "block"_a, "h"_a, "offset"_a = 0,
       "offsets"_a = nb::none(), nb::kw_only(), "stream"_a = nb::none());
-  m.def("block_attend", with_handle(&block_attend), "block"_a, "h"_a, "q"_a, "k"_a, "v"_a,
-      "masking"_a, "mask"_a = nb::none(), "mlp"_a = false, nb::kw_only(), "stream"_a = nb::none());
-  m.def("block_step", with_handle(&block_step), "block"_a, "h"_a, "keys"_a, "values"_a, "start"_a,
-      "length"_a, "offset"_a, "masking"_a, "mask"_a = nb::none(), "mlp"_a = false, nb::kw_only(),
+  m.def(
+      "block_attend",
+      [](const Handle& h, const array& x, const array& q, const array& k, const array& v,
+          const std::string& masking, const MaybeArray& mask, bool mlp, KvFormat k_format,
+          KvFormat v_format, int window, const MaybeArray& starts, const MaybePair& first,
+          const MaybePair& recent, mx::StreamOrDevice s) {
+        KeyValues kv{k_format, v_format, masking, mask, window, starts, first, recent};
+        return block_attend(h.block, x, q, k, v, kv, mlp, s);
+      },
+      "block"_a, "h"_a, "q"_a, "k"_a, "v"_a, "masking"_a, "mask"_a = nb::none(), "mlp"_a = false,
+      "k_format"_a = KvFormat(0, 0), "v_format"_a = KvFormat(0, 0), "window"_a = 0,
+      "starts"_a = nb::none(), "first"_a = nb::none(), "recent"_a = nb::none(), nb::kw_only(),
       "stream"_a = nb::none());
+  m.def(
+      "block_step",
+      [](const Handle& h, const array& x, const MaybeArray& keys, const MaybeArray& values,
+          int start, int length, int offset, const std::string& masking, const MaybeArray& mask,
+          bool mlp, KvFormat k_format, KvFormat v_format, mx::StreamOrDevice s) {
+        KeyValues kv{k_format, v_format, masking, mask, 0, {}, {}, {}};
+        return block_step(h.block, x, keys, values, start, length, offset, kv, mlp, s);
+      },
+      "block"_a, "h"_a, "keys"_a, "values"_a, "start"_a, "length"_a, "offset"_a, "masking"_a,
+      "mask"_a = nb::none(), "mlp"_a = false, "k_format"_a = KvFormat(0, 0),
+      "v_format"_a = KvFormat(0, 0), nb::kw_only(), "stream"_a = nb::none());
   m.def("block_mlp", with_handle(&block_mlp), "block"_a, "h"_a, nb::kw_only(),
       "stream"_a = nb::none());
 }

@@ -89,6 +89,7 @@ def run(gpu: bool) -> Iterator[Line | Speed]:
     yield _line("quantized_matmul of experts", _products(experts))
     yield _line("quantize", _rounding(extension, stream))
     yield _line("kl_divergence", _kl(extension, stream))
+    yield _line("quantized_attention", _attention(extension, stream))
     yield from _speeds(multiply, stream)
 
 
@@ -182,6 +183,43 @@ def _search_error(
 
     codes, scales, biases = found
     return error(AffineWeight(codes, scales, biases, stock.group_size, stock.bits)) / error(stock)
+
+
+def _attention(extension: ModuleType, stream: mx.DeviceType) -> Cases:
+    """Records and attention over them, for a padded batch; dimensions and dtypes go round."""
+    widths = ((8, 8), (8, 4), (4, 4), (6, 3), (5, 5))
+    for i, ((k_bits, v_bits), rows) in enumerate(product(widths, (1, 6, 40))):
+        formats = (64, k_bits), (32, v_bits)
+        dim, dtype = (64, 80, 128, 256)[i % 4], list(EPS)[i % 3]
+        name = f"{rows} rows, K{k_bits} V{v_bits}, head_dim {dim}, {dtype}"
+        yield name, partial(_attention_error, extension, stream, formats, dim, dtype, rows)
+
+
+def _attention_error(
+    extension: ModuleType,
+    stream: mx.DeviceType,
+    formats: tuple[tuple[int, int], tuple[int, int]],
+    dim: int,
+    dtype: mx.Dtype,
+    rows: int,
+) -> float:
+    """A part of one rounding of the result and of float32 sums."""
+    keys, starts = 1100, np.array([0, 90])
+    q, k, v = (
+        mx.random.normal((2, heads, n, dim), key=mx.random.key(i)).astype(dtype)
+        for i, (heads, n) in enumerate(((6, rows), (2, keys), (2, keys)))
+    )
+    stored, exact = [], []
+    for x, (group, bits) in zip((k, v), formats, strict=True):
+        stored.append(extension.quantize_kv(x, group, bits, stream=stream))
+        exact.append(reference.dequantize_kv(np.array(stored[-1]), dim, group, bits))
+    got = extension.quantized_attention(
+        q, *stored, *formats, dim**-0.5, "causal", starts=mx.array(starts), stream=stream
+    )
+    query, key = np.arange(keys - rows, keys)[:, None], np.arange(keys)
+    seen = (key <= query) & (key >= starts[:, None, None, None])
+    truth = reference.attention(_f64(q), exact[0], exact[1], dim**-0.5, seen)
+    return float((np.abs(_f64(got) - truth) / (EPS[dtype] * np.abs(truth) + 1e-5)).max())
 
 
 def _kl(extension: ModuleType, stream: mx.DeviceType) -> Cases:

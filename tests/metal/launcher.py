@@ -124,3 +124,9 @@ def plan_quantized_matmul(*arguments: Any, **keywords: Any) -> Plan:
     assert native.extension is not None, native.reason
     plan: Plan = native.extension.plan_quantized_matmul(*arguments, **keywords)
     return plan
+
+
+def plan_quantized_attention(*arguments: Any, **keywords: Any) -> Plan:
+    assert native.extension is not None, native.reason
+    plan: Plan = native.extension.plan_quantized_attention(*arguments, **keywords)
+    return plan

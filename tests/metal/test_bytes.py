@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from bench import attention_counters
 from bench.metal_counters import MIXES, Figures, experts, ours, stock, stock_not_transposed
 from tests.msl.emulator import needs_emulator
 from tests.ops.cases import Case
@@ -55,3 +58,19 @@ def test_not_transposed(rows: int) -> None:
 
 def test_experts() -> None:
     assert_no_more(*experts(4, 3, 512, 4))
+
+
+@pytest.mark.parametrize("widths", attention_counters.WIDTHS, ids=str)
+@pytest.mark.parametrize("of", attention_counters.SHAPES, ids=lambda s: s.name)
+def test_a_decode_step_moves_the_quantized_cache_and_little_else(
+    of: attention_counters.Shape, widths: tuple[int, int]
+) -> None:
+    """Within 5 % of its size; one key head is as good as all of them."""
+    shape = replace(of, heads=of.heads // of.kv_heads, kv_heads=1, keys=2304)
+    figures = attention_counters.ours(shape, *widths)
+    total = figures.read + figures.written
+    assert figures.cache == sum(shape.cache(bits) for bits in widths)
+    assert figures.cache <= total <= 1.05 * figures.cache
+    assert figures.lines <= 1.05 * figures.cache
+    assert total <= attention_counters.stock(shape)
+    assert total <= attention_counters.two_products(shape, *widths)

@@ -17,6 +17,8 @@ import optiq
 from optiq import ops, selftest
 from optiq.ops import native, reference
 from optiq.ops.trials import TRIALS
+from tests.metal.test_attention import CASES as ATTENTION
+from tests.metal.test_attention import Case as Attention
 from tests.ops.cases import DTYPES, QUANTIZED, Case
 from tests.ops.test_kl_divergence import CASES as PAIRS
 from tests.ops.test_kl_divergence import Pair
@@ -140,6 +142,14 @@ def test_kl_divergence(case: Pair) -> None:
         return ops.kl_divergence(*sides[:2], h_q, sides[3], soft_cap=case.soft_cap).kl.sum()
 
     assert mx.isfinite(mx.grad(total)(sides[2])).all()
+
+
+@pytest.mark.parametrize("case", ATTENTION, ids=str)
+def test_quantized_attention(case: tuple[int, str, int]) -> None:
+    c = Attention(*case)
+    given = {name: x for name, x in c.given.items() if name != "tune"}
+    got = ops.quantized_attention(c.q, c.k, c.v, **given)
+    np.testing.assert_allclose(np.array(got), c.truth(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])

@@ -34,6 +34,13 @@ KERNELS = {
         *(f"quantize_{how}<bfloat, 3, 32>" for how in ("minmax", "search")),
         *(f"quantize_{how}<float, 8, 128>" for how in ("minmax", "search")),
     ],
+    "attention.metal": [
+        "attention<half, 80, 80, 3, 32, 8, 64, 1, true>",
+        "attention<bfloat, 128, 64, 16, 32, 5, 64, 4, false>",
+        "attention<float, 96, 256, 6, 64, 16, 32, 2, true>",
+        *(f"attention_merge<{t}, 80>" for t in ("half", "bfloat")),
+    ],
+    "quantize_kv.metal": ["quantize_kv<bfloat, 3, 32>", "quantize_kv<float, 8, 64>"],
     "copy.metal": [f"copy_rows<{t}>" for t in ("uchar", "ushort", "uint", "ulong")],
 }
 

@@ -14,7 +14,7 @@ from optiq.ops.trials import TRIALS
 from tests.msl.emulator import needs_emulator
 from tests.ops.cases import DTYPES
 
-from . import test_kl_divergence, test_quantize
+from . import test_attention, test_kl_divergence, test_quantize, test_quantize_kv
 from .launcher import NAMES, plan_quantized_matmul, run
 
 pytestmark = needs_emulator
@@ -65,6 +65,18 @@ class Emulated:
         format_p, format_q, cap = formats
         sides = h_p, head(w_p, format_p), h_q, head(w_q, format_q)
         return test_kl_divergence.compared(sides, cap or None)
+
+    def quantize_kv(self, x: mx.array, group_size: int, bits: int) -> mx.array:
+        return test_quantize_kv.quantized(x, Format("affine", bits, group_size))
+
+    def quantized_attention(
+        self, q: mx.array, k: mx.array, v: mx.array, k_format: Any, v_format: Any, scale: float,
+        mask: str, starts: mx.array,
+    ) -> mx.array:  # fmt: skip
+        forms = [Format("affine", bits, group) for group, bits in (k_format, v_format)]
+        return test_attention.attend(
+            q, k, v, k_format=forms[0], v_format=forms[1], scale=scale, mask=mask, starts=starts
+        )[0]
 
 
 def name(a: mx.array) -> str:

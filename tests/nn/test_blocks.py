@@ -7,6 +7,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -17,8 +18,11 @@ from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.tuner.lora import LoRALinear
 
+from optiq import ops
+from optiq.formats import DENSE, Format
 from optiq.nn import accelerate
 from optiq.nn.blocks import Fused
+from optiq.ops import native
 from tests.nn import test_accelerate
 from tests.nn.test_accelerate import FUSED, TOKENS, divisible, stock
 
@@ -268,6 +272,76 @@ def test_kinds_of_layers_that_no_kernel_takes_are_named(tmp_path: Path) -> None:
     report = accelerate(model)
     assert "mlp.up_proj" in report.left["model.layers.0"]
     assert "model.layers.1" in report.fused
+
+
+class KVOfRecords(KVCache):
+    """As optiq.kv's caches look to a block."""
+
+    def __init__(self, k: str = "8g32", v: str = "4g32", recent: int = 0) -> None:
+        super().__init__()
+        formats = Format.parse(k), Format.parse(v)
+        self.layout = SimpleNamespace(k=formats[0], v=formats[1], sink=0, recent=recent)
+        self.dim = 0
+        self.written = 0
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+        self.write(keys, values)
+        given = self.inputs()
+        return tuple(
+            x if fmt == DENSE else ops.dequantize_kv(x, self.dim, fmt, mx.float32)
+            for x, fmt in ((given["k"], self.layout.k), (given["v"], self.layout.v))
+        )
+
+    def write(self, keys: mx.array, values: mx.array) -> None:
+        self.dim = keys.shape[-1]
+        self.written += 1
+        super().update_and_fetch(
+            *(
+                x.view(mx.uint32) if fmt == DENSE else ops.quantize_kv(x, fmt)
+                for x, fmt in ((keys, self.layout.k), (values, self.layout.v))
+            )
+        )
+
+    def inputs(self) -> dict[str, Any]:
+        k, v = (
+            (x.view(mx.float32) if fmt == DENSE else x)[..., : self.offset, :]
+            for x, fmt in ((self.keys, self.layout.k), (self.values, self.layout.v))
+        )
+        return {"k": k, "v": v, "k_format": self.layout.k, "v_format": self.layout.v}
+
+
+def alike(got: mx.array, expected: mx.array, model: nn.Module) -> bool:
+    """The last bits of a key may move one of its codes by a step, so the measure is what rounding
+    the cache does at all.
+    """
+    rounding = mx.abs(expected - decode(model, make_prompt_cache(model))).mean()
+    return bool(mx.abs(got - expected).mean() < 0.1 * rounding)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("formats", [("8g32", "4g32"), ("bf16", "5g32"), ("6g64", "bf16")])
+def test_caches_of_records(
+    name: str, formats: tuple[str, str], pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read by the block, and where all is quantized written by it from the second call on."""
+    model, plain = pair(name)
+    calls = Calls(model, monkeypatch)
+    ours, theirs = ([KVOfRecords(*formats) for _ in model.layers] for _ in range(2))
+    assert alike(decode(model, ours), decode(plain, theirs), plain)
+    assert calls.count == 0
+    steps = TOKENS.shape[1] - 10 + 1
+    in_place = native.extension is not None and "bf16" not in formats
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.offset == b.offset
+        assert a.written == (1 if in_place else steps)
+        assert b.written == steps
+
+
+def test_a_cache_with_exact_tokens_is_written_by_itself(pair: Any) -> None:
+    model, plain = pair()
+    ours, theirs = ([KVOfRecords(recent=4) for _ in model.layers] for _ in range(2))
+    assert alike(decode(model, ours), decode(plain, theirs), plain)
+    assert ours[0].written == theirs[0].written
 
 
 def test_a_cache_of_another_kind(pair: Any) -> None:

@@ -8,7 +8,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from optiq import ops
+from optiq.formats import Format
 from optiq.ops import native, reference
+from optiq.ops.attention import record_words
 
 EPS = 1e-5
 TOLERANCE = 2e-5  # of the largest value: float32 sums of some hundred terms, and exp within 2e-7
@@ -257,6 +260,88 @@ def test_a_cache_is_reused_unless_somebody_else_holds_it() -> None:
     assert np.array_equal(np.array(view), before[:, :, :4])
 
 
+K, V = Format("affine", 5, 32), Format("affine", 4, 64)
+PACKED = {"k_format": (32, 5), "v_format": (64, 4)}
+
+
+def empty_records(batch: int, kv_heads: int, rows: int, dim: int) -> list[mx.array]:
+    shapes = [(batch, kv_heads, rows, record_words(dim, fmt)) for fmt in (K, V)]
+    return [mx.zeros(shape, dtype=mx.uint32) for shape in shapes]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_step_with_records(batch: int, rows: int) -> None:
+    """New rows are quantized into the cache and read from it like the others."""
+    layer, r = Layer(6, 2, 24), rng(11)
+    h = mx.array(draw(r, batch, rows, 40))
+    before = [ops.quantize_kv(mx.array(draw(r, batch, 2, 200, 24)), fmt) for fmt in (K, V)]
+    q, k, v = ext.block_project(layer.block, h, 150)
+    expected = [mx.array(x) for x in before]
+    for x, new, fmt in zip(expected, (k, v), (K, V), strict=True):
+        x[:, :, 150 : 150 + rows] = ops.quantize_kv(new, fmt)
+    length = 150 + rows
+    out, *caches = ext.block_step(
+        layer.block, h, *before, 150, length, 150, "causal", None, False, *PACKED.values()
+    )
+    seen = [x[:, :, :length] for x in expected]
+    assert all(mx.array_equal(a, b) for a, b in zip(caches, expected, strict=True))
+    assert mx.array_equal(
+        ext.block_attend(layer.block, h, q, *seen, "causal", None, False, **PACKED), out
+    )
+    exact = [
+        reference.dequantize_kv(np.array(x), 24, fmt.group_size, fmt.bits)
+        for x, fmt in zip(seen, (K, V), strict=True)
+    ]
+    close(out, layer.attend(np.array(h), np.array(q), *exact, mask="causal"))
+
+
+def test_a_cache_of_records_is_reused_unless_somebody_else_holds_it() -> None:
+    layer, r = Layer(4, 2, 16), rng(12)
+    h = mx.array(draw(r, 1, 1, 40))
+    keys, values = empty_records(1, 2, 8, 16)
+    mx.eval(h, keys, values)
+    kept, address = keys, np.array(values, copy=False).ctypes.data
+    arguments = (3, 4, 3, "", None, False, *PACKED.values())
+    _, new_keys, new_values = ext.block_step(layer.block, h, keys, values, *arguments)
+    del keys, values
+    mx.eval(new_keys, new_values)
+    assert not mx.any(kept)  # the one that is held is as it was
+    assert mx.any(new_keys[:, :, 3])
+    assert np.array(new_values, copy=False).ctypes.data == address
+
+
+def test_records_with_starts_window_and_exact_vectors() -> None:
+    layer, r = Layer(6, 2, 24), rng(13)
+    h, q = draw(r, 2, 2, 40), draw(r, 2, 6, 2, 24)
+    plain = [draw(r, 2, 2, 90, 24) for _ in range(2)]
+    records = [ops.quantize_kv(mx.array(x), fmt) for x, fmt in zip(plain, (K, V), strict=True)]
+    exact = [
+        reference.dequantize_kv(np.array(x), 24, fmt.group_size, fmt.bits)
+        for x, fmt in zip(records, (K, V), strict=True)
+    ]
+    for stored, own in zip(exact, plain, strict=True):
+        stored[0, :, :3], stored[1, :, 20:23] = own[0, :, :3], own[1, :, 20:23]
+        stored[:, :, -5:] = own[:, :, -5:]
+    first = tuple(mx.array(np.stack([x[0, :, :3], x[1, :, 20:23]])) for x in plain)
+    recent = tuple(mx.array(x[:, :, -5:]) for x in plain)
+    query, key = np.arange(88, 90)[:, None], np.arange(90)
+    mask = (key <= query) & (key > query - 80)
+    mask = mask & (key >= np.array([0, 20])[:, None, None, None])
+    got = ext.block_attend(
+        layer.block,
+        *map(mx.array, (h, q)),
+        *records,
+        "causal",
+        **PACKED,
+        window=80,
+        starts=mx.array([0, 20]),
+        first=first,
+        recent=recent,
+    )
+    close(got, layer.attend(h, q, *exact, mask=mask))
+
+
 @pytest.mark.parametrize(
     ("change", "names"),
     [
@@ -290,7 +375,7 @@ def test_wrong_input_is_named() -> None:
         ext.block_project(block, h, 0, mx.array([1, 2]))
     with pytest.raises(ValueError, match="q is"):
         ext.block_attend(block, h, q[:, :2], k, k, "")
-    with pytest.raises(ValueError, match="do not fit a block"):
+    with pytest.raises(ValueError, match="do not fit a batch of 1 and 2 key heads of 16"):
         ext.block_attend(block, h, q, k[:, :1], k, "")
     with pytest.raises(ValueError, match="does not broadcast"):
         ext.block_attend(block, h, q, k, k, "array", mx.zeros((3, 5)))
@@ -298,5 +383,12 @@ def test_wrong_input_is_named() -> None:
         ext.block_attend(block, h, q, k, k, "caudal")
     with pytest.raises(ValueError, match="do not fit a cache"):
         ext.block_step(block, h, k, k, 4, 6, 4, "")
+    keys, values = empty_records(1, 2, 8, 16)
+    with pytest.raises(ValueError, match="it must be float32, or uint32 records"):
+        ext.block_step(block, h, k.astype(mx.float16), k.astype(mx.float16), 3, 5, 3, "")
+    with pytest.raises(ValueError, match="in records of 5 words"):
+        ext.block_step(block, h, keys, values, 3, 5, 3, "", None, False, (32, 8), (64, 4))
+    with pytest.raises(ValueError, match="no records of 7 bits"):
+        ext.block_step(block, h, keys, values, 3, 5, 3, "", None, False, (32, 7), (64, 4))
     with pytest.raises(ValueError, match="no MLP"):
         ext.block_mlp(block, h)

@@ -62,6 +62,35 @@ def weights(draw: st.DrawFn) -> tuple[Any, ...]:
     return (*(draw(part) for part in parts), group, bits)
 
 
+@st.composite
+def attention(draw: st.DrawFn, group: int, bits: int) -> Any:
+    """A call of quantized_attention, more often right than not."""
+    assert native.extension is not None
+    batch, kv_heads, dim = draw(st.integers(0, 2)), draw(st.integers(1, 2)), 8 * draw(sizes)
+    rows, keys = draw(st.sampled_from([0, 1, 2, 5])), draw(st.sampled_from([0, 1, 3, 33, 200]))
+    packed = draw(st.booleans()) and bits > 0 and group > 0
+    last = -(-dim // group) + -(-dim * bits // 32) if packed else dim
+    floating = st.sampled_from(DTYPES[:3])
+    q = draw(arrays([batch, 2 * kv_heads, rows, dim], draw(floating)))
+    stored = mx.uint32 if packed else draw(floating)
+    k, v = (draw(arrays([batch, kv_heads, keys, last], stored)) for _ in range(2))
+    fmt = (group, bits) if packed else (0, 0)
+    more: dict[str, Any] = {
+        "masking": draw(st.sampled_from(["", "causal"])),
+        "mask": draw(arrays([rows, keys], draw(st.sampled_from([mx.bool_, mx.float16])))),
+        "window": draw(st.sampled_from([-1, 1, 3, 300])),
+        "sinks": draw(arrays([2 * kv_heads])),
+        "starts": mx.array([draw(st.integers(-9, 300)) for _ in range(batch)]).astype(mx.int32),
+        "first": tuple(draw(arrays([batch, kv_heads, 3, dim], mx.float16)) for _ in range(2)),
+        "recent": tuple(draw(arrays([batch, kv_heads, 70, dim], mx.float32)) for _ in range(2)),
+        "value_dim": draw(sizes),
+    }
+    given = {name: x for name, x in more.items() if draw(st.integers(0, 3)) == 0}
+    if draw(st.integers(0, 5)) == 0:
+        k = draw(arrays())
+    return lambda: native.extension.quantized_attention(q, k, v, fmt, fmt, 0.1, **given)
+
+
 def attempt(call: Any) -> None:
     try:
         mx.eval(call())
@@ -82,7 +111,11 @@ def test_no_input_crashes(data: st.DataObject) -> None:
     codes, scales, biases, group, bits = weight = data.draw(weights())
     fitting = [data.draw(sizes), scales.shape[-1] * max(group, 0) if scales.ndim else 0]
     x = data.draw(arrays(fitting, mx.float32) if data.draw(st.booleans()) else arrays())
-    op = data.draw(st.sampled_from(["one", "experts", "mixed", "dense", "round", "kl", "logits"]))
+    op = data.draw(
+        st.sampled_from(
+            ["one", "experts", "mixed", "dense", "round", "kl", "logits", "records", "attention"]
+        )
+    )
     if op == "one":
         transpose = data.draw(st.booleans())
         attempt(lambda: ext.quantized_matmul(x, codes, scales, biases, transpose, group, bits))
@@ -108,5 +141,11 @@ def test_no_input_crashes(data: st.DataObject) -> None:
         heads = [data.draw(arrays()), data.draw(arrays())]
         hidden = data.draw(arrays())
         attempt(lambda: ext.kl_divergence(x, [heads[0]], hidden, [heads[1]], (0, 0), (0, 0)))
+    elif op == "records":
+        dtype = data.draw(st.sampled_from(DTYPES))
+        attempt(lambda: ext.quantize_kv(x, group, bits))
+        attempt(lambda: ext.dequantize_kv(codes, data.draw(sizes), group, bits, dtype))
+    elif op == "attention":
+        attempt(data.draw(attention(group, bits)))
     else:
         attempt(lambda: ext.compare_logits(x, data.draw(arrays(list(x.shape)))))

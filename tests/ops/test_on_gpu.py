@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 
 from optiq import ops
-from optiq.formats import Format
+from optiq.formats import DENSE, Format
 from optiq.ops import AffineWeight, kl, native
 from optiq.ops.trials import TRIALS
 
@@ -68,10 +68,17 @@ def activations(*shape: int) -> mx.array:
 def work() -> dict[str, Callable[[], Any]]:
     """A call of each op that has a trial -> what it gives."""
     w, x = weight(), activations(4, 128)
+    form = Format("affine", 4, 32)
+    q = activations(1, 2, 3, 128)
+    kv = REAL.quantize_kv(activations(1, 1, 9, 128), 32, 4)
     return {
         "quantized_matmul": lambda: [ops.quantized_matmul(x, *w[:3])],
         "quantize": lambda: ops.quantize(x, Format("affine", 4, 64)),
         "kl_divergence": lambda: ops.kl_divergence(x, w, x[::-1], w)[::2],
+        "quantize_kv": lambda: [ops.dequantize_kv(ops.quantize_kv(x, form), 128, form, x.dtype)],
+        "quantized_attention": lambda: [
+            ops.quantized_attention(q, kv, kv, k_format=form, v_format=form, scale=0.1)
+        ],
     }
 
 
@@ -99,7 +106,9 @@ def test_where_the_trial_fails_mlx_runs_and_one_warning_says_so(
     def broken(out: Any, *args: Any, **kwargs: Any) -> Any:
         if fault == "raises":
             raise RuntimeError("no such function")
-        return out * 1.1 if isinstance(out, mx.array) else [a * 1.1 for a in out]
+        if isinstance(out, mx.array):
+            return (out * 1.1).astype(out.dtype)
+        return [a * 1.1 for a in out]
 
     expected = work()[op]()
     extension = on(**{op: broken})
@@ -176,6 +185,22 @@ FAULTS: dict[str, tuple[str, str, Fault]] = {
         lambda out, *a: [out[0], ~out[1], *out[2:]],
     ),
     "lse_q": ("kl_divergence", "kl_divergence", lambda out, *a: [*out[:3], scaled(out[3])]),
+    "records": ("quantize_kv", "quantize_kv", lambda out, *a: out ^ 1),
+    "a decode step": (
+        "quantized_attention",
+        "quantized_attention",
+        lambda y, q, *a, **k: scaled(y) if q.shape[2] == 1 else y,
+    ),
+    "prefill": (
+        "quantized_attention",
+        "quantized_attention",
+        lambda y, q, *a, **k: y.at[:, :, 32:].multiply(1.01) if q.shape[2] > 1 else y,
+    ),
+    "padding": (
+        "quantized_attention",
+        "quantized_attention",
+        lambda y, *a, starts: REAL.quantized_attention(*a),
+    ),
 }
 
 
@@ -203,6 +228,8 @@ def test_many_rows_stay_with_stock_mlx(on: Any) -> None:
 
 def test_what_has_no_metal_kernel_stays(on: Any) -> None:
     extension = on()
+    wide = activations(1, 1, 4, 264)
+    ops.quantized_attention(wide, wide, wide, k_format=DENSE, v_format=DENSE, scale=0.1)
     x = activations(4, 128)
     ops.linear(x, activations(64, 128))
     ops.compare_logits(x, x + 1)

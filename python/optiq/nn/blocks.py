@@ -2,7 +2,13 @@
 
 A fused block has the class, the children and the parameters of the block it replaces; only
 `__call__` differs. Where its parts were replaced (LoRA), its input is being traced (gradients,
-compile), or the cache does not hand out plain arrays (quantized ones), it runs as the original.
+compile), or the cache is one of mlx-lm's quantized ones, it runs as the original.
+
+Caches of records (optiq.kv) are read as they are. They have stock classes as bases and
+
+    write(keys, values)   writes vectors
+    inputs()              what `ops.quantized_attention` takes: k, v, their formats, ...
+    layout                formats `k`, `v`; `sink`, `recent`: tokens that are also kept exact
 """
 
 from __future__ import annotations
@@ -15,9 +21,10 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from ..anatomy import Block, Unknown
+from ..formats import DENSE, Format
 from ..ops import native
 from .layers import _Adopting
-from .parts import Composed, Native
+from .parts import PLAIN, Composed, Native
 
 Cache = Any
 # Parents, keys and children: child i is what parent i has at key i.
@@ -122,31 +129,53 @@ class Runner:
 def _attend(
     parts: Native | Composed, x: mx.array, mask: Any, cache: Cache, with_mlp: bool
 ) -> mx.array:
-    kind = type(cache)
     if isinstance(parts, Native):
         if cache is None:
             return parts.step(x, None, None, 0, x.shape[1], 0, mask, with_mlp)[0]
-        if kind is KVCache and (keys := cache.keys) is not None:
+        kind, formats = _in_place(cache)
+        if kind is KVCache:
             start = cache.offset
             end = start + x.shape[1]
-            if end <= keys.shape[2] and keys.dtype == mx.float32:
+            if end <= cache.keys.shape[2]:
                 h, cache.keys, cache.values = parts.step(
-                    x, keys, cache.values, start, end, start, mask, with_mlp
+                    x, cache.keys, cache.values, start, end, start, mask, with_mlp, formats
                 )
                 cache.offset = end
                 return h
-        elif kind is RotatingKVCache and x.shape[1] == 1 and (keys := cache.keys) is not None:
-            position, size = cache.offset, keys.shape[2]
+        elif kind is RotatingKVCache and x.shape[1] == 1:
+            position, size = cache.offset, cache.keys.shape[2]
             whole = size == cache.max_size
             start = cache.keep if whole and cache._idx == size else cache._idx
-            if (whole or position < size < cache.max_size) and keys.dtype == mx.float32:
+            if whole or position < size < cache.max_size:
                 length = min(position + 1, size)
                 h, cache.keys, cache.values = parts.step(
-                    x, keys, cache.values, start, length, position, mask, with_mlp
+                    x, cache.keys, cache.values, start, length, position, mask, with_mlp, formats
                 )
                 cache.offset, cache._idx = position + 1, start + 1
                 return h
+    if _of_records(cache):
+        q, k, v = parts.project(x, cache.offset)
+        cache.write(k, v)
+        return parts.attend(x, q, mask=mask, mlp=with_mlp, **cache.inputs())
     return _run(parts, x, mask, cache, with_mlp)[0]
+
+
+def _of_records(cache: Cache) -> bool:
+    return hasattr(cache, "inputs") and hasattr(cache, "layout")
+
+
+def _in_place(cache: Cache) -> tuple[type | None, tuple[Format, Format]]:
+    """The stock class by whose rules a block may itself write rows into a cache, and in which
+    formats; None where the cache has to do it.
+    """
+    stock = (KVCache, RotatingKVCache)
+    if not _of_records(cache):
+        plain = type(cache) in stock and cache.keys is not None and cache.keys.dtype == mx.float32
+        return (type(cache) if plain else None), PLAIN
+    layout = cache.layout
+    if cache.keys is None or layout.sink or layout.recent or DENSE in (layout.k, layout.v):
+        return None, PLAIN
+    return next((base for base in stock if isinstance(cache, base)), None), (layout.k, layout.v)
 
 
 def _run(

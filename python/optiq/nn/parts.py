@@ -15,10 +15,12 @@ import mlx.nn as nn
 
 from .. import ops
 from ..anatomy import Block, Unknown
-from ..ops.attention import capped_attention
+from ..formats import DENSE, Format
+from ..ops.attention import capped_attention, masking, packing
 from .layers import Linear, QuantizedLinear
 
 Mask = Any  # None, "causal" or an array that broadcasts to [batch, heads, rows, keys]
+PLAIN = DENSE, DENSE  # formats of a cache that holds vectors
 
 
 def module_at(block: nn.Module, path: str) -> Any:
@@ -128,11 +130,13 @@ class Native:
         position: int,
         mask: Mask,
         mlp: bool,
+        formats: tuple[Format, Format] = PLAIN,
     ) -> list[mx.array]:
         """The block with the cache's first `length` rows, the new ones put at `start`."""
-        masking, array = _masking(mask)
+        name, array = masking(mask)
+        packings = [packing(f) for f in formats]
         out: list[mx.array] = self._step(
-            self.block, x, keys, values, start, length, position, masking, array, mlp
+            self.block, x, keys, values, start, length, position, name, array, mlp, *packings
         )
         return out
 
@@ -145,17 +149,26 @@ class Native:
         return out
 
     def attend(
-        self, x: mx.array, q: mx.array, k: mx.array, v: mx.array, mask: Mask, mlp: bool
+        self,
+        x: mx.array,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        mask: Mask,
+        mlp: bool,
+        k_format: Format = DENSE,
+        v_format: Format = DENSE,
+        **stored: Any,
     ) -> mx.array:
-        masking, array = _masking(mask)
-        out: mx.array = self.ext.block_attend(self.block, x, q, k, v, masking, array, mlp)
+        """What follows the cache; keys, values and what is `stored` with them (`starts`, `first`,
+        `recent`) as in `ops.quantized_attention`.
+        """
+        name, array = masking(mask)
+        formats = packing(k_format), packing(v_format)
+        out: mx.array = self.ext.block_attend(
+            self.block, x, q, k, v, name, array, mlp, *formats, **stored
+        )
         return out
-
-
-def _masking(mask: Mask) -> tuple[str, mx.array | None]:
-    if mask is None:
-        return "", None
-    return (mask, None) if isinstance(mask, str) else ("array", mask)
 
 
 class Composed:
@@ -187,10 +200,20 @@ class Composed:
         return [self._rotate(out[0], offset), self._rotate(out[1], offset), out[2]]
 
     def attend(
-        self, x: mx.array, q: mx.array, k: mx.array, v: mx.array, mask: Mask, mlp: bool
+        self,
+        x: mx.array,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        mask: Mask,
+        mlp: bool,
+        **stored: Any,
     ) -> mx.array:
         a, m, one = self.d.attention, self.d.mlp, self.d.plus_one
-        if a["softcap"]:
+        if stored:
+            options = {name: a[name] for name in ("scale", "sinks", "softcap")}
+            y = ops.quantized_attention(q, k, v, mask=mask, **options, **stored)
+        elif a["softcap"]:
             y = capped_attention(q * a["scale"], k, v, mask, a["softcap"])
         else:
             y = mx.fast.scaled_dot_product_attention(

@@ -12,11 +12,13 @@ size (head_dim 80 in groups of 32); zeros fill the code stream up to whole words
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from ..formats import DENSE, Format
+from . import native
 from .affine import pack
 
 Mask = mx.array | str | None
@@ -51,6 +53,9 @@ def quantize_kv(x: mx.array, fmt: Format) -> mx.array:
         ValueError: A format or `dim` that has no records.
     """
     _check(x.shape[-1], fmt)
+    if ext := native.active() or native.proven("quantize_kv"):
+        records: mx.array = ext.quantize_kv(x, fmt.group_size, fmt.bits)
+        return records
     dim, size = x.shape[-1], fmt.group_size
     groups = -(-dim // size)
     columns = mx.unflatten(mx.arange(groups * size), 0, (groups, size))
@@ -80,6 +85,9 @@ def dequantize_kv(records: mx.array, dim: int, fmt: Format, dtype: mx.Dtype) -> 
             f"[dequantize_kv] records {records.shape} {records.dtype} are not those of "
             f"{dim} values in {fmt}, which are uint32 and end in {record_words(dim, fmt)}"
         )
+    if ext := native.active():
+        vectors: mx.array = ext.dequantize_kv(records, dim, fmt.group_size, fmt.bits, dtype)
+        return vectors
     groups = -(-dim // fmt.group_size)
     header = mx.contiguous(records[..., :groups]).view(mx.float16).astype(mx.float32)
     header = mx.unflatten(header, -1, (groups, 2))
@@ -133,7 +141,29 @@ def quantized_attention(
     Raises:
         ValueError: Shapes, dtypes or formats that do not fit together.
     """
+    if window is not None and not isinstance(mask, str):
+        raise ValueError('[quantized_attention] window needs mask="causal"')
+    if window is not None and window < 1:
+        raise ValueError(f"[quantized_attention] window is {window}; it must be 1 or more")
     dim = q.shape[-1]
+    if ext := native.active() or _on_gpu(dim, value_dim or dim):
+        out: mx.array = ext.quantized_attention(
+            q,
+            k,
+            v,
+            packing(k_format),
+            packing(v_format),
+            scale,
+            *masking(mask),
+            window or 0,
+            sinks,
+            softcap,
+            starts,
+            first,
+            recent,
+            value_dim or 0,
+        )
+        return out
     keys = _plain(k, dim, k_format, q.dtype)
     values = _plain(v, value_dim or dim, v_format, q.dtype)
     for exact, end in ((first, False), (recent, True)):
@@ -150,6 +180,12 @@ def quantized_attention(
     )
 
 
+def _on_gpu(*dims: int) -> ModuleType | None:
+    """The extension where its Metal kernels are trusted and take vectors of these dimensions."""
+    fits = all(dim % 8 == 0 and dim <= 256 for dim in dims)
+    return native.proven("quantized_attention") if fits else None
+
+
 def _check(dim: int, fmt: Format) -> None:
     if fmt.mode != "affine" or fmt.bits < 3 or fmt.group_size > 64:
         raise ValueError(
@@ -157,6 +193,18 @@ def _check(dim: int, fmt: Format) -> None:
         )
     if dim % 8:
         raise ValueError(f"vectors of {dim} elements cannot be quantized; use a multiple of 8")
+
+
+def packing(fmt: Format) -> tuple[int, int]:
+    """Group size and bits of records as the extension takes them, (0, 0) for plain vectors."""
+    return (0, 0) if fmt == DENSE else (fmt.group_size, fmt.bits)
+
+
+def masking(mask: Mask) -> tuple[str, mx.array | None]:
+    """A mask as the extension takes it: a name, and an array if it is one."""
+    if mask is None:
+        return "", None
+    return (mask, None) if isinstance(mask, str) else ("array", mask)
 
 
 def _plain(x: mx.array, dim: int, fmt: Format, dtype: mx.Dtype) -> mx.array:
@@ -178,8 +226,6 @@ def _seen(
     mask: Mask, rows: int, size: int, window: int | None, starts: mx.array | None
 ) -> mx.array | str | None:
     """One mask for all that excludes keys."""
-    if window is not None and not isinstance(mask, str):
-        raise ValueError('[quantized_attention] window needs mask="causal"')
     if isinstance(mask, str):
         if mask != "causal":
             raise ValueError(f'[quantized_attention] mask is {mask!r}; it must be "causal"')

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..formats import Format
-from . import affine, kl, reference
+from . import affine, attention, kl, reference
 from .affine import AffineWeight
 
 
@@ -90,8 +90,43 @@ def _kl_divergence(ext: ModuleType) -> bool:
     )
 
 
+def _quantize_kv(ext: ModuleType) -> bool:
+    """Within half a step of the vectors, and what rounding scale and bias to float16 adds."""
+    x = mx.random.normal((40, 80), key=mx.random.key(0)).astype(mx.float16)
+    records = np.array(ext.quantize_kv(x, 32, 5))
+    exact = np.array(x).astype(np.float64)
+    off = np.abs(reference.dequantize_kv(records, 80, 32, 5) - exact).max()
+    step = np.ptp(exact, axis=-1).max() / 31
+    return bool(off <= step / 2 + 2.0**-10 * np.abs(exact).max())
+
+
+def _quantized_attention(ext: ModuleType) -> bool:
+    """A decode step over two splits of the keys, and a prefill, both of a padded batch."""
+    k_format, v_format = Format("affine", 8, 64), Format("affine", 4, 32)
+    keys, starts = 1100, np.array([0, 70])
+    x = mx.random.normal((2, 2, keys, 64), key=mx.random.key(1))
+    k, v = attention.quantize_kv(x, k_format), attention.quantize_kv(-x, v_format)
+    exact_k, exact_v = (
+        reference.dequantize_kv(np.array(r), 64, f.group_size, f.bits)
+        for r, f in ((k, k_format), (v, v_format))
+    )
+    for rows in (1, 40):
+        q = mx.random.normal((2, 6, rows, 64), key=mx.random.key(rows))
+        y = ext.quantized_attention(
+            q, k, v, (64, 8), (32, 4), 0.125, "causal", starts=mx.array(starts)
+        )
+        query, key = np.arange(keys - rows, keys)[:, None], np.arange(keys)
+        seen = (key <= query) & (key >= starts[:, None, None, None])
+        expected = reference.attention(np.array(q), exact_k, exact_v, 0.125, seen)
+        if not _close(y, mx.array(expected.astype(np.float32)), 1e-4):
+            return False
+    return True
+
+
 TRIALS = {
     "quantized_matmul": _quantized_matmul,
     "quantize": _quantize,
     "kl_divergence": _kl_divergence,
+    "quantize_kv": _quantize_kv,
+    "quantized_attention": _quantized_attention,
 }

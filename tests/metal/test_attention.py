@@ -1,0 +1,274 @@
+"""Attention over quantized keys and values, launched as planned and run on the emulator, against
+float64."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from optiq.formats import DENSE, Format
+from optiq.ops import reference
+from optiq.ops.attention import Exact
+from tests.msl.emulator import KernelError, Module, needs_emulator
+from tests.ops.cases import DTYPES
+from tests.ops.test_quantized_attention import DIMS, MASKS, WIDTHS, masks, normal, records
+
+from .launcher import NAMES, Plan, compile_together, plan_quantized_attention, run
+
+pytestmark = needs_emulator
+
+
+def described(x: mx.array, dim: int, fmt: Format) -> tuple[tuple[int, int, int], list[int]]:
+    """Format and strides of keys or values, row-major."""
+    _, heads, tokens, width = x.shape
+    bits, group = (0, 0) if fmt == DENSE else (fmt.bits, fmt.group_size)
+    return (dim, bits, group), [heads * tokens * width, tokens * width, width]
+
+
+def plan(q: mx.array, k: mx.array, v: mx.array, **given: Any) -> Plan:
+    """That of `ops.quantized_attention` with these arguments."""
+    dim, mask = q.shape[-1], given.get("mask")
+    (k_format, k_strides), (v_format, v_strides) = (
+        described(k, dim, given["k_format"]),
+        described(v, given.get("value_dim") or dim, given["v_format"]),
+    )
+    array = isinstance(mask, mx.array)
+    exact = {n: e[0].shape[2] for n in ("first", "recent") if (e := given.get(n))}
+    batch, heads, rows, _ = q.shape
+    return plan_quantized_attention(
+        (batch, heads, k.shape[1], rows, k.shape[2]), k_format, v_format,
+        given.get("k_strides", k_strides), given.get("v_strides", v_strides),
+        dtype=NAMES[next(n for n, d in DTYPES.items() if d == q.dtype)], scale=given["scale"],
+        causal=mask == "causal" if isinstance(mask, str) else False,
+        window=given.get("window") or 0, softcap=given.get("softcap", 0.0),
+        mask=(1,) * (4 - mask.ndim) + mask.shape if array else None,
+        added=array and mask.dtype != mx.bool_,
+        sinks=given.get("sinks") is not None, starts=given.get("starts") is not None,
+        tune=given.get("tune", ""), **exact,
+    )  # fmt: skip
+
+
+def attend(
+    q: mx.array, k: mx.array, v: mx.array, shuffle: int | bool = False, **given: Any
+) -> tuple[mx.array, Any]:
+    """The result and the counters."""
+    inputs = [q, k, v]
+    if isinstance(mask := given.get("mask"), mx.array):
+        inputs.append(mask if mask.dtype == mx.bool_ else mask.astype(mx.float32))
+    if (starts := given.get("starts")) is not None:
+        inputs.append(starts.astype(mx.int32))
+    for name in ("first", "recent"):
+        if exact := given.get(name):
+            inputs += [a.astype(q.dtype) for a in exact]
+    if (sinks := given.get("sinks")) is not None:
+        inputs.append(sinks)
+    shape = (*q.shape[:3], given.get("value_dim") or q.shape[-1])
+    (y,), counters = run(plan(q, k, v, **given), inputs, [(shape, q.dtype)], shuffle=shuffle)
+    return y, counters
+
+
+# Every width of keys and of values with every head_dim, a short last group among them, and plain
+# vectors; the other side's width goes round, since the two are decoded by the same function.
+FORMATS = [
+    *((dim, WIDTHS[(i + j) % 5], WIDTHS[(2 * i + j) % 5]) for i, dim in enumerate(DIMS)
+      for j in (0, 2)),
+    (64, 16, 4), (96, 8, 16), (80, 3, 6),
+]  # fmt: skip
+
+
+def fmt(bits: int, i: int) -> Format:
+    return DENSE if bits == 16 else Format("affine", bits, (32, 64)[i % 2])
+
+
+class Case:
+    """One call of the op. Its shapes go round with `i`, its kernel comes from FORMATS alone."""
+
+    def __init__(self, i: int, kind: str, group: int = 1, dtype: str = "f32") -> None:
+        dim, k_bits, v_bits = FORMATS[i]
+        rows, keys = [(1, 40), (4, 150), (33, 40)][(i + group) % 3]
+        self.q = normal(2, 2 * group, rows, dim, seed=i).astype(DTYPES[dtype])
+        k, v = (normal(2, 2, keys, dim, seed=s + i).astype(DTYPES[dtype]) for s in (50, 80))
+        self.given, self.array = masks(kind, 2, rows, keys)
+        self.given |= {"k_format": fmt(k_bits, i), "v_format": fmt(v_bits, i // 2)}
+        self.given |= {"scale": dim**-0.5, "tune": "kv_split=128"}
+        if group % 2 == 0:
+            self.given["sinks"] = normal(2 * group, seed=7)
+        if group % 4 == 3:
+            self.given["softcap"] = 3.0
+        (self.k, self.exact_k), (self.v, self.exact_v) = (
+            records(x, self.given[f"{n}_format"]) for n, x in (("k", k), ("v", v))
+        )
+
+    def truth(self) -> np.ndarray[Any, Any]:
+        sinks = self.given.get("sinks")
+        return reference.attention(
+            np.array(self.q.astype(mx.float32)), self.exact_k, self.exact_v, self.given["scale"],
+            self.array, None if sinks is None else np.array(sinks), self.given.get("softcap", 0.0),
+        )  # fmt: skip
+
+    def plan(self) -> Plan:
+        return plan(self.q, self.k, self.v, **self.given)
+
+
+# Every mask with every format, each format with two group sizes: kernels take time to compile.
+GROUPS = (1, 3, 4, 8)
+CASES = [
+    (i, kind, GROUPS[(i + j % 2) % 4])
+    for (i, _), (j, kind) in product(enumerate(FORMATS), enumerate(MASKS))
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_together() -> None:
+    compile_together([Case(*case).plan() for case in CASES])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_float64_on_the_stored_values(case: tuple[int, str, int]) -> None:
+    c = Case(*case)
+    got, _ = attend(c.q, c.k, c.v, **c.given)
+    np.testing.assert_allclose(np.array(got), c.truth(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+@pytest.mark.parametrize("case", [(0, "causal", 4), (3, "bool", 3), (10, "starts", 1)], ids=str)
+def test_16_bit_types(case: tuple[int, str, int], dtype: str) -> None:
+    """Within one rounding of the result: everything between is float32."""
+    c = Case(*case, dtype)
+    got, _ = attend(c.q, c.k, c.v, **c.given)
+    assert got.dtype == DTYPES[dtype]
+    expected = c.truth()
+    limit = mx.finfo(got.dtype).eps / 2 * np.abs(expected) + 1e-5
+    assert (np.abs(np.array(got.astype(mx.float32)) - expected) <= limit).all()
+
+
+@pytest.mark.parametrize("value_dim", [64, 128])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_exact_vectors_replace_their_records(rows: int, value_dim: int) -> None:
+    keys, starts, form = rows + 120, np.array([0, 4]), Format("affine", 4, 32)
+    q, k, v = (normal(2, h, n, d, seed=h + n)
+               for h, n, d in ((6, rows, 64), (2, keys, 64), (2, keys, value_dim)))  # fmt: skip
+    (k_records, exact_k), (v_records, exact_v) = records(k, form), records(v, form)
+    index = mx.array(starts[:, None] + np.arange(2))[:, None, :, None]
+    first = Exact(*(mx.take_along_axis(a, index, 2) for a in (k, v)))
+    recent = Exact(k[:, :, -5:], v[:, :, -5:])
+    for stored, plain in ((exact_k, np.array(k)), (exact_v, np.array(v))):
+        for b, start in enumerate(starts):
+            stored[b, :, start : start + 2] = plain[b, :, start : start + 2]
+        stored[:, :, -5:] = plain[:, :, -5:]
+    _, array = masks("causal", 2, rows, keys)
+    array = array & (np.arange(keys) >= starts[:, None, None, None])
+    got, _ = attend(
+        q, k_records, v_records, k_format=form, v_format=form, scale=0.125, mask="causal",
+        starts=mx.array(starts), first=first, recent=recent, value_dim=value_dim,
+        tune="kv_split=128",
+    )  # fmt: skip
+    expected = reference.attention(np.array(q), exact_k, exact_v, 0.125, array)
+    np.testing.assert_allclose(np.array(got), expected, rtol=0, atol=1e-5)
+
+
+def decode(c: Case, k: mx.array, v: mx.array, **changed: Any) -> np.ndarray[Any, Any]:
+    return np.array(attend(c.q, k, v, **(c.given | changed))[0])
+
+
+LONG = (1, "causal", 3)  # two splits
+
+
+def test_a_cache_with_room_is_read_in_place() -> None:
+    """k and v as mlx-lm's caches give them: slices of longer arrays, whose rest is never read."""
+    c = Case(*LONG)
+    expected = decode(c, c.k, c.v)
+    keys, strides, longer = c.k.shape[2], {}, []
+    for name, x in (("k", c.k), ("v", c.v)):
+        room = mx.full((2, 2, 10, x.shape[3]), 2**32 - 1, dtype=mx.uint32)
+        longer.append(mx.concatenate([x, room], axis=2))
+        strides[f"{name}_strides"] = [2 * (keys + 10) * x.shape[3], (keys + 10) * x.shape[3]]
+        strides[f"{name}_strides"].append(x.shape[3])
+    the_plan = plan(c.q, c.k, c.v, **c.given, **strides)
+    assert the_plan["strided"] == [1, 2]
+    inputs = [c.q, *longer] + ([c.given["sinks"]] if "sinks" in c.given else [])
+    (y,), _ = run(the_plan, inputs, [(c.q.shape, c.q.dtype)])
+    assert (np.array(y) == expected).all()
+
+
+@pytest.mark.parametrize("rows", [1, 33])
+def test_a_padded_row_of_a_batch_has_the_bits_it_has_alone(rows: int) -> None:
+    form, lengths = Format("affine", 4, 64), (170, 140, 300)
+    given = {"k_format": form, "v_format": form, "scale": 0.125, "mask": "causal",
+             "tune": "kv_split=128"}  # fmt: skip
+    q = normal(3, 4, rows, 64, seed=1)
+    k, v = (records(normal(3, 2, 300, 64, seed=s), form)[0] for s in (2, 3))
+    starts = mx.array([300 - n for n in lengths])
+    together, _ = attend(q, k, v, starts=starts, **given)
+    for b, n in enumerate(lengths):
+        alone, _ = attend(q[b : b + 1], k[b : b + 1, :, -n:], v[b : b + 1, :, -n:], **given)
+        assert mx.array_equal(together[b], alone[0])
+
+
+def test_rows_that_see_nothing_and_rows_that_are_nan() -> None:
+    c = Case(*LONG)
+    mask = np.ones((2, 1, c.q.shape[2], c.k.shape[2]), np.bool_)
+    mask[0, :, 1] = False
+    q = np.array(c.q)
+    q[1, 2, 0, 5] = np.nan
+    got, _ = attend(mx.array(q), c.k, c.v, **(c.given | {"mask": mx.array(mask), "sinks": None}))
+    out = np.array(got)
+    assert (out[0, :, 1] == 0).all()
+    nan = np.zeros(out.shape, np.bool_)
+    nan[1, 2, 0] = True
+    assert (np.isnan(out) == nan).all()
+
+
+@pytest.mark.parametrize("case", [LONG, (0, "bool", 8), (0, "window", 4)], ids=str)
+def test_any_order_of_execution_gives_the_same_bits(case: tuple[int, str, int]) -> None:
+    c = Case(*case)
+    got, _ = attend(c.q, c.k, c.v, **c.given)
+    again, _ = attend(c.q, c.k, c.v, shuffle=7, **c.given)
+    assert mx.array_equal(got, again)
+
+
+FAULTS = {
+    "no barrier before a tile is read": ("sync_tile<SHARE>();\n#pragma unroll", "#pragma unroll"),
+    "values written before scores were read": (
+        "const int chunk = at / 32 + member;\n    sync_tile<SHARE>();",
+        "const int chunk = at / 32 + member;",
+    ),
+    "no barrier before teams meet": (
+        "threadgroup_barrier(mem_flags::mem_threadgroup);\n    if (team == 0)", "if (team == 0)",
+    ),
+    "words past the last record": ("BITS * chunk + i < code_words", "true"),
+    "keys past the last one": ("key, key < end, member", "key, true, member"),
+    "rows past the last query": ("team != 0 || row >= row_end", "team != 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_planted_in_the_kernel_is_reported(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, wrong = FAULTS[fault]
+
+    def broken(launch: dict[str, Any], mode: Any) -> Module:
+        text = launch["library_source"]
+        assert right in text
+        return Module(source=text.replace(right, wrong), kernels=[launch["kernel"]], mode=mode)
+
+    monkeypatch.setattr("tests.metal.launcher.module", broken)
+    form = Format("affine", 3, 32)
+    q = normal(1, 2, 12 if "barrier" in fault or "written" in fault else 1, 80, seed=0)
+    k, v = (records(normal(1, 2, 150, 80, seed=i), form)[0] for i in (1, 2))
+    options = {"k_format": form, "v_format": form, "scale": 0.1, "tune": "kv_split=128"}
+    with pytest.raises(KernelError):
+        attend(q, k, v, **options)
+
+
+def test_the_text_for_metal_compiles() -> None:
+    for launch in Case(*LONG).plan()["launches"]:
+        text = launch["library_source"]
+        assert text.isascii()
+        assert '#include "' not in text
+        Module(source=text, kernels=[launch["kernel"]])
