@@ -77,19 +77,25 @@ def create(path: Path, header: Header) -> None:
     _append(path, [json.dumps(asdict(header), ensure_ascii=False) + "\n"])
 
 
+def check(path: Path, header: Header) -> None:
+    """Raise EvalError unless the file is a part of the run that `header` describes."""
+    old, _ = read(path)
+    for key, value in asdict(header).items():
+        was = getattr(old, key)
+        if key != "model" and was != value:  # the same model may be named in two ways
+            raise EvalError(
+                f"{path} was made with another {key} ({_short(was)}, now {_short(value)}); "
+                "give another folder with -o, or delete the file"
+            )
+
+
 def resume(path: Path, header: Header, boundaries: Sequence[int]) -> list[Record]:
     """Cut the file to the last of `boundaries` (counts of records) and return what is kept.
 
     Raises EvalError if it is not a part of the run that `header` describes.
     """
-    old, found = _parse(path)
-    for key, value in asdict(header).items():
-        was = getattr(old, key)
-        if key != "model" and was != value:
-            raise EvalError(
-                f"{path} was made with another {key} ({_short(was)}, now {_short(value)}); "
-                "give another folder with -o, or delete the file"
-            )
+    check(path, header)
+    _, found = _parse(path)
     keep = max((n for n in (0, *boundaries) if n <= len(found)), default=0)
     with path.open("r+b") as file:
         file.truncate(found[keep - 1][1] if keep else _header_end(path))
