@@ -32,7 +32,11 @@ class Judge(Protocol):
     """Runs untrusted code in a sandbox."""
 
     def __call__(self, code: str, test: str, entry_point: str) -> Verdict:
-        """Define `code`, then `test`, then run check(entry_point); for many threads at a time."""
+        """Whether the untrusted `code` defines an `entry_point` that passes `test`.
+
+        `test` is trusted, defines check(candidate) and is run apart from `code`. Any number of
+        threads may ask at a time.
+        """
 
 
 class HumanEval(Generation):
@@ -70,7 +74,9 @@ class HumanEval(Generation):
             program = humaneval.instruct_program(prompt, code, entry_point)
         else:
             program = prompt.rstrip() + answer + "\n"
-        verdict = self._judge(program, item.data["test"], entry_point)
+        # Some tests call helpers that the prompt defines.
+        test = f"{prompt}\n{item.data['test']}"
+        verdict = self._judge(program, test, entry_point)
         return {"pass": verdict.passed}, verdict.note
 
     def failed(self, item: Item) -> Metrics:
