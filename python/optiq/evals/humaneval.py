@@ -42,10 +42,24 @@ def extract(text: str, entry_point: str) -> str | None:
 
 def instruct_program(prompt: str, code: str, entry_point: str) -> str:
     """`code` after what the prompt has before the function: imports and helpers it may use."""
-    before = re.split(rf"^def {re.escape(entry_point)}\b", prompt, maxsplit=1, flags=re.MULTILINE)[
-        0
-    ]
-    return f"{before}\n{code}\n"
+    return f"{_before(prompt, entry_point)}\n{code}\n"
+
+
+def test_program(prompt: str, test: str, entry_point: str) -> str:
+    """The test, apart from the candidate: with the helpers it calls, and the candidate by name.
+
+    HumanEval/33 compares with what the function of that name returns, 38 and 50 encode first.
+    """
+    return (
+        f"{_before(prompt, entry_point)}\n{test}\n\n_check = check\n\n\n"
+        f"def check(candidate):\n    global {entry_point}\n"
+        f"    {entry_point} = candidate\n    _check(candidate)\n"
+    )
+
+
+def _before(prompt: str, entry_point: str) -> str:
+    start = re.search(rf"^def {re.escape(entry_point)}\b", prompt, re.MULTILINE)
+    return prompt[: start.start()] if start else ""
 
 
 def _defines(code: str, entry_point: str) -> bool:

@@ -74,8 +74,7 @@ class HumanEval(Generation):
             program = humaneval.instruct_program(prompt, code, entry_point)
         else:
             program = prompt.rstrip() + answer + "\n"
-        # Some tests call helpers that the prompt defines.
-        test = f"{prompt}\n{item.data['test']}"
+        test = humaneval.test_program(prompt, item.data["test"], entry_point)
         verdict = self._judge(program, test, entry_point)
         return {"pass": verdict.passed}, verdict.note
 
