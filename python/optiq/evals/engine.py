@@ -94,11 +94,15 @@ class Engine:
         self, contexts: Sequence[Tokens], endings: Sequence[Sequence[Tokens]]
     ) -> list[list[float]]:
         """log p of each of its endings after each context, summed over the ending's tokens."""
+
+        def key(context: Tokens, written: Tokens) -> tuple[int, ...]:
+            return (*context, *written)
+
         wanted: dict[tuple[int, ...], dict[int, float]] = {}  # per sequence run: tokens asked for
         for context, options in zip(contexts, endings, strict=True):
             for ending in options:
                 for k, token in enumerate(ending):
-                    wanted.setdefault((*context, *ending[:k]), {})[token] = 0.0
+                    wanted.setdefault(key(context, ending[:k]), {})[token] = 0.0
         sequences = [list(key) for key in wanted]
         found = list(wanted.values())
 
@@ -111,7 +115,7 @@ class Engine:
         self._run(sequences, [1] * len(sequences), see)
         return [
             [
-                sum(wanted[(*context, *ending[:k])][token] for k, token in enumerate(ending))
+                sum(wanted[key(context, ending[:k])][token] for k, token in enumerate(ending))
                 for ending in options
             ]
             for context, options in zip(contexts, endings, strict=True)

@@ -1,4 +1,4 @@
-"""Scoring of GSM8K, as lm-eval's `gsm8k_cot` does it: exact match of the last line's number.
+"""Scoring of GSM8K, as lm-eval's `gsm8k_cot` does it: exact match of a number.
 
 Pure functions: no MLX, no files.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 
-_STRICT = re.compile(r"The answer is (-?[0-9.,]+)\.")
+# The last full stop is any character in lm-eval's configuration, too.
+_STRICT = re.compile(r"The answer is (-?[0-9.,]+).")
 _NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 
 

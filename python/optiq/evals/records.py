@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def create(path: Path, header: Header) -> None:
         raise EvalError(
             f"{path} holds results already; --resume goes on, -o OUT puts new ones elsewhere"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     _append(path, [json.dumps(asdict(header), ensure_ascii=False) + "\n"])
 
 
@@ -97,7 +99,7 @@ def resume(path: Path, header: Header, boundaries: Sequence[int]) -> list[Record
     check(path, header)
     _, found = _parse(path)
     keep = max((n for n in (0, *boundaries) if n <= len(found)), default=0)
-    with path.open("r+b") as file:
+    with writing(path), path.open("r+b") as file:
         file.truncate(found[keep - 1][1] if keep else _header_end(path))
     return [record for record, _ in found[:keep]]
 
@@ -107,16 +109,22 @@ def append(path: Path, records: Iterable[Record]) -> None:
     _append(path, [record.line() for record in records])
 
 
-def _append(path: Path, lines: list[str]) -> None:
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what the file system refuses into an EvalError."""
     try:
-        with path.open("ab") as file:
-            file.write("".join(lines).encode())
-            file.flush()
-            os.fsync(file.fileno())
+        yield
     except OSError as error:
         raise EvalError(
             f"{path} cannot be written ({error.strerror}); give another folder with -o"
         ) from error
+
+
+def _append(path: Path, lines: list[str]) -> None:
+    with writing(path), path.open("ab") as file:
+        file.write("".join(lines).encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _parse(path: Path) -> tuple[Header, list[tuple[Record, int]]]:

@@ -12,7 +12,7 @@ from .. import compare
 from ..machine import machine
 from . import metrics, runs
 from .comparison import capability
-from .records import Header
+from .records import Header, writing
 from .runs import Run
 from .statistics import CAPABILITY
 
@@ -28,7 +28,7 @@ def summarize(
     path, size = out / "summary.json", out / "size.json"
     found = runs.load(out)
     whole = {task: list(run.records) for task, run in found.items() if run.finished}
-    seconds = _earlier_seconds(path) | seconds
+    seconds = _earlier_seconds(path) | dict(seconds)
     five = all(task in whole for task in CAPABILITY)
     headers = [run.header for run in found.values()]
     summary = {
@@ -48,10 +48,11 @@ def summarize(
 
 def write_json(path: Path, value: Any) -> None:
     """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
 
 
 def _facts(run: Run, seconds: float | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ...compare import Table, check_tokens, columns
 from ...nn import accelerate
 from ...sources import Source, load
 from ..engine import Engine, Prompt
-from ..records import Record
+from ..records import Metrics, Record
 from ..task import Item
 
 COLUMNS = ("kl", "top1", "loss")  # the rows of a table of `compare`
@@ -48,7 +48,7 @@ class Kl:
         for item in wave:
             tokens = item.data["tokens"]
             table = columns(reference, {"the model": engine.model}, tokens)["the model"]
-            metrics = {
+            metrics: Metrics = {
                 name: [float(f"{value:.8g}") for value in row]
                 for name, row in zip(COLUMNS, table, strict=True)
             }
