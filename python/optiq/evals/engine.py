@@ -103,7 +103,7 @@ class Engine:
             for ending in options:
                 for k, token in enumerate(ending):
                     wanted.setdefault(key(context, ending[:k]), {})[token] = 0.0
-        sequences = [list(key) for key in wanted]
+        sequences = [list(sequence) for sequence in wanted]
         found = list(wanted.values())
 
         def see(index: int, _: int, log_p: mx.array) -> bool:
@@ -164,8 +164,10 @@ class Engine:
 
 
 def shared_length(sequences: Sequence[Tokens]) -> int:
-    """How many first tokens all sequences share, short of the last of any; 0 where it is not worth
-    a cache of its own."""
+    """How many first tokens all sequences share, short of the last of any.
+
+    0 where it is not worth a cache of its own.
+    """
     first, last = min(sequences), max(sequences)  # what these two share, all between them do
     most = min(map(len, sequences)) - 1
     differ = (k for k, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)

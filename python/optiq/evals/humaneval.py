@@ -32,8 +32,10 @@ def instruct_stop(text: str, entry_point: str) -> int | None:
 
 
 def extract(text: str, entry_point: str) -> str | None:
-    """The last code block that defines the function, a block cut short included; without any
-    block, all of a text that defines it."""
+    """The last code block that defines the function, even one cut short.
+
+    Without any block, all of a text that defines it.
+    """
     blocks = [block for block in _BLOCK.findall(text) if _defines(block, entry_point)]
     if blocks:
         return str(blocks[-1])
