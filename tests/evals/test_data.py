@@ -43,8 +43,11 @@ def test_rows(root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_a_set_may_lie_at_the_top(root: Path, name: str) -> None:
-    assert data.load(name, root / name) == data.load(name, root)
+def test_a_set_may_lie_at_the_top_or_in_a_clone(root: Path, name: str) -> None:
+    expected = data.load(name, root)
+    assert data.load(name, root / name) == expected
+    (root / name).rename(root / data.HUB[name].rpartition("/")[2])
+    assert data.load(name, root) == expected
 
 
 def test_the_checksum_is_of_rows_and_not_of_files(root: Path, monkeypatch: Any) -> None:

@@ -174,6 +174,14 @@ def test_a_quick_look_lies_apart_and_says_so(
     assert json.loads(capsys.readouterr().out)["quick_look"] is True
 
 
+def test_size_alone(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(model), "--suite", "size", "-o", str(tmp_path)]) == 0
+    plan = json.loads((model / "optiq" / "plan.json").read_text())
+    assert f"{plan['bpw']:.3f} bits per weight" in capsys.readouterr().out
+    found = json.loads((tmp_path / "size.json").read_text())
+    assert (found["nbytes"], found["model"]) == (plan["nbytes"], str(model))
+
+
 def test_full_asks_what_the_sample_leaves_out(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,14 +35,17 @@ class Questions:
 def load(name: str, folder: Path | None = None) -> Questions:
     """The data set `name` (mmlu, gsm8k, ifeval, bfcl, humaneval), verified.
 
-    With `folder` it must lie there, in any layout of layouts.py, in a sub-folder `name` or at the
-    top. Else an installed package that carries it is used (never imported), else the hub's cache,
-    else the hub. Raises EvalError if it is nowhere, cannot be read or is not what is expected.
+    With `folder` it must lie there, in any layout of layouts.py, in a sub-folder with the name of
+    the set or of its repository on the hub, or at the top. Else an installed package that carries
+    it is used (never imported), else the hub's cache, else the hub. Raises EvalError if it is
+    nowhere, cannot be read or is not what is expected.
     """
     if folder is not None:
         if not folder.is_dir():
             raise EvalError(f"there is no folder {folder}; --data names the one with the questions")
-        rows, where = _first(name, [(str(folder), _in(folder / name)), (str(folder), _in(folder))])
+        # A clone of the hub's repository is called as that is.
+        places = [folder / name, folder / HUB[name].partition("/")[2], folder]
+        rows, where = _first(name, [(str(place), _in(place)) for place in places])
         if rows is None:
             raise EvalError(f"{folder} has no data set {name}; {_wanted(name)}")
     else:

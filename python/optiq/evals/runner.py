@@ -64,7 +64,8 @@ def evaluate(
             "elsewhere"
         )
     loaded = load_source(source, allow_quantized=True)
-    sizes = size(loaded.model) | _file_bytes(source.path)
+    sizes = {"model": source.name, "fingerprint": source.fingerprint}
+    sizes |= size(loaded.model) | _file_bytes(source.path)
     tasks, left_out = _prepare(
         names, loaded, source, limit, full, data_folder, reference, required=suite != "capability"
     )
