@@ -11,7 +11,7 @@ import pytest
 from optiq.cli import main
 from optiq.conversion import convert
 from optiq.errors import EvalError, SourceError, UsageError
-from optiq.evals import records, runner
+from optiq.evals import judge, records
 from optiq.evals.engine import Engine
 from optiq.evals.runner import evaluate
 from optiq.evals.tasks import bfcl, generation, gsm8k, humaneval, ifeval
@@ -38,13 +38,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "MAX_TOKENS", 6)
     monkeypatch.setattr(generation, "WAVE", 2)
     monkeypatch.setattr("optiq.evals.tasks.kl.HELD_OUT_TOKENS", 320)
-    monkeypatch.setitem(
-        runner._MAKE,
-        "humaneval",
-        lambda questions, ids, tokenizer: humaneval.HumanEval(
-            questions, ids, chat=True, judge=run_here
-        ),
-    )
+    monkeypatch.setattr(judge, "sandboxed", lambda: run_here)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -17,12 +17,18 @@ from ..progress import Progress
 from ..runtime import size
 from ..sources import LoadedModel, Source, resolve
 from ..sources import load as load_source
-from . import data, records
+from . import data, judge, records
 from .engine import Engine
 from .runs import FOLDER
 from .statistics import CAPABILITY as BENCHMARKS
 from .summary import summarize, write_json
 from .task import Task
+from .tasks.bfcl import Bfcl
+from .tasks.gsm8k import Gsm8k
+from .tasks.humaneval import HumanEval
+from .tasks.ifeval import IfEval
+from .tasks.kl import Kl
+from .tasks.mmlu import Mmlu
 
 CAPABILITY = (*BENCHMARKS, "kl", "size")
 SUITES = ("capability", *CAPABILITY)
@@ -154,8 +160,6 @@ def _prepare(
     for name in names:
         if name == "kl":
             try:
-                from .tasks.kl import Kl
-
                 tasks.append(Kl(loaded.tokenizer, _reference(source, reference), limit=limit))
             except _NoReference as reason:
                 if required:
@@ -167,48 +171,21 @@ def _prepare(
             if full:  # after the fixed sample; the examples of MMLU are no questions
                 asked = set(ids)
                 ids = ids + [i for i in questions.rows if i not in asked and "/dev/" not in i]
-            tasks.append(_MAKE[name](questions, ids[:limit], loaded.tokenizer))
+            tasks.append(_make(name, questions, ids[:limit], loaded.tokenizer))
     return tasks, left_out
 
 
-def _mmlu(questions: data.Questions, ids: Sequence[str], _: Any) -> Task:
-    from .tasks.mmlu import Mmlu
-
-    return Mmlu(questions, ids)
-
-
-def _gsm8k(questions: data.Questions, ids: Sequence[str], tokenizer: Any) -> Task:
-    from .tasks.gsm8k import Gsm8k
-
-    return Gsm8k(questions, ids, chat=tokenizer.has_chat_template)
-
-
-def _ifeval(questions: data.Questions, ids: Sequence[str], tokenizer: Any) -> Task:
-    from .tasks.ifeval import IfEval
-
-    return IfEval(questions, ids, chat=tokenizer.has_chat_template)
-
-
-def _bfcl(questions: data.Questions, ids: Sequence[str], tokenizer: Any) -> Task:
-    from .tasks.bfcl import Bfcl
-
-    return Bfcl(questions, ids, tokenizer)
-
-
-def _humaneval(questions: data.Questions, ids: Sequence[str], tokenizer: Any) -> Task:
-    from .judge import sandboxed
-    from .tasks.humaneval import HumanEval
-
-    return HumanEval(questions, ids, chat=tokenizer.has_chat_template, judge=sandboxed())
-
-
-_MAKE: dict[str, Callable[[data.Questions, Sequence[str], Any], Task]] = {
-    "mmlu": _mmlu,
-    "gsm8k": _gsm8k,
-    "ifeval": _ifeval,
-    "bfcl": _bfcl,
-    "humaneval": _humaneval,
-}
+def _make(name: str, questions: data.Questions, ids: Sequence[str], tokenizer: Any) -> Task:
+    chat = bool(tokenizer.has_chat_template)
+    if name == "mmlu":
+        return Mmlu(questions, ids)
+    if name == "gsm8k":
+        return Gsm8k(questions, ids, chat=chat)
+    if name == "ifeval":
+        return IfEval(questions, ids, chat=chat)
+    if name == "bfcl":
+        return Bfcl(questions, ids, tokenizer)
+    return HumanEval(questions, ids, chat=chat, judge=judge.sandboxed())
 
 
 class _NoReference(Exception):

@@ -15,6 +15,7 @@ from .comparison import capability
 from .records import Header, writing
 from .runs import Run
 from .statistics import CAPABILITY
+from .tasks.kl import table
 
 
 def summarize(
@@ -66,8 +67,6 @@ def _facts(run: Run, seconds: float | None) -> dict[str, Any]:
             for metric in metrics.of_task(task)
         }
         if task == "kl":
-            from .tasks.kl import table
-
             facts["divergence"] = compare.summary(table(run.records))
     return facts
 
