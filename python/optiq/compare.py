@@ -41,7 +41,7 @@ def measure(
     total = sum(len(s.tokens) for s in sequences)
     with Progress(total, "tokens compared", enabled=progress) as bar:
         for sample in sequences:
-            for name, column in _sequence(reference, candidates, sample.tokens).items():
+            for name, column in columns(reference, candidates, sample.tokens).items():
                 tables[name].append(column)
             bar.step(len(sample.tokens))
     digest = token_hash(sequences)
@@ -92,15 +92,18 @@ def clustered(values: Sequence[NDArray[np.float64]]) -> tuple[float, float | Non
     return score([float(v.sum()) for v in values], [len(v) for v in values])
 
 
-def _sequence(
+def columns(
     reference: nn.Module, candidates: Mapping[str, nn.Module], tokens: list[int]
 ) -> dict[str, NDArray[np.float64]]:
-    """Per candidate [3, T - 1]: KL, agreement and log-likelihood lost, for each next token."""
+    """Per candidate [3, T - 1]: KL, agreement and log-likelihood lost, for each next token.
+
+    Raises OptiqError for vocabularies of two sizes and for logits that are not finite.
+    """
     from mlx_lm.models.cache import make_prompt_cache
 
     models = {"": reference, **candidates}
     caches = {name: make_prompt_cache(model) for name, model in models.items()}
-    columns: dict[str, list[NDArray[np.float64]]] = {name: [] for name in candidates}
+    found: dict[str, list[NDArray[np.float64]]] = {name: [] for name in candidates}
     start, rows = 0, 1  # one row first: the vocabulary is not known before
     while start < len(tokens) - 1:
         stop = min(start + rows, len(tokens) - 1)
@@ -113,10 +116,10 @@ def _sequence(
                     f"{name} has {q.shape[-1]} logits and the reference {p.shape[-1]}; "
                     "compare models that share a tokenizer"
                 )
-            columns[name].append(_columns(name, p, q, following))
+            found[name].append(_columns(name, p, q, following))
         rows = max(1, LOGITS_BYTES // (4 * p.shape[-1]))
         start = stop
-    return {name: np.concatenate(parts, axis=1) for name, parts in columns.items()}
+    return {name: np.concatenate(parts, axis=1) for name, parts in found.items()}
 
 
 def _logits(model: nn.Module, ids: mx.array, cache: list[Any]) -> mx.array:

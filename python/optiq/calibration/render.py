@@ -57,10 +57,13 @@ class Tokenizer(Protocol):
     def apply_chat_template(self) -> Callable[..., Any]: ...
 
 
-def render(row: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
-    """Token ids of a valid row; exactly one BOS in front if the tokenizer has one."""
+def render(row: dict[str, Any], tokenizer: Tokenizer, *, answer: bool = False) -> list[int]:
+    """Token ids of a valid row; exactly one BOS in front if the tokenizer has one.
+
+    With `answer` a chat ends where the model is to answer.
+    """
     bos = tokenizer.bos_token_id
-    text = row["text"] if "text" in row else chat_text(row, tokenizer)[0]
+    text = row["text"] if "text" in row else chat_text(row, tokenizer, answer=answer)[0]
     if bos is None:
         return list(tokenizer.encode(text, add_special_tokens=False))
     # Many templates write the BOS themselves, some of them after stray white space.
@@ -71,7 +74,9 @@ def render(row: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
     return [bos, *tokens[start:]]
 
 
-def chat_text(row: dict[str, Any], tokenizer: Tokenizer) -> tuple[str, str]:
+def chat_text(
+    row: dict[str, Any], tokenizer: Tokenizer, *, answer: bool = False
+) -> tuple[str, str]:
     """A chat row as text, and the name of the form that the template took (or "plain")."""
     # Null content becomes "": some templates print "None", others fail on the missing key.
     messages = [{**message, "content": message.get("content", "")} for message in row["messages"]]
@@ -79,17 +84,20 @@ def chat_text(row: dict[str, Any], tokenizer: Tokenizer) -> tuple[str, str]:
     if tokenizer.has_chat_template:
         marked, marks = _mark(*chat)
         for name, form in FORMS.items():
-            probe = _apply_template(tokenizer, *form(*marked))
+            probe = _apply_template(tokenizer, *form(*marked), answer)
             if probe is None or not all(mark in probe for mark in marks):
                 continue
-            text = _apply_template(tokenizer, *form(*chat))
+            text = _apply_template(tokenizer, *form(*chat), answer)
             if text is not None:
                 return text, name
     turns, _ = _tools_as_text(*chat)
-    return "\n\n".join(f"{t['role'].capitalize()}: {t['content']}" for t in turns), "plain"
+    lines = [f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns]
+    return "\n\n".join([*lines, "Assistant:"] if answer else lines), "plain"
 
 
-def _apply_template(tokenizer: Tokenizer, messages: Messages, tools: Tools) -> str | None:
+def _apply_template(
+    tokenizer: Tokenizer, messages: Messages, tools: Tools, answer: bool
+) -> str | None:
     """The rendered conversation, or None if the template refuses it."""
     try:
         return str(
@@ -97,7 +105,7 @@ def _apply_template(tokenizer: Tokenizer, messages: Messages, tools: Tools) -> s
                 messages,
                 tools=tools or None,
                 tokenize=False,
-                add_generation_prompt=False,
+                add_generation_prompt=answer,
                 enable_thinking=False,
                 **_fixed_date(tokenizer, tools),
             )

