@@ -1,4 +1,4 @@
-"""`optiq compare A B [--reference R]`."""
+"""`optiq compare A B [--reference R]` and `optiq compare --evals A B`."""
 
 from __future__ import annotations
 
@@ -7,23 +7,54 @@ import json
 
 from . import options
 
+TOKENS = 4096
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "models", nargs="+", help="models to compare: folders, hub ids, .gguf files"
     )
     parser.add_argument(
+        "--evals",
+        action="store_true",
+        help="compare what optiq eval recorded of two models (their folders, or those of the "
+        "records), item by item",
+    )
+    parser.add_argument(
         "--reference", help="what they are compared with (default: the first model)"
     )
     parser.add_argument("--text", metavar="ROWS.jsonl", help="rows to measure on")
     parser.add_argument(
-        "--tokens", type=options.positive, default=4096, help="tokens to measure on"
+        "--tokens", type=options.positive, default=TOKENS, help="tokens to measure on"
     )
     parser.add_argument("--seed", type=options.seed, default=0)
     options.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    return _records(args) if args.evals else _models(args)
+
+
+def _records(args: argparse.Namespace) -> int:
+    from ..errors import UsageError
+    from ..evals import runs
+    from ..evals.comparison import compare
+    from .tables import evals_table
+
+    if len(args.models) != 2:
+        raise UsageError(f"--evals compares two models, not {len(args.models)}; name two")
+    if args.reference or args.text or args.tokens != TOKENS or args.seed:
+        raise UsageError(
+            "--evals compares records that are there; --reference, --text, --tokens and --seed "
+            "are for measuring, leave them out"
+        )
+    first, second = (runs.load(runs.locate(name)) for name in args.models)
+    result = {"models": args.models, **compare(first, second)}
+    print(json.dumps(result, indent=1) if args.json else evals_table(result))
+    return 0
+
+
+def _models(args: argparse.Namespace) -> int:
     from .. import calibration
     from ..compare import check_tokens, measure
     from ..errors import UsageError

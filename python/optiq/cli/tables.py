@@ -111,6 +111,44 @@ def frontier_table(result: Mapping[str, Any]) -> str:
     return "\n".join([grid(rows), *(["", *result["notes"]] if result["notes"] else [])])
 
 
+def evals_table(result: Mapping[str, Any]) -> str:
+    """One row per metric of two models' records, A and B; what the columns are, and notes."""
+    head = ["", "items", "A", "B", "B - A", "only A", "only B", "p", ""]
+    rows = [head, *map(_evals_row, result["metrics"])]
+    if whole := result["capability"]:
+        row = {"label": "Capability Score", "scale": 100, "p_holm": whole["paired"]["p"]}
+        rows.append(_evals_row({**row, **whole}))
+    names = [f"{name}: {model}" for name, model in zip("AB", result["models"], strict=True)]
+    legend = (
+        "B - A with its 95 % interval, shares in points. only A, only B: items that one alone got "
+        f"right.\np by Holm's correction over {result['tests']} tests, of one metric of each "
+        "benchmark; that of the Capability Score stands alone."
+    )
+    return "\n\n".join(
+        filter(None, ["\n".join(names), grid(rows), legend, "\n".join(result["notes"])])
+    )
+
+
+def _evals_row(row: Mapping[str, Any]) -> list[str]:
+    paired, scale = row["paired"], row["scale"]
+    scores = [share(row[side]["value"], scale) for side in ("first", "second")]
+    change = share(paired["difference"], scale, sign="+")
+    if paired["low"] is not None:
+        limits = (share(paired[key], scale, sign="+") for key in ("low", "high"))
+        change += f" ({' to '.join(limits)})"
+    only = [
+        "" if paired[key] is None else str(paired[key]) for key in ("only_first", "only_second")
+    ]
+    p = row["p_holm"]
+    shown = "" if p is None else f"{p:.2g}" if p >= 1e-4 else "<0.0001"
+    return [row["label"], str(paired["n"]), *scores, change, *only, shown, row["verdict"] or ""]
+
+
+def share(value: float, scale: float, sign: str = "") -> str:
+    """A share in percent, or points, with one decimal; anything else in three digits."""
+    return f"{scale * value:{sign}.1f}" if scale == 100 else f"{value:{sign}.3g}"
+
+
 def scores_table(scores: Mapping[str, Any], path: Path) -> str:
     """The most sensitive modules, and what was measured."""
     fmt = "4g64"

@@ -26,14 +26,8 @@ from ..errors import OptiqError
 ALPHA = 0.05
 POWER = 0.8
 RESAMPLES = 10_000
-# The metric of each benchmark that the Capability Score is the mean of.
-CAPABILITY = {
-    "mmlu": "accuracy",
-    "gsm8k": "flexible",
-    "ifeval": "prompt_strict",
-    "bfcl": "ast",
-    "humaneval": "pass",
-}
+# The benchmarks that the Capability Score is the mean of.
+CAPABILITY = ("mmlu", "gsm8k", "ifeval", "bfcl", "humaneval")
 
 Score = TypeVar("Score")
 
@@ -339,7 +333,10 @@ def _clusters(groups: Sequence[Hashable], n: int) -> Ints:
 
 
 def _finite(values: ArrayLike) -> Floats:
-    array = np.asarray(values, dtype=np.float64)
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        array = np.empty(0)
     if array.ndim != 1 or not len(array) or not np.isfinite(array).all():
         raise OptiqError("a score needs a list of at least one finite number")
     return array

@@ -1,0 +1,143 @@
+"""Two models on the same items: what differs, and by how much more than chance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import EvalError
+from . import metrics, statistics
+from .metrics import Metric
+from .records import Record
+from .runs import Run
+from .statistics import CAPABILITY, Estimate, Paired
+
+Json = dict[str, Any]
+Pair = tuple[list[Record], list[Record]]
+
+# What must be equal for two answers to be to the same question, and why it may not be.
+_SAME = {
+    "protocol": "evaluate both with the same version and settings",
+    "data_sha256": "evaluate both on the same questions",
+    "seed": "evaluate both with the same --seed",
+}
+
+
+def compare(first: Mapping[str, Run], second: Mapping[str, Run]) -> Json:
+    """Every metric of the benchmarks that both have, over the items that both have.
+
+    The result has "metrics" (score of each model, paired difference, its p-value after Holm's
+    correction over the main metric of each benchmark, verdict), "capability" (None unless all five
+    are there), "tests" (their number) and "notes". Differences are second less first.
+
+    Raises EvalError when nothing can be paired: no benchmark in common, an unfinished run, other
+    questions, another protocol, other prompts.
+    """
+    tasks = [task for task in first if task in second]
+    if not tasks:
+        raise EvalError(
+            f"the first has records of {', '.join(first)}, the second of {', '.join(second)}: "
+            "nothing in common; run the same optiq eval on both"
+        )
+    pairs = {task: pair(first[task], second[task]) for task in tasks}
+    found = {m: metrics.paired(m, *pairs[m.task]) for m in metrics.METRICS if m.task in pairs}
+    adjusted = statistics.holm({m.task: p.p for m, p in found.items() if m.main})
+    return {
+        "metrics": [_row(m, p, pairs[m.task], adjusted) for m, p in found.items()],
+        "capability": _capability(pairs, found),
+        "tests": len(adjusted),
+        "notes": [*_alone(first, second), *_partial(first, second, pairs)],
+    }
+
+
+def pair(first: Run, second: Run) -> Pair:
+    """The records of the items that both have, in the order of the first; see `compare`."""
+    task = first.header.task
+    for run in (first, second):
+        if not run.finished:
+            raise EvalError(
+                f"{run.path} is unfinished ({len(run.records)} of {run.header.items} items); "
+                "finish it with optiq eval --resume"
+            )
+    for key, fix in _SAME.items():
+        a, b = getattr(first.header, key), getattr(second.header, key)
+        if a != b:
+            raise EvalError(f"{task}: the runs differ in {key} ({_short(a)}, {_short(b)}); {fix}")
+    shared = [(r, second.by_id[r.id]) for r in first.records if r.id in second.by_id]
+    if not shared:
+        raise EvalError(f"{task}: the runs share no item; evaluate both with the same --limit")
+    other = [a.id for a, b in shared if a.prompt_sha256 != b.prompt_sha256]
+    if other:
+        raise EvalError(
+            f"{task}: the models were asked differently in {len(other)} of {len(shared)} items "
+            f"(such as {other[0]}); compare models with one tokenizer and chat template"
+        )
+    return [a for a, _ in shared], [b for _, b in shared]
+
+
+def _row(metric: Metric, paired: Paired, pair: Pair, adjusted: Mapping[str, float]) -> Json:
+    row: Json = {"task": metric.task, "metric": metric.name, "label": metric.label}
+    row |= {"main": metric.main, "unit": metric.unit, "scale": metric.scale}
+    for name, records in zip(("first", "second"), pair, strict=True):
+        row[name] = metrics.estimate(metric, records).to_json()
+    row |= {"paired": paired.to_json(), "p_holm": None, "verdict": None}
+    if metric.main:
+        p = adjusted[metric.task]
+        row |= {"p_holm": p, "verdict": _verdict(metric, paired, p, len(adjusted))}
+    return row
+
+
+def _verdict(metric: Metric, paired: Paired, p: float, tests: int) -> str:
+    return statistics.verdict(
+        paired,
+        p,
+        tests=tests,
+        scale=metric.scale,
+        unit=metric.unit,
+        lower_is_better=metric.divergence,
+    )
+
+
+def _capability(pairs: Mapping[str, Pair], found: Mapping[Metric, Paired]) -> Json | None:
+    if not pairs.keys() >= set(CAPABILITY):
+        return None
+    five = {m.task: p for m, p in found.items() if m.main and m.task in CAPABILITY}
+    whole = statistics.paired_capability(five)
+    scores = [capability({t: pairs[t][side] for t in CAPABILITY}).to_json() for side in (0, 1)]
+    return {
+        "first": scores[0],
+        "second": scores[1],
+        "paired": whole.to_json(),
+        "verdict": statistics.verdict(whole, whole.p),
+    }
+
+
+def capability(records: Mapping[str, list[Record]]) -> Estimate:
+    """The Capability Score of the records of all five benchmarks."""
+    main = {task: metrics.main_of(task) for task in CAPABILITY}
+    return statistics.capability({t: metrics.estimate(m, records[t]) for t, m in main.items()})
+
+
+def _alone(first: Mapping[str, Run], second: Mapping[str, Run]) -> list[str]:
+    """Benchmarks that only one of the two has."""
+    notes = []
+    for one, other, name in ((first, second, "first"), (second, first, "second")):
+        if tasks := [task for task in one if task not in other]:
+            notes.append(f"only the {name} model has {', '.join(tasks)}")
+    return notes
+
+
+def _partial(
+    first: Mapping[str, Run], second: Mapping[str, Run], pairs: Mapping[str, Pair]
+) -> list[str]:
+    """Quick looks."""
+    return [
+        f"{task}: a quick look, {len(pair[0])} items"
+        for task, pair in pairs.items()
+        if first[task].header.limit is not None or second[task].header.limit is not None
+    ]
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

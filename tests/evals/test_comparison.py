@@ -1,0 +1,230 @@
+"""`optiq compare --evals`: what is paired, what is refused, and what the verdicts rest on."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from optiq.cli import main
+from optiq.errors import EvalError, OptiqError
+from optiq.evals import metrics, runs, statistics
+from optiq.evals.comparison import compare
+from tests.evals.fakes import BENCHMARKS, ITEMS, write_all, write_run
+
+Run = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records of three models: `a` and `b` alike, `worse` what it says."""
+    home = tmp_path_factory.mktemp("evals")
+    write_all(home / "a", 0.60, 0.10)
+    write_all(home / "b", 0.60, 0.10, seed=1, fingerprint="1" * 64)
+    write_all(home / "worse", 0.40, 0.20, seed=2, fingerprint="2" * 64)
+    return home
+
+
+@pytest.fixture
+def run(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`optiq compare --evals ...` among them, which succeeds."""
+    monkeypatch.chdir(home)
+
+    def run(*argv: str) -> str:
+        assert main(["compare", "--evals", *argv]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_every_metric_is_paired(run: Run, home: Path) -> None:
+    result = json.loads(run("a", "worse", "--json"))
+    assert [row["label"] for row in result["metrics"]] == [m.label for m in metrics.METRICS]
+    assert result["tests"] == 6
+    first, second = (runs.load(home / name) for name in ("a", "worse"))
+    for row in result["metrics"]:
+        values = [
+            np.concatenate([np.atleast_1d(r.metrics[row["metric"]]) for r in side.records])
+            for side in (first[row["task"]], second[row["task"]])
+        ]
+        means = [float(v.mean()) for v in values]
+        assert [row["first"]["value"], row["second"]["value"]] == pytest.approx(means)
+        pair = row["paired"]
+        assert pair["difference"] == pytest.approx(means[1] - means[0])
+        assert pair["low"] <= pair["difference"] <= pair["high"]
+        assert (row["verdict"] is None) == (not row["main"])
+        if pair["only_first"] is not None:
+            assert pair["only_first"] == ((values[0] == 1) & (values[1] == 0)).sum()
+    main_ps = {r["task"]: r["paired"]["p"] for r in result["metrics"] if r["main"]}
+    adjusted = {r["task"]: r["p_holm"] for r in result["metrics"] if r["main"]}
+    assert adjusted == statistics.holm(main_ps)
+    assert {r["verdict"] for r in result["metrics"] if r["main"]} == {"worse"}
+
+
+def test_capability_is_the_mean_of_five(run: Run) -> None:
+    result = json.loads(run("a", "worse", "--json"))
+    five = [r for r in result["metrics"] if r["main"] and r["task"] in BENCHMARKS]
+    whole = result["capability"]
+    for side in ("first", "second"):
+        assert whole[side]["value"] == pytest.approx(np.mean([r[side]["value"] for r in five]))
+    assert whole["paired"]["difference"] == pytest.approx(-0.2, abs=0.06)
+    assert whole["verdict"] == "worse"
+
+
+def test_alike_is_no_detectable_difference(run: Run) -> None:
+    table = run("a", "b")
+    rows = [line for line in table.splitlines() if "no detectable difference" in line]
+    assert len(rows) == 7
+    assert sum("80 % power at" in row for row in rows) == 6  # the KLs are the same to the bit
+    assert "better" not in table
+    assert "worse" not in table
+    assert "A: a\nB: b" in table
+    result = json.loads(run("a", "b", "--json"))
+    mmlu = result["metrics"][0]["paired"]
+    found = 100 * statistics.detectable(mmlu["se"], tests=6)
+    assert f"(80 % power at {found:.2g} points)" in rows[0]
+
+
+def test_table(run: Run) -> None:
+    table = run("a", "worse")
+    result = json.loads(run("a", "worse", "--json"))
+    gsm8k = next(r for r in result["metrics"] if r["metric"] == "flexible")
+    line = next(line for line in table.splitlines() if line.startswith("GSM8K, 3-shot  "))
+    cells = [
+        f"{100 * gsm8k['first']['value']:.1f}",
+        f"{100 * gsm8k['paired']['difference']:+.1f}",
+        str(gsm8k["paired"]["only_first"]),
+        "worse",
+    ]
+    assert all(cell in line for cell in cells)
+    assert line.split()[2] == "200"
+    assert "Holm's correction over 6 tests" in table
+
+
+def test_model_folders_and_record_folders_are_the_same(run: Run, home: Path) -> None:
+    write_run(home / "model" / "optiq" / "evals", "gsm8k", 0.6)
+    of_folder = json.loads(run("model", "worse", "--json"))
+    assert [row["task"] for row in of_folder["metrics"]] == ["gsm8k", "gsm8k"]
+    assert of_folder["capability"] is None
+    assert of_folder["notes"] == ["only the second model has mmlu, ifeval, bfcl, humaneval, kl"]
+    whole = json.loads(run("a", "worse", "--json"))["metrics"]
+    same = next(row for row in whole if row["task"] == "gsm8k")
+    assert of_folder["metrics"][0]["paired"] == same["paired"]
+
+
+def test_quick_looks_pair_what_they_share(tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    write_run(a, "bfcl", 0.6, items=30, limit=30)
+    write_run(b, "bfcl", 0.6, seed=1)
+    result = compare(runs.load(a), runs.load(b))
+    assert result["metrics"][0]["paired"]["n"] == 30
+    assert result["notes"] == ["bfcl: a quick look, 30 items"]
+
+
+def edit(path: Path, line: int, **changes: Any) -> None:
+    """Change fields of one line of a record file."""
+    lines = path.read_text().splitlines()
+    lines[line] = json.dumps(json.loads(lines[line]) | changes)
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"protocol": "gsm8k/2"}, "differ in protocol (gsm8k/1, gsm8k/2); evaluate both with"),
+        ({"data_sha256": "e" * 64}, "differ in data_sha256"),
+        ({"seed": 3}, "differ in seed (0, 3)"),
+        ({"items": 300}, "is unfinished (200 of 300 items); finish it with"),
+    ],
+)
+def test_refuses_what_cannot_be_paired(tmp_path: Path, other: dict[str, Any], message: str) -> None:
+    write_run(tmp_path / "a", "gsm8k", 0.6)
+    edit(write_run(tmp_path / "b", "gsm8k", 0.6), 0, **other)
+    first, second = (runs.load(tmp_path / name) for name in "ab")
+    with pytest.raises(EvalError, match=re.escape(message)):
+        compare(first, second)
+    with pytest.raises(EvalError, match=re.escape(message.split(" (")[0])):
+        compare(second, first)
+
+
+def test_refuses_other_prompts(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "gsm8k", 0.6)
+    path = write_run(tmp_path / "b", "gsm8k", 0.6)
+    edit(path, 4, prompt_sha256="f" * 64)
+    first, second = (runs.load(tmp_path / name) for name in "ab")
+    with pytest.raises(EvalError, match=r"differently in 1 of 200 items \(such as gsm8k/3\)"):
+        compare(first, second)
+
+
+def test_refuses_other_tokens(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "kl", 0.1)
+    path = write_run(tmp_path / "b", "kl", 0.1)
+    edit(path, 1, metrics={"kl": [0.1, 0.2], "top1": [1.0, 1.0]})
+    with pytest.raises(OptiqError, match="scored on different kl of the same item"):
+        compare(runs.load(tmp_path / "a"), runs.load(tmp_path / "b"))
+
+
+def test_refuses_nothing_in_common(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "kl", 0.1)
+    write_run(tmp_path / "b", "bfcl", 0.1)
+    with pytest.raises(EvalError, match="nothing in common"):
+        compare(runs.load(tmp_path / "a"), runs.load(tmp_path / "b"))
+    write_run(tmp_path / "c", "kl", 0.1)
+    edit(tmp_path / "c" / "kl.jsonl", 0, items=1)
+    text = (tmp_path / "c" / "kl.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "c" / "kl.jsonl").write_text(text[0] + text[1].replace("kl/0", "other"))
+    with pytest.raises(EvalError, match="share no item"):
+        compare(runs.load(tmp_path / "a"), runs.load(tmp_path / "c"))
+
+
+def test_damaged_records(tmp_path: Path) -> None:
+    with pytest.raises(EvalError, match="has no evaluation records; make them with optiq eval"):
+        runs.locate(tmp_path)
+    path = write_run(tmp_path, "gsm8k", 0.6)
+    assert runs.locate(tmp_path) == tmp_path
+    edit(path, 3, id="gsm8k/0")
+    with pytest.raises(EvalError, match="200 records of 199 items"):
+        runs.load(tmp_path)
+    edit(path, 3, id="gsm8k/2", metrics={"strict": True})
+    with pytest.raises(EvalError, match="the item gsm8k/2 has no flexible"):
+        runs.load(tmp_path)
+    edit(path, 3, metrics={"strict": True, "flexible": "yes"})
+    with pytest.raises(OptiqError, match="finite number"):
+        compare(runs.load(tmp_path), runs.load(tmp_path))
+    edit(path, 3, metrics={"strict": True, "flexible": True})
+    path.rename(tmp_path / "bfcl.jsonl")
+    with pytest.raises(EvalError, match="holds records of gsm8k"):
+        runs.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["a"], "--evals compares two models, not 1"),
+        (["a", "b", "a"], "not 3"),
+        (["a", "b", "--reference", "x"], "are for measuring"),
+        (["a", "b", "--tokens", "5"], "are for measuring"),
+        (["a", "b", "--seed", "1"], "are for measuring"),
+        (["a", "b", "--text", "x"], "are for measuring"),
+    ],
+)
+def test_wrong_usage(
+    run: Run, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    assert main(["compare", "--evals", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_items_are_their_own_clusters_but_subjects(home: Path) -> None:
+    mmlu = runs.load(home / "a")["mmlu"]
+    right = [r.metrics["accuracy"] for r in mmlu.records]
+    groups = [r.group for r in mmlu.records]
+    assert len(set(groups)) == 57
+    expected = statistics.proportion(right, groups)
+    assert metrics.estimate(metrics.main_of("mmlu"), mmlu.records) == expected
+    assert set(ITEMS) == set(metrics.TASKS)
