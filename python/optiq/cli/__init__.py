@@ -24,6 +24,7 @@ COMMANDS = {
     "frontier": "size against KL: ours, uniform widths and mlx-lm's mixed recipes",
     "compare": "KL, top-1 agreement and perplexity of models against a reference",
     "eval": "five benchmarks, KL and size of a model, with intervals",
+    "card": "the model card, of what was measured and nothing else",
     "generate": "answer one prompt",
     "sandbox": "run untrusted Python, held by the kernel and under limits",
     "bench": "time the kernels against stock MLX on this machine",

@@ -144,8 +144,27 @@ def _evals_row(row: Mapping[str, Any]) -> list[str]:
     return [row["label"], str(paired["n"]), *scores, change, *only, shown, row["verdict"] or ""]
 
 
-def share(value: float, scale: float, sign: str = "") -> str:
+def card_table(facts: Mapping[str, Any], path: Path) -> str:
+    """What a card says, what it lacks, and where it is."""
+    base = facts["base"]
+    measured = [row for row in facts["metrics"] if row["main"] and row["estimate"]]
+    rows = [
+        [row["label"], *(share(row["estimate"][k], row["scale"]) for k in ("value", "low", "high"))]
+        for row in measured
+    ]
+    lacking = [row["task"] for row in facts["metrics"] if row["main"] and not row["estimate"]]
+    lines = [grid([["", "score", "from", "to"], *rows]), ""] if rows else []
+    if lacking:
+        lines.append(f"lacking    {', '.join(lacking)}: the card says so; optiq eval measures them")
+    lines.append(f"base       {base['hub_id'] or base['name'] + ', no hub id: --base-model'}")
+    lines.append(f"licence    {base['license'] or 'not recorded: --license'}")
+    return "\n".join([*lines, f"card       {path}"])
+
+
+def share(value: float | None, scale: float, sign: str = "") -> str:
     """A share in percent, or points, with one decimal; anything else in three digits."""
+    if value is None:
+        return "-"
     return f"{scale * value:{sign}.1f}" if scale == 100 else f"{value:{sign}.3g}"
 
 

@@ -89,19 +89,24 @@ def paired(metric: Metric, first: Sequence[Record], second: Sequence[Record]) ->
     return statistics.paired_means(sums, other_sums, counts, _clusters(metric, first))
 
 
-def quantiles(values: Sequence[float]) -> dict[str, float]:
+def quantiles(samples: Sequence[float]) -> dict[str, float]:
     """Median, tail quantiles and maximum, named as in plan.json."""
-    found = np.quantile(values, [0.5, 0.95, 0.99, 0.999, 1])
+    found = np.quantile(samples, [0.5, 0.95, 0.99, 0.999, 1])
     return dict(zip(("median", "p95", "p99", "p999", "max"), map(float, found), strict=True))
+
+
+def values(metric: Metric, record: Record) -> list[float]:
+    """The values of a `listed` metric."""
+    found = record.metrics[metric.name]
+    if not isinstance(found, list):
+        raise OptiqError(f"{metric.task}: {metric.name} of {record.id} is no list; evaluate again")
+    return [float(value) for value in found]
 
 
 def _totals(metric: Metric, records: Sequence[Record]) -> tuple[list[float], list[int]]:
     """Sum and number of the values of each item."""
-    values = [record.metrics[metric.name] for record in records]
-    lists = [value for value in values if isinstance(value, list)]
-    if len(lists) < len(values):
-        raise OptiqError(f"{metric.task}: {metric.name} of an item is no list; evaluate again")
-    return [float(sum(value)) for value in lists], [len(value) for value in lists]
+    found = [values(metric, record) for record in records]
+    return [sum(one) for one in found], [len(one) for one in found]
 
 
 def _clusters(metric: Metric, records: Sequence[Record]) -> list[str] | None:
