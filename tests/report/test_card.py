@@ -74,9 +74,8 @@ def fingerprint(folder: Path) -> str:
     return resolve(str(folder)).fingerprint
 
 
-def evaluated(folder: Path, quality: float = 0.6, kl: float = 0.1, seed: int = 0) -> Path:
-    write_all(folder / runs.FOLDER, quality, kl, seed=seed, fingerprint=fingerprint(folder))
-    return folder
+def evaluated(folder: Path, quality: float = 0.6, kl: float = 0.1, **options: Any) -> None:
+    write_all(folder / runs.FOLDER, quality, kl, fingerprint=fingerprint(folder), **options)
 
 
 def section(text: str, title: str) -> str:
@@ -243,7 +242,6 @@ def test_refuses_what_is_no_uniform_build(home: Path, model: Path) -> None:
 
 
 def test_refuses_records_of_another_model(model: Path) -> None:
-    evaluated(model)
     write_run(model / runs.FOLDER / "limit-5", "bfcl", 1.0, items=5, limit=5, fingerprint="f" * 64)
     with pytest.raises(EvalError, match=r"limit-5/bfcl.jsonl is of another model \(ffffffffffff"):
         card.write(model)
@@ -283,7 +281,7 @@ def test_quantization_table(model: Path) -> None:
 
 
 def test_provenance_hides_folders(model: Path) -> None:
-    evaluated(model)
+    write_run(model / runs.FOLDER, "bfcl", 0.6, fingerprint=fingerprint(model))
     text = card.write(model)[1].read_text()
     rows = dict(table(text, "How the numbers were made"))
     assert rows["command"] == "`optiq convert b -o c`"
@@ -295,7 +293,7 @@ def test_provenance_hides_folders(model: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a|b", "```\n---\n<b>", '"; rm -rf ~ #', "*x* [y](z)", "yes: no"])
 def test_names_break_nothing(model: Path, name: str) -> None:
-    evaluated(model)
+    write_run(model / runs.FOLDER, "gsm8k", 0.6, fingerprint=fingerprint(model))
     plan = json.loads((model / "optiq" / "plan.json").read_text())
     plan["command"] = f"optiq convert '{name}"
     plan["versions"] = {"optiq": name}
@@ -375,7 +373,7 @@ def test_only_an_unchanged_card_is_replaced(model: Path) -> None:
     assert path.read_text() == "precious"
     card.write(model, force=True)
     first = path.read_text()
-    evaluated(model)
+    write_run(model / runs.FOLDER, "gsm8k", 0.6, fingerprint=fingerprint(model))
     card.write(model)
     assert path.read_text() != first
     path.write_text(path.read_text().replace("plain mlx-lm model", "plain model"))
@@ -395,7 +393,7 @@ def test_a_failed_write_loses_nothing(
 ) -> None:
     card.write(model)
     before = (model / "README.md").read_text()
-    evaluated(model)
+    write_run(model / runs.FOLDER, "gsm8k", 0.6, fingerprint=fingerprint(model))
 
     def fail(*_: Any) -> None:
         raise error
@@ -408,7 +406,7 @@ def test_a_failed_write_loses_nothing(
 
 
 def test_command(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    evaluated(model)
+    evaluated(model, items=12)
     assert main(["card", str(model), "--name", "org/m"]) == 0
     text = capsys.readouterr().out
     assert f"card       {model / 'README.md'}" in text

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from math import comb, inf, isfinite, sqrt
+from math import inf, isfinite, sqrt
 from statistics import NormalDist
 from typing import TypeVar
 
@@ -26,6 +26,7 @@ from ..errors import OptiqError
 ALPHA = 0.05
 POWER = 0.8
 RESAMPLES = 10_000
+BLOCK = 1_000  # of them at a time, for the memory
 # The benchmarks that the Capability Score is the mean of.
 CAPABILITY = ("mmlu", "gsm8k", "ifeval", "bfcl", "humaneval")
 
@@ -189,7 +190,10 @@ def paired_capability(pairs: Mapping[str, Paired]) -> Paired:
 def mcnemar(lost: int, gained: int) -> float:
     """McNemar's two-sided p-value (Psychometrika 12, 1947), exact: twice the smaller tail."""
     n = lost + gained
-    tail = sum(comb(n, k) for k in range(min(lost, gained) + 1))
+    tail = ways = 1  # to get k of n, from k = 0
+    for k in range(min(lost, gained)):
+        ways = ways * (n - k) // (k + 1)
+        tail += ways
     return min(1.0, tail / 2 ** (n - 1)) if n else 1.0
 
 
@@ -278,8 +282,12 @@ def _bootstrap(numerator: Floats, denominator: Floats) -> tuple[float, float]:
     if k < 2:
         return -inf, inf
     value = numerator.sum() / denominator.sum()
-    drawn = np.random.default_rng(0).multinomial(k, np.full(k, 1 / k), size=RESAMPLES)
-    spread = (drawn @ numerator / (drawn @ denominator) - value) * sqrt(k / (k - 1))
+    rng = np.random.default_rng(0)
+    drawn = []
+    for _ in range(RESAMPLES // BLOCK):
+        chosen = rng.integers(k, size=(BLOCK, k))
+        drawn.append(numerator[chosen].sum(axis=1) / denominator[chosen].sum(axis=1))
+    spread = (np.concatenate(drawn) - value) * sqrt(k / (k - 1))
     low, high = np.quantile(spread, [ALPHA / 2, 1 - ALPHA / 2])
     return float(value + low), float(value + high)
 
@@ -304,8 +312,11 @@ def _sign_flip(changes: Floats) -> float:
     if len(changes) <= 13:
         signs = np.array(list(product((1, -1), repeat=len(changes))))
         return float((np.abs(signs @ changes) >= least).mean())
-    signs = np.random.default_rng(0).choice((1, -1), size=(RESAMPLES, len(changes)))
-    return float(1 + (np.abs(signs @ changes) >= least).sum()) / (RESAMPLES + 1)
+    rng, extreme = np.random.default_rng(0), 0
+    for _ in range(RESAMPLES // BLOCK):
+        signs = 2.0 * rng.integers(2, size=(BLOCK, len(changes))) - 1
+        extreme += int((np.abs(signs @ changes) >= least).sum())
+    return (1 + extreme) / (1 + RESAMPLES)
 
 
 def _per_cluster(sums: Floats, counts: ArrayLike | None, groups: Groups) -> tuple[Floats, Floats]:
