@@ -208,7 +208,7 @@ def _against(stock: Mapping[str, Run], own: Mapping[str, Run]) -> tuple[Rows, Js
         for task, run in own.items()
         if _measured(run)
         and _measured(stock.get(task))
-        and run.header.limit == stock[task].header.limit
+        and run.header.items == stock[task].header.items
     ]
     if not both:
         return {}, None

@@ -20,6 +20,7 @@ from optiq import card
 from optiq.cli import main
 from optiq.errors import EvalError, ExportError, OptiqError, UsageError
 from optiq.evals import runs, statistics
+from optiq.evals.runner import evaluate
 from optiq.export import export
 from optiq.plan import Plan, build
 from optiq.sources import resolve
@@ -141,12 +142,13 @@ def test_kl(model: Path) -> None:
 
 
 def test_kl_to_the_base_model(model: Path) -> None:
-    plan = json.loads((model / "optiq" / "plan.json").read_text())
-    protocol = f"kl/1: reference {plan['model']['fingerprint'][:12]}, nats"
-    mark = fingerprint(model)
-    write_run(model / runs.FOLDER, "kl", 0.1, fingerprint=mark, protocol=protocol, limit=12)
-    rows = table(card.write(model)[1].read_text(), "Distance from the base model")
+    """As `optiq eval` records it: the reference is the model that plan.json names."""
+    evaluate(str(model), suite="kl", limit=2, progress=False)
+    facts, path = card.write(model)
+    rows = table(path.read_text(), "Distance from the base model")
     assert rows[3][0] == "this model, as evaluated (quick look)"
+    assert facts["kl"]["sequences"] == 2
+    assert float(rows[3][1].split()[0]) == pytest.approx(facts["kl"]["kl"]["value"], rel=0.01)
 
 
 def test_without_records_there_are_no_figures(model: Path) -> None:
