@@ -103,7 +103,7 @@ def test_table(run: Run) -> None:
     ]
     assert all(cell in line for cell in cells)
     assert line.split()[2] == "200"
-    assert "Holm's correction over 6 tests" in table
+    assert "Holm's correction over the main metric of 6 benchmarks" in table
 
 
 def test_model_folders_and_record_folders_are_the_same(run: Run, home: Path) -> None:
@@ -120,10 +120,26 @@ def test_model_folders_and_record_folders_are_the_same(run: Run, home: Path) -> 
 def test_quick_looks_pair_what_they_share(tmp_path: Path) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     write_run(a, "bfcl", 0.6, items=30, limit=30)
-    write_run(b, "bfcl", 0.6, seed=1)
+    write_run(b, "bfcl", 0.6, seed=1, fingerprint="1" * 64)
     result = compare(runs.load(a), runs.load(b))
     assert result["metrics"][0]["paired"]["n"] == 30
     assert result["notes"] == ["bfcl: a quick look, 30 items"]
+
+
+def test_notes_what_weakens_a_comparison(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "bfcl", 0.6, versions={"optiq": "0.1.0", "mlx": "0.32.4"})
+    write_run(tmp_path / "b", "bfcl", 0.6, versions={"optiq": "0.1.0", "mlx": "0.32.3"})
+    assert compare(runs.load(tmp_path / "a"), runs.load(tmp_path / "b"))["notes"] == [
+        "both are records of the same model",
+        "bfcl: the runs were made with different versions of mlx",
+    ]
+
+
+def test_refuses_a_folder_of_two_models(home: Path, tmp_path: Path) -> None:
+    write_run(tmp_path, "bfcl", 0.6)
+    write_run(tmp_path, "gsm8k", 0.6, fingerprint="9" * 64)
+    with pytest.raises(EvalError, match=r"gsm8k.jsonl and .*bfcl.jsonl are records of different"):
+        compare(runs.load(home / "a"), runs.load(tmp_path))
 
 
 def edit(path: Path, line: int, **changes: Any) -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 
-def grid(rows: Sequence[Sequence[str]]) -> str:
-    """Left-aligned first column, right-aligned others, two spaces between."""
+def grid(rows: Sequence[Sequence[str]], *, words: int = 0) -> str:
+    """Columns two spaces apart, right-aligned but for the first and the last `words` of them."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    left = {0, *range(len(widths) - words, len(widths))}
     lines = (
         "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
+            cell.ljust(width) if i in left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
@@ -119,14 +120,12 @@ def evals_table(result: Mapping[str, Any]) -> str:
         row = {"label": "Capability Score", "scale": 100, "p_holm": whole["paired"]["p"]}
         rows.append(_evals_row({**row, **whole}))
     names = [f"{name}: {model}" for name, model in zip("AB", result["models"], strict=True)]
-    legend = (
+    legend = [
         "B - A with its 95 % interval, shares in points. only A, only B: items that one alone got "
-        f"right.\np by Holm's correction over {result['tests']} tests, of one metric of each "
-        "benchmark; that of the Capability Score stands alone."
-    )
-    return "\n\n".join(
-        filter(None, ["\n".join(names), grid(rows), legend, "\n".join(result["notes"])])
-    )
+        "right.",
+        f"p: after Holm's correction over the main metric of {result['tests']} benchmarks.",
+    ]
+    return "\n".join([*names, "", grid(rows, words=1), "", *legend, *result["notes"]])
 
 
 def _evals_row(row: Mapping[str, Any]) -> list[str]:

@@ -30,9 +30,10 @@ def compare(first: Mapping[str, Run], second: Mapping[str, Run]) -> Json:
     correction over the main metric of each benchmark, verdict), "capability" (None unless all five
     are there), "tests" (their number) and "notes". Differences are second less first.
 
-    Raises EvalError when nothing can be paired: no benchmark in common, an unfinished run, other
-    questions, another protocol, other prompts.
+    Raises EvalError when nothing can be paired: records of several models on one side, no benchmark
+    in common, an unfinished run, other questions, another protocol, other prompts.
     """
+    models = [_model(first), _model(second)]
     tasks = [task for task in first if task in second]
     if not tasks:
         raise EvalError(
@@ -46,7 +47,11 @@ def compare(first: Mapping[str, Run], second: Mapping[str, Run]) -> Json:
         "metrics": [_row(m, p, pairs[m.task], adjusted) for m, p in found.items()],
         "capability": _capability(pairs, found),
         "tests": len(adjusted),
-        "notes": [*_alone(first, second), *_partial(first, second, pairs)],
+        "notes": [
+            *(["both are records of the same model"] if models[0] == models[1] else []),
+            *_alone(first, second),
+            *_remarks(first, second, pairs),
+        ],
     }
 
 
@@ -73,6 +78,15 @@ def pair(first: Run, second: Run) -> Pair:
             f"(such as {other[0]}); compare models with one tokenizer and chat template"
         )
     return [a for a, _ in shared], [b for _, b in shared]
+
+
+def _model(runs: Mapping[str, Run]) -> str | None:
+    """The fingerprint that all runs share."""
+    marks = {run.header.fingerprint: run.path for run in runs.values()}
+    if len(marks) > 1:
+        a, b = list(marks.values())[:2]
+        raise EvalError(f"{a} and {b} are records of different models; give each its own folder")
+    return next(iter(marks), None)
 
 
 def _row(metric: Metric, paired: Paired, pair: Pair, adjusted: Mapping[str, float]) -> Json:
@@ -127,15 +141,18 @@ def _alone(first: Mapping[str, Run], second: Mapping[str, Run]) -> list[str]:
     return notes
 
 
-def _partial(
+def _remarks(
     first: Mapping[str, Run], second: Mapping[str, Run], pairs: Mapping[str, Pair]
 ) -> list[str]:
-    """Quick looks."""
-    return [
-        f"{task}: a quick look, {len(pair[0])} items"
-        for task, pair in pairs.items()
-        if first[task].header.limit is not None or second[task].header.limit is not None
-    ]
+    """What weakens a comparison: quick looks, and other versions on the two sides."""
+    notes = []
+    for task, (records, _) in pairs.items():
+        a, b = first[task].header, second[task].header
+        if a.limit is not None or b.limit is not None:
+            notes.append(f"{task}: a quick look, {len(records)} items")
+        if changed := [k for k, v in a.versions.items() if b.versions.get(k) != v]:
+            notes.append(f"{task}: the runs were made with different versions of {changed[0]}")
+    return notes
 
 
 def _short(value: object) -> str:
