@@ -223,3 +223,28 @@ def _first(module: Any, *names: str) -> Any:
 def _file(block: nn.Module) -> str:
     package, _, name = type(block).__module__.rpartition(".")
     return name if package == "mlx_lm.models" else type(block).__module__
+
+
+def cache_readers(model: nn.Module, caches: int) -> tuple[tuple[int, ...], ...]:
+    """Indices in `model.layers` of the layers that read each cache, () where that is not known.
+
+    In Gemma 3n and 4 late layers read the cache of an earlier one.
+    """
+    layers = len(model.layers)
+    source = list(range(layers))
+    for _, module in model.named_modules():
+        for name in ("layer_idx_to_cache_idx", "previous_kvs"):
+            source = list(getattr(module, name, source))
+    if caches != layers and source == list(range(layers)):
+        return ((),) * caches
+    return tuple(tuple(i for i, c in enumerate(source) if c == n) for n in range(caches))
+
+
+def latent_rank(model: nn.Module, layers: tuple[int, ...]) -> int:
+    """Elements of the latent that stands for keys and values in these layers (MLA), else 0."""
+    ranks = (
+        getattr(module, "kv_lora_rank", None)
+        for i in layers[:1]
+        for _, module in model.layers[i].named_modules()
+    )
+    return next((int(rank) for rank in ranks if rank), 0)

@@ -33,6 +33,10 @@ class BudgetError(OptiqError):
     """No plan satisfies the byte budget and the floors."""
 
 
+class KVError(OptiqError):
+    """A KV-cache configuration or a saved cache cannot be read, or does not fit the model."""
+
+
 class DistributedError(OptiqError):
     """The ranks of a distributed run cannot be connected, or do not fit together."""
 

@@ -166,10 +166,11 @@ def quantized_attention(
         return out
     keys = _plain(k, dim, k_format, q.dtype)
     values = _plain(v, value_dim or dim, v_format, q.dtype)
-    for exact, end in ((first, False), (recent, True)):
+    for exact, at in ((first, 0 if starts is None else starts), (recent, None)):
         if exact is not None:
+            place = keys.shape[2] - exact.keys.shape[2] if at is None else at
             keys, values = (
-                _overlay(a, e.astype(q.dtype), starts, end)
+                overlay(a, e.astype(q.dtype), place)
                 for a, e in zip((keys, values), exact, strict=True)
             )
     seen = _seen(mask, q.shape[2], keys.shape[2], window, starts)
@@ -211,15 +212,17 @@ def _plain(x: mx.array, dim: int, fmt: Format, dtype: mx.Dtype) -> mx.array:
     return x.astype(dtype) if fmt == DENSE else dequantize_kv(x, dim, fmt, dtype)
 
 
-def _overlay(x: mx.array, exact: mx.array, starts: mx.array | None, end: bool) -> mx.array:
-    """`x` with some of its tokens `[B, kv_heads, S, dim]` replaced by exact ones."""
-    n, size = exact.shape[2], x.shape[2]
-    columns = mx.arange(size)[None] - (size - n if end else 0)  # index into `exact`
-    if not end and starts is not None:
-        columns = columns - starts[:, None]
-    at = mx.broadcast_to(mx.clip(columns, 0, n - 1)[:, None, :, None], (*x.shape[:3], 1))
+def overlay(x: mx.array, tokens: mx.array, at: int | mx.array) -> mx.array:
+    """`x [B, heads, S, dim]` with `tokens [B, heads, n, dim]` in place of its columns from `at` on.
+
+    `at`, for all rows or int32 `[B]`, may be negative; what falls outside of `x` is left out.
+    """
+    n = tokens.shape[2]
+    at = at if isinstance(at, int) else at[:, None]
+    columns = mx.arange(x.shape[2])[None] - at  # index into `tokens`
+    index = mx.broadcast_to(mx.clip(columns, 0, n - 1)[:, None, :, None], (*x.shape[:3], 1))
     inside = ((columns >= 0) & (columns < n))[:, None, :, None]
-    return mx.where(inside, mx.take_along_axis(exact, at, axis=2), x)
+    return mx.where(inside, mx.take_along_axis(tokens, index, axis=2), x)
 
 
 def _seen(

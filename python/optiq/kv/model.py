@@ -1,0 +1,92 @@
+"""The caches of a model: what they hold, and quantized ones in their place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+
+from ..anatomy import cache_readers, latent_rank
+from ..errors import KVError
+from ..nn.layers import _Adopting
+from .caches import records
+from .config import Entry, KVConfig
+from .records import Layout
+
+
+def entries(model: nn.Module) -> tuple[Entry, ...]:
+    """The caches of an mlx-lm model, all formats DENSE.
+
+    Shapes come from a graph of one token that is not evaluated.
+    """
+    caches = _stock_caches(model)
+    model(mx.array([[0]]), cache=caches)
+    readers = cache_readers(model, len(caches))
+    found = []
+    for cache, layers in zip(caches, readers, strict=True):
+        if type(cache) not in (KVCache, RotatingKVCache) or cache.keys is None:
+            found.append(Entry(layers, "recurrent"))
+            continue
+        heads, k_dim, v_dim = cache.keys.shape[1], cache.keys.shape[3], cache.values.shape[3]
+        kind, window = "full", 0
+        if isinstance(cache, RotatingKVCache):
+            kind, window = "sliding", cache.max_size
+        elif heads == 1 and latent_rank(model, layers) == k_dim:
+            kind = "mla"
+        found.append(Entry(layers, kind, kv_heads=heads, k_dim=k_dim, v_dim=v_dim, window=window))
+    return tuple(found)
+
+
+def make_cache(model: nn.Module, config: KVConfig) -> list[Any]:
+    """What mlx-lm's `make_prompt_cache` gives, quantized where `config` says so.
+
+    Raises KVError for another number of caches than `config` has.
+    """
+    caches = _stock_caches(model)
+    if len(caches) != len(config.entries):
+        raise KVError(
+            f"this KV configuration has {len(config.entries)} caches and the model {len(caches)}; "
+            "make one for this model with optiq kv"
+        )
+    for i, entry in enumerate(config.entries):
+        exact = entry.kind == "full"
+        if entry.quantized:
+            sink, recent = (config.fp_sink, config.fp_recent) if exact else (0, 0)
+            caches[i] = records(caches[i], Layout(entry.k, entry.v, sink, recent))
+    return caches
+
+
+def attach(model: nn.Module, config: KVConfig) -> nn.Module:
+    """The same model, but `make_prompt_cache` of it gives the caches of `config`.
+
+    It shares all its layers with `model`. Raises KVError when the two do not fit together.
+    """
+    config.check(entries(model))
+    cls = type(model)
+    if not isinstance(model, WithCache):
+        cls = type(cls.__name__, (WithCache, cls), {})
+    made = cls.adopt(model)  # type: ignore[attr-defined]
+    made.__dict__["kv_config"] = config
+    return made  # type: ignore[no-any-return]
+
+
+class WithCache(_Adopting):
+    """Mixed into the class of a model."""
+
+    kv_config: KVConfig
+
+    def make_cache(self) -> list[Any]:
+        return make_cache(self, self.kv_config)
+
+    def stock_caches(self) -> list[Any]:
+        inherited = getattr(super(), "make_cache", None)
+        return inherited() if inherited else [KVCache() for _ in self.layers]
+
+
+def _stock_caches(model: nn.Module) -> list[Any]:
+    if isinstance(model, WithCache):
+        return model.stock_caches()
+    caches: list[Any] = make_prompt_cache(model)
+    return caches

@@ -1,0 +1,212 @@
+"""mlx-lm's caches, holding records of keys and values in place of vectors (see ops/attention.py).
+
+A record is one row of words, so everything the stock classes do with rows (grow, pad, roll, merge,
+filter, extract, trim) holds for records, too. What is here writes records, reads vectors, and
+keeps the formats with them. A vector in no format is stored as its own bytes, for one dtype in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import mlx.core as mx
+
+from ..errors import KVError
+from ..formats import DENSE, Format
+from ..ops.attention import (
+    Mask,
+    dequantize_kv,
+    quantize_kv,
+    quantized_attention,
+)
+
+C = TypeVar("C", bound="Records")
+Pair = tuple[mx.array, mx.array]  # of keys and values
+
+# Whether caches hand out `Handle`s, for attention that reads records (routing.py).
+handing: ContextVar[bool] = ContextVar("handing", default=False)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Formats of keys and values, and how many first and last tokens are exact, too."""
+
+    k: Format
+    v: Format
+    sink: int = 0
+    recent: int = 0
+
+
+class Vector(NamedTuple):
+    """What a record stands for. (A dtype by name: mlx's own cannot be copied or saved.)"""
+
+    dim: int
+    dtype_name: str
+
+    @classmethod
+    def of(cls, x: mx.array) -> Vector:
+        return cls(x.shape[-1], str(x.dtype).removeprefix("mlx.core."))
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        dtype: mx.Dtype = getattr(mx, self.dtype_name)
+        return dtype
+
+
+@dataclass(frozen=True)
+class Handle:
+    """The keys or values of a cache, for `attend` of that cache and nothing else."""
+
+    cache: Records
+    shape: tuple[int, ...]
+
+
+class Records:
+    """Mixed into a stock cache class. `keys` and `values` are uint32 `[B, heads, n, words]`."""
+
+    keys: Any  # None while empty
+    values: Any
+    layout: Layout
+    vectors: tuple[Vector, Vector] | None  # known from the first write on
+
+    @classmethod
+    def adopt(cls: type[C], cache: Any, layout: Layout, like: Records | None = None) -> C:
+        """Take over a stock cache that is empty, or holds records written by `like`."""
+        if cache.keys is not None and like is None:
+            raise KVError("a cache that holds plain keys and values cannot be quantized afterwards")
+        made = cls.__new__(cls)
+        made.__dict__.update(cache.__dict__)
+        made.layout = layout
+        made.vectors = like.vectors if like is not None else None
+        return made
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+        """Write vectors `[B, heads, n, dim]`; gives what `keys_and_values` does."""
+        self.vectors = Vector.of(keys), Vector.of(values)
+        self._note(keys, values)
+        super().update_and_fetch(  # type: ignore[misc]
+            _encode(keys, self.layout.k), _encode(values, self.layout.v)
+        )
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> Any:
+        """All vectors the stock cache would hand out, dequantized; or handles (see `handing`)."""
+        if handing.get():
+            return tuple(
+                Handle(self, (*self.keys.shape[:2], self._filled(), vector.dim))
+                for vector in self.vectors or ()
+            )
+        return self.plain()
+
+    def plain(self) -> Pair:
+        """The vectors that the records stand for, `[B, heads, S, dim]`, exact ones put in."""
+        assert self.vectors is not None
+        layout = self.layout
+        k, v = (
+            x if fmt == DENSE else dequantize_kv(x, vector.dim, fmt, vector.dtype)
+            for x, fmt, vector in zip(
+                self.stored(), (layout.k, layout.v), self.vectors, strict=True
+            )
+        )
+        return k, v
+
+    def stored(self) -> Pair:
+        """Keys and values as `ops.quantized_attention` takes them."""
+        assert self.vectors is not None
+        n, formats = self._filled(), (self.layout.k, self.layout.v)
+        k, v = (
+            (x.view(vector.dtype) if fmt == DENSE else x)[..., :n, :]
+            for x, fmt, vector in zip((self.keys, self.values), formats, self.vectors, strict=True)
+        )
+        return k, v
+
+    def attend(
+        self,
+        q: mx.array,
+        *,
+        scale: float,
+        mask: Mask = None,
+        sinks: mx.array | None = None,
+        softcap: float = 0.0,
+    ) -> mx.array:
+        """Attention of `q [B, heads, L, dim]`, the last rows, over what the cache holds."""
+        k, v = self.stored()
+        return self._attention(
+            q, k, v, k_format=self.layout.k, v_format=self.layout.v, scale=scale, mask=mask,
+            sinks=sinks, softcap=softcap,
+        )  # fmt: skip
+
+    def _attention(self, q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
+        assert self.vectors is not None
+        return quantized_attention(q, k, v, value_dim=self.vectors[1].dim, **options)
+
+    def _filled(self) -> int:
+        """Columns in use."""
+        raise NotImplementedError
+
+    def _note(self, keys: mx.array, values: mx.array) -> None:
+        """See vectors before they are written."""
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """All there is; the stock state says nothing of formats."""
+        return dict(self.__dict__)
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+class Single(Records):
+    """One sequence; several merge into a batch."""
+
+    batched: type[Batch]
+
+    @classmethod
+    def merge(cls, caches: Sequence[Any]) -> Any:
+        return cls.batched.merge(caches)
+
+
+class Batch(Records):
+    """Several sequences, padded on the left."""
+
+    offset: mx.array
+    stock: type
+    single: type[Single]
+
+    @classmethod
+    def merge(cls, caches: Sequence[Any]) -> Any:
+        """Raises KVError for caches of different formats."""
+        layout: Layout = caches[0].layout
+        if any(getattr(c, "layout", None) != layout for c in caches):
+            raise KVError(
+                "caches of different KV formats cannot run in one batch; "
+                "make all of them with the same KV configuration"
+            )
+        filled = next((c for c in caches if c.keys is not None), caches[0])
+        stock: Any = cls.stock
+        return cls.adopt(stock.merge(caches), layout, filled)
+
+    def extend(self, other: Batch) -> None:
+        """Raises KVError for a batch of other formats."""
+        if getattr(other, "layout", None) != self.layout:
+            raise KVError("batches of different KV formats cannot be joined")
+        self.vectors = self.vectors or other.vectors
+        for one, with_shape in ((self, other), (other, self)):
+            if one.keys is None and with_shape.keys is not None:
+                rows = one.offset.shape[0]
+                one.keys, one.values = (
+                    mx.zeros((rows, x.shape[1], 0, x.shape[3]), dtype=x.dtype)
+                    for x in (with_shape.keys, with_shape.values)
+                )
+        super().extend(other)  # type: ignore[misc]
+
+    def extract(self, idx: int) -> Any:
+        return self.single.adopt(super().extract(idx), self.layout, self)  # type: ignore[misc]
+
+
+def _encode(x: mx.array, fmt: Format) -> mx.array:
+    return x.view(mx.uint32) if fmt == DENSE else quantize_kv(x, fmt)
