@@ -6,10 +6,11 @@ from typing import Any
 
 from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, KVCache, RotatingKVCache
 
+from .exact import WindowedBatch, WindowedSingle
 from .records import Batch, Layout, Records, Single
 
 
-class KVRecords(Single, KVCache):  # type: ignore[misc]
+class KVRecords(WindowedSingle, KVCache):  # type: ignore[misc]
     """Full attention, one sequence."""
 
     def _filled(self) -> int:
@@ -23,7 +24,7 @@ class RotatingKVRecords(Single, RotatingKVCache):  # type: ignore[misc]
         return min(int(self.offset), int(self.keys.shape[2]))
 
 
-class BatchKVRecords(Batch, BatchKVCache):  # type: ignore[misc]
+class BatchKVRecords(WindowedBatch, BatchKVCache):  # type: ignore[misc]
     """Full attention."""
 
     stock, single = BatchKVCache, KVRecords

@@ -103,15 +103,7 @@ class Records:
 
     def plain(self) -> Pair:
         """The vectors that the records stand for, `[B, heads, S, dim]`, exact ones put in."""
-        assert self.vectors is not None
-        layout = self.layout
-        k, v = (
-            x if fmt == DENSE else dequantize_kv(x, vector.dim, fmt, vector.dtype)
-            for x, fmt, vector in zip(
-                self.stored(), (layout.k, layout.v), self.vectors, strict=True
-            )
-        )
-        return k, v
+        return self._vectors(*self.stored())
 
     def stored(self) -> Pair:
         """Keys and values as `ops.quantized_attention` takes them."""
@@ -133,15 +125,23 @@ class Records:
         softcap: float = 0.0,
     ) -> mx.array:
         """Attention of `q [B, heads, L, dim]`, the last rows, over what the cache holds."""
-        k, v = self.stored()
-        return self._attention(
-            q, k, v, k_format=self.layout.k, v_format=self.layout.v, scale=scale, mask=mask,
-            sinks=sinks, softcap=softcap,
-        )  # fmt: skip
+        options = {"scale": scale, "mask": mask, "sinks": sinks, "softcap": softcap}
+        return self._attention(q, *self.stored(), **options)
 
     def _attention(self, q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
         assert self.vectors is not None
-        return quantized_attention(q, k, v, value_dim=self.vectors[1].dim, **options)
+        formats = {"k_format": self.layout.k, "v_format": self.layout.v}
+        return quantized_attention(q, k, v, **formats, value_dim=self.vectors[1].dim, **options)
+
+    def _vectors(self, k: mx.array, v: mx.array) -> Pair:
+        assert self.vectors is not None
+        k, v = (
+            x if fmt == DENSE else dequantize_kv(x, vector.dim, fmt, vector.dtype)
+            for x, fmt, vector in zip(
+                (k, v), (self.layout.k, self.layout.v), self.vectors, strict=True
+            )
+        )
+        return k, v
 
     def _filled(self) -> int:
         """Columns in use."""
