@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .errors import UsageError
 from .sources.folder import one_line
+
+if TYPE_CHECKING:
+    from .kv.prefix import PrefixFile
 
 
 @dataclass(frozen=True)
@@ -25,23 +28,35 @@ class Request:
     raw: bool = False
 
 
-def stream(model: nn.Module, tokenizer: Any, request: Request) -> Iterator[Any]:
+def stream(
+    model: nn.Module, tokenizer: Any, request: Request, prefix: PrefixFile | None = None
+) -> Iterator[Any]:
     """mlx-lm's GenerationResponse for each piece of text, the last one with the counts.
 
+    What `prefix` holds of the prompt is not read again; afterwards it holds prompt and answer.
+
     Raises UsageError for an empty prompt, or a system message the model's template has no place
-    for.
+    for; KVError for a `prefix` of another model.
     """
     from mlx_lm import stream_generate
     from mlx_lm.sample_utils import make_sampler
 
+    tokens = prompt_tokens(tokenizer, request)
+    caches = prefix.start(model, tokens) if prefix else None
     mx.random.seed(request.seed)
-    yield from stream_generate(
+    pieces = stream_generate(
         model,
         tokenizer,
-        prompt_tokens(tokenizer, request),
+        tokens[prefix.reused if prefix else 0 :],
         max_tokens=request.max_tokens,
         sampler=make_sampler(temp=request.temperature),
+        prompt_cache=caches,
     )
+    for piece in pieces:
+        tokens.append(piece.token)
+        yield piece
+    if prefix and caches:
+        prefix.store(caches, tokens)
 
 
 def prompt_tokens(tokenizer: Any, request: Request) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -10,23 +11,40 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .formats import DENSE
+from .kv import KVConfig, attach, identity
 from .nn import accelerate
 from .plan import Plan
 from .rounding import MINMAX, Rounding
 from .rounding import render as render_layer
-from .sources import LoadedModel, resolve
+from .sources import LoadedModel, Source, resolve
 from .sources import load as load_source
 from .swap import slot_at
 
 
-def load(name: str, *, revision: str | None = None) -> tuple[nn.Module, Any]:
+def load(
+    name: str, *, revision: str | None = None, kv: KVConfig | Path | str | None = None
+) -> tuple[nn.Module, Any]:
     """`mlx_lm.load` with native layers: a folder, hub id or .gguf file, quantized or not.
 
-    Returns the model and its tokenizer. Raises SourceError.
+    `kv` has keys and values cached in few bits: a kv_config.json, a `KVConfig`, or "8/4", bits of
+    all keys and of all values. Then the model makes such caches itself (`make_cache`), for mlx-lm's
+    `generate`, `BatchGenerator` and whatever else asks it for caches.
+
+    Returns the model and its tokenizer. Raises SourceError; KVError or UsageError for `kv`.
     """
-    loaded = load_source(resolve(name, revision=revision), allow_quantized=True)
-    accelerate(loaded.model)
-    return loaded.model, loaded.tokenizer
+    return open_source(resolve(name, revision=revision), kv=kv)
+
+
+def open_source(
+    source: Source, *, kv: KVConfig | Path | str | None = None
+) -> tuple[nn.Module, Any]:
+    """`load` of what `resolve` found."""
+    loaded = load_source(source, allow_quantized=True)
+    model = loaded.model
+    if kv is not None:
+        model = attach(model, kv, identity(source))
+    accelerate(model)
+    return model, loaded.tokenizer
 
 
 def render(

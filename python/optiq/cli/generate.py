@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from math import inf
+from pathlib import Path
 
 from . import options
 
@@ -18,27 +19,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temp", type=float, default=0.0, help="0 (the default) is greedy")
     parser.add_argument("--seed", type=options.seed, default=0)
     parser.add_argument("--raw", action="store_true", help="no chat template")
+    parser.add_argument(
+        "--kv",
+        metavar="CONFIG",
+        help="cache keys and values in few bits: a kv_config.json, or bits of K and V such as 8/4",
+    )
+    parser.add_argument(
+        "--prompt-cache",
+        metavar="FILE",
+        type=Path,
+        help="what FILE holds of the prompt is not read again; prompt and answer are kept in it",
+    )
     options.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from ..errors import UsageError
     from ..generate import Request, stream
-    from ..runtime import load
+    from ..kv.model import digest
+    from ..kv.prefix import Key, PrefixFile
+    from ..preflight import check_writable
+    from ..runtime import open_source
+    from ..sources import resolve
 
     if not 0 <= args.temp < inf:
         raise UsageError(f"--temp {args.temp} is not a temperature; give 0 or more")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     request = Request(prompt, args.system, args.max_tokens, args.temp, args.seed, args.raw)
-    model, tokenizer = load(args.model, revision=args.revision)
+    prefix = None
+    if args.prompt_cache:
+        check_writable(args.prompt_cache)
+    source = resolve(args.model, revision=args.revision)
+    model, tokenizer = open_source(source, kv=args.kv)
+    if args.prompt_cache:
+        prefix = PrefixFile(args.prompt_cache, Key(source.fingerprint, config=digest(model)))
     text, last = "", None
-    for last in stream(model, tokenizer, request):
+    for last in stream(model, tokenizer, request, prefix):
         text += last.text
         if not args.json:
             print(last.text, end="", flush=True)
     assert last is not None  # max_tokens is at least 1
+    reused = prefix.reused if prefix else 0
     facts = {
-        "prompt_tokens": last.prompt_tokens,
+        "prompt_tokens": last.prompt_tokens + reused,
+        "prompt_tokens_from_cache": reused,
         "prompt_tokens_per_second": last.prompt_tps,
         "generated_tokens": last.generation_tokens,
         "generated_tokens_per_second": last.generation_tps,
@@ -49,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         print()
         print(
-            f"\n{last.prompt_tokens} prompt tokens at {last.prompt_tps:.1f}/s, "
+            f"\n{f'{reused} prompt tokens from the cache, ' if reused else ''}"
+            f"{last.prompt_tokens} prompt tokens at {last.prompt_tps:.1f}/s, "
             f"{last.generation_tokens} generated at {last.generation_tps:.1f}/s",
             file=sys.stderr,
         )

@@ -6,6 +6,7 @@ is noted beside, as layers may share one and others have none.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -141,6 +142,12 @@ class KVConfig:
         return cls(tuple(map(chosen, entries)))
 
     @property
+    def digest(self) -> str:
+        """sha256 of what decides the contents of the caches."""
+        facts = [[str(e.k), str(e.v)] for e in self.entries], self.fp_recent, self.fp_sink
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes of one more token in all full-attention caches."""
         return sum(e.bytes_per_token for e in self.entries if not e.window)
@@ -235,8 +242,16 @@ class KVConfig:
         """Write the file whole or not at all."""
         path = Path(path)
         partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        try:
+            partial.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def is_widths(text: str) -> bool:
+    """Whether `text` is one that `KVConfig.uniform` reads."""
+    return _WIDTHS.fullmatch(text.strip().lower()) is not None
 
 
 def check_format(fmt: Format) -> None:

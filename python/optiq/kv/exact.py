@@ -40,9 +40,7 @@ class Windowed(Records):
             size, filled = self.layout.recent, self._filled()
             there = min(size, filled)
             old = self._vectors(*(x[:, :, filled - there :] for x in self.stored()))
-            tail = _both(
-                lambda r, x: overlay(mx.zeros_like(r), x, size - there), self.recent, old
-            )
+            tail = _both(lambda r, x: overlay(mx.zeros_like(r), x, size - there), self.recent, old)
             self.recent = Exact(*_both(lambda t, r: overlay(t, r, n), tail, self.recent))
         return n
 
@@ -90,8 +88,8 @@ class WindowedSingle(Windowed, Single):
 class WindowedBatch(Windowed, Batch):
     left_padding: mx.array
     # While a prompt padded on the right is read: tokens still to come, padding read.
-    _remaining: mx.array | None = None
-    _padding: mx.array | None = None
+    _remaining: Any = None
+    _padding: Any = None
 
     @classmethod
     def merge(cls, caches: Sequence[Any]) -> Any:
@@ -143,8 +141,8 @@ class WindowedBatch(Windowed, Batch):
         if self._padding is None:
             return super()._attention(q, k, v, starts=self.left_padding, **options)
         # The last tokens of the rows are in different columns.
-        formats = {"k_format": DENSE, "v_format": DENSE}
-        return quantized_attention(q, *self.plain(), **formats, **options)
+        k, v = self.plain()
+        return quantized_attention(q, k, v, k_format=DENSE, v_format=DENSE, **options)
 
     def _starts(self) -> Any:
         return self.left_padding
@@ -176,4 +174,4 @@ def _stacked(parts: list[tuple[Exact | None, int]]) -> Exact | None:
         exact or Exact(*(mx.zeros((rows, *x.shape[1:]), dtype=x.dtype) for x in like))
         for exact, rows in parts
     ]
-    return Exact(*_both(lambda *xs: mx.concatenate(xs), *filled))
+    return Exact(*_both(lambda *xs: mx.concatenate(list(xs)), *filled))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -11,8 +13,10 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from ..anatomy import cache_readers, latent_rank
 from ..errors import KVError
 from ..nn.layers import _Adopting
+from ..sources import Source
+from ..sources.folder import TOKENIZER_FILES
 from .caches import records
-from .config import Entry, KVConfig
+from .config import Entry, Json, KVConfig, is_widths
 from .records import Layout
 
 
@@ -58,18 +62,51 @@ def make_cache(model: nn.Module, config: KVConfig) -> list[Any]:
     return caches
 
 
-def attach(model: nn.Module, config: KVConfig) -> nn.Module:
-    """The same model, but `make_prompt_cache` of it gives the caches of `config`.
+def read(kv: KVConfig | Path | str, found: tuple[Entry, ...]) -> KVConfig:
+    """The configuration for the caches `found`: itself, a file, or widths for all such as "8/4".
 
-    It shares all its layers with `model`. Raises KVError when the two do not fit together.
+    Raises KVError or UsageError.
     """
-    config.check(entries(model))
+    if isinstance(kv, KVConfig):
+        return kv
+    if isinstance(kv, str) and is_widths(kv):
+        return KVConfig.uniform(found, kv)
+    return KVConfig.load(kv, found)
+
+
+def attach(model: nn.Module, kv: KVConfig | Path | str, identity: Json | None = None) -> nn.Module:
+    """The same model, but `make_prompt_cache` of it gives caches as `kv` says (see `read`).
+
+    It shares all its layers with `model`. Raises KVError when the two do not fit together, or `kv`
+    names another model than `identity`.
+    """
+    found = entries(model)
+    config = read(kv, found)
+    config.check(found, identity)
     cls = type(model)
     if not isinstance(model, WithCache):
         cls = type(cls.__name__, (WithCache, cls), {})
     made = cls.adopt(model)  # type: ignore[attr-defined]
     made.__dict__["kv_config"] = config
     return made  # type: ignore[no-any-return]
+
+
+def digest(model: nn.Module) -> str:
+    """That of the configuration attached to a model, empty for none."""
+    return model.kv_config.digest if isinstance(model, WithCache) else ""
+
+
+def identity(source: Source) -> Json:
+    """What tells a model apart: its name, fingerprint, and the sha256 of its tokenizer's files."""
+    digest = hashlib.sha256()
+    for pattern in TOKENIZER_FILES:
+        for file in sorted(source.path.glob(pattern)):
+            digest.update(file.name.encode() + file.read_bytes())
+    return {
+        "name": source.name,
+        "fingerprint": source.fingerprint,
+        "tokenizer": digest.hexdigest(),
+    }
 
 
 class WithCache(_Adopting):

@@ -126,12 +126,13 @@ class Records:
     ) -> mx.array:
         """Attention of `q [B, heads, L, dim]`, the last rows, over what the cache holds."""
         options = {"scale": scale, "mask": mask, "sinks": sinks, "softcap": softcap}
-        return self._attention(q, *self.stored(), **options)
+        k, v = self.stored()
+        return self._attention(q, k, v, **options)
 
     def _attention(self, q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
         assert self.vectors is not None
-        formats = {"k_format": self.layout.k, "v_format": self.layout.v}
-        return quantized_attention(q, k, v, **formats, value_dim=self.vectors[1].dim, **options)
+        options = {"k_format": self.layout.k, "v_format": self.layout.v, **options}
+        return quantized_attention(q, k, v, value_dim=self.vectors[1].dim, **options)
 
     def _vectors(self, k: mx.array, v: mx.array) -> Pair:
         assert self.vectors is not None
