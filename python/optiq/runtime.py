@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .formats import DENSE
-from .kv import KVConfig, attach, identity
+from .kv import KVConfig, attach, identity, route
 from .nn import accelerate
 from .plan import Plan
 from .rounding import MINMAX, Rounding
@@ -44,6 +44,8 @@ def open_source(
     if kv is not None:
         model = attach(model, kv, identity(source))
     accelerate(model)
+    if kv is not None:
+        route(model)
     return model, loaded.tokenizer
 
 

@@ -7,5 +7,6 @@ model = kv.attach(model, config)              # or once for all that asks the mo
 
 from .config import Entry, KVConfig
 from .model import attach, entries, identity, make_cache
+from .routing import route
 
-__all__ = ["Entry", "KVConfig", "attach", "entries", "identity", "make_cache"]
+__all__ = ["Entry", "KVConfig", "attach", "entries", "identity", "make_cache", "route"]

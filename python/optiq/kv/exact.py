@@ -39,8 +39,11 @@ class Windowed(Records):
         if self.recent is not None and n:
             size, filled = self.layout.recent, self._filled()
             there = min(size, filled)
-            old = self._vectors(*(x[:, :, filled - there :] for x in self.stored()))
-            tail = _both(lambda r, x: overlay(mx.zeros_like(r), x, size - there), self.recent, old)
+            column = filled - there
+            tail = self._vectors(*(x[:, :, column:] for x in self.stored()))
+            if self.first is not None:
+                tail = _both(lambda x, f: overlay(x, f, self._starts() - column), tail, self.first)
+            tail = _both(lambda r, x: overlay(mx.zeros_like(r), x, size - there), self.recent, tail)
             self.recent = Exact(*_both(lambda t, r: overlay(t, r, n), tail, self.recent))
         return n
 
@@ -58,7 +61,7 @@ class Windowed(Records):
 
     def _note(self, keys: mx.array, values: mx.array) -> None:
         new, layout = (keys, values), self.layout
-        if layout.sink:
+        if layout.sink and not self._past_first():
             first = self.first or _zeros(new, layout.sink)
             self.first = Exact(*_both(lambda f, x: overlay(f, x, self.offset), first, new))
         if layout.recent:
@@ -80,9 +83,14 @@ class Windowed(Records):
         """Columns of padding after each row's last token."""
         return 0
 
+    def _past_first(self) -> bool:
+        """Whether all rows are known to have their first tokens."""
+        return False
+
 
 class WindowedSingle(Windowed, Single):
-    pass
+    def _past_first(self) -> bool:
+        return bool(self.offset >= self.layout.sink)
 
 
 class WindowedBatch(Windowed, Batch):

@@ -56,11 +56,12 @@ class Vector(NamedTuple):
         return dtype
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Handle:
-    """The keys or values of a cache, for `attend` of that cache and nothing else."""
+    """The keys or the values of a cache, for its `attend` and nothing else."""
 
     cache: Records
+    of_keys: bool
     shape: tuple[int, ...]
 
 
@@ -95,10 +96,10 @@ class Records:
     def keys_and_values(self) -> Any:
         """All vectors the stock cache would hand out, dequantized; or handles (see `handing`)."""
         if handing.get():
-            return tuple(
-                Handle(self, (*self.keys.shape[:2], self._filled(), vector.dim))
-                for vector in self.vectors or ()
-            )
+            assert self.vectors is not None
+            shape = (*self.keys.shape[:2], self._filled())
+            k, v = (vector.dim for vector in self.vectors)
+            return Handle(self, True, (*shape, k)), Handle(self, False, (*shape, v))
         return self.plain()
 
     def plain(self) -> Pair:
