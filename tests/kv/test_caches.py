@@ -147,7 +147,8 @@ def test_any_order_of_operations(data: Any) -> None:
     machine, few = Machine(layout), st.integers(1, 7)
 
     def batch() -> tuple[Any, list[Row]]:
-        parts = [machine.single(*draw(st.lists(few, max_size=2))) for _ in range(draw(st.integers(1, 3)))]  # fmt: skip
+        lengths = draw(st.lists(st.lists(few, max_size=2), min_size=1, max_size=3))
+        parts = [machine.single(*each) for each in lengths]
         caches = [cache for cache, _ in parts]
         return caches[0].merge(caches), [row for _, rows in parts for row in rows]
 

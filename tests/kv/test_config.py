@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from optiq.errors import KVError, UsageError
 from optiq.formats import DENSE, Format
 from optiq.kv import Entry, KVConfig
+from optiq.kv.config import BITS, GROUPS
 from optiq.ops.attention import record_words
 
 FORMATS = st.one_of(
     st.just(DENSE),
-    st.builds(Format, st.just("affine"), st.sampled_from((3, 4, 5, 6, 8)), st.sampled_from((32, 64))),
-)  # fmt: skip
+    st.builds(lambda b, g: Format("affine", b, g), st.sampled_from(BITS), st.sampled_from(GROUPS)),
+)
 DIMS = st.integers(1, 32).map(lambda n: 8 * n)
 ENTRIES = st.one_of(
     st.builds(
@@ -148,7 +149,7 @@ def test_another_model() -> None:
     for name, value in (("k_dim", 64), ("v_dim", 64), ("kv_heads", 4), ("kind", "mla")):
         with pytest.raises(KVError, match=f"cache 0 has {name}"):
             made.check((replace(FULL, **{name: value}), *CACHES[1:]))
-    with pytest.raises(KVError, match="cache 2 has window 512 .* and 256"):
+    with pytest.raises(KVError, match=r"cache 2 has window 512 .* and 256"):
         made.check((*CACHES[:2], replace(SLIDING, window=256), MLA))
 
 

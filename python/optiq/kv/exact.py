@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..formats import DENSE
-from ..ops.attention import Exact, overlay, quantized_attention
+from ..ops.attention import Exact, overlay
 from .records import Batch, Pair, Records, Single
 
 
@@ -52,12 +52,12 @@ class Windowed(Records):
         exact = [x for e in (self.first, self.recent) if e is not None for x in e]
         return int(super().nbytes) + sum(x.nbytes for x in exact)  # type: ignore[misc]
 
-    def _attention(self, q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
+    def inputs(self) -> dict[str, Any]:
         recent = self.recent
         if recent is not None:
             filled = min(self.layout.recent, self._filled())
             recent = Exact(*(x[:, :, x.shape[2] - filled :] for x in recent))
-        return super()._attention(q, k, v, first=self.first, recent=recent, **options)
+        return {**super().inputs(), "first": self.first, "recent": recent}
 
     def _note(self, keys: mx.array, values: mx.array) -> None:
         new, layout = (keys, values), self.layout
@@ -145,12 +145,12 @@ class WindowedBatch(Windowed, Batch):
         real = mx.clip(self._remaining, 0, new.shape[2])
         return overlay(recent, mx.concatenate([recent, new], axis=2), -real)
 
-    def _attention(self, q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
+    def inputs(self) -> dict[str, Any]:
         if self._padding is None:
-            return super()._attention(q, k, v, starts=self.left_padding, **options)
-        # The last tokens of the rows are in different columns.
+            return {**super().inputs(), "starts": self.left_padding}
+        # The last tokens of the rows are in different columns, so what they are is put in here.
         k, v = self.plain()
-        return quantized_attention(q, k, v, k_format=DENSE, v_format=DENSE, **options)
+        return {"k": k, "v": v, "k_format": DENSE, "v_format": DENSE}
 
     def _starts(self) -> Any:
         return self.left_padding

@@ -7,7 +7,8 @@ keeps the formats with them. A vector in no format is stored as its own bytes, f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -26,8 +27,17 @@ from ..ops.attention import (
 C = TypeVar("C", bound="Records")
 Pair = tuple[mx.array, mx.array]  # of keys and values
 
-# Whether caches hand out `Handle`s, for attention that reads records (routing.py).
-handing: ContextVar[bool] = ContextVar("handing", default=False)
+_handing: ContextVar[bool] = ContextVar("handing", default=False)
+
+
+@contextmanager
+def handing() -> Iterator[None]:
+    """Caches hand out a `Handle` in place of vectors, for attention that reads records."""
+    token = _handing.set(True)
+    try:
+        yield
+    finally:
+        _handing.reset(token)
 
 
 @dataclass(frozen=True)
@@ -86,16 +96,20 @@ class Records:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         """Write vectors `[B, heads, n, dim]`; gives what `keys_and_values` does."""
+        self.write(keys, values)
+        return self.keys_and_values()
+
+    def write(self, keys: mx.array, values: mx.array) -> None:
+        """Write vectors `[B, heads, n, dim]`."""
         self.vectors = Vector.of(keys), Vector.of(values)
         self._note(keys, values)
-        super().update_and_fetch(  # type: ignore[misc]
-            _encode(keys, self.layout.k), _encode(values, self.layout.v)
-        )
-        return self.keys_and_values()
+        k, v = _encode(keys, self.layout.k), _encode(values, self.layout.v)
+        with handing():  # what the stock method fetches is not wanted
+            super().update_and_fetch(k, v)  # type: ignore[misc]
 
     def keys_and_values(self) -> Any:
         """All vectors the stock cache would hand out, dequantized; or handles (see `handing`)."""
-        if handing.get():
+        if _handing.get():
             assert self.vectors is not None
             shape = (*self.keys.shape[:2], self._filled())
             k, v = (vector.dim for vector in self.vectors)
@@ -107,7 +121,7 @@ class Records:
         return self._vectors(*self.stored())
 
     def stored(self) -> Pair:
-        """Keys and values as `ops.quantized_attention` takes them."""
+        """Records, or plain vectors where there is no format, of all columns in use."""
         assert self.vectors is not None
         n, formats = self._filled(), (self.layout.k, self.layout.v)
         k, v = (
@@ -115,6 +129,11 @@ class Records:
             for x, fmt, vector in zip((self.keys, self.values), formats, self.vectors, strict=True)
         )
         return k, v
+
+    def inputs(self) -> dict[str, Any]:
+        """Keys and values, and what else `ops.quantized_attention` has to know of them."""
+        k, v = self.stored()
+        return {"k": k, "v": v, "k_format": self.layout.k, "v_format": self.layout.v}
 
     def attend(
         self,
@@ -126,14 +145,11 @@ class Records:
         softcap: float = 0.0,
     ) -> mx.array:
         """Attention of `q [B, heads, L, dim]`, the last rows, over what the cache holds."""
-        options = {"scale": scale, "mask": mask, "sinks": sinks, "softcap": softcap}
-        k, v = self.stored()
-        return self._attention(q, k, v, **options)
-
-    def _attention(self, q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
         assert self.vectors is not None
-        options = {"k_format": self.layout.k, "v_format": self.layout.v, **options}
-        return quantized_attention(q, k, v, value_dim=self.vectors[1].dim, **options)
+        return quantized_attention(
+            q, **self.inputs(), scale=scale, mask=mask, sinks=sinks, softcap=softcap,
+            value_dim=self.vectors[1].dim,
+        )  # fmt: skip
 
     def _vectors(self, k: mx.array, v: mx.array) -> Pair:
         assert self.vectors is not None

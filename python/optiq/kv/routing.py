@@ -34,11 +34,8 @@ class Routed(_Adopting):
     rerouted: Callable[..., Any]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        token = handing.set(True)
-        try:
+        with handing():
             return self.rerouted(*args, **kwargs)
-        finally:
-            handing.reset(token)
 
 
 def route(model: nn.Module) -> dict[str, str]:
@@ -84,7 +81,7 @@ def routed(module: nn.Module) -> nn.Module | None:
             made = type(f"Routed{cls.__name__}", (Routed, cls), {"rerouted": _rerouted(call)})
         _routed_classes[cls] = made
     made = _routed_classes[cls]
-    return None if made is None else made.adopt(module)  # type: ignore[attr-defined, no-any-return]
+    return None if made is None else made.adopt(module)  # type: ignore[attr-defined]
 
 
 def _rerouted(call: FunctionType) -> FunctionType:
