@@ -36,8 +36,10 @@ class Windowed(Records):
 
     def trim(self, n: int) -> int:
         n = super().trim(n)  # type: ignore[misc]
-        if self.recent is not None and n:
-            size, filled = self.layout.recent, self._filled()
+        size, filled = self.layout.recent, self._filled()
+        if not filled:
+            self.first = self.recent = None
+        elif self.recent is not None and n:
             there = min(size, filled)
             column = filled - there
             tail = self._vectors(*(x[:, :, column:] for x in self.stored()))

@@ -24,7 +24,7 @@ from mlx_lm.models.cache import (
 
 from ..errors import KVError
 from ..ops.attention import Exact
-from .records import Layout, Vector
+from .records import Layout, Records, Vector
 
 _TUPLES: dict[str, type] = {"Exact": Exact, "Vector": Vector, "tuple": tuple, "list": list}
 _SCALARS = (bool, int, float, str, type(None))
@@ -90,9 +90,13 @@ def load(path: str | Path, caches: Sequence[Any], key: Key) -> list[int]:
         if getattr(other, name) != getattr(key, name):
             raise KVError(f"{path} was made with another {what}; name another file or delete it")
     try:
+        tokens: list[int] = arrays["tokens"].tolist()
         for cache, described in zip(caches, header["caches"], strict=True):
             _restore(cache, described, arrays)
-        tokens: list[int] = arrays["tokens"].tolist()
+            if getattr(cache, "offset", len(tokens)) != len(tokens):
+                raise ValueError(f"{len(tokens)} tokens, but a cache of {cache.offset}")
+            if isinstance(cache, Records) and tokens:
+                cache.plain()  # raises for records of another length
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise KVError(f"{path} is damaged ({_line(error)}); delete it") from error
     return tokens
