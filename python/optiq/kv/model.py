@@ -77,8 +77,8 @@ def read(kv: KVConfig | Path | str, found: tuple[Entry, ...]) -> KVConfig:
 def attach(model: nn.Module, kv: KVConfig | Path | str, identity: Json | None = None) -> nn.Module:
     """The same model, but `make_prompt_cache` of it gives caches as `kv` says (see `read`).
 
-    It shares all its layers with `model`. Raises KVError when the two do not fit together, or `kv`
-    names another model than `identity`.
+    It shares all its layers with `model`. Raises KVError when the two do not fit together, the
+    model's code needs other caches, or `kv` names another model than `identity`.
     """
     found = entries(model)
     config = read(kv, found)
@@ -88,6 +88,13 @@ def attach(model: nn.Module, kv: KVConfig | Path | str, identity: Json | None = 
         cls = type(cls.__name__, (WithCache, cls), {})
     made = cls.adopt(model)  # type: ignore[attr-defined]
     made.__dict__["kv_config"] = config
+    try:
+        made(mx.array([[0]]), cache=made.make_cache())  # a graph that is not evaluated
+    except Exception as error:  # whatever a model file raises
+        raise KVError(
+            f"mlx-lm's {type(model).__module__} cannot run with quantized caches "
+            f"({type(error).__name__}); leave --kv out"
+        ) from error
     return made  # type: ignore[no-any-return]
 
 
