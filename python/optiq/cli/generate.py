@@ -46,13 +46,14 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--temp {args.temp} is not a temperature; give 0 or more")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     request = Request(prompt, args.system, args.max_tokens, args.temp, args.seed, args.raw)
+    source = resolve(args.model, revision=args.revision)
+    if args.prompt_cache:
+        check_writable(args.prompt_cache.expanduser().resolve())
+    model, tokenizer = open_source(source, kv=args.kv)
     prefix = None
     if args.prompt_cache:
-        check_writable(args.prompt_cache)
-    source = resolve(args.model, revision=args.revision)
-    model, tokenizer = open_source(source, kv=args.kv)
-    if args.prompt_cache:
-        prefix = PrefixFile(args.prompt_cache, Key(source.fingerprint, config=digest(model)))
+        key = Key(source.fingerprint, config=digest(model))
+        prefix = PrefixFile(args.prompt_cache.expanduser(), key)
     text, last = "", None
     for last in stream(model, tokenizer, request, prefix):
         text += last.text
