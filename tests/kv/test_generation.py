@@ -38,13 +38,20 @@ def test_equals_stock_caches_of_what_the_records_stand_for(kind: str) -> None:
     model = model_of(kind)
     config = mixed(model, (F8, F4), (F4, F6), (DENSE, F3), (F5, DENSE))
     expected = np.array(logits(model, rounding_caches(model, config)))
-    bound = {"rtol": 0, "atol": 1e-5 * np.abs(expected).max()}
+
+    def check() -> None:
+        """Sums in another order may move a later layer's value over the edge between two codes."""
+        got = np.array(logits(model, make_prompt_cache(model)))
+        error = np.abs(got - expected).max(axis=(0, 2)) / np.abs(expected).max()  # of each token
+        assert np.median(error) <= 1e-6
+        assert error.max() <= 1e-3
+
     model = kv.attach(model, config)
-    np.testing.assert_allclose(logits(model, make_prompt_cache(model)), expected, **bound)
+    check()
     left = kv.route(model)
     assert bool(left) == (kind == "deepseek_v3")  # does more with latents than pass them on
     assert any(isinstance(m, Routed) for _, m in model.named_modules()) == (not left)
-    np.testing.assert_allclose(logits(model, make_prompt_cache(model)), expected, **bound)
+    check()
 
 
 @pytest.mark.parametrize(

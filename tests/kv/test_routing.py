@@ -79,7 +79,7 @@ def test_code_that_passes_on_is_routed() -> None:
     assert kv.route(model) == {}
     assert all(isinstance(layer.self_attn, Routed) for layer in model.layers)
     got = logits(model, make_prompt_cache(model))
-    assert mx.abs(got - expected).max().item() < 1e-5
+    assert mx.abs(got - expected).max().item() < 1e-3  # a code may flip, see test_generation.py
     assert kv.route(model) == {}  # again: nothing is left to do
 
 
