@@ -9,7 +9,17 @@ import pytest
 
 from optiq.errors import BudgetError, UsageError
 from optiq.formats import DENSE, Format
-from optiq.kv.choose import frontier, pairs, predicted, propose, safe_ends, size, solve, uniform
+from optiq.kv.choose import (
+    check_budget,
+    frontier,
+    pairs,
+    predicted,
+    propose,
+    safe_ends,
+    size,
+    solve,
+    uniform,
+)
 from optiq.kv.config import Entry, KVConfig
 from optiq.kv.measure import Score, Scores
 from optiq.kv.slots import budget_of, configured, parse_menu, slots_of
@@ -81,8 +91,9 @@ def test_floors_hold_unless_measured_safe() -> None:
     assert all(f.bits >= 4 for s in SLOTS if s.side == "k" for f in s.offered(MENU))
     wide = solve(SLOTS, scores, 4 * narrow)
     assert all(wide[s.name].bits >= 8 for s in SLOTS if s.end)
-    with pytest.raises(BudgetError, match="raise --size"):
+    with pytest.raises(BudgetError):  # the ends must be wider
         solve(SLOTS, scores, narrow)
+    assert solve(SLOTS, scores, narrow, ends=False)
     # The first cache's values are next to nothing, far below the middle ones'.
     safe = {f: Score(s.kl / 1e6, s.kl / 1e7, True) for f, s in scores["0.v"].items()}
     kept = safe_ends(SLOTS, scores | {"0.v": safe})
@@ -107,8 +118,11 @@ def test_proposals_fit_and_are_different_and_uniform_is_among_them() -> None:
     within = [f for f in pairs(SLOTS, scores).values() if size(SLOTS, f) <= budget]
     assert predicted(scores, even) == min(predicted(scores, f) for f in within)
     assert pairs(SLOTS, scores)["8/4"] == found["8/4"]
-    with pytest.raises(BudgetError, match="the cache needs"):
+    with pytest.raises(BudgetError):
         propose(SLOTS, scores, 1000)
+    with pytest.raises(BudgetError, match=r"the cache needs .* raise --size"):
+        check_budget(SLOTS, MENU, 1000)
+    check_budget(SLOTS, MENU, budget)
 
 
 def test_the_frontier_falls() -> None:

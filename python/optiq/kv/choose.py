@@ -15,7 +15,7 @@ from ..allocation import Choice, Item, allocate
 from ..errors import BudgetError
 from ..formats import DENSE, Format
 from .measure import Score, Scores
-from .slots import ENDS, Slot
+from .slots import ENDS, Slot, Width
 
 Formats = dict[str, Format]  # by slot
 Loss = Callable[[Score], float]
@@ -35,7 +35,7 @@ def propose(
     - "uniform": of one width for all keys and one for all values, the pair of least sum.
     - `asked`, if it is such a pair and fits ("8/4").
 
-    Raises BudgetError when there is none.
+    Raises BudgetError when there is none (see `check_budget`).
     """
 
     def within(formats: Formats | None) -> Formats | None:
@@ -63,6 +63,16 @@ def propose(
     return found
 
 
+def check_budget(slots: Sequence[Slot], menu: Sequence[Width], budget: int) -> None:
+    """Raise BudgetError if even the narrowest formats take more than `budget` bytes."""
+    least = sum(min(map(slot.nbytes, slot.offered(menu))) for slot in slots)
+    if least > budget:
+        raise BudgetError(
+            f"the cache needs {least:,} bytes at least and --size gives {budget:,}; raise --size "
+            "or add narrower --formats (keys take 4 bits or more)"
+        )
+
+
 def solve(
     slots: Sequence[Slot],
     scores: Scores,
@@ -80,14 +90,7 @@ def solve(
         items.append(
             Item(slot.name, tuple(Choice(f, slot.nbytes(f), loss(row[f])) for f in allowed))
         )
-    try:
-        return allocate(items, budget).formats
-    except BudgetError as error:
-        least = sum(min(c.nbytes for c in item.choices) for item in items)
-        raise BudgetError(
-            f"the cache needs {least:,} bytes at least and --size gives {budget:,}; raise --size "
-            "or add narrower --formats (keys take 4 bits or more)"
-        ) from error
+    return allocate(items, budget).formats
 
 
 def safe_ends(slots: Sequence[Slot], scores: Scores) -> dict[str, list[Format]]:

@@ -1,8 +1,9 @@
 """How far whole configurations are from full-precision caches, decoding real contexts.
 
 Every token's keys and values are quantized as they are written and read back by all that follow:
-nothing here is estimated. KL(full precision || configured) is measured at the second half of each
-context; metrics are those of `compare`, with contexts as clusters.
+nothing here is estimated. The first half of a context is read in chunks, as a prompt is; at the
+second, decoded in steps that see as many exact tokens as single ones do (see `measure.chunk`),
+KL(full precision || configured) is measured. Metrics are those of `compare`, contexts are clusters.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .. import compare
 from ..calibration import Sample, token_hash
 from ..progress import Progress
 from .config import KVConfig
-from .decoding import states
+from .decoding import CHUNK, states
 from .measure import chunk
 from .model import make_cache
 
@@ -57,7 +58,7 @@ def decode(
     found: dict[str, list[NDArray[np.float64]]] = {name: [] for name in configs}
     start = 0
     while start < end:
-        stop = min(start + step, half) if start < half else min(start + rows, end)
+        stop = min(start + CHUNK, half) if start < half else min(start + rows, end)
         ids, following = mx.array([tokens[start:stop]]), mx.array(tokens[start + 1 : stop + 1])
         p = None
         for name, cache in caches.items():

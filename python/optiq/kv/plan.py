@@ -76,6 +76,7 @@ def plan_kv(
     if not slots:
         raise UsageError(f"{source.name} has no cache of keys and values that can be quantized")
     budget = budget_of(size, dense, length)
+    choose.check_budget(slots, menu, budget)
     texts = gather(loaded.tokenizer, calibration, length=length, samples=samples, seed=seed)
     accelerate(loaded.model)
     tail = min(TAIL, len(texts.scoring[0].tokens) // 4)
