@@ -23,7 +23,7 @@ from .contexts import CONTEXT, LEAST, SAMPLES, Texts, gather
 from .files import Files
 from .judge import judge
 from .measure import TAIL, Scores, measure
-from .model import entries
+from .model import entries, identity
 from .slots import MENU, Slot, budget_of, configured, parse_menu, slots_of
 
 Json = dict[str, Any]
@@ -70,8 +70,7 @@ def plan_kv(
     source = resolve(str(model), revision=revision)
     loaded = load(source, allow_quantized=True)
     length = _context(context, loaded.config)
-    identity = {"name": source.name, "fingerprint": source.fingerprint}
-    dense = KVConfig(entries(loaded.model), fp_recent, fp_sink, identity)
+    dense = KVConfig(entries(loaded.model), fp_recent, fp_sink, identity(source))
     slots = slots_of(dense.entries, length)
     if not slots:
         raise UsageError(f"{source.name} has no cache of keys and values that can be quantized")
@@ -107,7 +106,7 @@ def plan_kv(
     report = {
         "kind": "optiq.kv.report",
         "schema": 1,
-        "model": {**identity, "model_type": loaded.config["model_type"]},
+        "model": {**dense.model, "model_type": loaded.config["model_type"]},
         "context": length,
         "budget": {"asked": size, "bytes": budget},
         "nbytes": config.nbytes(length),
