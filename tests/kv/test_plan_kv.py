@@ -22,9 +22,16 @@ from optiq.kv.judge import judge
 from optiq.kv.plan import plan_kv
 from optiq.report.kv import render
 from tests.report.page import read
+from tests.test_docs import ROOT, blocks
 from tests.tiny import tiny_folder
 
-QUICK: dict[str, Any] = {"context": 192, "samples": 2, "progress": False}
+QUICK: dict[str, Any] = {
+    "context": 192,
+    "samples": 2,
+    "fp_recent": 0,
+    "fp_sink": 0,
+    "progress": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +64,17 @@ def test_it_writes_a_configuration_for_the_model_and_a_report(home: SimpleNamesp
     assert provenance["measured"] == report["points"][0]
     assert provenance["text"]["sha256"] == report["text"]["sha256"]
     assert provenance["versions"].keys() >= {"optiq", "mlx", "mlx_lm"}
+
+
+def test_the_documented_configuration_has_the_same_keys(home: SimpleNamespace) -> None:
+    (body,) = blocks(ROOT / "docs" / "kv-cache.md", "json")
+    shown, written = json.loads(body), json.loads(home.out.read_text())
+    assert shown.keys() == written.keys()
+    assert shown["entries"][0].keys() == written["entries"][0].keys()
+    assert shown["model"].keys() == written["model"].keys()
+    assert shown["provenance"].keys() <= written["provenance"].keys()
+    config = KVConfig.from_json(shown)
+    assert config.to_json()["entries"] == shown["entries"]
 
 
 def test_real_kl_decides_and_uniform_is_never_better(home: SimpleNamespace) -> None:
@@ -202,4 +220,5 @@ def test_the_command(
     assert main([*argv, "--json"]) == 0  # its own file is replaced
     report = json.loads(capsys.readouterr().out)
     assert report["kind"] == "optiq.kv.report"
-    assert report["exact"] == {"recent": 16, "sink": 4}
+    # 20 tokens in 3 layers, with 2 heads of 16 keys and values of 2 bytes each
+    assert report["exact"] == {"recent": 16, "sink": 4, "nbytes": 20 * 3 * 2 * 2 * 16 * 2}

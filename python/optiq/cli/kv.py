@@ -29,10 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=options.positive, help="contexts to score, choose and judge on, each"
     )
     parser.add_argument(
-        "--fp-recent", type=int, default=0, metavar="N", help="last tokens kept in full precision"
+        "--fp-recent",
+        type=int,
+        metavar="N",
+        help="last tokens read in full precision, beside the budget (default: 128)",
     )
     parser.add_argument(
-        "--fp-sink", type=int, default=0, metavar="N", help="first tokens kept in full precision"
+        "--fp-sink", type=int, metavar="N", help="first tokens, likewise (default: 4)"
     )
     parser.add_argument("--calibration", metavar="MIX.jsonl", help="your own samples")
     parser.add_argument("--seed", type=options.seed, default=0)
@@ -45,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..kv.contexts import SAMPLES
     from ..kv.files import Files
-    from ..kv.plan import plan_kv
+    from ..kv.plan import RECENT, SINK, plan_kv
     from ..kv.slots import MENU
     from .tables import kv_table
 
@@ -58,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
             context=args.context,
             samples=args.samples or SAMPLES,
             formats=MENU if args.formats is None else args.formats,
-            fp_recent=args.fp_recent,
-            fp_sink=args.fp_sink,
+            fp_recent=RECENT if args.fp_recent is None else args.fp_recent,
+            fp_sink=SINK if args.fp_sink is None else args.fp_sink,
             calibration=args.calibration,
             revision=args.revision,
             seed=args.seed,

@@ -180,7 +180,7 @@ def kv_table(report: Mapping[str, Any]) -> str:
         kl = p["kl"]
         figures = [size(p["nbytes"]), number(kl["mean"], kl["se"]), number(kl["p99"])]
         points.append([p["name"], *figures, _percent(p["top1"]), f"{p['ppl_ratio']:.4f}"])
-    budget, ratio = report["budget"], report["ratio"]
+    budget, ratio, exact = report["budget"], report["ratio"], report["exact"]
     return "\n".join(
         [
             grid(rows),
@@ -188,6 +188,8 @@ def kv_table(report: Mapping[str, Any]) -> str:
             f"size       {report['nbytes']:,} bytes after {report['context']:,} tokens, "
             f"{100 * report['nbytes'] / report['dense_nbytes']:.1f} % of 16 bits",
             f"budget     {budget['bytes']:,} bytes ({budget['asked']})",
+            f"exact      last {exact['recent']} and first {exact['sink']} tokens, "
+            f"{exact['nbytes']:,} bytes on top",
             f"chosen     {report['chosen']}, of {len(report['candidates'])} by measured KL"
             + (f", measured / predicted {ratio:.2f}" if ratio else ""),
             "",

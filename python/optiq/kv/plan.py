@@ -28,6 +28,10 @@ from .slots import MENU, Slot, budget_of, configured, parse_menu, slots_of
 
 Json = dict[str, Any]
 
+# Most of what a query attends to, and most of what a coarse cache costs it, is in its last tokens and
+# in the first (see docs/kv-cache.md).
+RECENT, SINK = 128, 4
+
 # Uniform pairs that the frontier shows for comparison, as far as the menu has them.
 COMPARED = ("8/8", "8/4", "6/4", "4/4")
 
@@ -40,8 +44,8 @@ def plan_kv(
     context: int | None = None,
     samples: int = SAMPLES,
     formats: str = MENU,
-    fp_recent: int = 0,
-    fp_sink: int = 0,
+    fp_recent: int = RECENT,
+    fp_sink: int = SINK,
     calibration: str | Path | None = None,
     revision: str | None = None,
     seed: int = 0,
@@ -58,7 +62,8 @@ def plan_kv(
             model allows).
         samples: How many contexts to score on, to choose on, and to judge on, at most.
         formats: Widths that may be chosen, such as "3,4,5,6,8,bf16".
-        fp_recent, fp_sink: Last and first tokens that are read in full precision.
+        fp_recent, fp_sink: Last and first tokens that are read in full precision, which `size`
+            does not count.
         calibration: JSON Lines of rows in place of the bundled mix.
         resume: Go on with an interrupted run of the same job.
 
@@ -112,7 +117,7 @@ def plan_kv(
         "nbytes": config.nbytes(length),
         "dense_nbytes": dense.nbytes(length),
         "bytes_per_token": config.bytes_per_token,
-        "exact": {"recent": fp_recent, "sink": fp_sink},
+        "exact": {"recent": fp_recent, "sink": fp_sink, "nbytes": _exact_bytes(dense)},
         **found,
         "law": law,
         "scores": [
@@ -145,6 +150,12 @@ def _context(asked: int | None, config: Json) -> int:
     if most and asked > most:
         raise UsageError(f"--context {asked} is longer than the {most} positions the model has")
     return asked
+
+
+def _exact_bytes(dense: KVConfig) -> int:
+    """Bytes of a request's exact tokens, which come on top of its records."""
+    a_token = sum(e.bytes_per_token for e in dense.entries if e.kind == "full")
+    return a_token * (dense.fp_recent + dense.fp_sink)
 
 
 def _decide(

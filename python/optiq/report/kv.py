@@ -139,7 +139,11 @@ def _provenance(report: Json) -> str:
         ("Type", known(model["model_type"])),
         ("Budget", f"{known(report['budget']['asked'])}: {count(report['budget']['bytes'])} bytes"),
         ("Bytes per token", known(report["bytes_per_token"])),
-        ("Exact tokens", f"last {known(exact['recent'])}, first {known(exact['sink'])}"),
+        (
+            "Exact tokens",
+            f"last {known(exact['recent'])}, first {known(exact['sink'])}: "
+            f"{count(exact['nbytes'])} bytes beside the budget",
+        ),
         ("Text", known(text["source"])),
         *((f"Text, {name.replace('_', '-')}", known(of)) for name, of in lengths.items()),
         *((f"sha256, {name.replace('_', '-')}", code(of)) for name, of in text["sha256"].items()),
