@@ -210,15 +210,15 @@ def test_the_command(
 ) -> None:
     out = str(tmp_path / "kv.json")
     argv = ["kv", str(home.model), "-o", out, "--context", "192", "--samples", "2"]
-    argv += ["--size", "45%", "--fp-recent", "16", "--fp-sink", "4", "--formats", "3,4,8"]
+    argv += ["--size", "45%", "--fp-recent", "64", "--fp-sink", "4", "--formats", "3,4,8"]
     assert main(argv) == 0
     text = capsys.readouterr().out
     for word in ("keys of", "(45%)", "by measured KL", "held-out text", "8/4", "written"):
         assert word in text
     config = KVConfig.load(out)
-    assert (config.fp_recent, config.fp_sink) == (16, 4)
+    assert (config.fp_recent, config.fp_sink) == (64, 4)
     assert main([*argv, "--json"]) == 0  # its own file is replaced
     report = json.loads(capsys.readouterr().out)
     assert report["kind"] == "optiq.kv.report"
-    # 20 tokens in 3 layers, with 2 heads of 16 keys and values of 2 bytes each
-    assert report["exact"] == {"recent": 16, "sink": 4, "nbytes": 20 * 3 * 2 * 2 * 16 * 2}
+    # 68 tokens in 3 layers, with 2 heads of 16 keys and values of 2 bytes each
+    assert report["exact"] == {"recent": 64, "sink": 4, "nbytes": 68 * 3 * 2 * 2 * 16 * 2}

@@ -28,8 +28,8 @@ from .slots import MENU, Slot, budget_of, configured, parse_menu, slots_of
 
 Json = dict[str, Any]
 
-# Most of what a query attends to, and most of what a coarse cache costs it, is in its last tokens and
-# in the first (see docs/kv-cache.md).
+# Most of what a coarse cache costs is in the last tokens and in the first, which a query attends to
+# most (docs/kv-cache.md has figures).
 RECENT, SINK = 128, 4
 
 # Uniform pairs that the frontier shows for comparison, as far as the menu has them.
