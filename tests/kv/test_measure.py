@@ -13,6 +13,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from optiq.calibration import Sample
+from optiq.errors import SensitivityError
 from optiq.formats import DENSE, Format
 from optiq.kv import KVConfig, entries, make_cache
 from optiq.kv import measure as module
@@ -133,6 +134,9 @@ def test_it_is_deterministic_and_goes_on_from_what_is_done(
     monkeypatch.setattr(module, "_probe", lambda *a: (calls.append(a[1]), probe(*a))[1])
     assert run(model, path) == once
     assert len(calls) == 2  # of two contexts with two caches, two were done
+    path.write_text(path.read_text().replace('"0.k"', '"9.k"'))
+    with pytest.raises(SensitivityError, match="damaged"):
+        run(model, path)
 
 
 def test_exact_tokens_lower_the_scores_and_shorten_the_steps(model: nn.Module) -> None:

@@ -32,7 +32,7 @@ from .slots import Slot, Width, configured
 
 Json = dict[str, Any]
 
-TAIL = 256  # tokens
+TAIL = 128  # tokens
 CHECKED = 8
 # A score below this (nats per token) is taken for this where its logarithm is; float32 noise.
 LEAST = 1e-8
@@ -104,6 +104,13 @@ def _run(
     """Do the units (context, cache) that `checkpoint` lacks."""
     done = checkpoint.units("kv")
     by_cache = {cache: list(group) for cache, group in groupby(slots, key=lambda s: s.cache)}
+    scored = {
+        cache: {(s.name, str(fmt)) for s in group for fmt in wanted[s.name]}
+        for cache, group in by_cache.items()
+    }
+    checkpoint.check(
+        "kv", {f"{c}/{cache}": (scored[cache], 1) for c in range(len(contexts)) for cache in scored}
+    )
     step = chunk(dense)
     with (
         Decoder(model) as decoder,
