@@ -71,7 +71,17 @@ def probed_logits(model: nn.Module, index: int, make: Callable[[], Any], step: i
 
 @pytest.mark.parametrize("step", [TAIL, 5])
 @pytest.mark.parametrize(
-    "kind", ["llama", "qwen3_moe", "gemma3_text", "gemma4_text", "gpt_oss", "qwen3_next", "lfm2"]
+    "kind",
+    [
+        "llama",
+        "qwen3_moe",
+        "gemma3_text",
+        "gemma4_text",
+        "gpt_oss",
+        "deepseek_v3",
+        "qwen3_next",
+        "lfm2",
+    ],
 )
 def test_a_full_precision_probe_changes_nothing(tmp_path: Path, kind: str, step: int) -> None:
     model = model_of(tmp_path, kind)
