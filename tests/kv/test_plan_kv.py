@@ -197,12 +197,14 @@ def test_what_cannot_be_done_is_refused_before_anything_runs(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_is_not_ours_is_not_replaced(home: SimpleNamespace, tmp_path: Path) -> None:
-    out = tmp_path / "notes.json"
-    out.write_text("mine")
-    with pytest.raises(UsageError, match="no KV configuration of optiq"):
-        plan_kv(home.model, out, **QUICK)
-    assert out.read_text() == "mine"
+@pytest.mark.parametrize("name", ["kv.json", "kv.report.json", "kv.report.html"])
+def test_a_file_that_is_not_ours_is_not_replaced(
+    home: SimpleNamespace, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UsageError, match=f"{name} exists and"):
+        plan_kv(home.model, tmp_path / "kv.json", **QUICK)
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_the_command(

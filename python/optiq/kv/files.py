@@ -13,6 +13,8 @@ from ..preflight import check_unfinished, check_writable
 from ..report import kv as page
 from .config import KVConfig
 
+KIND = "optiq.kv.report"
+
 
 class Files:
     """`out` and those beside it: out.report.json, out.report.html, and a checkpoint meanwhile."""
@@ -25,7 +27,7 @@ class Files:
         )
 
     def check(self, resume: bool) -> None:
-        """Raise an OptiqError unless all can be written and `out` is missing or of our making."""
+        """Raise an OptiqError unless all can be written, and what is there is of our making."""
         if self.out.exists() or self.out.is_symlink():
             try:
                 KVConfig.load(self.out)
@@ -33,6 +35,11 @@ class Files:
                 raise UsageError(
                     f"{self.out} exists and is no KV configuration of optiq; name another file"
                 ) from error
+        for path, mark in ((self.report, f'"kind": "{KIND}"'), (self.page, page.MARK)):
+            if path.exists() and mark not in path.read_text(encoding="utf-8", errors="replace"):
+                raise UsageError(
+                    f"{path} exists and was not made by optiq kv; name another file with -o"
+                )
         check_writable(self.out)
         check_unfinished(self.checkpoint, resume)
 

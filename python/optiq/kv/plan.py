@@ -20,7 +20,7 @@ from ..sources import load, resolve
 from . import choose
 from .config import KVConfig
 from .contexts import CONTEXT, LEAST, SAMPLES, Texts, gather
-from .files import Files
+from .files import KIND, Files
 from .judge import judge
 from .measure import TAIL, Scores, measure
 from .model import entries, identity
@@ -109,7 +109,7 @@ def plan_kv(
     made = {"command": command_line(), "versions": versions(), "machine": machine()}
     text = _describe(texts, tail, seed)
     report = {
-        "kind": "optiq.kv.report",
+        "kind": KIND,
         "schema": 1,
         "model": {**dense.model, "model_type": loaded.config["model_type"]},
         "context": length,

@@ -10,12 +10,15 @@ from .text import MISSING, count, data, data_se, esc, number, size
 
 Json = dict[str, Any]
 
+KICKER = "optiq kv"
+MARK = f'<meta name="generator" content="{KICKER}">'  # by which we know our own file again
+
 
 def render(report: Json) -> str:
     """The page for the content of a kv_config.report.json."""
     return document(
         report["model"]["name"],
-        "optiq kv",
+        KICKER,
         f"""<p>{_verdict(report)}</p>
 </header>
 <section>
