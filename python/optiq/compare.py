@@ -116,7 +116,7 @@ def columns(
                     f"{name} has {q.shape[-1]} logits and the reference {p.shape[-1]}; "
                     "compare models that share a tokenizer"
                 )
-            found[name].append(_columns(name, p, q, following))
+            found[name].append(compare_rows(name, p, q, following))
         rows = max(1, LOGITS_BYTES // (4 * p.shape[-1]))
         start = stop
     return {name: np.concatenate(parts, axis=1) for name, parts in found.items()}
@@ -128,7 +128,11 @@ def _logits(model: nn.Module, ids: mx.array, cache: list[Any]) -> mx.array:
     return logits
 
 
-def _columns(name: str, p: mx.array, q: mx.array, following: mx.array) -> NDArray[np.float64]:
+def compare_rows(name: str, p: mx.array, q: mx.array, following: mx.array) -> NDArray[np.float64]:
+    """[3, n] of n rows of logits: KL, agreement and log-likelihood lost, float64.
+
+    Raises OptiqError, calling the candidate `name`, where a logit is not finite.
+    """
     both = ops.compare_logits(p, q)
     at = following[:, None]
     log_p = mx.take_along_axis(p, at, axis=-1)[:, 0].astype(mx.float32) - both.lse_p

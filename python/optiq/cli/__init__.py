@@ -21,6 +21,7 @@ COMMANDS = {
     "convert": "measure, plan, round and write a model",
     "sensitivity": "measure how much each module suffers from fewer bits",
     "plan": "a plan for another size, from scores already measured",
+    "kv": "formats for the keys and values of each layer's cache",
     "frontier": "size against KL: ours, uniform widths and mlx-lm's mixed recipes",
     "compare": "KL, top-1 agreement and perplexity of models against a reference",
     "eval": "five benchmarks, KL and size of a model, with intervals",

@@ -167,6 +167,37 @@ def share(value: float | None, scale: float, sign: str = "") -> str:
     return f"{scale * value:{sign}.1f}" if scale == 100 else f"{value:{sign}.3g}"
 
 
+def kv_table(report: Mapping[str, Any]) -> str:
+    """How many caches got what, and how it measures beside uniform widths."""
+    count = {side: Counter[str]() for side in ("k", "v")}
+    for row in report["scores"]:
+        count[row["side"]][row["format"]] += 1
+    widths = sorted({*count["k"], *count["v"]})
+    rows = [["format", "keys of", "values of"]]
+    rows += [[fmt, str(count["k"][fmt]), str(count["v"][fmt])] for fmt in widths]
+    points = [["held-out text", "size", "KL mean", "KL 99 %", "same top token", "perplexity ratio"]]
+    for p in report["points"]:
+        kl = p["kl"]
+        figures = [size(p["nbytes"]), number(kl["mean"], kl["se"]), number(kl["p99"])]
+        points.append([p["name"], *figures, _percent(p["top1"]), f"{p['ppl_ratio']:.4f}"])
+    budget, ratio, exact = report["budget"], report["ratio"], report["exact"]
+    return "\n".join(
+        [
+            grid(rows),
+            "",
+            f"size       {report['nbytes']:,} bytes after {report['context']:,} tokens, "
+            f"{100 * report['nbytes'] / report['dense_nbytes']:.1f} % of 16 bits",
+            f"budget     {budget['bytes']:,} bytes ({budget['asked']})",
+            f"exact      last {exact['recent']} and first {exact['sink']} tokens, "
+            f"{exact['nbytes']:,} bytes on top",
+            f"chosen     {report['chosen']}, of {len(report['candidates'])} by measured KL"
+            + (f", measured / predicted {ratio:.2f}" if ratio else ""),
+            "",
+            grid(points),
+        ]
+    )
+
+
 def scores_table(scores: Mapping[str, Any], path: Path) -> str:
     """The most sensitive modules, and what was measured."""
     fmt = "4g64"

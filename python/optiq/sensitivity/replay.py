@@ -22,6 +22,8 @@ from ..errors import SensitivityError
 from ..roles import Module, Role
 from ..swap import Slot, Wrapper, slot_at
 
+ALL = range(1 << 30)  # every block call
+
 
 @dataclass
 class Tape:
@@ -122,11 +124,11 @@ class Replay:
         """Where the quantizable module `path` is while the blocks are wrapped."""
         return self._slots[path]
 
-    def record(self, tokens: Sequence[int]) -> Tape:
+    def record(self, tokens: Sequence[int], cache: list[Any] | None = None) -> Tape:
         """Run all blocks on one sequence and keep what they return."""
         ids = mx.array([list(tokens)])
         self.order = []
-        run = self.run(ids, (), range(1 << 30))
+        run = self.run(ids, (), ALL, cache)
         outputs = [run.outputs[n] for n in range(len(run.outputs))]
         mx.eval(arrays(outputs), run.hidden)
         return Tape(ids, outputs, run.hidden, run.logits.shape[-1])
@@ -156,11 +158,20 @@ class Replay:
             self._rows = self._rows_head = None
         return run.logits[0]
 
-    def run(self, tokens: mx.array, outputs: Sequence[Any], live: range) -> Pass:
-        """One lazy forward pass that runs the block calls in `live`; others return `outputs`."""
+    def run(
+        self,
+        tokens: mx.array,
+        outputs: Sequence[Any],
+        live: range,
+        cache: list[Any] | None = None,
+    ) -> Pass:
+        """One lazy forward pass that runs the block calls in `live`; others return `outputs`.
+
+        Blocks that do not run leave their `cache` alone.
+        """
         self._begin()
         self._live, self._outputs = live, outputs
-        logits = self._model(tokens)
+        logits = self._model(tokens) if cache is None else self._model(tokens, cache=cache)
         # A model that multiplies by its head's weight itself: its logits stand for the input of
         # the head, which is then the identity.
         if self._hidden is None:

@@ -1,0 +1,76 @@
+"""`optiq kv MODEL -o kv_config.json`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from . import options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+    parser.add_argument(
+        "-o", "--out", required=True, help="file to write, such as kv_config.json; reports beside"
+    )
+    parser.add_argument(
+        "--size",
+        default="8/4",
+        help="8/4 (the bytes of 8-bit keys and 4-bit values, the default), or 40%% (of the 16-bit "
+        "cache)",
+    )
+    parser.add_argument("--formats", help="widths to choose from (default: 3,4,5,6,8,bf16)")
+    parser.add_argument(
+        "--context",
+        type=options.positive,
+        help="tokens of a context (default: 4096, or what the model allows)",
+    )
+    parser.add_argument(
+        "--samples", type=options.positive, help="contexts to score, choose and judge on, each"
+    )
+    parser.add_argument(
+        "--fp-recent",
+        type=int,
+        metavar="N",
+        help="last tokens read in full precision, beside the budget (default: 128)",
+    )
+    parser.add_argument(
+        "--fp-sink", type=int, metavar="N", help="first tokens, likewise (default: 4)"
+    )
+    parser.add_argument("--calibration", metavar="MIX.jsonl", help="your own samples")
+    parser.add_argument("--seed", type=options.seed, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    options.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from ..kv.contexts import SAMPLES
+    from ..kv.files import Files
+    from ..kv.plan import RECENT, SINK, plan_kv
+    from ..kv.slots import MENU
+    from .tables import kv_table
+
+    files = Files(Path(args.out))
+    with options.resumable(files.checkpoint):
+        report = plan_kv(
+            args.model,
+            args.out,
+            size=args.size,
+            context=args.context,
+            samples=args.samples or SAMPLES,
+            formats=MENU if args.formats is None else args.formats,
+            fp_recent=RECENT if args.fp_recent is None else args.fp_recent,
+            fp_sink=SINK if args.fp_sink is None else args.fp_sink,
+            calibration=args.calibration,
+            revision=args.revision,
+            seed=args.seed,
+            resume=args.resume,
+        )
+    if args.json:
+        print(json.dumps(report, indent=1))
+    else:
+        print(kv_table(report))
+        print(f"\nwritten    {files.out}\nreport     {files.page}")
+    return 0
