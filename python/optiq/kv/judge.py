@@ -50,7 +50,7 @@ def judge(
 def decode(
     model: nn.Module, configs: Mapping[str, KVConfig], tokens: list[int]
 ) -> dict[str, NDArray[np.float64]]:
-    """Per configuration [3, T - T // 2 - 1]: as `compare.compare_rows` has it, of the second half."""
+    """Per configuration [3, T - T // 2 - 1]: `compare.compare_rows` of the second half."""
     caches = {name: make_cache(model, config) for name, config in configs.items()}
     caches = {"": make_prompt_cache(model), **caches}
     half, end = len(tokens) // 2, len(tokens) - 1
