@@ -89,12 +89,11 @@ def plan_kv(
         "text": token_hash(texts.scoring),
         "tail": tail,
         "formats": [str(f) for f in menu],
-        "exact tokens": [fp_recent, fp_sink],
         "versions": versions(),
     }
     scores, law = measure(
         loaded.model,
-        dense,
+        KVConfig(dense.entries),  # a prompt is read in chunks, past whose end nothing is exact
         slots,
         menu,
         texts.scoring,
