@@ -33,7 +33,12 @@ import numpy as np
 
 import optiq
 from optiq import runtime, sensitivity, stock
-from optiq.calibration.texts import gather, gather_selection
+from optiq.calibration.texts import (
+    CALIBRATION_TOKENS,
+    SCORING_TOKENS,
+    gather,
+    gather_selection,
+)
 from optiq.descent import descend
 from optiq.formats import Format, parse_menu
 from optiq.machine import machine, versions
@@ -50,7 +55,6 @@ from optiq.sources import Source, load, resolve
 
 WINDOW, SCORED = 512, 256
 ROWS = 128  # of logits at a time
-TOKENS = 8192  # of calibration
 
 Json = dict[str, Any]
 
@@ -145,7 +149,7 @@ def run(
     source = resolve(str(folder))
     loaded = load(source)
     measure = Protocol(source, windows(loaded.tokenizer, text, count, seed))
-    calibration = gather(loaded.tokenizer, None, "calibration", TOKENS, seed)
+    calibration = gather(loaded.tokenizer, None, "calibration", CALIBRATION_TOKENS, seed)
     selecting = gather_selection(loaded.tokenizer, None, seed)
     results: dict[str, Json] = {}
 
@@ -159,7 +163,8 @@ def run(
 
     with timed("importance"):
         search = choose_rounding("search", source, calibration, "bf16", progress=False)
-    common: Json = {"calibration": calibration, "reference": "bf16", "progress": False}
+    scoring = gather(loaded.tokenizer, None, "calibration", SCORING_TOKENS, seed)
+    common: Json = {"calibration": scoring, "reference": "bf16", "progress": False}
     common |= {"method": "fisher", "seed": seed}
     with timed("fisher scores"):
         scores = sensitivity.measure(
