@@ -6,9 +6,7 @@ returns what may be said; report/card.py says it. What was not measured is liste
 
 from __future__ import annotations
 
-import contextlib
 import json
-import secrets
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -25,6 +23,7 @@ from .formats import DENSE, Format
 from .plan import Plan, uniform_plan
 from .report import card as page
 from .sources.folder import Folder, check_folder, fingerprint, one_line
+from .whole import whole
 
 Json = dict[str, Any]
 Rows = dict[tuple[str, str], Json]
@@ -60,17 +59,13 @@ def write(
         raise UsageError(
             f"{folder / 'optiq' / 'plan.json'} is incomplete ({error!r}); convert again"
         ) from error
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with whole(path) as (partial,):
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ExportError(
             f"{path} cannot be written ({error.strerror}); name another file with -o"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
     return facts, path
 
 

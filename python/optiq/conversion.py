@@ -39,6 +39,7 @@ from .rounding import Rounding
 from .runtime import load as load_native
 from .runtime import render
 from .sources import Source, load, resolve
+from .whole import whole
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,6 @@ def _measured(source: Source, plan: Plan, out: Path, held_out: Calibration, prog
 def _finish(plan: Plan, scores: dict[str, Any], out: Path) -> None:
     """Put the measured plan and the report into the exported folder, each in one step."""
     path = out / "optiq" / "plan.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(plan.to_json(), indent=1) + "\n")
-    partial.replace(path)
+    with whole(path) as (partial,):
+        partial.write_text(json.dumps(plan.to_json(), indent=1) + "\n")
     report.write(plan.to_json(), scores, out / "optiq" / "report.html")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import secrets
 from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +13,7 @@ from .errors import ExportError, OptiqError, UsageError
 from .preparation import SCORES
 from .report import frontier as page
 from .sensitivity.checkpoint import write_json
+from .whole import whole
 
 Json = dict[str, Any]
 
@@ -51,22 +51,17 @@ def write(result: Json, scores: Json | None, out: Path) -> None:
         **({SCORES: json.dumps(scores, indent=1, allow_nan=False)} if scores else {}),
         JSON: json.dumps(result, indent=1, allow_nan=False) + "\n",
     }
-    partial = {name: out / f".{name}.{secrets.token_hex(4)}.partial" for name in texts}
     made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            partial[name].write_text(text, encoding="utf-8")
-        for name, path in partial.items():
-            path.replace(out / name)
+        with whole(*(out / name for name in texts)) as partial:
+            for path, text in zip(partial, texts.values(), strict=True):
+                path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ExportError(
             f"{out} cannot be written ({error.strerror}); free space, then --resume loses nothing"
         ) from error
     finally:
-        for path in partial.values():
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
         if made:
             with contextlib.suppress(OSError):
                 out.rmdir()  # where nothing came into it

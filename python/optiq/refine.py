@@ -19,9 +19,7 @@ layers, whose steps are finer than the stored scales.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -53,6 +51,7 @@ from .sensitivity.kl import LOGITS_BYTES
 from .sensitivity.replay import Replay, Tape
 from .sources import Source, load
 from .swap import slot_at
+from .whole import whole
 
 CHECKPOINT = "refine.safetensors"
 TOKENS = 16384  # to train on
@@ -327,18 +326,14 @@ class _State:
             "step": str(self.step),
             "total": self.total.hex(),
         }
-        temporary = self._path.with_name(f".{os.getpid()}.{self._path.name}")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            mx.save_safetensors(str(temporary), arrays, metadata)
-            temporary.replace(self._path)
+            with whole(self._path) as (partial,):
+                mx.save_safetensors(str(partial), arrays, metadata)
         except (OSError, RuntimeError) as error:
             raise ExportError(
                 f"{self._path} cannot be written ({error}); free space or name another place"
             ) from error
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> None:
         try:

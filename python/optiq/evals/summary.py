@@ -10,6 +10,7 @@ from typing import Any
 
 from .. import compare
 from ..machine import machine
+from ..whole import whole
 from . import metrics, runs
 from .comparison import capability
 from .records import Header, writing
@@ -49,11 +50,10 @@ def summarize(
 
 def write_json(path: Path, value: Any) -> None:
     """Write a file whole or not at all."""
-    partial = path.with_suffix(".partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        with whole(path) as (partial,):
+            partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def _facts(run: Run, seconds: float | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import KVError, UsageError
 from ..formats import DENSE, Format
+from ..whole import whole
 
 Json = dict[str, Any]
 
@@ -240,13 +241,8 @@ class KVConfig:
 
     def save(self, path: str | Path) -> None:
         """Write the file whole or not at all."""
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.partial")
-        try:
+        with whole(Path(path)) as (partial,):
             partial.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def is_widths(text: str) -> bool:

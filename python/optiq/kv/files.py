@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import secrets
 from pathlib import Path
 from typing import Any
 
 from ..errors import ExportError, KVError, UsageError
 from ..preflight import check_unfinished, check_writable
 from ..report import kv as page
+from ..whole import whole
 from .config import KVConfig
 
 KIND = "optiq.kv.report"
@@ -45,25 +44,15 @@ class Files:
 
     def write(self, config: KVConfig, report: dict[str, Any]) -> None:
         """Write all, each whole or not at all and the configuration last; raises ExportError."""
-        texts = {
-            self.report: json.dumps(report, indent=1, allow_nan=False) + "\n",
-            self.page: page.render(report),
-        }
-        mark = f".{secrets.token_hex(4)}.partial"
-        partial = {path: path.with_name(path.name + mark) for path in texts}
+        facts, shown = json.dumps(report, indent=1, allow_nan=False) + "\n", page.render(report)
         try:
-            for path, text in texts.items():
-                partial[path].write_text(text, encoding="utf-8")
-            for path, temporary in partial.items():
-                temporary.replace(path)
+            with whole(self.report, self.page) as (json_file, html_file):
+                json_file.write_text(facts, encoding="utf-8")
+                html_file.write_text(shown, encoding="utf-8")
             config.save(self.out)
         except OSError as error:
             raise ExportError(
                 f"{self.out} cannot be written ({error.strerror}); free space, then --resume loses "
                 "nothing"
             ) from error
-        finally:
-            for temporary in partial.values():
-                with contextlib.suppress(OSError):
-                    temporary.unlink(missing_ok=True)
         self.checkpoint.unlink(missing_ok=True)

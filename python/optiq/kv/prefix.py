@@ -24,6 +24,7 @@ from mlx_lm.models.cache import (
 
 from ..errors import KVError
 from ..ops.attention import Exact
+from ..whole import whole
 from .records import Layout, Records, Vector
 
 _TUPLES: dict[str, type] = {"Exact": Exact, "Vector": Vector, "tuple": tuple, "list": list}
@@ -64,12 +65,8 @@ def save(path: str | Path, caches: Sequence[Any], tokens: Sequence[int], key: Ke
     arrays = {"tokens": mx.array(list(tokens), dtype=mx.int32)}
     described = [_describe(cache, f"{i}", arrays) for i, cache in enumerate(caches)]
     header = {"format": "optiq.prefix", "version": 1, "key": vars(key), "caches": described}
-    partial = path.with_name(f".{path.name}.partial.safetensors")  # MLX insists on the suffix
-    try:
-        mx.save_safetensors(str(partial), arrays, {"optiq": json.dumps(header)})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(path) as (partial,), partial.open("wb") as file:  # a path would need MLX's suffix
+        mx.save_safetensors(file, arrays, {"optiq": json.dumps(header)})
 
 
 def load(path: str | Path, caches: Sequence[Any], key: Key) -> list[int]:

@@ -6,15 +6,14 @@ was done before it, so units may be done in any order, by any rank, before or af
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import SensitivityError
+from ..whole import whole
 from .tally import Totals
 
 _KIND = "optiq.sensitivity.checkpoint"
@@ -143,15 +142,11 @@ def _damaged(path: Path, what: str) -> NoReturn:
 
 def write_json(path: Path, data: Any, *, indent: int | None) -> None:
     """Replace `path` in one step: a reader finds the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(data, indent=indent, allow_nan=False), encoding="utf-8")
-        temporary.replace(path)
+        with whole(path) as (partial,):
+            partial.write_text(json.dumps(data, indent=indent, allow_nan=False), encoding="utf-8")
     except OSError as error:
         raise SensitivityError(
             f"{path} cannot be written ({error}); free space or name another place"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
