@@ -128,6 +128,8 @@ def test_a_stop_while_measuring_and_resume(tmp_path: Path, stop: signal.Signals)
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Jobs that a script puts into the background start with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     checkpoint = tmp_path / "out.optiq-work" / CHECKPOINT
     until = time.monotonic() + 60
