@@ -1,34 +1,26 @@
 #include "ops/affine_weight.h"
 
-#include <sstream>
-#include <stdexcept>
-
 #include <mlx/dtype_utils.h>
 #include <mlx/utils.h>
 
 #include "cpu/affine_format.h"
+#include "ops/fail.h"
 #include "ops/matmul.h"
 
 namespace optiq {
 
 mx::Shape AffineWeight::shape(const char* op, const char* name) const {
-  auto fail = [&](auto&&... parts) {
-    std::ostringstream msg;
-    msg << "[" << op << "] " << name;
-    (msg << ... << parts);
-    throw std::invalid_argument(msg.str());
-  };
   cpu::check_affine_format(op, name, bits, group_size);
   if (codes.dtype() != mx::uint32) {
-    fail("w is ", codes.dtype(), "; packed codes are uint32");
+    fail(op, name, "w is ", codes.dtype(), "; packed codes are uint32");
   }
   require_floating(op, (std::string(name) + "scales").c_str(), scales);
   if (biases.dtype() != scales.dtype() || biases.shape() != scales.shape()) {
-    fail("scales ", scales.shape(), " ", scales.dtype(), " and biases ", biases.shape(), " ",
-        biases.dtype(), " must agree in shape and dtype");
+    fail(op, name, "scales ", scales.shape(), " ", scales.dtype(), " and biases ", biases.shape(),
+        " ", biases.dtype(), " must agree in shape and dtype");
   }
   if (codes.ndim() < 2 || scales.ndim() != codes.ndim()) {
-    fail("w ", codes.shape(), " and scales ", scales.shape(),
+    fail(op, name, "w ", codes.shape(), " and scales ", scales.shape(),
         " must have the same two or three axes");
   }
   int64_t cols = int64_t(scales.shape(-1)) * group_size;
@@ -37,7 +29,7 @@ mx::Shape AffineWeight::shape(const char* op, const char* name) const {
   auto packed = shape;
   packed.back() = int(cols * bits / 32);
   if (codes.shape() != packed) {
-    fail("w is ", codes.shape(), " but scales ", scales.shape(), " at ", bits,
+    fail(op, name, "w is ", codes.shape(), " but scales ", scales.shape(), " at ", bits,
         " bits and group size ", group_size, " need codes of shape ", packed);
   }
   return shape;

@@ -4,22 +4,18 @@
 
 #include <atomic>
 #include <memory>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 
 #include "cpu/block.h"
+#include "ops/fail.h"
 #include "ops/matmul.h"
 
 namespace optiq {
 
 template <class... Parts>
 [[noreturn]] void fail_block(Parts&&... parts) {
-  std::ostringstream msg;
-  msg << "[decoder_block] ";
-  (msg << ... << parts);
-  throw std::invalid_argument(msg.str());
+  fail("decoder_block", parts...);
 }
 
 class DecoderBlock {

@@ -1,46 +1,42 @@
 #include "ops/descend.h"
 
 #include <cstring>
-#include <sstream>
-#include <stdexcept>
 
 #include <mlx/backend/cpu/encoder.h>
 #include <mlx/ops.h>
 
 #include "cpu/affine_format.h"
+#include "ops/fail.h"
 
 namespace optiq {
 
 std::vector<array> descend(const array& w, const array& codes, const array& scales,
     const array& biases, const array& hessian, int group_size, int bits, int sweeps) {
-  auto fail = [](auto&&... parts) {
-    std::ostringstream msg;
-    msg << "[descend] ";
-    (msg << ... << parts);
-    throw std::invalid_argument(msg.str());
-  };
   require_floating("descend", "w", w);
   cpu::check_affine_format("descend", "", bits, group_size);
   if (w.ndim() < 2 || w.shape(-1) % group_size != 0) {
-    fail("w ", w.shape(), " must have two or more axes, the last a multiple of ", group_size);
+    fail("descend", "w ", w.shape(), " must have two or more axes, the last a multiple of ",
+        group_size);
   }
   auto packed = w.shape(), groups = w.shape();
   packed.back() = int(int64_t(w.shape(-1)) * bits / 32);
   groups.back() = w.shape(-1) / group_size;
   if (codes.dtype() != mx::uint32 || codes.shape() != packed) {
-    fail("codes are ", codes.shape(), " ", codes.dtype(), "; they must be ", packed, " uint32");
+    fail("descend", "codes are ", codes.shape(), " ", codes.dtype(), "; they must be ", packed,
+        " uint32");
   }
   for (auto* a : {&scales, &biases}) {
     if (a->dtype() != w.dtype() || a->shape() != groups) {
-      fail(a == &scales ? "scales" : "biases", " are ", a->shape(), " ", a->dtype(),
+      fail("descend", a == &scales ? "scales" : "biases", " are ", a->shape(), " ", a->dtype(),
           "; they must be ", groups, " ", w.dtype());
     }
   }
   if (hessian.shape() != mx::Shape{w.shape(-1), w.shape(-1)}) {
-    fail("hessian is ", hessian.shape(), "; it must be ", mx::Shape{w.shape(-1), w.shape(-1)});
+    fail("descend", "hessian is ", hessian.shape(), "; it must be ",
+        mx::Shape{w.shape(-1), w.shape(-1)});
   }
   if (sweeps < 0) {
-    fail("sweeps is ", sweeps, "; it must be 0 or more");
+    fail("descend", "sweeps is ", sweeps, "; it must be 0 or more");
   }
   auto stream = mx::default_stream(mx::Device::cpu);
   return array::make_arrays({packed, groups, groups}, {mx::uint32, w.dtype(), w.dtype()},

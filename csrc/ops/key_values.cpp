@@ -1,20 +1,11 @@
 #include "ops/key_values.h"
 
-#include <sstream>
-#include <stdexcept>
-
 #include <mlx/ops.h>
+
+#include "ops/fail.h"
 
 namespace optiq {
 namespace {
-
-template <class... Parts>
-[[noreturn]] void fail(const char* op, Parts&&... parts) {
-  std::ostringstream msg;
-  msg << "[" << op << "] ";
-  (msg << ... << parts);
-  throw std::invalid_argument(msg.str());
-}
 
 // `tokens` < 0: any number but none.
 void check_vectors(const char* op, const char* name, const array& x, const AttentionShape& shape,

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <sstream>
-#include <stdexcept>
 
 #include <mlx/allocator.h>
 #include <mlx/backend/cpu/encoder.h>
@@ -12,6 +10,7 @@
 #include "launch/kl_divergence.h"
 #include "metal/encoder.h"
 #include "ops/affine_weight.h"
+#include "ops/fail.h"
 
 namespace optiq {
 
@@ -19,13 +18,7 @@ using mx::array;
 
 namespace {
 
-template <class... Parts>
-[[noreturn]] void fail(Parts&&... parts) {
-  std::ostringstream msg;
-  msg << "[kl_divergence] ";
-  (msg << ... << parts);
-  throw std::invalid_argument(msg.str());
-}
+constexpr const char* kName = "kl_divergence";
 
 // Checks one side and returns the size of its vocabulary.
 int check_side(char side, const array& h, const std::vector<array>& w, std::pair<int, int> format) {
@@ -33,31 +26,31 @@ int check_side(char side, const array& h, const std::vector<array>& w, std::pair
   std::string name = std::string("w_") + side;
   require_floating("kl_divergence", side == 'p' ? "h_p" : "h_q", h);
   if (h.ndim() == 0) {
-    fail("h_", side, " has no axes; it must be [..., d]");
+    fail(kName, "h_", side, " has no axes; it must be [..., d]");
   }
   int cols = 0;
   if (bits == 0) {
     if (w.size() != 1) {
-      fail(name, " has ", w.size(), " arrays; a dense head is one");
+      fail(kName, name, " has ", w.size(), " arrays; a dense head is one");
     }
     require_floating("kl_divergence", name.c_str(), w[0]);
     if (w[0].ndim() != 2) {
-      fail(name, " is ", w[0].shape(), "; a head is [vocab, d]");
+      fail(kName, name, " is ", w[0].shape(), "; a head is [vocab, d]");
     }
     cols = w[0].shape(1);
   } else {
     if (w.size() != 3) {
-      fail(name, " has ", w.size(), " arrays; a quantized head is codes, scales and biases");
+      fail(kName, name, " has ", w.size(), " arrays; a quantized head is codes, scales and biases");
     }
     auto shape = AffineWeight{w[0], w[1], w[2], group_size, bits}.shape(
         "kl_divergence", (name + ".").c_str());
     if (shape.size() != 2) {
-      fail(name, " is ", shape, "; a head is [vocab, d]");
+      fail(kName, name, " is ", shape, "; a head is [vocab, d]");
     }
     cols = shape[1];
   }
   if (h.shape(-1) != cols || cols == 0) {
-    fail("the last axis of h_", side, " is ", h.shape(-1), " but ", name, " takes ", cols,
+    fail(kName, "the last axis of h_", side, " is ", h.shape(-1), " but ", name, " takes ", cols,
         cols == 0 ? "; it must be at least 1" : "");
   }
   return w[0].shape(0);
@@ -80,10 +73,8 @@ std::vector<array> compare_logits(const array& p, const array& q, mx::StreamOrDe
   require_floating("compare_logits", "p", p);
   require_floating("compare_logits", "q", q);
   if (p.shape() != q.shape() || p.ndim() == 0 || p.shape(-1) == 0) {
-    std::ostringstream msg;
-    msg << "[compare_logits] p " << p.shape() << " and q " << q.shape()
-        << " must have the same shape, with at least one logit";
-    throw std::invalid_argument(msg.str());
+    fail("compare_logits", "p ", p.shape(), " and q ", q.shape(),
+        " must have the same shape, with at least one logit");
   }
   auto shape = p.shape();
   shape.pop_back();
@@ -110,16 +101,17 @@ std::vector<array> kl_divergence(const array& h_p, const std::vector<array>& w_p
     float soft_cap, mx::StreamOrDevice s) {
   int vocabulary = check_side('p', h_p, w_p, format_p);
   if (check_side('q', h_q, w_q, format_q) != vocabulary || vocabulary == 0) {
-    fail("w_p has ", vocabulary, " rows and w_q ", w_q[0].shape(0),
+    fail(kName, "w_p has ", vocabulary, " rows and w_q ", w_q[0].shape(0),
         "; both must cover the same vocabulary of at least one token");
   }
   auto shape = h_p.shape();
   shape.pop_back();
   if (h_q.ndim() != h_p.ndim() || !std::equal(shape.begin(), shape.end(), h_q.shape().begin())) {
-    fail("h_p is ", h_p.shape(), " and h_q ", h_q.shape(), "; all axes but the last must agree");
+    fail(kName, "h_p is ", h_p.shape(), " and h_q ", h_q.shape(),
+        "; all axes but the last must agree");
   }
   if (!(soft_cap >= 0) || std::isinf(soft_cap)) {
-    fail("soft_cap is ", soft_cap, "; it must be positive and finite, or 0 for none");
+    fail(kName, "soft_cap is ", soft_cap, "; it must be positive and finite, or 0 for none");
   }
   std::vector<array> inputs = {mx::astype(h_p, mx::float32, s), mx::astype(h_q, mx::float32, s)};
   inputs.insert(inputs.end(), w_p.begin(), w_p.end());
@@ -165,7 +157,7 @@ std::vector<array> KlDivergence::vjp(const std::vector<array>& primals,
     const std::vector<array>& cotangents, const std::vector<int>& argnums,
     const std::vector<array>& outputs) {
   if (argnums.size() != 1 || argnums[0] != 1) {
-    fail("gradients exist at h_q only; pass h_p and the heads through mx.stop_gradient");
+    fail(kName, "gradients exist at h_q only; pass h_p and the heads through mx.stop_gradient");
   }
   std::vector<array> inputs = primals;
   for (const array& a : {outputs[2], outputs[3], cotangents[0], cotangents[3]}) {
@@ -178,7 +170,7 @@ std::vector<array> KlDivergence::vjp(const std::vector<array>& primals,
 
 std::pair<std::vector<array>, std::vector<int>> KlDivergence::vmap(
     const std::vector<array>&, const std::vector<int>&) {
-  fail("has no vmap; leading axes of h_p and h_q are batch axes already");
+  fail(kName, "has no vmap; leading axes of h_p and h_q are batch axes already");
 }
 
 std::vector<mx::Shape> KlDivergence::output_shapes(const std::vector<array>& inputs) {

@@ -1,26 +1,12 @@
 #include "ops/kv_records.h"
 
-#include <sstream>
-#include <stdexcept>
-
 #include <mlx/backend/cpu/encoder.h>
 
 #include "launch/attention.h"
 #include "metal/encoder.h"
+#include "ops/fail.h"
 
 namespace optiq {
-namespace {
-
-template <class... Parts>
-[[noreturn]] void fail(const char* op, Parts&&... parts) {
-  std::ostringstream msg;
-  msg << "[" << op << "] ";
-  (msg << ... << parts);
-  throw std::invalid_argument(msg.str());
-}
-
-} // namespace
-
 void check_kv_format(const char* op, int dim, KvFormat format) {
   auto [group_size, bits] = format;
   if (bits < 3 || bits == 7 || bits > 8 || (group_size != 32 && group_size != 64)) {

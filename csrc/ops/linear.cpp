@@ -1,8 +1,8 @@
 #include "ops/linear.h"
 
-#include <stdexcept>
-
 #include <mlx/ops.h>
+
+#include "ops/fail.h"
 
 namespace optiq {
 
@@ -77,8 +77,8 @@ std::vector<array> Linear::vjp(const std::vector<array>& primals,
       auto dw = mx::matmul(mx::transpose(left, stream()), right, stream());
       grads.push_back(mx::astype(dw, w.dtype(), stream()));
     } else {
-      throw std::invalid_argument(
-          "[linear] no gradient with respect to stacked weights or indices; "
+      fail("linear",
+          "no gradient with respect to stacked weights or indices; "
           "differentiate with respect to x, or use mx.gather_mm");
     }
   }
@@ -88,8 +88,7 @@ std::vector<array> Linear::vjp(const std::vector<array>& primals,
 std::pair<std::vector<array>, std::vector<int>> Linear::vmap(
     const std::vector<array>& inputs, const std::vector<int>& axes) {
   if (inputs.size() != 2 || axes[1] != -1) {
-    throw std::invalid_argument(
-        "[linear] vmap runs over x only; loop over the weights or use mx.matmul");
+    fail("linear", "vmap runs over x only; loop over the weights or use mx.matmul");
   }
   auto x = mx::moveaxis(inputs[0], axes[0], 0, stream());
   return {{linear(x, inputs[1], transpose_, std::nullopt, stream())}, {0}};

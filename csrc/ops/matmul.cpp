@@ -2,13 +2,14 @@
 
 #include <algorithm>
 #include <numeric>
-#include <sstream>
 #include <stdexcept>
 #include <vector>
 
 #include <mlx/allocator.h>
 #include <mlx/backend/cpu/encoder.h>
 #include <mlx/dtype_utils.h>
+
+#include "ops/fail.h"
 
 namespace optiq {
 
@@ -27,41 +28,32 @@ cpu::Float float_type(mx::Dtype dtype) {
 
 void require_floating(const char* op, const char* name, const mx::array& a) {
   if (a.dtype() != mx::float32 && a.dtype() != mx::float16 && a.dtype() != mx::bfloat16) {
-    std::ostringstream msg;
-    msg << "[" << op << "] " << name << " is " << a.dtype()
-        << "; it must be float32, float16 or bfloat16";
-    throw std::invalid_argument(msg.str());
+    fail(op, name, " is ", a.dtype(), "; it must be float32, float16 or bfloat16");
   }
 }
 
 mx::Shape matmul_shape(const char* op, const mx::array& x, const mx::Shape& weight, bool transpose,
     const std::optional<mx::array>& indices) {
-  auto fail = [&](auto&&... parts) {
-    std::ostringstream msg;
-    msg << "[" << op << "] ";
-    (msg << ... << parts);
-    throw std::invalid_argument(msg.str());
-  };
   size_t ndim = indices ? 3 : 2;
   if (weight.size() != ndim) {
-    fail("w has ", weight.size(), " axes; it must have ", ndim, indices ? " with indices" : "");
+    fail(op, "w has ", weight.size(), " axes; it must have ", ndim, indices ? " with indices" : "");
   }
   if (indices) {
     if (x.ndim() != 2 || indices->ndim() != 1 || indices->shape(0) != x.shape(0)) {
-      fail("with indices, x must be [rows, in] and indices [rows]; got x ", x.shape(),
+      fail(op, "with indices, x must be [rows, in] and indices [rows]; got x ", x.shape(),
           " and indices ", indices->shape());
     }
     if (indices->dtype() != mx::uint32) {
-      fail("indices must be uint32, got ", indices->dtype());
+      fail(op, "indices must be uint32, got ", indices->dtype());
     }
   }
   if (x.ndim() == 0) {
-    fail("x must have at least one axis");
+    fail(op, "x must have at least one axis");
   }
   int rows = weight[ndim - 2], cols = weight[ndim - 1];
   int inner = transpose ? cols : rows;
   if (x.shape(-1) != inner) {
-    fail("the last axis of x is ", x.shape(-1), " but w takes ", inner);
+    fail(op, "the last axis of x is ", x.shape(-1), " but w takes ", inner);
   }
   auto shape = x.shape();
   shape.back() = transpose ? rows : cols;

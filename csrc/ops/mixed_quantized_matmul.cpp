@@ -1,8 +1,6 @@
 #include "ops/mixed_quantized_matmul.h"
 
 #include <algorithm>
-#include <sstream>
-#include <stdexcept>
 
 #include <mlx/allocator.h>
 #include <mlx/backend/cpu/encoder.h>
@@ -10,6 +8,7 @@
 
 #include "launch/quantized_matmul.h"
 #include "metal/encoder.h"
+#include "ops/fail.h"
 #include "ops/quantized_matmul.h"
 
 namespace optiq {
@@ -20,17 +19,13 @@ namespace {
 
 constexpr const char* kName = "mixed_quantized_matmul";
 
-[[noreturn]] void fail(const std::string& message) {
-  throw std::invalid_argument("[" + std::string(kName) + "] " + message);
-}
-
 } // namespace
 
 std::vector<array> mixed_quantized_matmul(
     const array& x, const std::vector<AffinePart>& parts, mx::StreamOrDevice s) {
   require_floating(kName, "x", x);
   if (parts.empty()) {
-    fail("parts is empty; it must hold at least one weight");
+    fail(kName, "parts is empty; it must hold at least one weight");
   }
   std::vector<array> inputs = {x};
   std::vector<MixedQuantizedMatmul::Width> widths;
@@ -101,7 +96,7 @@ void MixedQuantizedMatmul::eval_gpu(const std::vector<array>& inputs, std::vecto
 std::vector<array> MixedQuantizedMatmul::jvp(const std::vector<array>& primals,
     const std::vector<array>& tangents, const std::vector<int>& argnums) {
   if (argnums.size() != 1 || argnums[0] != 0) {
-    fail("forward-mode derivatives exist with respect to x only");
+    fail(kName, "forward-mode derivatives exist with respect to x only");
   }
   return mixed_quantized_matmul(tangents[0], parts(primals), stream());
 }
@@ -110,7 +105,7 @@ std::vector<array> MixedQuantizedMatmul::vjp(const std::vector<array>& primals,
     const std::vector<array>& cotangents, const std::vector<int>& argnums,
     const std::vector<array>&) {
   if (argnums.size() != 1 || argnums[0] != 0) {
-    fail(
+    fail(kName,
         "gradients exist with respect to x only; use quantized_matmul for those of scales and "
         "biases");
   }
@@ -128,7 +123,7 @@ std::pair<std::vector<array>, std::vector<int>> MixedQuantizedMatmul::vmap(
     const std::vector<array>& inputs, const std::vector<int>& axes) {
   for (size_t i = 1; i < inputs.size(); i++) {
     if (axes[i] != -1) {
-      fail("vmap runs over x only");
+      fail(kName, "vmap runs over x only");
     }
   }
   auto x = mx::moveaxis(inputs[0], axes[0], 0, stream());

@@ -1,8 +1,5 @@
 #include "ops/quantize.h"
 
-#include <sstream>
-#include <stdexcept>
-
 #include <mlx/allocator.h>
 #include <mlx/backend/cpu/encoder.h>
 #include <mlx/ops.h>
@@ -10,27 +7,23 @@
 #include "cpu/affine_format.h"
 #include "launch/quantize.h"
 #include "metal/encoder.h"
+#include "ops/fail.h"
 
 namespace optiq {
 
 std::vector<array> quantize(const array& w, const std::optional<array>& importance, int group_size,
     int bits, mx::StreamOrDevice s) {
-  auto fail = [](auto&&... parts) {
-    std::ostringstream msg;
-    msg << "[quantize] ";
-    (msg << ... << parts);
-    throw std::invalid_argument(msg.str());
-  };
   require_floating("quantize", "w", w);
   cpu::check_affine_format("quantize", "", bits, group_size);
   if (w.ndim() < 2 || w.shape(-1) % group_size != 0) {
-    fail("w ", w.shape(), " must have two or more axes, the last a multiple of ", group_size);
+    fail("quantize", "w ", w.shape(), " must have two or more axes, the last a multiple of ",
+        group_size);
   }
   std::vector<array> inputs = {w};
   if (importance) {
     mx::Shape shared = {w.shape(-1)}, each = {w.shape(0), w.shape(-1)};
     if (importance->shape() != shared && (w.ndim() != 3 || importance->shape() != each)) {
-      fail("importance is ", importance->shape(), "; it must be ", shared,
+      fail("quantize", "importance is ", importance->shape(), "; it must be ", shared,
           w.ndim() == 3 ? " or one row per expert" : "");
     }
     inputs.push_back(mx::astype(*importance, mx::float32, s));

@@ -1,8 +1,6 @@
 #include "ops/quantized_attention.h"
 
 #include <algorithm>
-#include <sstream>
-#include <stdexcept>
 
 #include <mlx/allocator.h>
 #include <mlx/backend/cpu/encoder.h>
@@ -10,19 +8,12 @@
 
 #include "launch/attention.h"
 #include "metal/encoder.h"
+#include "ops/fail.h"
 
 namespace optiq {
 namespace {
 
 constexpr const char* kName = "quantized_attention";
-
-template <class... Parts>
-[[noreturn]] void fail(Parts&&... parts) {
-  std::ostringstream msg;
-  msg << "[" << kName << "] ";
-  (msg << ... << parts);
-  throw std::invalid_argument(msg.str());
-}
 
 // The kernels on a GPU read plain vectors in the type of the queries, and a mask to add in float32.
 void cast_for_gpu(array& k, array& v, KeyValues& kv, mx::Dtype type, mx::StreamOrDevice s) {
@@ -58,14 +49,14 @@ array quantized_attention(const array& q, const array& k, const array& v, KvForm
     const std::optional<KeyValues::Pair>& recent, int value_dim, mx::StreamOrDevice s) {
   require_floating(kName, "q", q);
   if (q.ndim() != 4 || k.ndim() != 4 || k.shape(1) == 0 || q.shape(1) % k.shape(1) != 0) {
-    fail("q ", q.shape(), " and keys ", k.shape(),
+    fail(kName, "q ", q.shape(), " and keys ", k.shape(),
         " must be [B, heads, L, dim] and [B, kv_heads, S, ...], heads a multiple of kv_heads");
   }
   AttentionShape shape{q.shape(0), q.shape(1), k.shape(1), q.shape(2), q.shape(3),
       value_dim ? value_dim : q.shape(3)};
   for (int dim : {shape.dim, shape.value_dim}) {
     if (dim < 8 || dim % 8 != 0) {
-      fail("vectors have ", dim, " elements; it must be a multiple of 8");
+      fail(kName, "vectors have ", dim, " elements; it must be a multiple of 8");
     }
   }
   KeyValues kv{k_format, v_format, masking, mask, window, starts, first, recent};
@@ -77,7 +68,8 @@ array quantized_attention(const array& q, const array& k, const array& v, KvForm
   kv.append(inputs, s);
   if (sinks) {
     if (sinks->ndim() != 1 || sinks->shape(0) != shape.heads) {
-      fail("sinks are ", sinks->shape(), "; there must be one for each of ", shape.heads, " heads");
+      fail(kName, "sinks are ", sinks->shape(), "; there must be one for each of ", shape.heads,
+          " heads");
     }
     inputs.push_back(mx::astype(*sinks, mx::float32, s));
   }
@@ -153,12 +145,12 @@ void QuantizedAttention::eval_gpu(const std::vector<array>& inputs, array& out) 
 
 std::vector<array> QuantizedAttention::jvp(
     const std::vector<array>&, const std::vector<array>&, const std::vector<int>&) {
-  fail("there are no gradients; train with plain keys and values");
+  fail(kName, "there are no gradients; train with plain keys and values");
 }
 
 std::vector<array> QuantizedAttention::vjp(const std::vector<array>&, const std::vector<array>&,
     const std::vector<int>&, const std::vector<array>&) {
-  fail("there are no gradients; train with plain keys and values");
+  fail(kName, "there are no gradients; train with plain keys and values");
 }
 
 bool QuantizedAttention::is_equivalent(const mx::Primitive& other) const {

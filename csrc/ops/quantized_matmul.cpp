@@ -1,13 +1,11 @@
 #include "ops/quantized_matmul.h"
 
-#include <sstream>
-#include <stdexcept>
-
 #include <mlx/ops.h>
 
 #include "launch/quantized_matmul.h"
 #include "metal/encoder.h"
 #include "ops/affine_weight.h"
+#include "ops/fail.h"
 #include "ops/group_gradient.h"
 
 namespace optiq {
@@ -16,13 +14,7 @@ using mx::array;
 
 namespace {
 
-template <class... Parts>
-[[noreturn]] void fail(Parts&&... parts) {
-  std::ostringstream msg;
-  msg << "[quantized_matmul] ";
-  (msg << ... << parts);
-  throw std::invalid_argument(msg.str());
-}
+constexpr const char* kName = "quantized_matmul";
 
 } // namespace
 
@@ -80,7 +72,7 @@ array QuantizedMatmul::apply(const std::vector<array>& inputs, const array& x, b
 std::vector<array> QuantizedMatmul::jvp(const std::vector<array>& primals,
     const std::vector<array>& tangents, const std::vector<int>& argnums) {
   if (argnums.size() != 1 || argnums[0] != 0) {
-    fail("forward-mode derivatives exist with respect to x only");
+    fail(kName, "forward-mode derivatives exist with respect to x only");
   }
   return {apply(primals, tangents[0], transpose_)};
 }
@@ -99,7 +91,7 @@ std::vector<array> QuantizedMatmul::vjp(const std::vector<array>& primals,
       continue;
     }
     if ((arg != 2 && arg != 3) || primals.size() == 5) {
-      fail("gradients exist with respect to x, and to scales and biases of a single weight");
+      fail(kName, "gradients exist with respect to x, and to scales and biases of a single weight");
     }
     if (!at_groups) {
       at_groups = group_gradient(transpose_ ? dy : x, transpose_ ? x : dy, primals[1],
@@ -114,7 +106,7 @@ std::pair<std::vector<array>, std::vector<int>> QuantizedMatmul::vmap(
     const std::vector<array>& inputs, const std::vector<int>& axes) {
   for (size_t i = 1; i < inputs.size(); i++) {
     if (axes[i] != -1 || inputs.size() == 5) {
-      fail("vmap runs over x only");
+      fail(kName, "vmap runs over x only");
     }
   }
   auto x = mx::moveaxis(inputs[0], axes[0], 0, stream());
