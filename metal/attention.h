@@ -90,6 +90,19 @@ METAL_FUNC void sync_tile() {
   }
 }
 
+// Columns `at` and up of the tile's tokens, 32 for each of the simdgroups that share it.
+template <typename X, int BITS, int GROUP, int DIM, int SHARE>
+METAL_FUNC void fill_tile(Tokens<X, BITS> tokens, int key, bool there, int at, int member, int lane,
+    thread uint& header, threadgroup float* tile) {
+  const int chunk = at / 32 + member;
+  sync_tile<SHARE>();
+  if (SHARE == 1 || 32 * chunk < DIM) {
+    load_chunk<X, BITS, GROUP, DIM, SHARE == 1>(
+        tokens, key, there, chunk, header, tile + member * kChunk + lane * kTileStride);
+  }
+  sync_tile<SHARE>();
+}
+
 // dots[n] = queries . keys of the tile, 8 rows by 8 keys each.
 template <typename X, int BITS, int GROUP, int DIM, int SHARE>
 METAL_FUNC void tile_scores(Tokens<X, BITS> keys, int key, bool there, int member, int lane,
@@ -98,13 +111,7 @@ METAL_FUNC void tile_scores(Tokens<X, BITS> keys, int key, bool there, int membe
   uint header = 0;
 #pragma unroll
   for (int at = 0; at < DIM; at += width) {
-    const int chunk = at / 32 + member;
-    sync_tile<SHARE>();
-    if (SHARE == 1 || 32 * chunk < DIM) {
-      load_chunk<X, BITS, GROUP, DIM, SHARE == 1>(
-          keys, key, there, chunk, header, tile + member * kChunk + lane * kTileStride);
-    }
-    sync_tile<SHARE>();
+    fill_tile<X, BITS, GROUP, DIM, SHARE>(keys, key, there, at, member, lane, header, tile);
 #pragma unroll
     for (int k = 0; k < width; k += 8) {
       if (at + k < DIM) {
@@ -132,13 +139,7 @@ METAL_FUNC void tile_values(Tokens<X, BITS> values, int key, bool there, int mem
   uint header = 0;
 #pragma unroll
   for (int at = 0; at < DIM; at += width) {
-    const int chunk = at / 32 + member;
-    sync_tile<SHARE>();
-    if (SHARE == 1 || 32 * chunk < DIM) {
-      load_chunk<X, BITS, GROUP, DIM, SHARE == 1>(
-          values, key, there, chunk, header, tile + member * kChunk + lane * kTileStride);
-    }
-    sync_tile<SHARE>();
+    fill_tile<X, BITS, GROUP, DIM, SHARE>(values, key, there, at, member, lane, header, tile);
 #pragma unroll
     for (int column = 0; column < width; column += 8) {
       if (at + column < DIM) {

@@ -232,9 +232,9 @@ def test_any_order_of_execution_gives_the_same_bits(case: tuple[int, str, int]) 
 
 
 FAULTS = {
-    "no barrier before a tile is read": ("sync_tile<SHARE>();\n#pragma unroll", "#pragma unroll"),
+    "no barrier before a tile is read": ("sync_tile<SHARE>();\n}", "}"),
     "values written before scores were read": (
-        "const int chunk = at / 32 + member;\n    sync_tile<SHARE>();",
+        "const int chunk = at / 32 + member;\n  sync_tile<SHARE>();",
         "const int chunk = at / 32 + member;",
     ),
     "no barrier before teams meet": (
