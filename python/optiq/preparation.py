@@ -200,12 +200,16 @@ def gather_all(
     held_out_tokens: int = HELD_OUT_TOKENS,
 ) -> Texts:
     """The texts from the rows at `path`; raises CalibrationError for too few."""
+    calibration = gather(tokenizer, path, "calibration", tokens, seed)
+    scoring = calibration
+    if tokens > SCORING_TOKENS:
+        scoring = gather(tokenizer, path, "calibration", SCORING_TOKENS, seed)
     return Texts(
         text_name(path),
         held_out=gather(tokenizer, path, "heldout", held_out_tokens, seed),
         selection=gather_selection(tokenizer, path, seed),
-        scoring=gather(tokenizer, path, "calibration", min(tokens, SCORING_TOKENS), seed),
-        calibration=gather(tokenizer, path, "calibration", tokens, seed),
+        scoring=scoring,
+        calibration=calibration,
     )
 
 

@@ -81,7 +81,12 @@ def create(path: Path, header: Header) -> None:
 
 def check(path: Path, header: Header) -> None:
     """Raise EvalError unless the file is a part of the run that `header` describes."""
-    old, _ = read(path)
+    _part_of(path, header)
+
+
+def _part_of(path: Path, header: Header) -> list[tuple[Record, int]]:
+    """The records of a file that is a part of the run `header`, with the offsets of their ends."""
+    old, found = _parse(path)
     for key, value in asdict(header).items():
         was = getattr(old, key)
         if key != "model" and was != value:  # the same model may be named in two ways
@@ -89,6 +94,7 @@ def check(path: Path, header: Header) -> None:
                 f"{path} was made with another {key} ({_short(was)}, now {_short(value)}); "
                 "give another folder with -o, or delete the file"
             )
+    return found
 
 
 def resume(path: Path, header: Header, boundaries: Sequence[int]) -> list[Record]:
@@ -96,8 +102,7 @@ def resume(path: Path, header: Header, boundaries: Sequence[int]) -> list[Record
 
     Raises EvalError if it is not a part of the run that `header` describes.
     """
-    check(path, header)
-    _, found = _parse(path)
+    found = _part_of(path, header)
     keep = max((n for n in (0, *boundaries) if n <= len(found)), default=0)
     with writing(path), path.open("r+b") as file:
         file.truncate(found[keep - 1][1] if keep else _header_end(path))

@@ -261,6 +261,11 @@ def check_format(fmt: Format) -> None:
         )
 
 
+def group_for(dim: int) -> int:
+    """The group size of a width that names none: 64 where it divides the vector, else 32."""
+    return 32 if dim % 64 else 64
+
+
 def vector_bytes(fmt: Format, dim: int) -> int:
     """Bytes of one key or value of `dim` elements; of 2 bytes each where left as it is."""
     if fmt == DENSE:
@@ -273,7 +278,7 @@ def vector_bytes(fmt: Format, dim: int) -> int:
 def _fitting(bits: str, group: str | None, dim: int) -> Format:
     if int(bits) == 16 and group is None:
         return DENSE
-    return _affine(int(bits), int(group or (32 if dim % 64 else 64)))
+    return _affine(int(bits), int(group or group_for(dim)))
 
 
 def _affine(bits: int, group: int) -> Format:

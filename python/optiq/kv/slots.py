@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..formats import DENSE, Format
-from .config import BITS, GROUPS, Entry, KVConfig, vector_bytes
+from .config import BITS, GROUPS, Entry, KVConfig, group_for, vector_bytes
 
 Json = dict[str, Any]
 
@@ -48,7 +48,7 @@ class Slot:
 
         Raises UsageError when nothing is wide enough for keys.
         """
-        suits = 32 if self.dim % 64 else 64
+        suits = group_for(self.dim)
         formats = {f if isinstance(f, Format) else Format("affine", f, suits) for f in menu}
         found = [f for f in formats if self.side == "v" or f.bits >= KEYS]
         if all(f == DENSE for f in found):
