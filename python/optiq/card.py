@@ -95,14 +95,14 @@ def gather(
     stock = None if uniform is None else _uniform(Path(uniform).expanduser(), plan)
     against, whole_score = _against(stock["runs"], found) if stock else ({}, None)
     five = {task: list(found[task].records) for task in CAPABILITY if _measured(found.get(task))}
-    whole = len(five) == len(CAPABILITY)
+    complete = len(five) == len(CAPABILITY)
     return {
         "name": name or folder.resolve().name,
         "base": base,
         "fingerprint": mark,
         "plan": _by_format(plan),
         "metrics": [_metric(m, found.get(m.task), against) for m in metrics.METRICS],
-        "capability": comparison.capability(five).to_json() if whole else None,
+        "capability": comparison.capability(five).to_json() if complete else None,
         "against_uniform": whole_score,
         "kl": _kl(found.get("kl"), plan),
         "runs": {task: _provenance(run) for task, run in found.items()},

@@ -29,16 +29,16 @@ def summarize(
     """
     path, size = out / "summary.json", out / "size.json"
     found = runs.load(out)
-    whole = {task: list(run.records) for task, run in found.items() if run.finished}
+    finished = {task: list(run.records) for task, run in found.items() if run.finished}
     seconds = _earlier_seconds(path) | dict(seconds)
-    five = all(task in whole for task in CAPABILITY)
+    five = all(task in finished for task in CAPABILITY)
     headers = [run.header for run in found.values()]
     summary = {
         "schema": 1,
         "kind": "optiq.evals",
         **_shared(headers),
         "quick_look": any(header.limit is not None for header in headers),
-        "capability": capability(whole).to_json() if five else None,
+        "capability": capability(finished).to_json() if five else None,
         "tasks": {task: _facts(run, seconds.get(task)) for task, run in found.items()},
         "size": json.loads(size.read_text(encoding="utf-8")) if size.exists() else None,
         "left_out": dict(left_out),
