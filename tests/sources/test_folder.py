@@ -14,6 +14,8 @@ import pytest
 
 from optiq.errors import SourceError
 from optiq.sources import resolve
+from optiq.sources.folder import SAMPLE, SAMPLES
+from optiq.sources.safetensors_file import read_header
 from tests.tiny import KINDS, tiny_folder
 
 
@@ -138,3 +140,20 @@ def test_the_fingerprint_sees_config_and_headers(tmp_path: Path) -> None:
     weights["model.norm.weights"] = weights.pop("model.norm.weight")
     mx.save_safetensors(str(named / "model.safetensors"), weights)
     assert resolve(str(named)).fingerprint != first
+
+
+def test_the_fingerprint_sees_values(tmp_path: Path) -> None:
+    """Of every tensor, also of one that is too large to be read whole."""
+    folder = tiny_folder(tmp_path)
+    first = resolve(str(folder)).fingerprint
+    file = folder / "model.safetensors"
+    header, sound = read_header(file), file.read_bytes()
+    base = len(sound) - max(t.end for t in header.values())
+    assert max(t.end - t.begin for t in header.values()) > SAMPLE * SAMPLES
+    for name, tensor in header.items():
+        where = slice(base + tensor.begin, base + tensor.end)
+        changed = bytes(byte ^ 1 for byte in sound[where])
+        file.write_bytes(sound[: where.start] + changed + sound[where.stop :])
+        assert resolve(str(folder)).fingerprint != first, name
+    file.write_bytes(sound)
+    assert resolve(str(folder)).fingerprint == first
