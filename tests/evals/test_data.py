@@ -11,10 +11,11 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from optiq.errors import EvalError
 from optiq.evals import data
@@ -69,15 +70,11 @@ def test_the_checksum_is_of_rows_and_not_of_files(root: Path, monkeypatch: Any) 
 
 
 def test_the_hubs_parquet_files(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their rows as pyarrow gives them; the library itself is no dependency."""
     expected = {name: data.load(name, root) for name in ("mmlu", "gsm8k", "humaneval")}
-    tables: dict[bytes, list[dict[str, Any]]] = {}
 
     def put(file: str, rows: list[dict[str, Any]]) -> None:
-        path = root / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(file.encode())
-        tables[file.encode()] = rows
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(pyarrow.Table.from_pylist(rows), root / file, compression="zstd")
 
     for split in ("dev", "test"):
         rows = []
@@ -85,34 +82,26 @@ def test_the_hubs_parquet_files(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
             subject = file.name.removesuffix(f"_{split}.csv")
             with file.open(newline="") as handle:
                 for question, *choices, letter in csv.reader(handle):
-                    answer = "ABCD".index(letter)
-                    rows.append(
-                        {
-                            "question": question,
-                            "subject": subject,
-                            "choices": choices,
-                            "answer": answer,
-                        }
-                    )
+                    row = {"question": question, "subject": subject, "choices": choices}
+                    rows.append(row | {"answer": "ABCD".index(letter)})
         put(f"mmlu/all/{split}-00000-of-00001.parquet", rows)
-    for name, file, new in (
+    for name, old, new in (
         ("gsm8k", "test.jsonl", "main/test-00000-of-00001.parquet"),
         ("humaneval", "HumanEval.jsonl", "openai_humaneval/test-00000-of-00001.parquet"),
     ):
-        old = root / name / file
-        put(f"{name}/{new}", [json.loads(line) for line in old.read_text().splitlines()])
-        old.unlink()
+        lines = (root / name / old).read_text().splitlines()
+        put(f"{name}/{new}", [json.loads(line) for line in lines])
+        (root / name / old).unlink()
     shutil.rmtree(root / "mmlu" / "dev")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(EvalError, match="pip install pyarrow"):
-        data.load("gsm8k", root)
-    pyarrow = ModuleType("pyarrow")
-    pyarrow.parquet = SimpleNamespace(  # type: ignore[attr-defined]
-        read_table=lambda file: SimpleNamespace(to_pylist=lambda: tables[file.read()])
-    )
-    monkeypatch.setitem(sys.modules, "pyarrow", pyarrow)
     for name, questions_ in expected.items():
         assert data.load(name, root) == questions_
+    with monkeypatch.context() as context:
+        context.setitem(sys.modules, "pyarrow", None)
+        with pytest.raises(EvalError, match=r"Parquet file: pip install 'optiq-mlx\[evals\]'"):
+            data.load("gsm8k", root)
+    (root / "gsm8k/main/test-00000-of-00001.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(EvalError, match=r"gsm8k in .* cannot be read"):
+        data.load("gsm8k", root)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,8 @@ def _parquet(content: bytes) -> list[Row]:
         from pyarrow import parquet
     except ImportError as error:
         raise EvalError(
-            "the hub's copy is a Parquet file; pip install pyarrow, or give other files with --data"
+            "the hub's copy is a Parquet file: pip install 'optiq-mlx[evals]', or give other files "
+            "with --data"
         ) from error
     rows: list[Row] = parquet.read_table(io.BytesIO(content)).to_pylist()
     return rows
