@@ -81,6 +81,11 @@ class World:
 ALONE = World(0, 1)
 
 
+def launched() -> bool:
+    """Whether mlx.launch or mpirun started this process, perhaps as one of several."""
+    return any(name in os.environ for name in _LAUNCHED)
+
+
 @contextmanager
 def world() -> Iterator[World]:
     """The processes that were launched together, while the block runs; one if none were.
@@ -88,7 +93,7 @@ def world() -> Iterator[World]:
     Raises DistributedError when they do not find each other. When a rank dies or fails inside the
     block, the others print which and end with exit code 1.
     """
-    if not any(name in os.environ for name in _LAUNCHED):
+    if not launched():
         yield ALONE
         return
     here, peers = _join()

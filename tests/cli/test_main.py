@@ -12,6 +12,20 @@ import optiq
 from optiq.cli import COMMANDS, doctor, main, options
 from optiq.errors import BudgetError, OptiqError, UsageError
 
+# The least that each command wants; the others want a model.
+ARGUMENTS = {
+    "convert": ["m", "-o", "o"],
+    "frontier": ["m", "-o", "o"],
+    "kv": ["m", "-o", "o"],
+    "compare": ["m", "n"],
+    "generate": ["m", "-p", "hello"],
+    "plan": ["m", "--size", "5bpw"],
+    "sandbox": ["run", "a.py"],
+    "bench": [],
+    "doctor": [],
+    "demo": [],
+}
+
 
 def exit_of(*argv: str) -> int | str | None:
     with pytest.raises(SystemExit) as stop:
@@ -34,6 +48,16 @@ def test_every_command_has_help_and_json(command: str, capsys: pytest.CaptureFix
     assert COMMANDS[command].split(",")[0] in " ".join(text.split())
     assert "--json" in text
     assert "--debug" in text
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"sensitivity"}))
+def test_ranks_only_measure(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else each would write the same files."""
+    monkeypatch.setenv("MLX_RANK", "0")
+    assert main([command, *ARGUMENTS.get(command, ["m"])]) == 2
+    assert "runs in one process, not under mlx.launch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import __version__
-from ..errors import OptiqError
+from ..distributed import launched
+from ..errors import OptiqError, UsageError
 
 COMMANDS = {
     "convert": "measure, plan, round and write a model",
@@ -32,6 +33,8 @@ COMMANDS = {
     "doctor": "what this machine runs optiq with, and what to improve",
     "demo": "fetch a small real model, convert it and compare it with uniform 4-bit",
 }
+
+SHARED = "sensitivity"  # the command that several processes can do together
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     _prepare_process()
     try:
+        if launched() and args.command != SHARED:
+            raise UsageError(
+                "runs in one process, not under mlx.launch or mpirun; share the measurement with "
+                f"optiq {SHARED} MODEL -o FILE, then convert with --scores FILE"
+            )
         module = importlib.import_module(f".{args.command}", __package__)
         code: int = module.run(args)
         return code
