@@ -1,6 +1,6 @@
 """BFCL-v3 "simple": read the tool call out of an answer and judge it by its syntax tree.
 
-    calls = parse(answer)
+    calls = template_calls(answer, tokenizer, tools) or parse(answer)
     reason = str(calls) if isinstance(calls, ParseError) else check(function, possible, calls)
 
 `reason` is None if the call is right. Pure: no model, no files.
@@ -9,5 +9,6 @@
 from .calls import Call, ParseError
 from .checker import check
 from .parser import parse
+from .template import template_calls
 
-__all__ = ["Call", "ParseError", "check", "parse"]
+__all__ = ["Call", "ParseError", "check", "parse", "template_calls"]

@@ -95,7 +95,7 @@ def _plain(text: str) -> list[Call]:
         values = _values(text)
     except (ValueError, SyntaxError, TypeError):
         return python_calls(text)
-    return [call for value in values for call in _json_calls(value)]
+    return [call for value in values for call in json_calls(value)]
 
 
 def _mistral(text: str) -> list[Call]:
@@ -111,7 +111,7 @@ def _in_prose(text: str) -> list[Call]:
         if text[start] in "{[":
             with suppress(ValueError, Unreadable):
                 value, end = _JSON.raw_decode(text, start)
-                calls += _json_calls(value)
+                calls += json_calls(value)
                 at = end
     return calls
 
@@ -138,15 +138,16 @@ def _json_values(text: str) -> list[Any]:
     return values
 
 
-def _json_calls(value: Any) -> list[Call]:
+def json_calls(value: Any) -> list[Call]:
+    """The calls that a JSON value holds, in any of the shapes that servers use, or Unreadable."""
     if isinstance(value, list):
-        return [call for item in value for call in _json_calls(item)]
+        return [call for item in value for call in json_calls(item)]
     if not isinstance(value, dict):
         raise Unreadable("the JSON is not a call")
     if isinstance(value.get("tool_calls"), list):
-        return _json_calls(value["tool_calls"])
+        return json_calls(value["tool_calls"])
     if isinstance(value.get("function"), dict):  # OpenAI: {"type": "function", "function": {...}}
-        return _json_calls(value["function"])
+        return json_calls(value["function"])
     name = value.get("name", value.get("function"))
     for key in ("arguments", "parameters"):
         if isinstance(name, str) and key in value:

@@ -26,9 +26,10 @@ class Bfcl(Generation):
 
     def __init__(self, questions: Questions, ids: Sequence[str], tokenizer: Any) -> None:
         super().__init__(questions, ids)
+        self._tokenizer = tokenizer
         _, form = chat_text(_chat(self.waves[0][0].data), tokenizer, answer=True)
         self.protocol = (
-            f"bfcl/1: v3 simple, tools in the form {form!r}, greedy, at most {MAX_TOKENS} tokens"
+            f"bfcl/2: v3 simple, tools in the form {form!r}, greedy, at most {MAX_TOKENS} tokens"
         )
 
     def prompt(self, engine: Engine, item: Item) -> Prompt:
@@ -36,7 +37,8 @@ class Bfcl(Generation):
         return Prompt(engine.chat(chat["messages"], chat["tools"]), MAX_TOKENS)
 
     def score(self, item: Item, answer: str) -> tuple[Metrics, str]:
-        calls = bfcl.parse(answer)
+        tools = _chat(item.data)["tools"]
+        calls = bfcl.template_calls(answer, self._tokenizer, tools) or bfcl.parse(answer)
         if isinstance(calls, bfcl.ParseError):
             return {"ast": False}, str(calls)
         (function,), (possible,) = item.data["function"], item.data["ground_truth"]
