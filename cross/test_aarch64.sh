@@ -38,7 +38,7 @@ fi
 fetch "$arm/wheels" \
   "manylinux_2_35_aarch64 manylinux_2_28_aarch64 manylinux_2_27_aarch64 manylinux_2_17_aarch64" \
   "mlx==$mlx" "mlx-cpu==$mlx" "nanobind-backend==$backend" numpy pytest pluggy iniconfig packaging \
-  pygments 'hypothesis>=6.100' sortedcontainers
+  pygments jinja2 markupsafe 'hypothesis>=6.100' sortedcontainers
 if ! test -e "$site/.unpacked" || test "$arm/wheels" -nt "$site/.unpacked"; then
   rm -rf "$site"
   for wheel in "$arm"/wheels/*.whl; do "$tools/bin/python" -m zipfile -e "$wheel" "$site"; done
