@@ -17,7 +17,8 @@ from .safetensors_file import TensorInfo, read_header
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model*.safetensors"  # what mlx_lm.load reads
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
-SAMPLE, SAMPLES = 4096, 8  # bytes of each tensor in the fingerprint
+SAMPLE = 4096  # bytes of a tensor in the fingerprint at a time
+SAMPLES = 8  # of a tensor, but fewer where there are thousands of tensors
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,11 @@ def check_architecture(path: Path, config: dict[str, Any]) -> None:
 def fingerprint(folder: Folder) -> str:
     """sha256 of config.json, all headers, and samples of every tensor's bytes.
 
-    Of a tensor SAMPLES pieces of SAMPLE bytes are read, evenly spread; a smaller one is read whole.
-    So models that were trained or rounded differently are told apart at little cost, but not a
-    damaged copy from a sound one. Raises SourceError.
+    Of a tensor up to SAMPLES pieces of SAMPLE bytes are read, evenly spread; a smaller one is read
+    whole. So models that were trained or rounded differently are told apart in a second or two,
+    but not a damaged copy from a sound one. Raises SourceError.
     """
+    samples = max(1, min(SAMPLES, 4096 // max(1, sum(map(len, folder.files.values())))))
     digest = hashlib.sha256((folder.path / "config.json").read_bytes())
     for name, tensors in folder.files.items():
         path = folder.path / name
@@ -101,7 +103,7 @@ def fingerprint(folder: Folder) -> str:
             base = size - max((t.end for t in tensors.values()), default=0)
             with path.open("rb") as file:
                 for t in tensors.values():
-                    step = max(SAMPLE, (t.end - t.begin) // SAMPLES)
+                    step = max(SAMPLE, (t.end - t.begin) // samples)
                     for start in range(t.begin, t.end, step):
                         file.seek(base + start)
                         digest.update(file.read(min(SAMPLE, t.end - start)))
