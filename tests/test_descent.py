@@ -42,15 +42,19 @@ SEED = 7
 
 
 class Probe(nn.Module):
-    """A layer that keeps its inputs and adds `delta` to its output."""
+    """A layer that keeps its input and output, and adds `delta` to that."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.inner, self.delta, self.input = inner, mx.array(0.0), mx.array(0.0)
+        self.inner, self.delta = inner, mx.array(0.0)
+        self.input = self.output = mx.array(0.0)
 
     def __call__(self, x: mx.array) -> mx.array:
-        self.input = x
-        return self.inner(x) + self.delta
+        self.input, self.output = x, self.inner(x) + self.delta
+        return self.output
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return self.inner.as_linear(x)
 
 
 def brute_force(
@@ -58,7 +62,8 @@ def brute_force(
 ) -> dict[str, Floats]:
     """H of each module over one sequence, from gradients at the outputs of stock layers."""
     head = next(m for m in modules if is_head(m))
-    paths = [m.path for m in modules if m is not head and m.role is not Role.EMBEDDING]
+    paths = [m.path for m in modules if m.role is not Role.HEAD]
+    lookups = {m.path for m in modules if m.role is Role.EMBEDDING}
     originals = {path: slot_at(model, path).get() for path in paths}
     probes = {path: Probe(inner) for path, inner in originals.items()}
     for path, probe in probes.items():
@@ -75,21 +80,19 @@ def brute_force(
         logits = model(ids).astype(mx.float32)
         return -mx.sum(nn.losses.cross_entropy(logits, labels))
 
-    zeros = {
-        path: mx.zeros((*x.shape[:1], _outputs(originals[path]))) for path, x in inputs.items()
-    }
+    zeros = {path: mx.zeros(probe.output.shape[-2:]) for path, probe in probes.items()}
     found = {}
-    for path, g in mx.grad(likelihood)(zeros).items():
-        weights = np.square(np.array(g, dtype=np.float64)).mean(axis=-1)
-        found[path] = np.einsum("t,ti,tj->ij", weights, inputs[path], inputs[path])
+    for path, delta in mx.grad(likelihood)(zeros).items():
+        g = np.array(delta, dtype=np.float64)
+        if path in lookups:
+            found[path] = np.einsum("ti,tj->ij", g, g)
+        else:
+            weights = np.square(g).mean(axis=-1)
+            found[path] = np.einsum("t,ti,tj->ij", weights, inputs[path], inputs[path])
     for path, inner in originals.items():
         slot_at(model, path).set(inner)
-    found[head.path] = _head(model, head, tokens)
+    found[head.path] = found.get(head.path, 0) + _head(model, head, tokens)
     return found
-
-
-def _outputs(layer: Any) -> int:
-    return int(layer.weight.shape[0])
 
 
 def _head(model: nn.Module, head: Module, tokens: Sequence[int]) -> Floats:
@@ -282,9 +285,7 @@ def test_what_is_fitted_is_written_and_rendered(tmp_path: Path, name: str, dtype
     fitted = {
         (p.module.path, p.format)
         for p in plan.modules
-        if p.format.mode == "affine"
-        and len(p.module.shape) == 2
-        and (p.module.tied or p.module.role is not Role.EMBEDDING)
+        if p.format.mode == "affine" and len(p.module.shape) == 2
     }
     assert how.fitted.keys() == fitted
     export(source, plan, tmp_path / "out", rounding=how)

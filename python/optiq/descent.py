@@ -8,6 +8,9 @@ see sensitivity/fisher.py). With one g^2 for all outputs of a token, their mean,
     H = sum over tokens of mean(g^2) x x'
 
 says what each row must keep (GuidedQuant, Kim et al. 2025, weighs tokens so, per group of rows).
+A row e that is looked up moves the output by 1/2 (g'e)^2 each time, so an embedding's H is the sum
+of g g'; one that is the head, too, has the sum of both, for a word that is looked up often is about
+as often likely to come next.
 `ops.descend` makes a rounding good by that measure. It was fitted to few tokens; so every module's
 candidates are judged by the H of sequences that none was fitted to, and the best of min/max, the
 weighted search and the descent is taken.
@@ -68,9 +71,8 @@ def descend(
 ) -> Rounding:
     """`rounding` with the modules of `plan` fitted to the sequences of `text`.
 
-    Modules of which no input is known (experts, lookups) and those in nvfp4 stay as they were, and
-    all of them where there are fewer than two sequences. `reference` is that of
-    `sensitivity.measure`.
+    Experts and modules in nvfp4 stay as they were, and all where there are fewer than two
+    sequences. `reference` is that of `sensitivity.measure`.
     """
     loaded = load(source)
     model, modules = loaded.model, quantizable(loaded.model)
@@ -149,12 +151,16 @@ def _moments(
     every = min(JUDGE_EVERY, len(tapes))
     judges = [t % every == every - 1 for t in range(len(tapes))]
     keys = list(mx.random.split(mx.random.key(seed), len(tapes)))
-    layers = [m for m in modules if not is_head(m) and m.role is not Role.EMBEDDING]
+    layers = [m for m in modules if m.role is not Role.HEAD]
     for module, calls in Backward(replay, tapes, keys).calls(layers):
         if all(calls):
-            yield module, _sum(judges, [[_call(call) for call in of] for of in calls])
+            row = _lookup if module.role is Role.EMBEDDING else _call
+            rows = [[row(call) for call in of] for of in calls]
+            if is_head(module):
+                rows = [of + _head_rows(replay, tape) for of, tape in zip(rows, tapes, strict=True)]
+            yield module, _sum(judges, rows)
     for module in modules:
-        if is_head(module):
+        if module.role is Role.HEAD:
             yield module, _sum(judges, [_head_rows(replay, tape) for tape in tapes])
 
 
@@ -165,6 +171,13 @@ def _call(call: Call) -> Rows:
     (x, *_), _, gradient = call
     weights = mx.mean(mx.square(gradient.astype(mx.float32)), axis=-1)
     return x.reshape(-1, x.shape[-1]).astype(mx.float32), weights.flatten()
+
+
+def _lookup(call: Call) -> Rows:
+    """The gradient is to a row that is looked up what the input is to others."""
+    gradient = call[2]
+    rows = gradient.reshape(-1, gradient.shape[-1]).astype(mx.float32)
+    return rows, mx.ones(rows.shape[0])
 
 
 def _head_rows(replay: Replay, tape: Tape) -> list[Rows]:
