@@ -72,6 +72,13 @@ def test_alone() -> None:
         here.same({"a": 1})
 
 
+def test_one_process_of_a_batch_system_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PMI_RANK", "0")
+    monkeypatch.setenv("PMI_SIZE", "1")
+    with world() as here:
+        assert here is ALONE
+
+
 def test_values_of_all_ranks(tmp_path: Path) -> None:
     code = (
         "from optiq.distributed import world\n"

@@ -33,6 +33,7 @@ BEAT = 0.5  # seconds between two signs of life
 
 # Set for each process by mlx.launch (ring, jaccl) and by mpirun.
 _LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # a batch system may start a single one so
 
 _GUARD = """
 import os, select, signal, sys
@@ -82,8 +83,9 @@ ALONE = World(0, 1)
 
 
 def launched() -> bool:
-    """Whether mlx.launch or mpirun started this process, perhaps as one of several."""
-    return any(name in os.environ for name in _LAUNCHED)
+    """Whether mlx.launch or mpirun started this process as one of several."""
+    alone = any(os.environ.get(name) == "1" for name in _SIZES)
+    return not alone and any(name in os.environ for name in _LAUNCHED)
 
 
 @contextmanager
