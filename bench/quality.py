@@ -153,13 +153,14 @@ def run(
     selecting = gather_selection(loaded.tokenizer, None, seed)
     results: dict[str, Json] = {}
 
-    def judge_model(label: str, student: nn.Module) -> Json:
-        results[label] = {**runtime.size(student), **measure(student)}
+    def judge_model(label: str, student: nn.Module, size: Json) -> Json:
+        results[label] = {**size, **measure(student)}
         print(f"{label:34s} {results[label]}", flush=True)
         return results[label]
 
     def judge(label: str, plan: Plan, rounding: Rounding = MINMAX) -> Json:
-        return judge_model(label, runtime.render(load(source), plan, rounding=rounding))
+        student = runtime.render(load(source), plan, rounding=rounding)
+        return judge_model(label, student, {"nbytes": plan.nbytes, "bpw": plan.bpw})
 
     with timed("importance"):
         search = choose_rounding("search", source, calibration, "bf16", progress=False)
@@ -198,8 +199,9 @@ def run(
         fitted = fit(uniform4)
     judge("uniform 4-bit, descent", uniform4, fitted)
     stock_mixed = stock.quantize(load(source, lazy=True), recipe="mixed_4_6")
+    mixed_size = runtime.size(stock_mixed)
     accelerate(stock_mixed)
-    mixed = judge_model("mlx-lm mixed_4_6", stock_mixed)
+    mixed = judge_model("mlx-lm mixed_4_6", stock_mixed, mixed_size)
     judge("{4, 8} by scores, min/max, 5.0 bpw", build(peer, "5bpw"))
     sizes = {"4.5": "uniform4", "5.0": "5bpw", "6.0": "6bpw", "mixed_4_6": f"{mixed['bpw']:.6f}bpw"}
     for label in at:
@@ -211,7 +213,10 @@ def run(
         found = judge(f"optiq, {label} bpw", plan, rounding)
         found["selection"] = plan.selection
     for label, other in also.items():
-        judge_model(label, runtime.load(other)[0])
+        student = load(resolve(other), allow_quantized=True).model
+        other_size = runtime.size(student)
+        accelerate(student)
+        judge_model(label, student, other_size)
     return {"seed": seed, "model": name, "seconds": times, "results": results}
 
 
