@@ -15,6 +15,7 @@ from optiq.cli import main
 from optiq.errors import EvalError, OptiqError
 from optiq.evals import metrics, runs, statistics
 from optiq.evals.comparison import compare
+from optiq.evals.records import Record
 from tests.evals.fakes import BENCHMARKS, ITEMS, write_all, write_run
 
 Run = Callable[..., str]
@@ -244,3 +245,25 @@ def test_items_are_their_own_clusters_but_subjects(home: Path) -> None:
     expected = statistics.proportion(right, groups)
     assert metrics.estimate(metrics.main_of("mmlu"), mmlu.records) == expected
     assert set(ITEMS) == set(metrics.TASKS)
+
+
+def test_none_right_is_not_certainly_none(tmp_path: Path) -> None:
+    """Also of the instructions of a prompt, whose variance is none."""
+    for quality, limits in ((0.0, (0.0, 0.26)), (1.0, (0.74, 1.0))):
+        path = write_run(tmp_path / str(quality), "ifeval", quality, items=6)
+        records = runs.load(path.parent)["ifeval"].records
+        for metric in metrics.of_task("ifeval"):
+            found = metrics.estimate(metric, records)
+            assert found.value == quality
+            if metric.listed:
+                assert found.n == sum(len(metrics.values(metric, r)) for r in records) == 12
+                assert (found.low, found.high) == pytest.approx(limits, abs=0.03)
+
+
+def test_instructions_of_one_prompt_count_as_one_where_they_are_right_together() -> None:
+    metric = next(m for m in metrics.of_task("ifeval") if m.listed)
+    right = [i % 5 < 2 for i in range(100)]
+    found = [Record(str(i), "", "", "", {metric.name: [r] * 3}) for i, r in enumerate(right)]
+    whole, once = metrics.estimate(metric, found), statistics.proportion(right)
+    assert (whole.value, whole.n) == (0.4, 300)
+    assert (whole.low, whole.high) == pytest.approx((once.low, once.high), abs=1e-3)

@@ -67,8 +67,12 @@ def main_of(task: str) -> Metric:
 
 def estimate(metric: Metric, records: Sequence[Record]) -> Estimate:
     """The metric over all `records`, at least one, with its interval."""
-    if metric.listed:
+    if metric.divergence:
         return statistics.mean(*_totals(metric, records), _clusters(metric, records))
+    if metric.listed:  # an item's instructions or tokens are a cluster
+        each = [values(metric, record) for record in records]
+        items = [i for i, one in enumerate(each) for _ in one]
+        return statistics.proportion([value for one in each for value in one], items)
     return statistics.proportion(
         [r.metrics[metric.name] for r in records], _clusters(metric, records)
     )

@@ -267,9 +267,9 @@ def _provenance(facts: Json) -> str:
     return (
         "## How the numbers were made\n\n"
         + table([["", ""], *map(list, rows)], words=1)
-        + "\n\nHashes are sha256: of config.json and the weight files' headers, of token streams, "
-        "of questions and of record files. The records are in `optiq/evals`, one line for each "
-        "item with its prompt's hash, the answer and the verdict."
+        + "\n\nHashes are sha256: of config.json, the weight files' headers and samples of their "
+        "values, of token streams, of questions and of record files. The records are in "
+        "`optiq/evals`, one line for each item with its prompt's hash, the answer and the verdict."
     )
 
 
