@@ -158,6 +158,12 @@ def run(
         print(f"{label:34s} {results[label]}", flush=True)
         return results[label]
 
+    def judge_stored(label: str, student: nn.Module) -> Json:
+        """Of a model as it came from its files: running it natively changes dtypes, so sizes."""
+        stored = runtime.size(student)
+        accelerate(student)
+        return judge_model(label, student, stored)
+
     def judge(label: str, plan: Plan, rounding: Rounding = MINMAX) -> Json:
         student = runtime.render(load(source), plan, rounding=rounding)
         return judge_model(label, student, {"nbytes": plan.nbytes, "bpw": plan.bpw})
@@ -199,9 +205,7 @@ def run(
         fitted = fit(uniform4)
     judge("uniform 4-bit, descent", uniform4, fitted)
     stock_mixed = stock.quantize(load(source, lazy=True), recipe="mixed_4_6")
-    mixed_size = runtime.size(stock_mixed)
-    accelerate(stock_mixed)
-    mixed = judge_model("mlx-lm mixed_4_6", stock_mixed, mixed_size)
+    mixed = judge_stored("mlx-lm mixed_4_6", stock_mixed)
     judge("{4, 8} by scores, min/max, 5.0 bpw", build(peer, "5bpw"))
     sizes = {"4.5": "uniform4", "5.0": "5bpw", "6.0": "6bpw", "mixed_4_6": f"{mixed['bpw']:.6f}bpw"}
     for label in at:
@@ -213,10 +217,7 @@ def run(
         found = judge(f"optiq, {label} bpw", plan, rounding)
         found["selection"] = plan.selection
     for label, other in also.items():
-        student = load(resolve(other), allow_quantized=True).model
-        other_size = runtime.size(student)
-        accelerate(student)
-        judge_model(label, student, other_size)
+        judge_stored(label, load(resolve(other), allow_quantized=True).model)
     return {"seed": seed, "model": name, "seconds": times, "results": results}
 
 

@@ -66,8 +66,8 @@ SCRIPT
 chmod +x "$arm/bin/python"
 echo "import sys; sys.executable = '$arm/bin/python'" > "$site/sitecustomize.py"
 
-# What measures memory at the sizes of real models takes hours here, and would measure qemu. Tests
-# that start another instruction set themselves do what this loop does.
+# What measures memory at the sizes of real models takes hours here, and would measure qemu. The KV
+# kernels' probe of another instruction set runs into its time limit, and does what this loop does.
 for isa in neon scalar; do
   got="$(OPTIQ_ISA=$isa "$arm/bin/python" -c 'from optiq import _ext; print(_ext.isa())')"
   test "$got" = $isa || { echo "FAIL  asked for the $isa kernels, got '$got'"; exit 1; }

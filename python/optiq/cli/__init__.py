@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import __version__
-from ..distributed import launched
 from ..errors import OptiqError, UsageError
 
 COMMANDS = {
@@ -52,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == chosen:  # only this command's options are needed
             importlib.import_module(f".{name}", __package__).add_arguments(command)
     args = parser.parse_args(argv)
+    from ..distributed import launched  # here: it imports numpy, and --help is quick
+
     _prepare_process()
     try:
         if launched() and args.command != SHARED:

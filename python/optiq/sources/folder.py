@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import json
 import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,18 +99,22 @@ def fingerprint(folder: Folder) -> str:
         path = folder.path / name
         rows = [[n, t.dtype, t.shape, t.begin, t.end] for n, t in tensors.items()]
         try:
-            size = path.stat().st_size
-            digest.update(json.dumps([name, size, rows]).encode())
-            base = size - max((t.end for t in tensors.values()), default=0)
-            with path.open("rb") as file:
-                for t in tensors.values():
-                    step = max(SAMPLE, (t.end - t.begin) // samples)
-                    for start in range(t.begin, t.end, step):
-                        file.seek(base + start)
-                        digest.update(file.read(min(SAMPLE, t.end - start)))
+            digest.update(json.dumps([name, path.stat().st_size, rows]).encode())
+            for piece in _pieces(path, tensors.values(), samples):
+                digest.update(piece)
         except OSError as error:
             raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
     return digest.hexdigest()
+
+
+def _pieces(path: Path, tensors: Collection[TensorInfo], samples: int) -> Iterator[bytes]:
+    """Up to `samples` pieces of the bytes of each tensor, or all of a small one."""
+    base = path.stat().st_size - max((t.end for t in tensors), default=0)
+    with path.open("rb") as file:
+        for t in tensors:
+            for start in range(t.begin, t.end, max(SAMPLE, (t.end - t.begin) // samples)):
+                file.seek(base + start)
+                yield file.read(min(SAMPLE, t.end - start))
 
 
 def mlx_lm_version() -> str:

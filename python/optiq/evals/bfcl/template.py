@@ -21,7 +21,7 @@ def template_calls(
     As in `parse`, a broken call beside a whole one is passed over.
     """
     start, end, read = tokenizer.tool_call_start, tokenizer.tool_call_end, tokenizer.tool_parser
-    if read is None or not start or start not in answer:
+    if not start or start not in answer:
         return None
     calls: list[Call] = []
     for part in answer.split(start)[1:]:
