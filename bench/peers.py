@@ -24,7 +24,7 @@ import mlx.core as mx
 import numpy as np
 
 from optiq import ops
-from optiq.bench import ratio, rounds
+from optiq.doctor.bench import ratio, rounds
 from optiq.ops import native
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

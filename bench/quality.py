@@ -32,25 +32,22 @@ import mlx.nn as nn
 import numpy as np
 
 import optiq
-from optiq import runtime, sensitivity, stock
-from optiq.calibration.texts import (
-    CALIBRATION_TOKENS,
-    SCORING_TOKENS,
-    gather,
-    gather_selection,
-)
-from optiq.descent import descend
+from optiq.base.machine import machine, versions
+from optiq.calibration.texts import CALIBRATION_TOKENS, SCORING_TOKENS, gather, gather_selection
 from optiq.formats import Format, parse_menu
-from optiq.machine import machine, versions
-from optiq.nn import accelerate
-from optiq.plan import Plan, build, uniform_plan
-from optiq.preparation import choose_rounding
-from optiq.proposals import propose
-from optiq.roles import quantizable
-from optiq.rounding import MINMAX, Rounding
-from optiq.selection import decide
-from optiq.sensitivity.job import is_head
-from optiq.sensitivity.replay import Replay
+from optiq.models import stock
+from optiq.models.roles import quantizable
+from optiq.nn.accelerate import accelerate
+from optiq.planning.plan import Plan, build, uniform_plan
+from optiq.planning.proposals import propose
+from optiq.quantize.prepare import choose_rounding
+from optiq.quantize.replay.replay import Replay
+from optiq.quantize.rounding.descent import descend
+from optiq.quantize.rounding.weights import MINMAX, Rounding
+from optiq.quantize.select import decide
+from optiq.quantize.sensitivity import measure as sensitivity
+from optiq.quantize.sensitivity.job import is_head
+from optiq.runtime import loading as runtime
 from optiq.sources import Source, load, resolve
 
 WINDOW, SCORED = 512, 256

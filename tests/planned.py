@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from optiq.formats import DEFAULT_MENU, DENSE
-from optiq.plan import Plan, uniform_plan
-from optiq.roles import allowed, quantizable
-from optiq.scores import describe_module
-from optiq.sensitivity import describe_model
+from optiq.models.roles import allowed, quantizable
+from optiq.planning.plan import Plan, uniform_plan
+from optiq.planning.scores import describe_module
+from optiq.quantize.sensitivity.measure import describe_model
 from optiq.sources import Source, load, resolve
 from tests.scored import PROVENANCE
 from tests.tiny import tiny_folder

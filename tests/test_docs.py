@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 
 import optiq
-from optiq import cli, pareto, plan, scores
+from optiq import cli
 from optiq.calibration.rows import check_row
-from optiq.compare import summary
 from optiq.formats import Format
+from optiq.planning import pareto, plan, scores
+from optiq.quality.divergence import summary
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "python" / "optiq"

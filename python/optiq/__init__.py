@@ -19,10 +19,10 @@ from . import blas
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .conversion import Result as Result
-    from .conversion import convert as convert
-    from .nn import accelerate as accelerate
-    from .runtime import load as load
+    from .nn.accelerate import accelerate as accelerate
+    from .quantize.convert import Result as Result
+    from .quantize.convert import convert as convert
+    from .runtime.loading import load as load
 
 blas.provide()
 

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from mlx_lm.utils import load_model
 
-from optiq import demo as demo_module
 from optiq.cli import main
-from optiq.conversion import convert
 from optiq.formats import Format
-from optiq.plan import Plan
-from optiq.proposals import propose
-from optiq.scores import check
+from optiq.planning.plan import Plan
+from optiq.planning.proposals import propose
+from optiq.planning.scores import check
+from optiq.quantize import demo as demo_module
+from optiq.quantize.convert import convert
 from tests.scored import PEER
 from tests.tiny import tiny_folder
 
@@ -210,7 +210,7 @@ def test_doctor_prints_advice_under_its_finding(
     optiq: Optiq, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finding = SimpleNamespace(name="compiler", value="none", advice="apt-get install g++")
-    monkeypatch.setattr("optiq.doctor.examine", lambda: [finding])
+    monkeypatch.setattr("optiq.doctor.checks.examine", lambda: [finding])
     assert optiq("doctor") == "compiler  none\n          -> apt-get install g++\n"
 
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from optiq.preparation import CHECKPOINT
+from optiq.quantize.prepare import CHECKPOINT
+from tests.planning.test_plan import scores_of
 from tests.scored import PEER
-from tests.test_plan import scores_of
 from tests.tiny import tiny_folder
 
 CODE = "import sys; from optiq.cli import main; sys.exit(main())"

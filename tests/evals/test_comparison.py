@@ -13,9 +13,10 @@ import pytest
 
 from optiq.cli import main
 from optiq.errors import EvalError, OptiqError
-from optiq.evals import metrics, runs, statistics
+from optiq.evals import metrics, runs
 from optiq.evals.comparison import compare
 from optiq.evals.records import Record
+from optiq.quality import statistics
 from tests.evals.fakes import BENCHMARKS, ITEMS, write_all, write_run
 
 Run = Callable[..., str]

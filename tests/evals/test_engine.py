@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from optiq.evals.engine import Engine, Prompt, shared_length
-from optiq.runtime import load
+from optiq.runtime.loading import load
 from tests.tiny import BOS, EOS, tiny_folder
 
 HEAD = list(range(40, 70))  # longer than a window of gemma3_text

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from optiq.cli import main
-from optiq.conversion import convert
 from optiq.errors import EvalError, SourceError, UsageError
 from optiq.evals import judge, records
 from optiq.evals.engine import Engine
 from optiq.evals.runner import evaluate
 from optiq.evals.tasks import bfcl, generation, gsm8k, humaneval, ifeval
+from optiq.quantize.convert import convert
 from tests.evals import questions
 from tests.evals.test_tasks import run_here
 from tests.tiny import tiny_folder

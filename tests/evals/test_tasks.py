@@ -18,7 +18,7 @@ from optiq.evals.tasks.gsm8k import Gsm8k
 from optiq.evals.tasks.humaneval import HumanEval, Verdict
 from optiq.evals.tasks.ifeval import IfEval
 from optiq.evals.tasks.mmlu import Mmlu
-from optiq.runtime import load
+from optiq.runtime.loading import load
 from tests.evals import questions
 from tests.tiny import BOS, tiny_folder
 

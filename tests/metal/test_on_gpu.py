@@ -14,7 +14,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 import optiq
-from optiq import ops, selftest
+from optiq import ops
+from optiq.doctor import selftest
 from optiq.ops import native, reference
 from optiq.ops.trials import TRIALS
 from tests.metal.test_attention import CASES as ATTENTION

@@ -13,8 +13,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 import optiq
-from optiq.nn import accelerate
-from optiq.roles import blocks
+from optiq.models.roles import blocks
+from optiq.nn.accelerate import accelerate
 from tests.architectures import MODELS, construct
 from tests.tiny import KINDS, tiny_folder
 

@@ -20,7 +20,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from optiq import ops
 from optiq.formats import DENSE, Format
-from optiq.nn import accelerate
+from optiq.nn.accelerate import accelerate
 from optiq.nn.blocks import Fused
 from optiq.ops import native
 from tests.nn import test_accelerate

@@ -11,7 +11,7 @@ import pytest
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
-from optiq.nn import accelerate
+from optiq.nn.accelerate import accelerate
 from tests.nn.test_accelerate import TOKENS, divisible, same, stock
 from tests.nn.test_blocks import decode
 

@@ -10,9 +10,9 @@ import pytest
 from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 
-from optiq.nn import accelerate
+from optiq.models.roles import blocks
+from optiq.nn.accelerate import accelerate
 from optiq.ops import native
-from optiq.roles import blocks
 from tests.nn.test_accelerate import FUSED, TOKENS, divisible, leaves, same, stock
 from tests.ops.test_on_gpu import Extension
 

@@ -15,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from optiq import runtime
-from optiq.conversion import convert
+from optiq.quantize.convert import convert
+from optiq.runtime import loading as runtime
 from tests.peers.packages import install
 from tests.tiny import tiny_folder
 

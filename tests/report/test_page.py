@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from optiq.errors import ExportError, SensitivityError
-from optiq.plan import build
+from optiq.planning.plan import build
 from optiq.report import render, write
 from optiq.report.text import TIMES
 

@@ -15,7 +15,7 @@ import pytest
 from optiq.errors import SourceError
 from optiq.sources import resolve
 from optiq.sources.folder import SAMPLE, SAMPLES
-from optiq.sources.safetensors_file import read_header
+from optiq.sources.safetensors import read_header
 from tests.tiny import KINDS, tiny_folder
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..chat.template import Tokenizer, render
 from ..errors import CalibrationError
-from .render import Tokenizer, render
 from .rows import Row
 
 MIN_ROW = 8  # tokens; a shorter row says more about its BOS than about its domain

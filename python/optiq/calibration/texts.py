@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..base.progress import Progress
+from ..chat.template import Tokenizer
 from ..errors import CalibrationError
-from ..progress import Progress
 from .batches import Calibration, Sample, TooLittleText, batches
-from .render import Tokenizer
 from .rows import BUNDLED, load_rows, split
 
 # To round with. Scores need fewer: plans from the scores of 2,048 tokens lost 0.6 % at most

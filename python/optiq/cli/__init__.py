@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == chosen:  # only this command's options are needed
             importlib.import_module(f".{name}", __package__).add_arguments(command)
     args = parser.parse_args(argv)
-    from ..distributed import launched  # here: it imports numpy, and --help is quick
+    from ..distributed.ranks import launched  # here: it imports numpy, and --help is quick
 
     _prepare_process()
     try:

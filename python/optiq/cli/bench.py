@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from .. import bench, selftest
+    from ..doctor import bench, selftest
 
     if args.tune:
         return _tune(args.json)
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 def _tune(as_json: bool) -> int:
     import mlx.core as mx
 
-    from .. import bench
+    from ..doctor import bench
     from ..ops import native
 
     if native.extension is None:

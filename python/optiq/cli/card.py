@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..card import write
+    from ..cards.facts import write
     from .tables import card_table
 
     facts, path = write(

@@ -56,10 +56,10 @@ def _records(args: argparse.Namespace) -> int:
 
 def _models(args: argparse.Namespace) -> int:
     from .. import calibration
-    from ..compare import check_tokens, measure
     from ..errors import UsageError
-    from ..nn import accelerate
-    from ..runtime import size
+    from ..nn.accelerate import accelerate
+    from ..quality.divergence import check_tokens, measure
+    from ..runtime.loading import size
     from ..sources import load, resolve
     from .tables import metrics_table
 

@@ -33,11 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..conversion import convert
     from ..errors import UsageError
-    from ..preparation import CHECKPOINT, SCORES, work_folder
-    from ..refine import CHECKPOINT as REFINING
-    from ..refine import TOKENS
+    from ..quantize.convert import convert
+    from ..quantize.prepare import CHECKPOINT, SCORES, work_folder
+    from ..quantize.rounding.distill import CHECKPOINT as REFINING
+    from ..quantize.rounding.distill import TOKENS
     from .tables import plan_table, scores_line
 
     if args.refine_tokens and not args.refine:

@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("OPTIQ_PROGRESS", "1")
-    from ..demo import QUESTION
-    from ..demo import run as run_demo
+    from ..quantize.demo import QUESTION
+    from ..quantize.demo import run as run_demo
     from .tables import plan_table
 
     started = time.monotonic()

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from . import options
 
 if TYPE_CHECKING:
-    from ..selftest import Line
-    from ..selftest import Speed as Timing
+    from ..doctor.selftest import Line
+    from ..doctor.selftest import Speed as Timing
 
 MOST_FAILURES = 10  # shown of each op
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.selftest:
         return _selftest(args.json)
-    from ..doctor import examine
+    from ..doctor.checks import examine
 
     findings = examine()
     if args.json:
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 def _selftest(as_json: bool) -> int:
     import mlx.core as mx
 
-    from .. import selftest
+    from ..doctor import selftest
 
     gpu = mx.metal.is_available()
     machine, failed = selftest.machine(), 0
@@ -64,7 +64,7 @@ def _selftest(as_json: bool) -> int:
 
 
 def _describe(line: Line | Timing) -> list[str]:
-    from ..selftest import Speed
+    from ..doctor.selftest import Speed
 
     if isinstance(line, Speed):
         faster = line.stock / line.optiq

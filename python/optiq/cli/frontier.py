@@ -23,9 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..frontier import POINTS, SIZES, frontier
-    from ..frontier_files import HTML
-    from ..preparation import CHECKPOINT, work_folder
+    from ..quantize.frontier import POINTS, SIZES, frontier
+    from ..quantize.frontier_files import HTML
+    from ..quantize.prepare import CHECKPOINT, work_folder
     from .tables import frontier_table
 
     work = work_folder(args.out)

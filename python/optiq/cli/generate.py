@@ -35,11 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..errors import UsageError
-    from ..generate import Request, stream
     from ..kv.model import digest
     from ..kv.prefix import Key, PrefixFile
-    from ..preflight import check_writable
-    from ..runtime import open_source
+    from ..quantize.preflight import check_writable
+    from ..runtime.generate import Request, stream
+    from ..runtime.loading import open_source
     from ..sources import resolve
 
     if not 0 <= args.temp < inf:

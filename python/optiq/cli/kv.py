@@ -46,10 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from ..kv.contexts import SAMPLES
-    from ..kv.files import Files
-    from ..kv.plan import RECENT, SINK, plan_kv
-    from ..kv.slots import MENU
+    from ..quantize.kv.contexts import SAMPLES
+    from ..quantize.kv.files import Files
+    from ..quantize.kv.plan import RECENT, SINK, plan_kv
+    from ..quantize.kv.slots import MENU
     from .tables import kv_table
 
     files = Files(Path(args.out))

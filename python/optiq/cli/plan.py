@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..formats import parse_menu
-    from ..plan import build
-    from ..scores import read
+    from ..planning.plan import build
+    from ..planning.scores import read
     from .tables import plan_table
 
     menu = None if args.formats is None else parse_menu(args.formats)

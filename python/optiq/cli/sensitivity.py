@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from . import options
 
 if TYPE_CHECKING:  # --help is quick
-    from ..distributed import World
+    from ..distributed.ranks import World
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,25 +26,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..distributed import world
+    from ..distributed.ranks import world
 
     with world() as ranks:
         return _run(args, ranks)
 
 
 def _run(args: argparse.Namespace, world: World) -> int:
-    from .. import sensitivity
     from ..calibration import SCORING_TOKENS, gather, text_name
     from ..formats import DEFAULT_MENU, parse_menu
-    from ..preflight import (
+    from ..quantize.preflight import (
         check_budget,
         check_replaceable,
         check_unfinished,
         check_weights,
         check_writable,
     )
-    from ..preparation import choose_rounding
-    from ..sensitivity.checkpoint import existing
+    from ..quantize.prepare import choose_rounding
+    from ..quantize.sensitivity import measure as sensitivity
+    from ..quantize.sensitivity.checkpoint import existing
     from ..sources import load, resolve
     from .tables import scores_table
 

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import EvalError
-from . import metrics, statistics
+from ..quality import statistics
+from ..quality.statistics import CAPABILITY, Estimate, Paired
+from . import metrics
 from .metrics import Metric
 from .records import Record
 from .runs import Run
-from .statistics import CAPABILITY, Estimate, Paired
 
 Json = dict[str, Any]
 Pair = tuple[list[Record], list[Record]]

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import OptiqError
-from . import statistics
+from ..quality import statistics
+from ..quality.statistics import Estimate, Paired
 from .records import Record
-from .statistics import Estimate, Paired
 
 
 @dataclass(frozen=True)

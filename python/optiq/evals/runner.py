@@ -10,17 +10,17 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from ..base.machine import versions
+from ..base.progress import Progress
 from ..errors import EvalError, SourceError, UsageError
-from ..machine import versions
-from ..nn import accelerate
-from ..progress import Progress
-from ..runtime import size
+from ..nn.accelerate import accelerate
+from ..quality.statistics import CAPABILITY as BENCHMARKS
+from ..runtime.loading import size
 from ..sources import LoadedModel, Source, resolve
 from ..sources import load as load_source
 from . import data, judge, records
 from .engine import Engine
 from .runs import FOLDER
-from .statistics import CAPABILITY as BENCHMARKS
 from .summary import summarize, write_json
 from .task import Task
 from .tasks.bfcl import Bfcl

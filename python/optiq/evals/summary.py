@@ -8,14 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .. import compare
-from ..machine import machine
-from ..whole import whole
+from ..base.files import whole
+from ..base.machine import machine
+from ..quality import divergence as compare
+from ..quality.statistics import CAPABILITY
 from . import metrics, runs
 from .comparison import capability
 from .records import Header, writing
 from .runs import Run
-from .statistics import CAPABILITY
 from .tasks.kl import table
 
 

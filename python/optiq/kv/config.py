@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..base.files import whole
 from ..errors import KVError, UsageError
 from ..formats import DENSE, Format
-from ..whole import whole
 
 Json = dict[str, Any]
 

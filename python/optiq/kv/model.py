@@ -10,8 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from ..anatomy import cache_readers, latent_rank
 from ..errors import KVError
+from ..models.blocks import cache_readers, latent_rank
 from ..nn.layers import _Adopting
 from ..sources import Source
 from ..sources.folder import TOKENIZER_FILES

@@ -22,9 +22,9 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
+from ..base.files import whole
 from ..errors import KVError
 from ..ops.attention import Exact
-from ..whole import whole
 from .records import Layout, Records, Vector
 
 _TUPLES: dict[str, type] = {"Exact": Exact, "Vector": Vector, "tuple": tuple, "list": list}

@@ -17,12 +17,7 @@ import mlx.core as mx
 
 from ..errors import KVError
 from ..formats import DENSE, Format
-from ..ops.attention import (
-    Mask,
-    dequantize_kv,
-    quantize_kv,
-    quantized_attention,
-)
+from ..ops.attention import Mask, dequantize_kv, quantize_kv, quantized_attention
 
 C = TypeVar("C", bound="Records")
 Pair = tuple[mx.array, mx.array]  # of keys and values

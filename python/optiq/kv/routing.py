@@ -19,8 +19,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..models.places import Wrapper, slot_at
 from ..nn.layers import _Adopting
-from ..swap import Wrapper, slot_at
 from .records import Handle, handing
 
 ATTENTION = "scaled_dot_product_attention"

@@ -1,28 +1,8 @@
-"""Native layers and fused blocks, and `accelerate`, which puts them into a model in place.
+"""Layers of mlx-lm's models with native products, and whole decoder blocks as one operation.
 
-Each layer is its stock counterpart with the same parameters; only the product differs. On the
-CPU activations are float32: the kernels accumulate in it anyway, and 16-bit activations would
-only cost accuracy and conversions. So that nothing else is rounded to 16 bits on the way (as the
-`1 + weight` of Gemma's norms would be), vectors such as norm weights become float32, too. On a GPU
-all dtypes stay.
+`accelerate` puts them into a model; see accelerate.py.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
-from typing import Any
-
-import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten
-
-from ..anatomy import Unknown, describe
-from ..formats import AFFINE_BITS, AFFINE_GROUPS, Format
-from ..ops import native
-from ..roles import blocks as blocks_of
-from ..swap import slot_at
-from .blocks import Fused, fuse
-from .check import disagreement
 from .layers import (
     Embedding,
     Linear,
@@ -30,143 +10,13 @@ from .layers import (
     QuantizedLinear,
     QuantizedSwitchLinear,
     SwitchLinear,
-    stock_classes,
 )
-from .parts import Description
 
 __all__ = [
-    "Accelerated",
     "Embedding",
     "Linear",
     "QuantizedEmbedding",
     "QuantizedLinear",
     "QuantizedSwitchLinear",
     "SwitchLinear",
-    "accelerate",
-    "quantized",
 ]
-
-
-@dataclass
-class Accelerated:
-    """What was swapped, and what was left alone.
-
-    `swapped`: paths of the layers that became native. `fused`: path of each block that runs as a
-    whole -> what of it does. `left`: path of each other layer or block -> the reason.
-    """
-
-    swapped: list[str] = field(default_factory=list)
-    fused: dict[str, str] = field(default_factory=dict)
-    left: dict[str, str] = field(default_factory=dict)
-
-
-def accelerate(model: nn.Module, *, blocks: bool = True) -> Accelerated:
-    """Swap linear, embedding and expert layers of an mlx-lm model for native ones, in place.
-
-    With `blocks`, decoder blocks of a known kind run as a whole, too. Where their layers are
-    replaced, tapped or differentiated later, such a block runs layer by layer again; who does
-    nothing else had better leave `blocks` out. A kind of block is first compared with the original
-    on random input, and left alone if the two disagree.
-
-    On a Metal GPU whose kernels pass a short trial, quantized linear layers and embeddings are
-    swapped, whose products are native for up to 16 rows, and blocks in which they share an input
-    run with one launch for it; all else stays stock. On other GPUs nothing is swapped.
-    What is native already is not in the report.
-    """
-    report = Accelerated()
-    swaps: list[tuple[str, nn.Module]] = []
-    classes = stock_classes()
-    leaves: dict[str, nn.Module] = dict(
-        tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
-    )
-    for path, module in leaves.items():
-        native_class = classes.get(type(module))
-        if type(module) in classes.values():
-            continue
-        if native_class is None:
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, mx.array) and weight.ndim > 1:
-                report.left[path] = f"{type(module).__name__} has no native counterpart"
-        elif reason := _unsupported(module):
-            report.left[path] = reason
-        else:
-            swaps.append((path, native_class.adopt(module)))
-            report.swapped.append(path)
-    for path, module in swaps:
-        slot_at(model, path).set(module)
-    if native.on_cpu():
-        model.apply(_exact)
-    if blocks and (native.on_cpu() or native.proven("quantized_matmul")):
-        _fuse_blocks(model, report)
-    return report
-
-
-def _fuse_blocks(model: nn.Module, report: Accelerated) -> None:
-    verdicts: dict[Any, str] = {}  # of each kind of block
-    for path, block in blocks_of(model).items():
-        if isinstance(block, Fused):
-            continue
-        try:
-            anatomy = describe(block)
-            description = Description(block, anatomy)
-        except Unknown as reason:
-            report.left[path] = str(reason)
-            continue
-        if not native.on_cpu() and not description.shares_launches():
-            report.left[path] = "no quantized projections share an input, so a GPU gains nothing"
-            continue
-        fused, kind = fuse(block, anatomy), (type(block), anatomy)
-        if kind not in verdicts:
-            verdicts[kind] = disagreement(block, fused, description.width)
-        if verdicts[kind]:
-            report.left[path] = verdicts[kind]
-        else:
-            slot_at(model, path).set(fused)
-            report.fused[path] = "attention and MLP" if anatomy.mlp else "attention"
-
-
-def quantized(
-    module: nn.Module, codes: mx.array, scales: mx.array, biases: mx.array | None, fmt: Format
-) -> nn.Module:
-    """The native quantized layer that `module` becomes with its weight rounded to `fmt`.
-
-    `module` is a Linear, Embedding or SwitchLinear, stock or native; its bias is carried over.
-    """
-    out: nn.Module
-    if isinstance(module, nn.Linear):
-        out = QuantizedLinear.empty()
-    elif isinstance(module, nn.Embedding):
-        out = QuantizedEmbedding.empty()
-        rows, dims = module.weight.shape
-        out.num_embeddings, out.dims = rows, dims
-    else:
-        out = QuantizedSwitchLinear.empty()
-        out.global_scale = None
-    out.group_size, out.bits, out.mode = fmt.group_size, fmt.bits, fmt.mode
-    out.weight, out.scales, out.biases = codes, scales, biases
-    if "bias" in module:
-        out.bias = module["bias"]
-    out.freeze()
-    return out
-
-
-def _exact(parameter: mx.array) -> mx.array:
-    vector = parameter.ndim <= 1 and mx.issubdtype(parameter.dtype, mx.floating)
-    return parameter.astype(mx.float32) if vector else parameter
-
-
-def _unsupported(module: nn.Module) -> str:
-    if not native.on_cpu():
-        if native.proven("quantized_matmul") is None:
-            return "the default device is a GPU, where stock MLX runs it"
-        if not isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
-            return "on a GPU stock MLX runs dense layers and experts"
-    if not hasattr(module, "bits"):
-        return ""
-    if module.mode == "nvfp4" and native.on_cpu() and getattr(module, "global_scale", None) is None:
-        return ""  # the stock product, but exact and, for many rows, faster
-    if module.mode != "affine":
-        return f"mode {module.mode!r} has no native kernel"
-    if module.bits not in AFFINE_BITS or module.group_size not in AFFINE_GROUPS:
-        return f"{module.bits} bits in groups of {module.group_size} have no native kernel"
-    return ""

@@ -20,8 +20,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from ..anatomy import Block, Unknown
 from ..formats import DENSE, Format
+from ..models.blocks import Block, Unknown
 from ..ops import native
 from .layers import _Adopting
 from .parts import PLAIN, Composed, Native

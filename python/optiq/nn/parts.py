@@ -14,8 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import ops
-from ..anatomy import Block, Unknown
 from ..formats import DENSE, Format
+from ..models.blocks import Block, Unknown
 from ..ops.attention import capped_attention, masking, packing
 from .layers import Linear, QuantizedLinear
 

@@ -68,8 +68,8 @@ def trace(plan: dict[str, Any], scores: dict[str, Any], grid: Grid) -> Curve:
 def _frontier(
     grid: Grid, fixed: int, itemsize: int, points: list[Point]
 ) -> list[tuple[int, float]]:
-    from ..allocation import Choice, Item, allocate
-    from ..roles import Module, Role, allowed
+    from ..models.roles import Module, Role, allowed
+    from ..planning.allocation import Choice, Item, allocate
 
     menu = sorted({fmt for cell in grid.cells for fmt in cell.scores})
     items = []

@@ -18,7 +18,8 @@ def resolve(name: str, *, revision: str | None = None, cache_dir: Path | None = 
     branch, tag or commit). A GGUF file is converted once into `cache_dir` (default: OPTIQ_CACHE,
     else ~/.cache/optiq). Raises SourceError, also when an option does not apply.
     """
-    from . import gguf, hub
+    from . import hub
+    from .gguf import convert as gguf
 
     path = Path(name).expanduser()
     commit = None

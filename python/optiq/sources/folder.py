@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SourceError
-from .safetensors_file import TensorInfo, read_header
+from .safetensors import TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model*.safetensors"  # what mlx_lm.load reads

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from ..errors import SourceError
 from .folder import WEIGHTS, mlx_lm_version, one_line, read_config
-from .safetensors_file import read_header
+from .safetensors import read_header
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@
 `reason` is None if the call is right. Pure: no model, no files.
 """
 
-from .calls import Call, ParseError
+from ...chat.calls import Call, ParseError
+from ...chat.notations import template_calls
+from ...chat.parser import parse
 from .checker import check
-from .parser import parse
-from .template import template_calls
 
 __all__ = ["Call", "ParseError", "check", "parse", "template_calls"]

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from reprlib import repr as short
 from typing import Any
 
-from .calls import Call
+from ...chat.calls import Call
 
 _TYPES: dict[str, type] = {
     "string": str,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...calibration.render import chat_text
+from ...chat.template import chat_text
 from .. import bfcl
 from ..data import Questions
 from ..engine import Engine, Prompt

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...calibration import HELD_OUT_TOKENS, gather, token_hash
-from ...compare import Table, check_tokens, columns
-from ...nn import accelerate
+from ...nn.accelerate import accelerate
+from ...quality.divergence import Table, check_tokens, columns
 from ...sources import Source, load
 from ..engine import Engine, Prompt
 from ..records import Metrics, Record

@@ -1,0 +1,1 @@
+"""What every part uses: progress, the machine, files, checkpoints and memory."""

@@ -1,0 +1,52 @@
+"""What can be told about the model that another was made from: hub id, licence, languages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..sources.hub import TIMEOUT_SECONDS, is_repo_id
+
+_KEYS = ("license", "license_name", "license_link", "language")
+
+
+def describe(source: str, hub_id: str | None = None, license: str | None = None) -> dict[str, Any]:
+    """ "hub_id", "name", licence and languages of the model that plan.json calls `source`.
+
+    `hub_id` and `license` override what is found: in a README.md beside a local model, else on the
+    hub where it can be asked. What is not known is None. UsageError for what is no hub id.
+    """
+    if hub_id is not None and not is_repo_id(hub_id):
+        raise UsageError(f"--base-model {hub_id} is no hub id like organisation/model")
+    local = Path(source).expanduser()
+    if hub_id is None and is_repo_id(source) and not local.exists():
+        hub_id = source
+    said = _local_card(local) or (_hub_card(hub_id) if hub_id else {})
+    known = {key: said.get(key) for key in _KEYS}
+    if license is not None:
+        known |= {"license": license, "license_name": None, "license_link": None}
+    return {"hub_id": hub_id, "name": hub_id or local.name, **known}
+
+
+def _local_card(folder: Path) -> Mapping[str, Any]:
+    """The front matter of a folder's README.md, if it has one."""
+    from huggingface_hub import ModelCard
+
+    try:
+        card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
+    except Exception:  # no such file, or front matter that is not YAML
+        return {}
+    return dict(vars(card.data))
+
+
+def _hub_card(hub_id: str) -> Mapping[str, Any]:
+    """The front matter of a hub model's card; nothing where the hub cannot be asked."""
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().model_info(hub_id, timeout=TIMEOUT_SECONDS)
+    except Exception:  # offline, or gone: the licence is then "not recorded"
+        return {}
+    return {} if info.card_data is None else dict(vars(info.card_data))

@@ -1,0 +1,1 @@
+"""Chat templates and tool-call notations: what evals, generation and serving share."""

@@ -1,0 +1,1 @@
+"""Several processes on one job, as mlx.launch starts them."""

@@ -1,0 +1,279 @@
+"""Several processes on one job, as `mlx.launch` starts them: who I am, and what the others found.
+
+The only module that names mx.distributed. Its collectives block for ever when a peer is gone, so
+every rank holds a connection to rank 0 beside them, over which both say twice a second that they
+are alive. A connection that ends, or is silent for SILENCE seconds, means a dead rank; the others
+are told, and every process ends with an error that names it. Only ending the process can free a
+thread that waits in a collective, so work must be on disk as it is done (see --resume).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import selectors
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import DistributedError
+
+JOIN = 25.0  # seconds for all ranks to start
+SILENCE = 20.0  # seconds without a sign of life
+BEAT = 0.5  # seconds between two signs of life
+
+# Set for each process by mlx.launch (ring, jaccl) and by mpirun.
+_LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # a batch system may start a single one so
+
+_GUARD = """
+import os, select, signal, sys
+if not select.select([sys.stdin], [], [], float(sys.argv[2]))[0]:
+    print(sys.argv[3], file=sys.stderr, flush=True)
+    os.kill(int(sys.argv[1]), signal.SIGKILL)
+"""
+
+
+class World:
+    """`size` processes of which this is number `rank`."""
+
+    def __init__(self, rank: int, size: int, group: Any = None) -> None:
+        self.rank = rank
+        self.size = size
+        self._group = group
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value (anything JSON can hold) of every rank, in order; waits for all of them."""
+        if self.size == 1:
+            return [value]
+        data = json.dumps(value).encode()
+        sizes = self._all(np.array([len(data)], np.int32))[:, 0]
+        padded = np.zeros(sizes.max(), np.uint8)
+        padded[: len(data)] = np.frombuffer(data, np.uint8)
+        rows = self._all(padded)
+        return [json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
+
+    def same(self, job: dict[str, Any]) -> None:
+        """Raise DistributedError, naming the keys, unless all ranks give the same values."""
+        first, *others = self.gather(job)
+        for rank, theirs in enumerate(others, start=1):
+            differing = [key for key in first if theirs.get(key) != first[key]]
+            if differing:
+                raise DistributedError(
+                    f"rank {rank} has another {', '.join(differing)} than rank 0; give all ranks "
+                    "the same model, options and versions"
+                )
+
+    def _all(self, row: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        import mlx.core as mx
+
+        return np.array(mx.distributed.all_gather(mx.array(row)[None], group=self._group))
+
+
+ALONE = World(0, 1)
+
+
+def launched() -> bool:
+    """Whether mlx.launch or mpirun started this process as one of several."""
+    alone = any(os.environ.get(name) == "1" for name in _SIZES)
+    return not alone and any(name in os.environ for name in _LAUNCHED)
+
+
+@contextmanager
+def world() -> Iterator[World]:
+    """The processes that were launched together, while the block runs; one if none were.
+
+    Raises DistributedError when they do not find each other. When a rank dies or fails inside the
+    block, the others print which and end with exit code 1.
+    """
+    if not launched():
+        yield ALONE
+        return
+    here, peers = _join()
+    with Watch(here.rank, peers, _end):
+        yield here
+
+
+def _join() -> tuple[World, dict[int, socket.socket]]:
+    import mlx.core as mx
+
+    try:
+        with _guard(f"not all ranks have started within {JOIN:.0f} s"):
+            group = mx.distributed.init(strict=True)
+            here = World(group.rank(), group.size(), group)
+            return here, _connect(here) if here.size > 1 else {}
+    except (RuntimeError, OSError) as error:
+        raise DistributedError(
+            f"the ranks cannot be connected ({error}); check the hosts given to mlx.launch"
+        ) from error
+
+
+@contextmanager
+def _guard(reason: str) -> Iterator[None]:
+    """End this process if the block takes longer than JOIN seconds.
+
+    MLX waits for the other ranks with the interpreter locked, so only another process can.
+    """
+    pid, text = str(os.getpid()), f"optiq: {reason}"
+    command = [sys.executable, "-S", "-E", "-c", _GUARD, pid, str(JOIN), text]
+    guard = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    assert guard.stdin is not None
+    try:
+        yield
+    finally:
+        guard.stdin.close()
+        guard.wait()
+
+
+class Watch:
+    """Tells the peers of this rank that it lives, and calls `end` with a reason if one does not.
+
+    `peers` are connections by rank: on rank 0 those to all others, elsewhere that to rank 0. As a
+    context manager it tells them, too, how the block ended. `end` gets None for a reason where
+    another rank says it, or has said it.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        peers: Mapping[int, socket.socket],
+        end: Callable[[str | None], None],
+        *,
+        silence: float = SILENCE,
+    ) -> None:
+        self._rank = rank
+        self._peers = dict(peers)
+        self._end = end
+        self._silence = silence
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._over.set()
+        self._thread.join()
+        reason = None
+        if kind is not None:
+            stopped = issubclass(kind, KeyboardInterrupt)
+            reason = "was interrupted" if stopped else f"failed: {error or kind.__name__}"
+        self._tell({"end": self._rank, "reason": reason})
+        for peer in self._peers.values():
+            peer.close()
+
+    def _watch(self) -> None:
+        heard = dict.fromkeys(self._peers, time.monotonic())
+        buffers = dict.fromkeys(self._peers, b"")
+        selector = selectors.DefaultSelector()
+        for rank, peer in self._peers.items():
+            selector.register(peer, selectors.EVENT_READ, rank)
+        while not self._over.is_set():
+            self._tell({"alive": self._rank})
+            until = time.monotonic() + BEAT
+            while (left := until - time.monotonic()) > 0 and not self._over.is_set():
+                for key, _ in selector.select(min(left, 0.05)):
+                    rank = key.data
+                    data = _receive(self._peers[rank])
+                    heard[rank] = time.monotonic()
+                    *lines, buffers[rank] = (buffers[rank] + data).split(b"\n")
+                    ended = any(self._ended(json.loads(line)) for line in lines)
+                    if ended or not data:
+                        selector.unregister(self._peers.pop(rank))
+                    if not data and not ended:
+                        self._lost(rank, "died")
+            for rank in self._peers:
+                if time.monotonic() - heard[rank] > self._silence:
+                    self._lost(rank, f"has not answered for {self._silence:.0f} s")
+
+    def _ended(self, message: dict[str, Any]) -> bool:
+        """Take a peer's message; True when it is its last."""
+        if "end" not in message:
+            return False
+        if message["reason"] is not None:
+            self._lost(message["end"], message["reason"], first_hand=False)
+        return True
+
+    def _lost(self, rank: int, reason: str, *, first_hand: bool = True) -> None:
+        if self._rank == 0:  # the others hear only rank 0
+            self._tell({"end": rank, "reason": reason})
+        said = not first_hand and self._rank != 0
+        self._end(None if said else f"rank {rank} {reason}")
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        line = json.dumps(message).encode() + b"\n"
+        for peer in list(self._peers.values()):
+            with suppress(OSError):  # a broken connection is found where it is read
+                peer.sendall(line)
+
+
+def _end(reason: str | None) -> None:
+    """End this process, whatever it waits for."""
+    if reason is not None:
+        message = f"optiq: {reason}; what is measured is kept, go on with --resume"
+        sys.stderr.write(f"\n{message}\n")
+        sys.stderr.flush()
+    os._exit(DistributedError.exit_code)
+
+
+def _receive(peer: socket.socket) -> bytes:
+    """What there is to read; nothing at the end of the connection, however it came."""
+    try:
+        return peer.recv(1 << 16)
+    except OSError:
+        return b""
+
+
+def _connect(here: World) -> dict[int, socket.socket]:
+    """Connections between rank 0 and each other rank, by the peer's rank.
+
+    Rank 0 listens where the launcher's ranks reach it; a secret sent through the collective keeps
+    strangers out.
+    """
+    if here.rank != 0:
+        meeting = here.gather(None)[0]
+        peer = socket.create_connection((meeting["host"], meeting["port"]), timeout=SILENCE)
+        peer.sendall(f"{meeting['secret']} {here.rank}\n".encode("ascii"))
+        return {0: peer}
+    host, secret = _own_host(), secrets.token_hex(16)
+    peers: dict[int, socket.socket] = {}
+    with socket.create_server((host, 0)) as server:
+        here.gather({"host": host, "port": server.getsockname()[1], "secret": secret})
+        while len(peers) < here.size - 1:
+            peer, _ = server.accept()
+            peer.settimeout(SILENCE)
+            word, _, rank = _line(peer).partition(b" ")
+            if secrets.compare_digest(word, secret.encode()):
+                peers[int(rank)] = peer
+            else:
+                peer.close()
+    return peers
+
+
+def _line(peer: socket.socket) -> bytes:
+    """The first line that a peer sends, of at most 100 bytes."""
+    data = b""
+    with suppress(OSError):
+        while not data.endswith(b"\n") and len(data) < 100 and (byte := peer.recv(1)):
+            data += byte
+    return data.strip()
+
+
+def _own_host() -> str:
+    """The address at which rank 0 is known to the others."""
+    if file := os.environ.get("MLX_HOSTFILE"):
+        address: str = json.loads(Path(file).read_text())[0][0]
+        return address.rsplit(":", 1)[0]
+    if address := os.environ.get("MLX_JACCL_COORDINATOR", ""):
+        return address.rsplit(":", 1)[0]
+    return socket.gethostbyname(socket.gethostname())

@@ -1,0 +1,1 @@
+"""What this machine runs optiq with: checks, the kernels against float64, and their speed."""

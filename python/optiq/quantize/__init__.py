@@ -1,0 +1,1 @@
+"""The main job: measure, plan, round, write, and measure what came out."""

@@ -1,0 +1,263 @@
+"""Export: a plan and a source become a plain mlx-lm folder that needs nothing of ours to load.
+
+The folder is written beside its final place under a temporary name, read back with stock mlx-lm,
+compared with the plan, and only then moved into place: it is there whole and right, or not at all.
+Weights are read, rounded, written and released one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+from ..base.progress import Progress
+from ..errors import ExportError, SourceError
+from ..formats import DENSE, NVFP4, Format
+from ..models.roles import fixed_bytes, quantizable
+from ..planning.plan import Plan
+from ..sources import LoadedModel, Source, check_finite, load
+from ..sources.folder import one_line, read_config
+from ..sources.shards import SHARD_BYTES, Spec, checksum, write_shards
+from .rounding.weights import MINMAX, Rounding, round_weight
+
+# What the tokenizers and generation settings of Hugging Face models are made of.
+COPIED = (
+    "tokenizer*", "vocab*", "merges.txt", "*.tiktoken", "special_tokens_map.json",
+    "added_tokens.json", "chat_template*", "*.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+def export(
+    source: Source,
+    plan: Plan,
+    out: Path,
+    *,
+    scores: Mapping[str, Any] | None = None,
+    extra: Mapping[str, str] | None = None,
+    rounding: Rounding = MINMAX,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write `source` rounded as `plan` says to the folder `out`, which must not exist or be empty.
+
+    `scores` becomes optiq/sensitivity.json; `extra` adds text files by relative path. Raises
+    ExportError when the plan is for another model, when `out` cannot be written, or when what was
+    written differs from the plan; SourceError for a weight that is not finite. After any failure
+    nothing is left behind.
+    """
+    partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
+    try:
+        check_target(out)
+        loaded = load(source, lazy=True)
+        _check_plan(plan, source, loaded)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+        if free < plan.nbytes:
+            raise ExportError(
+                f"{out} needs {plan.nbytes:,} bytes but only {free:,} are free on its disk; "
+                "free some space or choose another folder"
+            )
+        partial.mkdir()
+        _write_texts(partial, source, plan, loaded.model, scores, extra or {})
+        layout = _layout(loaded, plan)
+        parameters = sum(array.size for array in _parameters(loaded.model).values())
+        with Progress(plan.nbytes / 1e6, "export, MB") as progress:
+            tensors = _counted(_tensors(loaded, plan, rounding), progress)
+            checksums = write_shards(
+                partial, layout, tensors, parameters=parameters, shard_bytes=shard_bytes
+            )
+        _verify(partial, plan, layout, checksums)
+        partial.rename(out)
+    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError when a read fails
+        raise ExportError(
+            f"{out} cannot be written ({one_line(error)}); free space or choose a folder you may "
+            "write to; nothing was left behind"
+        ) from error
+    finally:
+        # Also after Ctrl-C; when the move succeeded there is nothing to remove.
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target(out: Path) -> None:
+    """Raise ExportError unless `out` does not exist or is an empty folder."""
+    if out.is_dir():
+        if any(out.iterdir()):
+            raise ExportError(f"{out} exists and is not empty; remove it or choose another folder")
+    elif out.exists() or out.is_symlink():
+        raise ExportError(f"{out} is a file; choose another folder")
+
+
+def _check_plan(plan: Plan, source: Source, loaded: LoadedModel) -> None:
+    """Raise ExportError unless the plan names exactly this model's modules and bytes."""
+    fingerprint = plan.model.get("fingerprint")
+    if fingerprint not in (None, source.fingerprint):
+        raise ExportError(
+            f"the plan is for {plan.model.get('name')}, not for {source.name} as it is now; "
+            "measure and plan again"
+        )
+    modules = quantizable(loaded.model)
+    actual = {m.path: m.shape for m in modules}
+    planned = {m.module.path: m.module.shape for m in plan.modules}
+    wrong = [p for p in actual | planned if actual.get(p) != planned.get(p)]
+    if wrong:
+        path = wrong[0]
+        raise ExportError(
+            f"the plan does not match {source.name}: {path} is {planned.get(path, 'missing')} in "
+            f"the plan and {actual.get(path, 'missing')} in the model ({len(wrong)} such modules); "
+            "measure and plan again"
+        )
+    expected = {"itemsize": loaded.dtype.size, "fixed_bytes": fixed_bytes(loaded.model, modules)}
+    for key, value in expected.items():
+        if plan.model[key] != value:
+            raise ExportError(
+                f"the plan counts {key} as {plan.model[key]}, {source.name} has {value}; "
+                "measure and plan again"
+            )
+
+
+def _parameters(model: nn.Module) -> dict[str, mx.array]:
+    return dict(tree_flatten(model.parameters()))
+
+
+def _layout(loaded: LoadedModel, plan: Plan) -> dict[str, Spec]:
+    """Every tensor of the folder, in the model's own order."""
+    formats = {f"{m.module.path}.weight": m.format for m in plan.modules}
+    layout: dict[str, Spec] = {}
+    for name, array in _parameters(loaded.model).items():
+        fmt = formats.get(name)
+        if fmt is None:
+            layout[name] = Spec.of(array.dtype, array.shape)
+        elif fmt == DENSE:
+            layout[name] = Spec.of(loaded.dtype, array.shape)
+        else:
+            *outer, width = array.shape
+            layout[name] = Spec.of(mx.uint32, (*outer, width * fmt.bits // 32))
+            dtype = mx.uint8 if fmt == NVFP4 else loaded.dtype
+            groups = Spec.of(dtype, (*outer, width // fmt.group_size))
+            base = name.removesuffix("weight")
+            layout[f"{base}scales"] = groups
+            if fmt != NVFP4:
+                layout[f"{base}biases"] = groups
+    return layout
+
+
+def _tensors(loaded: LoadedModel, plan: Plan, rounding: Rounding) -> Iterator[tuple[str, mx.array]]:
+    """The tensors of `_layout`, evaluated; the model is emptied so that each can be released."""
+    formats = {f"{m.module.path}.weight": m.format for m in plan.modules}
+    model, dtype = loaded.model, loaded.dtype
+    weights = _parameters(model)
+    model.update(tree_map(lambda _: mx.array([]), model.parameters()))
+    for name in list(weights):
+        array = weights.pop(name)
+        fmt = formats.get(name)
+        yield from _stored(name, array, fmt, dtype, rounding)
+        del array
+        mx.clear_cache()
+
+
+def _stored(
+    name: str, array: mx.array, fmt: Format | None, dtype: mx.Dtype, rounding: Rounding
+) -> Iterator[tuple[str, mx.array]]:
+    """One parameter as it is stored. Planned weights take the model's dtype, others keep theirs."""
+    if fmt is None or fmt == DENSE:
+        check_finite(name, array)
+        yield name, array if fmt is None else array.astype(dtype)
+        return
+    rounded = round_weight(array.astype(dtype), fmt, rounding, name.removesuffix(".weight"))
+    mx.eval(*rounded)
+    base = name.removesuffix("weight")
+    for part, stored in zip((name, f"{base}scales", f"{base}biases"), rounded, strict=True):
+        if stored is not None:
+            yield part, stored
+
+
+def _counted(
+    tensors: Iterator[tuple[str, mx.array]], progress: Progress
+) -> Iterator[tuple[str, mx.array]]:
+    for name, array in tensors:
+        yield name, array
+        progress.step(array.nbytes / 1e6, name)
+
+
+def _write_texts(
+    folder: Path,
+    source: Source,
+    plan: Plan,
+    model: nn.Module,
+    scores: Mapping[str, Any] | None,
+    extra: Mapping[str, str],
+) -> None:
+    """config.json, the tokenizer's files, optiq/ and `extra`."""
+    config = read_config(source.path)
+    config.pop("_name_or_path", None)
+    # As mlx-lm's own converter: most of its models drop the vision tower of the source.
+    if "vision_tower" not in getattr(model, "model", {}):
+        config.pop("vision_config", None)
+    config["quantization"] = config["quantization_config"] = plan.quantization()
+    texts = {
+        "config.json": json.dumps(dict(sorted(config.items())), indent=4),
+        "optiq/plan.json": json.dumps(plan.to_json(), indent=2),
+        **extra,
+    }
+    if scores is not None:
+        texts["optiq/sensitivity.json"] = json.dumps(scores, indent=2)
+    for pattern in COPIED:
+        for file in filter(Path.is_file, source.path.glob(pattern)):
+            shutil.copyfile(file, folder / file.name)
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _verify(
+    folder: Path, plan: Plan, layout: Mapping[str, Spec], checksums: Mapping[str, int]
+) -> None:
+    """Load the folder with stock mlx-lm and raise ExportError where it differs from the plan."""
+    try:
+        loaded = load(Source("the folder", "folder", folder, None, ""), allow_quantized=True)
+    except SourceError as error:
+        raise _mismatch(f"it does not load ({error})") from error
+    parameters = _parameters(loaded.model)
+    if parameters.keys() != layout.keys():
+        names = sorted(parameters.keys() ^ layout.keys())
+        raise _mismatch(f"{names[0]} is on one side only ({len(names)} such tensors)")
+    for name, array in parameters.items():
+        if Spec.of(array.dtype, array.shape) != layout[name]:
+            raise _mismatch(f"{name} is {array.dtype} {array.shape}, not {layout[name]}")
+        if checksum(array) != checksums[name]:
+            raise _mismatch(f"{name} was read back with other bytes than were written")
+    nbytes = sum(array.nbytes for array in parameters.values())
+    if nbytes != plan.nbytes:
+        raise _mismatch(f"its tensors are {nbytes:,} bytes, not {plan.nbytes:,}")
+    modules = dict(loaded.model.named_modules())
+    for planned in plan.modules:
+        module: Any = modules[planned.module.path]
+        found = tuple(getattr(module, key, None) for key in ("mode", "bits", "group_size"))
+        fmt = planned.format
+        if found != ((None,) * 3 if fmt == DENSE else (fmt.mode, fmt.bits, fmt.group_size)):
+            raise _mismatch(f"{planned.module.path} loads as mode, bits, group {found}, not {fmt}")
+    _check_forward(loaded.model)
+
+
+def _check_forward(model: nn.Module) -> None:
+    from mlx_lm.models.cache import make_prompt_cache
+
+    tokens = mx.array([[0, 1, 2, 3]])
+    try:
+        logits = model(tokens, cache=make_prompt_cache(model))
+        finite = mx.all(mx.isfinite(logits)).item()
+    except Exception as error:  # whatever a model file raises
+        raise _mismatch(f"it does not run ({one_line(error)})") from error
+    if not finite:
+        raise _mismatch("its logits are not finite")
+
+
+def _mismatch(what: str) -> ExportError:
+    return ExportError(f"the written model is not the plan: {what}; nothing was left behind")

@@ -1,0 +1,58 @@
+"""The files of `optiq kv`: the configuration, and the report on how it was found beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ...base.files import whole
+from ...errors import ExportError, KVError, UsageError
+from ...kv.config import KVConfig
+from ...report import kv as page
+from ..preflight import check_unfinished, check_writable
+
+KIND = "optiq.kv.report"
+
+
+class Files:
+    """`out` and those beside it: out.report.json, out.report.html, and a checkpoint meanwhile."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out.expanduser().resolve()
+        self.report, self.page, self.checkpoint = (
+            self.out.with_suffix(suffix)
+            for suffix in (".report.json", ".report.html", ".checkpoint.json")
+        )
+
+    def check(self, resume: bool) -> None:
+        """Raise an OptiqError unless all can be written, and what is there is of our making."""
+        if self.out.exists() or self.out.is_symlink():
+            try:
+                KVConfig.load(self.out)
+            except KVError as error:
+                raise UsageError(
+                    f"{self.out} exists and is no KV configuration of optiq; name another file"
+                ) from error
+        for path, mark in ((self.report, f'"kind": "{KIND}"'), (self.page, page.MARK)):
+            if path.exists() and mark not in path.read_text(encoding="utf-8", errors="replace"):
+                raise UsageError(
+                    f"{path} exists and was not made by optiq kv; name another file with -o"
+                )
+        check_writable(self.out)
+        check_unfinished(self.checkpoint, resume)
+
+    def write(self, config: KVConfig, report: dict[str, Any]) -> None:
+        """Write all, each whole or not at all and the configuration last; raises ExportError."""
+        facts, shown = json.dumps(report, indent=1, allow_nan=False) + "\n", page.render(report)
+        try:
+            with whole(self.report, self.page) as (json_file, html_file):
+                json_file.write_text(facts, encoding="utf-8")
+                html_file.write_text(shown, encoding="utf-8")
+            config.save(self.out)
+        except OSError as error:
+            raise ExportError(
+                f"{self.out} cannot be written ({error.strerror}); free space, then --resume loses "
+                "nothing"
+            ) from error
+        self.checkpoint.unlink(missing_ok=True)

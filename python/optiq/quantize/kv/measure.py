@@ -1,0 +1,226 @@
+"""Scores of keys and values: what each cache in each format alone does to what follows.
+
+score(slot, f) = mean over the tail of a long context of KL(p || q), in nats: p is the next-token
+distribution with full-precision caches, q that with the slot's cache in f (see decoding.py). Of
+a slot two formats are measured, the narrowest and a middle one: to second order KL is quadratic in
+the error, which is as large as 1 / (2^bits - 1), so between and above them log KL is taken to be
+linear in log(2^bits - 1). At every `CHECKED`-th slot all are measured, to say how well that holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from math import exp, isfinite, log
+from statistics import median
+from typing import Any
+
+import mlx.nn as nn
+
+from ...base.progress import Progress
+from ...calibration import Sample
+from ...errors import SensitivityError
+from ...formats import DENSE, Format
+from ...kv.config import KVConfig
+from ...kv.model import make_cache
+from ...quality.tally import Totals, score
+from ..sensitivity.checkpoint import Checkpoint
+from ..sensitivity.kl import divergences
+from .decoding import CHUNK, Context, Decoder
+from .slots import Slot, Width, configured
+
+Json = dict[str, Any]
+
+TAIL = 128  # tokens
+CHECKED = 8
+# A score below this (nats per token) is taken for this where its logarithm is; float32 noise.
+LEAST = 1e-8
+# What the law falls back to where it cannot be fitted, and the slopes it may have.
+SLOPE, SLOPES = 2.0, (1.0, 4.0)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Nats per token and standard error (by context), `measured` or by the law."""
+
+    kl: float
+    se: float | None
+    measured: bool
+
+    def to_json(self) -> Json:
+        return {"kl": self.kl, "se": self.se, "measured": self.measured}
+
+
+Scores = dict[str, dict[Format, Score]]  # by slot
+
+
+def measure(
+    model: nn.Module,
+    dense: KVConfig,
+    slots: Sequence[Slot],
+    menu: Sequence[Width],
+    contexts: Sequence[Sample],
+    *,
+    tail: int = TAIL,
+    checkpoint: Checkpoint,
+    progress: bool = True,
+) -> tuple[Scores, Json]:
+    """Scores of all slots in all their formats, and how well the law held where it was checked.
+
+    `dense` has all formats DENSE, and the exact tokens to measure with. What is done is kept in
+    `checkpoint`, context by context and cache by cache, and not done again.
+    """
+    wanted = {
+        slot.name: to_measure(slot, menu, everything=i // 2 % CHECKED == 0)
+        for i, slot in enumerate(slots)
+    }
+    _run(model, dense, slots, wanted, contexts, tail, checkpoint, progress)
+    totals: dict[tuple[str, Format], list[float]] = {}
+    for c in range(len(contexts)):
+        for slot in slots:
+            found = checkpoint.units("kv")[f"{c}/{slot.cache}"][slot.name]
+            for fmt in wanted[slot.name]:
+                totals.setdefault((slot.name, fmt), []).append(found[str(fmt)][0])
+    scores: Scores = {}
+    for slot in slots:
+        known = {
+            fmt: score(totals[slot.name, fmt], [tail] * len(contexts)) for fmt in wanted[slot.name]
+        }
+        scores[slot.name] = complete(slot, menu, known)
+    return scores, check_law(slots, menu, scores)
+
+
+def _run(
+    model: nn.Module,
+    dense: KVConfig,
+    slots: Sequence[Slot],
+    wanted: Mapping[str, Sequence[Format]],
+    contexts: Sequence[Sample],
+    tail: int,
+    checkpoint: Checkpoint,
+    progress: bool,
+) -> None:
+    """Do the units (context, cache) that `checkpoint` lacks."""
+    done = checkpoint.units("kv")
+    by_cache = {cache: list(group) for cache, group in groupby(slots, key=lambda s: s.cache)}
+    scored = {
+        cache: {(s.name, str(fmt)) for s in group for fmt in wanted[s.name]}
+        for cache, group in by_cache.items()
+    }
+    checkpoint.check(
+        "kv", {f"{c}/{cache}": (scored[cache], 1) for c in range(len(contexts)) for cache in scored}
+    )
+    step = chunk(dense)
+    with (
+        Decoder(model) as decoder,
+        Progress(
+            len(contexts) * len(by_cache), "caches scored", done=len(done), enabled=progress
+        ) as bar,
+    ):
+        for c, sample in enumerate(contexts):
+            missing = [cache for cache in by_cache if f"{c}/{cache}" not in done]
+            if not missing:
+                continue
+            context = decoder.read(sample.tokens, tail, step=step)
+            for cache in missing:
+                done[f"{c}/{cache}"] = _probe(decoder, context, dense, by_cache[cache], wanted)
+                checkpoint.save()
+                bar.step(note=f"cache {cache}, context {c + 1} of {len(contexts)}")
+
+
+def _probe(
+    decoder: Decoder,
+    context: Context,
+    dense: KVConfig,
+    slots: Sequence[Slot],
+    wanted: Mapping[str, Sequence[Format]],
+) -> Totals:
+    """KL in nats summed over the tail, of each slot of one cache in its formats."""
+    probes = [(slot, fmt) for slot in slots for fmt in wanted[slot.name]]
+    heads = []
+    for slot, fmt in probes:
+        cache = make_cache(decoder.model, configured(dense, {slot.name: fmt}))[slot.cache]
+        heads.append(decoder.decode(context, slot.cache, cache))
+    sums = [0.0] * len(probes)
+    for i, tape in enumerate(context.tail):
+        students = [(hidden[i], None) for hidden in heads]
+        for j, total in enumerate(divergences(decoder, tape, (tape.hidden, None), students)):
+            sums[j] += total
+    found: Totals = {}
+    for (slot, fmt), total in zip(probes, sums, strict=True):
+        if not isfinite(total):
+            raise SensitivityError(
+                f"the model gives NaN or infinite logits with {slot.name} of its cache in {fmt}; "
+                f"remove {fmt} from --formats"
+            )
+        found.setdefault(slot.name, {})[str(fmt)] = [total]
+    return found
+
+
+def chunk(config: KVConfig) -> int:
+    """Tokens of a step: a query sees at least 3/4 of the recent tokens it would see when decoded
+    one by one, and never more."""
+    return max(1, min(CHUNK, config.fp_recent // 4)) if config.fp_recent else CHUNK
+
+
+def to_measure(slot: Slot, menu: Sequence[Width], *, everything: bool) -> list[Format]:
+    """The formats to measure; all others follow from these by the law."""
+    formats = [f for f in slot.offered(menu) if f != DENSE]
+    if everything:
+        return formats
+    return sorted({formats[0], formats[len(formats) // 2]})
+
+
+def complete(
+    slot: Slot, menu: Sequence[Width], known: Mapping[Format, tuple[float, float | None]]
+) -> dict[Format, Score]:
+    """The scores of all formats of a slot, by the law where they are not known.
+
+    A score never rises with the width: noise about zero does not decide.
+    """
+    found: dict[Format, Score] = {}
+    for fmt in slot.offered(menu):
+        if fmt == DENSE:
+            found[fmt] = Score(0.0, 0.0, True)
+        elif fmt in known:
+            kl, se = known[fmt]
+            found[fmt] = Score(max(kl, 0.0), se, True)
+        else:
+            found[fmt] = by_law(fmt, known)
+    return found
+
+
+def by_law(fmt: Format, known: Mapping[Format, tuple[float, float | None]]) -> Score:
+    """The score of `fmt` from the nearest narrower measured format, or the narrowest of all."""
+    points = sorted((log(2**f.bits - 1), max(kl, LEAST), se) for f, (kl, se) in known.items())
+    slope = SLOPE
+    if len(points) > 1 and points[0][0] < points[-1][0]:
+        run = points[-1][0] - points[0][0]
+        slope = log(points[0][1] / points[-1][1]) / run
+        slope = min(max(slope, SLOPES[0]), SLOPES[1])
+    x = log(2**fmt.bits - 1)
+    at, kl, se = max((p for p in points if p[0] <= x), default=points[0])
+    factor = exp(slope * (at - x))
+    return Score(kl * factor, None if se is None else se * factor, False)
+
+
+def check_law(slots: Sequence[Slot], menu: Sequence[Width], scores: Scores) -> Json:
+    """Predicted over measured KL, where more was measured than the law needs."""
+    ratios: list[float] = []
+    for slot in slots:
+        measured = {f: (s.kl, s.se) for f, s in scores[slot.name].items() if s.measured}
+        measured.pop(DENSE, None)
+        base = to_measure(slot, menu, everything=False)
+        known = {f: measured[f] for f in base}
+        ratios += [
+            by_law(f, known).kl / kl
+            for f, (kl, _) in measured.items()
+            if f not in known and kl > LEAST
+        ]
+    return {
+        "checked": len(ratios),
+        "median": median(ratios) if ratios else None,
+        "least": min(ratios, default=None),
+        "most": max(ratios, default=None),
+    }

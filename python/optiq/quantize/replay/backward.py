@@ -1,0 +1,144 @@
+"""One backward pass through a model under replay: the gradient at the output of every layer.
+
+What is differentiated is sum_t log p(y_t) with every label y_t drawn from the model's own p, whose
+gradients g make up the Fisher information, F = mean of g g' over the labels. The pass goes block
+call by block call from the last to the first, from the recorded outputs of the blocks before. What
+it holds at a time: the block outputs of all sequences, their gradients, and the activations of one
+block.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_map
+
+from ...models.roles import Module, Role
+from ..sensitivity.kl import LOGITS_BYTES
+from .gradients import Call, add_calls
+from .replay import Pass, Replay, Tape, arrays
+from .taps import Taps
+
+
+class Backward:
+    """A backward pass over `tapes` that go together; `keys` draw the labels of each."""
+
+    def __init__(self, replay: Replay, tapes: Sequence[Tape], keys: Sequence[mx.array]) -> None:
+        self.replay, self.tapes, self.keys = replay, tapes, keys
+        # By tape and block call: gradients of the call's floating point outputs.
+        self.gradients = [
+            [[mx.zeros_like(a) for a in _floats(out)] for out in tape.outputs] for tape in tapes
+        ]
+
+    def calls(self, modules: Sequence[Module]) -> Iterator[tuple[Module, list[list[Call]]]]:
+        """Each of `modules` with its calls and the gradients at their outputs, by tape.
+
+        Blocks come last to first, then what is outside them; heads are left out.
+        """
+        replay, tapes = self.replay, self.tapes
+        outside = [m for m in modules if m.block is None and m.role is not Role.HEAD]
+        # By tape: calls of the modules outside the blocks, which any block's input may depend on.
+        shared: list[dict[str, list[Call]]] = []
+        for t, tape in enumerate(tapes):
+            at_head = [_head_gradient(replay, tape, self.keys[t])]
+            calls = self._back(t, len(replay.order), outside, at_head)
+            shared.append({m.path: calls.get(m.path, []) for m in outside})
+        waiting: list[dict[str, list[Call]]] = [defaultdict(list) for _ in tapes]
+        for n in reversed(range(len(replay.order))):
+            block = replay.order[n]
+            inside = [m for m in modules if m.block == block]
+            for t in range(len(tapes)):
+                gradients, self.gradients[t][n] = self.gradients[t][n], []
+                calls = self._back(t, n, [*outside, *inside], gradients)
+                for m in inside:
+                    waiting[t][m.path] += calls.get(m.path, [])
+                for path, earlier in shared[t].items():
+                    shared[t][path] = add_calls(earlier, calls.get(path, []))
+            if n == replay.order.index(block):
+                for m in inside:
+                    yield m, [calls.pop(m.path) for calls in waiting]
+        for m in outside:
+            yield m, [calls[m.path] for calls in shared]
+
+    def _back(
+        self, t: int, n: int, modules: Sequence[Module], gradients: Sequence[mx.array]
+    ) -> dict[str, list[Call]]:
+        """Take `gradients`, at the floating point outputs of block call n, back through it.
+
+        Adds what reaches earlier blocks' outputs to `self.gradients[t]`; returns the calls of
+        `modules`. With n beyond the last block call, the start is the input of the head instead.
+        """
+        tape = self.tapes[t]
+        live = range(n, min(n + 1, len(tape.outputs)))
+
+        def target(run: Pass) -> list[mx.array]:
+            return _floats(run.outputs[n] if live else run.hidden)
+
+        with Taps(self.replay, modules) as taps:
+            self.replay.run(tape.tokens, tape.outputs, live)  # for the shapes; nothing computes
+            deltas = tree_map(mx.zeros_like, taps.outputs)
+
+            def product(variables: dict[str, Any]) -> mx.array:
+                taps.start(variables["deltas"])
+                outputs = _with_floats(tape.outputs[:n], variables["outputs"])
+                run = self.replay.run(tape.tokens, [*outputs, *tape.outputs[n:]], live)
+                pairs = zip(target(run), gradients, strict=True)
+                return sum((mx.sum(a * g) for a, g in pairs), mx.array(0.0))
+
+            variables = {"outputs": _floats(tape.outputs[:n]), "deltas": deltas}
+            if not arrays(variables):  # the first block, and nothing in it is asked for
+                return {}
+            found = mx.grad(product)(variables)
+            arguments = taps.arguments
+        earlier = iter(found["outputs"])
+        for kept in self.gradients[t][:n]:
+            kept[:] = [g + next(earlier) for g in kept]
+        mx.eval(self.gradients[t][:n], found["deltas"], arrays(arguments))
+        return {
+            path: [
+                (args, kwargs, g)
+                for (args, kwargs), g in zip(arguments[path], found["deltas"][path], strict=True)
+            ]
+            for path in arguments
+        }
+
+
+def _head_gradient(replay: Replay, tape: Tape, key: mx.array) -> mx.array:
+    """Gradient [1, T, d] at the head's input of sum_t log p(y_t), y_t drawn from p."""
+    parts = []
+    for rows in tape.chunks(LOGITS_BYTES):
+        key, draw = mx.random.split(key)
+        part = mx.grad(_likelihood(replay, tape, draw))(tape.hidden[0, rows])
+        mx.eval(part)
+        parts.append(part)
+    return mx.concatenate(parts)[None]
+
+
+def _likelihood(replay: Replay, tape: Tape, key: mx.array) -> Callable[[mx.array], mx.array]:
+    def likelihood(rows: mx.array) -> mx.array:
+        logits = replay.logits(tape, rows).astype(mx.float32)
+        labels = mx.random.categorical(mx.stop_gradient(logits), key=key)
+        chosen = mx.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+        return mx.sum(chosen - mx.logsumexp(logits, axis=-1))
+
+    return likelihood
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
+
+
+def _floats(tree: Any) -> list[mx.array]:
+    """The floating point arrays among the leaves."""
+    found: list[mx.array] = []
+    tree_map(lambda leaf: found.append(leaf) if _is_float(leaf) else None, tree)
+    return found
+
+
+def _with_floats(tree: Any, floats: Sequence[mx.array]) -> Any:
+    """The tree with its floating point leaves replaced by `floats`, in order."""
+    rest = iter(floats)
+    return tree_map(lambda leaf: next(rest) if _is_float(leaf) else leaf, tree)

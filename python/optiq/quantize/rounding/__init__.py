@@ -1,0 +1,1 @@
+"""Rounding: from weights and a format to codes, scales and biases."""

@@ -1,0 +1,202 @@
+"""The weights of a plan, rounded to what their layers' outputs lose.
+
+For one layer, the model's output moves by about 1/2 sum over tokens and outputs of
+(g (v - w)' x)^2, with x the layer's input and g the gradient at an output (the Fisher information,
+see sensitivity/fisher.py). With one g^2 for all outputs of a token, their mean, that is
+(v - w)' H (v - w) for every row w, and
+
+    H = sum over tokens of mean(g^2) x x'
+
+says what each row must keep (GuidedQuant, Kim et al. 2025, weighs tokens so, per group of rows).
+A row e that is looked up moves the output by 1/2 (g'e)^2 each time, so an embedding's H is the sum
+of g g'; one that is the head, too, has the sum of both, for a word that is looked up often is about
+as often likely to come next.
+`ops.descend` makes a rounding good by that measure. It was fitted to few tokens; so every module's
+candidates are judged by the H of sequences that none was fitted to, and the best of min/max, the
+weighted search and the descent is taken.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+
+from ... import ops
+from ...base.progress import Progress
+from ...calibration import Calibration
+from ...formats import DENSE, NVFP4, Format
+from ...models.roles import Module, Role, quantizable
+from ...nn.accelerate import accelerate
+from ...planning.plan import Plan, Planned
+from ...sources import Source, load
+from ..replay.backward import Backward
+from ..replay.gradients import Call
+from ..replay.replay import Replay, Tape
+from ..sensitivity.job import is_head
+from ..sensitivity.kl import LOGITS_BYTES
+from ..sensitivity.reference import choose, open_reference, weight_bytes
+from .weights import MINMAX, Rounded, Rounding
+
+# Every so-manieth sequence judges what the others were used for.
+JUDGE_EVERY = 8
+
+# Added to the diagonal of H, as a share of its mean: directions that the tokens do not show.
+DAMPING = 0.01
+
+# Bytes of recorded block outputs; of a larger model fewer sequences are used.
+TAPE_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Moments:
+    """H, `[in, in]` float32, of the sequences that are fitted to and of those that judge."""
+
+    fit: mx.array
+    judge: mx.array
+
+
+def descend(
+    source: Source,
+    plan: Plan,
+    text: Calibration,
+    rounding: Rounding,
+    *,
+    reference: str = "auto",
+    seed: int = 0,
+    progress: bool = True,
+) -> Rounding:
+    """`rounding` with the modules of `plan` fitted to the sequences of `text`.
+
+    Experts and modules in nvfp4 stay as they were, and all where there are fewer than two
+    sequences. `reference` is that of `sensitivity.measure`.
+    """
+    loaded = load(source)
+    model, modules = loaded.model, quantizable(loaded.model)
+    work = {p.module.path: p for p in plan.modules if _is_fitted(p)}
+    chosen, _ = choose(reference, weight_bytes(model))
+    running = open_reference(chosen, source, model, modules, MINMAX)
+    accelerate(model, blocks=False)
+    fitted: dict[tuple[str, Format], Rounded] = {}
+    ways = Counter[str]()
+    with (
+        Replay(model, modules) as replay,
+        Progress(len(work), "layers rounded", enabled=progress) as bar,
+    ):
+        tapes = _record(replay, [s.tokens for s in text.sequences])
+        running.begin()
+        if len(tapes) < 2:
+            return rounding
+        for module, moments in _moments(
+            replay, tapes, [m for m in modules if m.path in work], seed
+        ):
+            path, fmt = module.path, work[module.path].format
+            weight = running.dense(path).weight.astype(loaded.dtype)
+            way, fitted[path, fmt] = best(weight, fmt, moments)
+            mx.eval(fitted[path, fmt])
+            ways[way] += 1
+            bar.step(note=path)
+        bar.say("layers best rounded by " + ", ".join(f"{w}: {n}" for w, n in ways.most_common()))
+    return replace(rounding, fitted=fitted)
+
+
+def best(w: mx.array, fmt: Format, moments: Moments) -> tuple[str, Rounded]:
+    """The rounding of `w` `[out, in]` whose output error is least where it is judged, and its name.
+
+    The output error of `v` is the sum over rows of `(v - w)' H (v - w)`.
+    """
+    damped = moments.fit + DAMPING * mx.mean(mx.diag(moments.fit)) * mx.eye(w.shape[-1])
+    searched = ops.quantize(w, fmt, mx.diag(moments.fit))
+    start = ops.AffineWeight(*searched, fmt.group_size, fmt.bits)
+    candidates = {
+        "descent": ops.descend(w, start, damped),
+        "search": start,
+        "minmax": ops.AffineWeight(*ops.quantize(w, fmt), fmt.group_size, fmt.bits),
+    }
+    errors = {name: _error(w, rounded, moments.judge) for name, rounded in candidates.items()}
+    name = min(errors, key=lambda name: errors[name])
+    return name, candidates[name][:3]
+
+
+def _error(w: mx.array, v: ops.AffineWeight, hessian: mx.array) -> float:
+    change = v.dequantized() - w.astype(mx.float32)
+    return float(np.asarray(mx.sum((change @ hessian) * change)))
+
+
+def _is_fitted(planned: Planned) -> bool:
+    """Whether it is one matrix in an affine format."""
+    return planned.format not in (DENSE, NVFP4) and len(planned.module.shape) == 2
+
+
+def _record(replay: Replay, sequences: Sequence[Sequence[int]]) -> list[Tape]:
+    """The runs of as many sequences as TAPE_BYTES hold."""
+    tapes: list[Tape] = []
+    room = TAPE_BYTES
+    for tokens in sequences:
+        tape = replay.record(tokens)
+        room -= tape.hidden.nbytes * len(tape.outputs)
+        if room < 0 and len(tapes) >= 2:
+            break
+        tapes.append(tape)
+    return tapes
+
+
+def _moments(
+    replay: Replay, tapes: Sequence[Tape], modules: Sequence[Module], seed: int
+) -> Iterator[tuple[Module, Moments]]:
+    """The moments of each module's inputs; modules that are never called with any are left out."""
+    every = min(JUDGE_EVERY, len(tapes))
+    judges = [t % every == every - 1 for t in range(len(tapes))]
+    keys = list(mx.random.split(mx.random.key(seed), len(tapes)))
+    layers = [m for m in modules if m.role is not Role.HEAD]
+    for module, calls in Backward(replay, tapes, keys).calls(layers):
+        if all(calls):
+            row = _lookup if module.role is Role.EMBEDDING else _call
+            rows = [[row(call) for call in of] for of in calls]
+            if is_head(module):
+                rows = [of + _head_rows(replay, tape) for of, tape in zip(rows, tapes, strict=True)]
+            yield module, _sum(judges, rows)
+    for module in modules:
+        if module.role is Role.HEAD:
+            yield module, _sum(judges, [_head_rows(replay, tape) for tape in tapes])
+
+
+Rows = tuple[mx.array, mx.array]  # inputs [n, in] and how much each counts [n]
+
+
+def _call(call: Call) -> Rows:
+    (x, *_), _, gradient = call
+    weights = mx.mean(mx.square(gradient.astype(mx.float32)), axis=-1)
+    return x.reshape(-1, x.shape[-1]).astype(mx.float32), weights.flatten()
+
+
+def _lookup(call: Call) -> Rows:
+    """The gradient is to a row that is looked up what the input is to others."""
+    gradient = call[2]
+    rows = gradient.reshape(-1, gradient.shape[-1]).astype(mx.float32)
+    return rows, mx.ones(rows.shape[0])
+
+
+def _head_rows(replay: Replay, tape: Tape) -> list[Rows]:
+    """Of the head, sum over words of E g^2 = 1 - sum p^2, with g = [word is the label] - p."""
+    rows = []
+    for chunk in tape.chunks(LOGITS_BYTES):
+        x = tape.hidden[0, chunk]
+        p = mx.softmax(replay.logits(tape, x).astype(mx.float32), axis=-1)
+        weights = 1 - mx.sum(mx.square(p), axis=-1)
+        mx.eval(weights)
+        rows.append((x.astype(mx.float32), weights))
+    return rows
+
+
+def _sum(judges: Sequence[bool], rows: Sequence[Sequence[Rows]]) -> Moments:
+    size = rows[0][0][0].shape[-1]
+    sums = [mx.zeros((size, size)), mx.zeros((size, size))]
+    for judge, of in zip(judges, rows, strict=True):
+        for x, weights in of:
+            sums[judge] = sums[judge] + (x * weights[:, None]).T @ x
+        mx.eval(sums)
+    return Moments(*sums)

@@ -1,0 +1,358 @@
+"""Distillation: scales and biases of a rounded model, trained to predict what the source predicts.
+
+Codes stay as they are; what is trained is where a group's grid lies. The loss is KL(source ||
+student) in nats per token, streamed: of the source only the inputs of its head are kept, [T, d] a
+sequence, and logits exist for a few rows at a time. mlx-lm's DWQ does the same with the source's
+1,024 largest logits.
+
+A group of codes c stands for scale * c + bias. Trained are two numbers a group, both zero at first,
+that count in its own steps: `turn` about the middle of its grid and `shift` of the grid, so that
+one learning rate suits layers of all magnitudes and widths:
+
+    scale = scale_0 * (1 + turn / spread)
+    bias  = bias_0 - middle * (scale - scale_0) + scale_0 * shift
+
+The student always runs with scales and biases as they will be stored; gradients pass over that
+rounding (Bengio et al. 2013). What the loss cannot reach stays fixed: experts, nvfp4, and 8-bit
+layers, whose steps are finer than the stored scales.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from itertools import groupby
+from math import isfinite
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optimizers
+import numpy as np
+from mlx.nn.utils import checkpoint as recomputed
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ... import ops
+from ...base.files import whole
+from ...base.machine import available_memory
+from ...base.progress import Progress
+from ...calibration import Calibration
+from ...errors import ExportError, UsageError
+from ...formats import DENSE, Format
+from ...models.places import slot_at
+from ...models.roles import Role, quantizable
+from ...nn.accelerate import accelerate
+from ...planning.plan import Plan, Planned
+from ...runtime.loading import render
+from ...sources import Source, load
+from ..replay.replay import Replay, Tape
+from ..sensitivity.job import is_head
+from ..sensitivity.kl import LOGITS_BYTES
+from .weights import Rounded, Rounding
+
+CHECKPOINT = "refine.safetensors"
+TOKENS = 16384  # to train on
+EPOCHS = 1
+LEARNING_RATE = 0.003  # steps of a group's grid, of Adam's first update; it falls to zero
+SAVE_EVERY = 16  # sequences
+DIVERGED = 10.0  # times the mean KL so far
+
+# Float32 arrays that exist at a time of the size of the logits, of a block's activations, and of
+# the groups: turn and shift, scales and biases, what they are made of, gradients, Adam's means.
+_LOGITS, _ACTIVATIONS, _GROUPS = 8, 4, 24
+_HEADS = 32  # of attention, whose weights [heads, T, T] are activations, too
+
+Parameters = dict[str, mx.array]  # turn and shift of the i-th layer, [out, groups] float32
+
+
+def refine(
+    source: Source,
+    plan: Plan,
+    rounding: Rounding,
+    text: Calibration,
+    *,
+    epochs: int = EPOCHS,
+    learning_rate: float = LEARNING_RATE,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> Rounding:
+    """`rounding` with the scales and biases of `plan` trained on the sequences of `text`.
+
+    A step of Adam is one sequence; each epoch takes them in another order, drawn by `seed`. The
+    state is kept in `checkpoint`, a .safetensors file, from where `resume` goes on to the same
+    result. If the KL is not finite or explodes, `rounding` comes back as it was.
+
+    Raises UsageError where memory does not suffice, or the checkpoint is of another run.
+    """
+    _check_memory(memory(plan, text), progress)
+    teacher = _Teacher(source, [s.tokens for s in text.sequences])
+    student = _Student(source, plan, rounding, teacher)
+    identity = {
+        "source": source.fingerprint,
+        "rounded weights": student.digest(),
+        "text": text.sha256,
+        "epochs": epochs,
+        "learning rate": learning_rate,
+        "seed": seed,
+    }
+    state = _State(checkpoint, identity, student.start(), resume=resume)
+    order = [
+        int(i)
+        for epoch in range(epochs)
+        for i in np.random.default_rng([seed, epoch]).permutation(len(text.sequences))
+    ]
+    with (
+        student.replay,
+        Progress(len(order), "sequences refined on", done=state.step, enabled=progress) as bar,
+    ):
+        while state.step < len(order):
+            loss, gradients = student.loss_and_gradients(state.parameters, order[state.step])
+            if not isfinite(loss) or loss > DIVERGED * state.mean(loss):
+                bar.say(
+                    f"refining diverged: KL {loss:.3g} after {state.step} sequences; the weights "
+                    "are kept as they were"
+                )
+                return rounding
+            state.update(loss, gradients, learning_rate * (1 - state.step / len(order)))
+            if state.step % SAVE_EVERY == 0 or state.step == len(order):
+                state.save()
+            bar.step(note=f"KL {state.mean(loss):.4g}")
+    return replace(rounding, fitted={**rounding.fitted, **student.rounded(state.parameters)})
+
+
+def memory(plan: Plan, text: Calibration) -> int:
+    """Bytes that `refine` takes at most, from shapes alone."""
+    trained = [m for m in plan.modules if _is_trained(m)]
+    groups = sum(_groups(m) for m in trained)
+    longest = max(len(s.tokens) for s in text.sequences)
+    tokens = sum(len(s.tokens) for s in text.sequences)
+    modules = [m.module for m in plan.modules]
+    width = next(m.shape[-1] for m in modules if m.role is Role.EMBEDDING)
+    inside = sorted((m for m in modules if m.block is not None), key=lambda m: m.block or 0)
+    blocks = [
+        sum(sum(m.shape[-2:]) for m in of) for _, of in groupby(inside, key=lambda m: m.block)
+    ]
+    activations = _ACTIVATIONS * (max(blocks, default=0) + _HEADS * longest)
+    itemsize: int = plan.model["itemsize"]
+    dense, outside = (
+        sum(DENSE.nbytes(m.shape, itemsize) for m in of)
+        for of in (modules, [m for m in modules if m.block is None])
+    )
+    training = 4 * groups * _GROUPS + 4 * longest * (width * (len(blocks) + 1) + activations)
+    at_head = _LOGITS * LOGITS_BYTES
+    return 4 * tokens * width + at_head + max(dense, plan.nbytes + outside + training)
+
+
+def _check_memory(needed: int, progress: bool) -> None:
+    free = available_memory()
+    amounts = (
+        f"refining takes at most {needed / 1e9:.2f} GB of memory; {free / 1e9:.1f} GB are free"
+    )
+    if needed > free:
+        raise UsageError(f"{amounts}: leave out --refine, or free memory")
+    Progress(0, "", enabled=progress).say(amounts)
+
+
+def _is_trained(planned: Planned) -> bool:
+    fmt = planned.format
+    return fmt.mode == "affine" and fmt.bits < 8 and len(planned.module.shape) == 2
+
+
+def _groups(planned: Planned) -> int:
+    rows, columns = planned.module.shape
+    return rows * columns // planned.format.group_size
+
+
+class _Teacher:
+    """What the source's head gets in each sequence, and that head; nothing else of the source."""
+
+    def __init__(self, source: Source, sequences: Sequence[Sequence[int]]) -> None:
+        model = load(source).model
+        self.modules = quantizable(model)
+        accelerate(model)
+        self.sequences = sequences
+        with Replay(model, self.modules) as replay:
+            self.hidden = [replay.record(tokens).hidden for tokens in sequences]
+        self.head_path = next((m.path for m in self.modules if is_head(m)), None)
+        self.head = slot_at(model, self.head_path).get() if self.head_path else None
+
+
+class _Student:
+    """The rounded model, as a function of `Parameters`."""
+
+    def __init__(self, source: Source, plan: Plan, rounding: Rounding, teacher: _Teacher) -> None:
+        model = render(load(source), plan, rounding=rounding, blocks=False)
+        model.freeze()
+        self.teacher = teacher
+        self.grids = [
+            _Grid(p, slot_at(model, p.module.path).get()) for p in plan.modules if _is_trained(p)
+        ]
+        self.replay = Replay(model, teacher.modules, recompute=True)
+        head = teacher.head_path
+        self.head = slot_at(model, head).get() if head else nn.Module()
+        self._total = sum(map(len, teacher.sequences)) / len(teacher.sequences)
+
+    def digest(self) -> str:
+        """sha256 of what training starts from."""
+        found = sha256()
+        for grid in self.grids:
+            for array in (grid.layer.weight, grid.scales, grid.biases):
+                found.update(np.asarray(array.view(mx.uint8)).tobytes())
+        return found.hexdigest()
+
+    def start(self) -> Parameters:
+        return {
+            f"{i}/{what}": mx.zeros(grid.scales.shape)
+            for i, grid in enumerate(self.grids)
+            for what in ("turn", "shift")
+        }
+
+    def loss_and_gradients(self, parameters: Parameters, i: int) -> tuple[float, Parameters]:
+        """KL of sequence i in nats per token, and its gradient, in which all tokens count alike."""
+        tokens = len(self.teacher.sequences[i])
+
+        def loss(parameters: Parameters) -> mx.array:
+            for n, grid in enumerate(self.grids):
+                grid.set(parameters[f"{n}/turn"], parameters[f"{n}/shift"])
+            return self._divergence(i) / self._total
+
+        value, gradients = mx.value_and_grad(loss)(parameters)
+        mx.eval(value, gradients)
+        return float(np.asarray(value)) * self._total / tokens, gradients
+
+    def rounded(self, parameters: Parameters) -> dict[tuple[str, Format], Rounded]:
+        """Codes, scales and biases as they are stored."""
+        return {
+            (g.path, g.format): g.stored(parameters[f"{n}/turn"], parameters[f"{n}/shift"])
+            for n, g in enumerate(self.grids)
+        }
+
+    def _divergence(self, i: int) -> mx.array:
+        """KL of sequence i, summed over its tokens."""
+        ids = mx.array([list(self.teacher.sequences[i])])
+        run = self.replay.run(ids, (), range(1 << 30))
+        outputs = [run.outputs[n] for n in range(len(run.outputs))]
+        tape = Tape(ids, outputs, run.hidden, run.logits.shape[-1])
+
+        def divergence(target: mx.array, rows: mx.array) -> mx.array:
+            p = self.replay.logits(tape, target, self.teacher.head)
+            return cast(mx.array, _kl(p, self.replay.logits(tape, rows)))
+
+        target = self.teacher.hidden[i][0]
+        total = mx.array(0.0)
+        for at in tape.chunks(LOGITS_BYTES):
+            part: mx.array = recomputed(self.head, divergence)(target[at], run.hidden[0, at])
+            total = total + part
+        return total
+
+
+class _Grid:
+    """The scales and biases of one layer, by turn and shift."""
+
+    def __init__(self, planned: Planned, layer: Any) -> None:
+        self.path, self.format, self.layer = planned.module.path, planned.format, layer
+        self.scales, self.biases = layer.scales, layer.biases
+        top = (1 << self.format.bits) - 1
+        # A grid's codes lie about a quarter of its width from its middle.
+        self._middle, self._spread = top / 2, top / 4
+        layer.unfreeze(keys=["scales", "biases"])
+
+    def set(self, turn: mx.array, shift: mx.array) -> None:
+        """Let the layer run with them."""
+        self.layer.scales, self.layer.biases = self._at(turn, shift)
+
+    def stored(self, turn: mx.array, shift: mx.array) -> Rounded:
+        scales, biases = (a.astype(self.scales.dtype) for a in self._at(turn, shift))
+        mx.eval(scales, biases)
+        return self.layer.weight, scales, biases
+
+    def _at(self, turn: mx.array, shift: mx.array) -> tuple[mx.array, mx.array]:
+        """Float32 scales and biases that their stored dtype holds exactly."""
+        scales, biases = self.scales.astype(mx.float32), self.biases.astype(mx.float32)
+        moved = self._round(scales * (1 + turn / self._spread))
+        return moved, self._round(biases - self._middle * (moved - scales) + scales * shift)
+
+    def _round(self, x: mx.array) -> mx.array:
+        return x + mx.stop_gradient(x.astype(self.scales.dtype).astype(mx.float32) - x)
+
+
+@mx.custom_function
+def _kl(p: mx.array, q: mx.array) -> mx.array:
+    """KL of two arrays of logits [n, vocabulary], summed over rows; differentiable at q."""
+    return mx.sum(ops.compare_logits(p, q).kl)
+
+
+@_kl.vjp
+def _kl_vjp(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+    p, q = (mx.softmax(x.astype(mx.float32), axis=-1) for x in primals)
+    return mx.zeros_like(primals[0]), (cotangent * (q - p)).astype(primals[1].dtype)
+
+
+class _State:
+    """Parameters, Adam's means of their gradients and the place in the order, kept in a file."""
+
+    def __init__(
+        self, path: Path | None, identity: Mapping[str, Any], start: Parameters, *, resume: bool
+    ) -> None:
+        self._path, self._identity = path, json.dumps(identity, sort_keys=True)
+        self.step, self.total, self.parameters = 0, 0.0, start
+        self._adam = optimizers.Adam(0.0, bias_correction=True)
+        self._adam.init(start)
+        if resume and path is not None and path.exists():
+            self._read(path)
+
+    def mean(self, loss: float) -> float:
+        """Of the losses so far; `loss` before the first."""
+        return self.total / self.step if self.step else loss
+
+    def update(self, loss: float, gradients: Parameters, rate: float) -> None:
+        self._adam.learning_rate = rate
+        self.parameters = self._adam.apply_gradients(gradients, self.parameters)
+        mx.eval(self.parameters, self._adam.state)
+        self.step, self.total = self.step + 1, self.total + loss
+
+    def save(self) -> None:
+        """Replace the file in one step: a reader finds the old state or the new, never a part."""
+        if self._path is None:
+            return
+        arrays = dict(tree_flatten({"parameters": self.parameters, "adam": self._adam.state}))
+        metadata = {
+            "identity": self._identity,
+            "step": str(self.step),
+            "total": self.total.hex(),
+        }
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with whole(self._path) as (partial,):
+                mx.save_safetensors(str(partial), arrays, metadata)
+        except (OSError, RuntimeError) as error:
+            raise ExportError(
+                f"{self._path} cannot be written ({error}); free space or name another place"
+            ) from error
+
+    def _read(self, path: Path) -> None:
+        try:
+            found: Any = mx.load(str(path), return_metadata=True)
+            arrays, metadata = found
+            tree = tree_unflatten(list(arrays.items()))
+            identity = json.loads(metadata["identity"])
+            step, total = int(metadata["step"]), float.fromhex(metadata["total"])
+            parameters, adam = tree["parameters"], tree["adam"]
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{path} is damaged ({error}); delete it and start without --resume"
+            ) from error
+        ours = json.loads(self._identity)
+        differing = [key for key, value in ours.items() if identity.get(key) != value]
+        if differing:
+            raise UsageError(
+                f"{path} was made with another {', '.join(differing)}; repeat the original "
+                "command, or delete the file to refine anew"
+            )
+        self.step, self.total, self.parameters = step, total, parameters
+        self._adam.state = adam

@@ -1,0 +1,202 @@
+"""Real KL decides: proposed plans are rendered and measured, and the best is taken.
+
+Measured is KL(source || rendered) in nats per token on text that neither scores nor rounding saw
+("selection" of `calibration.split`). Of the source's runs only the inputs of its output head are
+kept; logits are made of them a few rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from math import inf, isfinite
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from ..base.machine import available_memory
+from ..base.progress import Progress
+from ..calibration import Sample, token_hash
+from ..errors import UsageError
+from ..models.roles import quantizable
+from ..nn.accelerate import accelerate
+from ..planning.plan import Plan
+from ..quality.tally import score
+from ..runtime.loading import render
+from ..sources import Source, load
+from .replay.replay import Replay, Tape
+from .rounding.weights import Rounding
+from .sensitivity.job import is_head
+from .sensitivity.kl import divergences
+
+Json = dict[str, Any]
+
+# Measured over predicted KL; outside, the scores say little about this model.
+USUAL_RATIO = (0.5, 2.5)
+
+
+class Judge:
+    """Measures students of `source` on `sequences`; a context manager."""
+
+    def __init__(self, source: Source, sequences: Sequence[Sample]) -> None:
+        model = load(source).model
+        self.sequences = sequences
+        self._modules = quantizable(model)
+        self._head = next((m.path for m in self._modules if is_head(m)), None)
+        accelerate(model)
+        self._teacher = Replay(model, self._modules)
+        self._tapes: list[Tape] = []
+
+    def __enter__(self) -> Judge:
+        self._teacher.__enter__()
+        self._tapes = [_thin(self._teacher.record(s.tokens)) for s in self.sequences]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._teacher.__exit__(*exception)
+
+    def measure(self, student: nn.Module) -> Json:
+        """KL of a student, which is a model of the same architecture: {"mean", "se"}."""
+        totals: list[float] = []
+        with Replay(student, self._modules) as replay:
+            head = replay.slot(self._head).get() if self._head else None
+            for tape, sample in zip(self._tapes, self.sequences, strict=True):
+                hidden = replay.record(sample.tokens).hidden
+                totals += divergences(self._teacher, tape, (tape.hidden, None), [(hidden, head)])
+        mean, se = score(totals, [len(s.tokens) for s in self.sequences])
+        return {"mean": mean, "se": se}
+
+
+def decide(
+    source: Source,
+    plans: Mapping[str, Plan],
+    rounding: Rounding,
+    sequences: Sequence[Sample],
+    fit: Callable[[Plan], Rounding] | None = None,
+    *,
+    refine: Callable[[Plan, Rounding], Rounding] | None = None,
+    progress: bool = True,
+) -> tuple[Plan, Rounding]:
+    """The plan of least measured KL, and `rounding` or what `fit` makes of it, whichever is better.
+
+    `refine` then makes another one of that, which is taken if it is better still. What was measured
+    goes into the plan's `selection`. Without sequences, or where source and student do not fit the
+    memory together, the first plan is taken unmeasured, `fit` is trusted, and `refine`, which is
+    not, raises UsageError.
+    """
+    chosen = next(iter(plans))
+    if not sequences or not _fit_memory(plans[chosen], copies=2 if fit or refine else 1):
+        if refine:
+            raise UsageError(
+                "--refine is kept only where it lowers measured KL, and there is not enough text "
+                "or memory to measure; leave it out, add --calibration rows or free memory"
+            )
+        plan = plans[chosen]
+        rounding = fit(plan) if fit else rounding
+        return replace(plan, selection=_selection(chosen, _name(rounding), [], ())), rounding
+    candidates: list[Json] = []
+    with Judge(source, sequences) as judge:
+
+        def measure(name: str, rounding: Rounding, how: str) -> float:
+            plan = plans[name]
+            kl = judge.measure(render(load(source), plan, rounding=rounding))
+            if not isfinite(kl["mean"]):  # the plan makes the model overflow
+                return inf
+            candidates.append(
+                {
+                    "name": name,
+                    "rounding": how,
+                    "nbytes": plan.nbytes,
+                    "predicted": plan.predicted_kl,
+                    "kl": kl,
+                }
+            )
+            return float(kl["mean"])
+
+        how = _name(rounding)
+        found: dict[str, float] = {}
+        with Progress(len(plans), "plans measured", enabled=progress) as bar:
+            for name in plans:
+                found[name] = measure(name, rounding, how)
+                bar.step(note=f"{name}: {found[name]:.4g}")
+        chosen = min(plans, key=lambda name: (found[name], plans[name].nbytes))
+        trust = _trust(candidates, chosen)
+        plan, least = plans[chosen], found[chosen]
+        if fit:
+            fitted = fit(plan)
+            if fitted.fitted and (kl := measure(chosen, fitted, _name(fitted))) < least:
+                rounding, how, least = fitted, _name(fitted), kl
+        if refine:
+            refined, name = refine(plan, rounding), f"{how}, refined"
+            if refined is not rounding and measure(chosen, refined, name) < least:
+                rounding, how = refined, name
+    selection = _selection(chosen, how, candidates, sequences) | trust
+    return replace(plan, selection=selection), rounding
+
+
+def _fit_memory(plan: Plan, copies: int) -> bool:
+    """Whether a student and so many copies of the source do; fitting loads one of its own."""
+    return copies * plan.dense_nbytes + plan.budget <= available_memory()
+
+
+def _name(rounding: Rounding) -> str:
+    return "descent" if rounding.fitted else rounding.name
+
+
+def _selection(
+    chosen: str, rounding: str, candidates: Sequence[Json], sequences: Sequence[Sample]
+) -> Json:
+    return {
+        "chosen": chosen,
+        "rounding": rounding,
+        "candidates": candidates,
+        "tokens": sum(len(s.tokens) for s in sequences),
+        "sequences": len(sequences),
+        "text_sha256": token_hash(sequences) if sequences else None,
+        "ratio": None,
+        "rank_correlation": None,
+    }
+
+
+def _trust(candidates: Sequence[Json], chosen: str) -> Json:
+    """How well predicted KL foretold the measured one, over plans and for the chosen one."""
+    pairs = {c["name"]: (c["predicted"], c["kl"]["mean"]) for c in candidates if c["predicted"]}
+    predicted, measured = pairs.get(chosen, (None, 0.0))
+    ratio = measured / predicted if predicted else None
+    low, high = USUAL_RATIO
+    if ratio is not None and not low <= ratio <= high:
+        Progress(0, "").say(
+            f"the chosen plan's KL is {ratio:.2g} times what its scores predict; usual is {low} to "
+            f"{high}: more calibration --tokens or --sensitivity kl may find a better one"
+        )
+    return {"ratio": ratio, "rank_correlation": rank_correlation(pairs.values())}
+
+
+def rank_correlation(pairs: Iterable[tuple[float, float]]) -> float | None:
+    """Spearman's coefficient; None for fewer than three pairs or where all ranks are equal."""
+    columns = [_ranks(column) for column in zip(*pairs, strict=True)]
+    if not columns or len(columns[0]) < 3:
+        return None
+    n = len(columns[0])
+    centred = [[r - (n - 1) / 2 for r in column] for column in columns]
+    (xx, xy), (_, yy) = (
+        [sum(a * b for a, b in zip(one, other, strict=True)) for other in centred]
+        for one in centred
+    )
+    return xy / (xx * yy) ** 0.5 if xx and yy else None
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """Places from 0 on; equal values share their mean place."""
+    ordered = sorted(values)
+    return [ordered.index(v) + (ordered.count(v) - 1) / 2 for v in values]
+
+
+def _thin(tape: Tape) -> Tape:
+    """Without the block outputs: to make logits of the head's input only their shapes are used."""
+    outputs = tree_map(
+        lambda leaf: mx.zeros_like(leaf) if isinstance(leaf, mx.array) else leaf, tape.outputs
+    )
+    return replace(tape, outputs=outputs)

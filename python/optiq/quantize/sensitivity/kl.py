@@ -1,0 +1,140 @@
+"""Exact scores: the model is run with one module in one format, and its output compared.
+
+score(m, f) = mean over tokens of KL(p || q), in nats, over the full vocabulary, where p is the
+next-token distribution with module m at full precision and q that with m in format f; all else is
+as in the running model. Batches of sequences are the outer loop, so that after each batch all
+scores are complete means, and modules in the order of the blocks the inner one: a probe in block k
+resumes from the recorded output of block k - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ...base.progress import Progress
+from ...errors import SensitivityError
+from ...formats import DENSE, Format
+from ...models.roles import Module, Role
+from ...quality.tally import Totals
+from ..replay.replay import Replay, Tape
+from .job import Job, Unit, is_head
+
+# Bytes of float32 logits of one model at a time; a longer sequence is compared in chunks of rows.
+LOGITS_BYTES = 64 << 20
+
+# Bytes of the dense weights whose rounded versions are held together, for the head's logits.
+HEAD_BYTES = 1 << 30
+
+# The input of the head [1, T, d] and the head that makes logits of it (None: the model's own).
+Output = tuple[mx.array, nn.Module | None]
+
+
+def score_by_kl(job: Job) -> None:
+    """Do this rank's share of the round; a step is the modules of one block."""
+    batches, steps = job.batches(), job.blocks()
+    share = job.share(steps)
+
+    def cost(units: Sequence[Unit]) -> int:
+        return sum(len(batches[b]) * sum(runs(job, m) for m in steps[s]) for b, s in units)
+
+    done = cost(job.done())
+    with (
+        Replay(job.model, job.modules) as replay,
+        Progress(done + cost(share), "block runs", done=done, enabled=job.progress) as progress,
+    ):
+        for b, units in groupby(share, key=lambda unit: unit[0]):
+            job.reference.begin()
+            tapes = record(replay, job, batches[b])
+            for _, s in units:
+                found: Totals = {}
+                for m in steps[s]:
+                    found[m.path] = _probe(job, replay, tapes, m)
+                    note = f"{m.path}, batch {b + 1} of {len(batches)}"
+                    progress.step(len(tapes) * runs(job, m), note)
+                job.save((b, s), found)
+
+
+def record(replay: Replay, job: Job, batch: Sequence[int]) -> list[Tape]:
+    """The running model's own run on each sequence of a batch."""
+    tapes = []
+    for i in batch:
+        tape = replay.record(job.sequences[i])
+        if not mx.all(mx.isfinite(tape.hidden)).item():
+            raise SensitivityError(
+                f"the model itself gives NaN or infinite values on calibration sequence {i + 1}; "
+                "its weights or its dtype are at fault"
+            )
+        tapes.append(tape)
+    return tapes
+
+
+def divergences(
+    replay: Replay, tape: Tape, teacher: Output, students: Sequence[Output]
+) -> list[float]:
+    """KL(teacher || student) in nats, summed over the tokens of `tape`, for each student."""
+    from ... import ops
+
+    totals = [0.0] * len(students)
+    for rows in tape.chunks(LOGITS_BYTES):
+        p = replay.logits(tape, teacher[0][0, rows], teacher[1])
+        mx.eval(p)
+        for i, (hidden, head) in enumerate(students):
+            q = replay.logits(tape, hidden[0, rows], head)
+            kl, _ = ops.kl_from_logits(p, q)
+            totals[i] += float(np.asarray(kl).sum(dtype=np.float64))
+    return totals
+
+
+def head_groups(formats: Sequence[Format], dense: nn.Module) -> list[Sequence[Format]]:
+    """The formats in groups whose rounded heads may be held together.
+
+    Heads must be kept until their logits are compared, and one run of the teacher's serves all.
+    """
+    size = max(1, HEAD_BYTES // dense.weight.nbytes)
+    return [formats[i : i + size] for i in range(0, len(formats), size)]
+
+
+def runs(job: Job, module: Module) -> int:
+    """Block runs of all formats of a module on one sequence; a head's logits count as one."""
+    formats = job.rounded(module)
+    models = len(formats)
+    running = job.reference.running(module.path)
+    if models and running != DENSE:  # the teacher runs, the running format does not
+        models += 1 - (running in formats)
+    if module.role is Role.HEAD:
+        return models
+    return models * (len(job.model.layers) - (module.block or 0) + 1)
+
+
+def _probe(job: Job, replay: Replay, tapes: list[Tape], module: Module) -> dict[str, list[float]]:
+    """Score one module in all its formats on one batch: by format, the total of each tape."""
+    formats = job.rounded(module)
+    slot = replay.slot(module.path)
+    dense = job.reference.dense(module.path)
+    running = job.reference.running(module.path)
+    own_head = is_head(module)
+
+    def outputs(layer: nn.Module, fmt: Format) -> list[Output]:
+        """Of each tape, with `layer` in the module's place."""
+        head = layer if own_head else None
+        if fmt == running:
+            return [(tape.hidden, head) for tape in tapes]
+        with slot.holding(layer):
+            return [(replay.final(tape, module), head) for tape in tapes]
+
+    teachers = outputs(dense, DENSE)
+    found: dict[str, list[float]] = {}
+    for group in head_groups(formats, dense) if own_head else [formats]:
+        students = [outputs(job.render(module, dense, f), f) for f in group]
+        totals = [
+            divergences(replay, tape, teachers[i], [of[i] for of in students])
+            for i, tape in enumerate(tapes)
+        ]
+        for fmt, column in zip(group, zip(*totals, strict=True), strict=True):
+            found[str(fmt)] = list(column)
+    return found

@@ -1,0 +1,77 @@
+"""How much memory a measurement will take, from shapes alone, before it starts.
+
+What is counted is bounded by the model's shapes, by its longest sequence and by constants:
+BATCH_TOKENS of block outputs, LOGITS_BYTES of logits, HEAD_BYTES of rounded heads,
+GRADIENT_BYTES of weight gradients. Activations are float32, as they are on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from math import prod
+
+from ...formats import DENSE
+from ...models.roles import Module, Role
+from . import fisher, kl
+from .job import Job, is_head
+
+# Arrays of the size of the logits, of an attention's weights or of a layer's output that are held
+# at a time: going forward, and with what is kept for the way back.
+_FORWARD, _BACKWARD = 3, 5
+_HEADS, _EXPERTS = 32, 8  # of a model that does not say
+
+
+def estimate(job: Job, weights: int, itemsize: int, backward: Sequence[Module]) -> dict[str, int]:
+    """Bytes of each part when it is largest; their sum bounds the peak.
+
+    `weights` are the bytes of all unquantized parameters, `itemsize` those of one element, and
+    `backward` the modules that get fisher scores. "at work" is the largest of what is never
+    held together: a block's run, the logits of a group of heads, one module's rounding.
+    """
+    lengths = [[len(job.sequences[i]) for i in batch] for batch in job.batches()]
+    batch = max(map(sum, lengths))
+    longest = max(max(of) for of in lengths)
+    vocabulary, width = next(m.shape for m in job.modules if m.role is Role.EMBEDDING)
+    in_blocks = groupby((m for m in job.modules if m.block is not None), key=lambda m: m.block)
+    args = getattr(job.model, "args", None)
+    heads = getattr(args, "num_attention_heads", _HEADS)
+    experts = getattr(args, "num_experts_per_tok", _EXPERTS)
+    block = max((sum(_in_and_out(m, experts) for m in of) for _, of in in_blocks), default=0)
+    rows = min(longest, max(1, kl.LOGITS_BYTES // (4 * vocabulary)))
+    copies = _BACKWARD if backward else _FORWARD
+    running = copies * 4 * longest * (block + heads * longest)
+    logits = copies * 4 * rows * vocabulary
+    parts = {
+        "weights": _weights(job, weights, itemsize),
+        "block outputs": 4 * batch * (len(job.model.layers) + 1) * width,
+    }
+    scoring = running + max((_rounded(job, m, itemsize) for m in job.modules), default=0)
+    if backward:
+        inside = [m for m in backward if job.rounded(m) and m.block is not None]
+        largest = 4 * max((prod(m.shape) for m in inside), default=1)
+        together = min(max(map(len, lengths)), max(1, fisher.GRADIENT_BYTES // largest))
+        parts["gradients"] = parts["block outputs"] + 4 * batch * block
+        scoring = max(running, (together + 3) * largest + itemsize * largest // 4)
+    at_head = logits + sum(_rounded(job, m, itemsize) for m in job.modules if is_head(m))
+    return {**parts, "at work": max(scoring, at_head)}
+
+
+def _weights(job: Job, dense: int, itemsize: int) -> int:
+    """Of the running model, and of the one module that is read at full precision beside it."""
+    sizes = [DENSE.nbytes(m.shape, itemsize) for m in job.modules]
+    running = [job.reference.running(m.path).nbytes(m.shape, itemsize) for m in job.modules]
+    return dense if running == sizes else dense - sum(sizes) + sum(running) + max(sizes)
+
+
+def _rounded(job: Job, module: Module, itemsize: int) -> int:
+    """Of a module in one format, or a head in a group of them, with float32 copies."""
+    dense = DENSE.nbytes(module.shape, itemsize)
+    sizes = sorted((f.nbytes(module.shape, itemsize) for f in job.rounded(module)), reverse=True)
+    together = max(1, kl.HEAD_BYTES // dense) if is_head(module) else 1
+    return sum(sizes[:together]) + 2 * 4 * prod(module.shape) if sizes else 0
+
+
+def _in_and_out(module: Module, experts: int) -> int:
+    """Elements that go into and come out of a module for one token."""
+    return sum(module.shape[-2:]) * (experts if module.role is Role.EXPERT else 1)

@@ -1,0 +1,130 @@
+"""A measurement as rounds, each by one method; in `auto` one decides what comes next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from math import fsum
+from typing import Any
+
+from ...base.progress import Progress
+from ...errors import BudgetError
+from ...formats import DENSE, Format
+from ...models.roles import Module, Role
+from ...planning.contested import Contest, contests
+from ...quality.tally import score
+from .fisher import score_by_fisher
+from .job import Job
+from .kl import runs, score_by_kl
+
+# What `auto` may spend on contested modules: a share of the block runs that exact scores of all
+# that it estimates would take.
+EXACT_SHARE = 0.02
+
+_METHODS = {"kl": score_by_kl, "fisher": score_by_fisher}
+
+Formats = Mapping[str, tuple[Format, ...]]
+
+
+class Rounds:
+    """Runs rounds of `job`, whose formats are all that are to be scored, and keeps the scores.
+
+    `scores` has, by module path and format name, {"kl", "se", "mse", "method"}.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.scores: dict[str, dict[str, dict[str, Any]]] = {
+            path: {str(f): {"kl": 0.0, "se": 0.0, "mse": 0.0} for f in formats if f == DENSE}
+            for path, formats in job.formats.items()
+        }
+        self._count = 0
+
+    def run(self, method: str, formats: Formats, size: str = "") -> None:
+        """Score these formats of these modules; the scores replace those of earlier rounds.
+
+        `size` is that which the work depends on, if it does.
+        """
+        name = " ".join([str(self._count), method, *([f"at {size}"] if size else [])])
+        job = replace(self.job, formats=dict(formats), name=name)
+        self._count += 1
+        if not job.blocks():
+            return
+        _METHODS[method](job)
+        lengths = [len(tokens) for tokens in job.sequences]
+        heads = {m.path for m in job.modules if m.role is Role.HEAD}  # exact by either method
+        for path, columns in job.collect().items():
+            made = "kl" if path in heads else method
+            for fmt, totals in columns.items():
+                kl, se = score(totals, lengths)
+                mse = job.weight_error(path, fmt)
+                self.scores[path][fmt] = {"kl": kl, "se": se, "mse": mse, "method": made}
+
+    def cost(self, formats: Formats) -> int:
+        """Block runs on one sequence that exact scores take."""
+        job = replace(self.job, formats=dict(formats))
+        return sum(runs(job, m) for m in job.modules)
+
+    def of(self, choose: Callable[[Module], bool]) -> Formats:
+        """All formats of the modules that are chosen."""
+        return {m.path: self.job.formats[m.path] for m in self.job.modules if choose(m)}
+
+
+def smooth(module: Module) -> bool:
+    """Whether `auto` estimates the module: that a router picks other experts has no gradient."""
+    return module.role not in (Role.EXPERT, Role.ROUTER)
+
+
+def measure_auto(rounds: Rounds, scores: Callable[[], dict[str, Any]], size: str) -> dict[str, Any]:
+    """Estimate what is smooth, measure the rest, then measure what the plan at `size` hangs on.
+
+    `scores` gives what is known as a sensitivity.json. Returns its "auto" entry.
+    """
+    job = rounds.job
+    rounds.run("fisher", rounds.of(smooth))
+    rounds.run("kl", rounds.of(lambda m: not smooth(m)))
+    full = rounds.cost(rounds.of(lambda m: smooth(m) and m.role is not Role.HEAD))
+    say = Progress(0, "", enabled=job.progress).say
+    spent, measured = 0, set[str]()
+    while True:
+        try:
+            found = contests(scores(), size)
+        except BudgetError as error:
+            say(f"auto: no exact scores, for there is no plan to settle: {error}")
+            return {"size": size, "modules": 0, "share": 0.0, "contested": None, "gain_left": None}
+        work, cost = _affordable(rounds, found, EXACT_SHARE * full - spent)
+        # One rank decides for all: on unlike machines the last bit of a sum may differ.
+        decision = [work, cost, len(found), fsum(contest.gain for contest in found)]
+        work, cost, contested, gain = job.world.gather(decision)[0]
+        if not work:
+            break
+        say(f"auto: {contested} modules are contested at {size}, {len(work)} are measured exactly")
+        chosen = {path: tuple(map(Format.parse, names)) for path, names in work.items()}
+        rounds.run("kl", chosen, size)
+        spent += cost
+        measured |= work.keys()
+    share = spent / full if full else 0.0
+    say(
+        f"auto: {len(measured)} modules were measured for {share:.1%} of the work that exact "
+        f"scores of all take; {contested} are contested at {size} still, {gain:.2g} nats to gain"
+    )
+    return {
+        "size": size,
+        "modules": len(measured),
+        "share": share,
+        "contested": contested,
+        "gain_left": gain,
+    }
+
+
+def _affordable(
+    rounds: Rounds, found: list[Contest], limit: float
+) -> tuple[dict[str, list[str]], int]:
+    """The formats to measure within `limit` block runs, most nats a run first, and their runs."""
+    costs = {c.path: rounds.cost({c.path: c.formats}) for c in found}
+    work, spent = {}, 0
+    for contest in sorted(found, key=lambda c: c.gain / costs[c.path], reverse=True):
+        if spent + costs[contest.path] <= limit:
+            spent += costs[contest.path]
+            work[contest.path] = [str(fmt) for fmt in contest.formats]
+    return work, spent

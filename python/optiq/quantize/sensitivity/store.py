@@ -1,0 +1,15 @@
+"""sensitivity.json, written whole or not at all; `scores.read` reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ...planning.scores import check
+from .checkpoint import write_json
+
+
+def save(scores: dict[str, Any], path: Path) -> None:
+    """Check `scores` and replace the file `path` by them in one step."""
+    check(scores, "the scores")
+    write_json(path, scores, indent=1)

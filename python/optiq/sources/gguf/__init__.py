@@ -1,0 +1,1 @@
+"""GGUF files: read, described as a Hugging Face model, converted once into a cached folder."""

@@ -1,0 +1,273 @@
+"""Distillation of scales and biases, against stock mlx-lm and MLX's own gradients."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.utils import load_model
+
+from optiq.calibration import Calibration, Sample, token_hash
+from optiq.errors import UsageError
+from optiq.formats import Format
+from optiq.planning.plan import Plan
+from optiq.quantize import convert as conversion
+from optiq.quantize.convert import convert
+from optiq.quantize.prepare import work_folder
+from optiq.quantize.rounding import distill as refining
+from optiq.quantize.rounding.distill import refine
+from optiq.quantize.rounding.weights import MINMAX, Rounding
+from optiq.quantize.select import Judge, decide
+from optiq.runtime.loading import render
+from optiq.sources import Source, load
+from tests.planned import source_of, uniform
+from tests.tiny import VOCAB, tiny_folder
+
+
+def text_of(lengths: tuple[int, ...] = (40, 24, 33, 40), seed: int = 0) -> Calibration:
+    rng = np.random.default_rng(seed)
+    sequences = [
+        Sample("x", [int(t) for t in rng.integers(4, VOCAB, n)], i) for i, n in enumerate(lengths)
+    ]
+    return Calibration(sequences, token_hash(sequences), {})
+
+
+def mixed(source: Source) -> Plan:
+    """Uniform 4-bit but for one layer in 3, one in 6 and one in 8 bits."""
+    plan = uniform(source)
+    formats = {"q_proj": Format("affine", 3, 64), "o_proj": Format("affine", 6, 32)}
+    formats["up_proj"] = Format("affine", 8, 64)
+    modules = [
+        replace(p, format=formats.get(p.module.path.rpartition(".")[2], p.format))
+        for p in plan.modules
+    ]
+    return replace(plan, modules=tuple(modules))
+
+
+def kl(source: Source, plan: Plan, rounding: Rounding, text: Calibration) -> float:
+    with Judge(source, text.sequences) as judge:
+        return float(judge.measure(render(load(source), plan, rounding=rounding))["mean"])
+
+
+@pytest.mark.parametrize(
+    "variant", ["llama", "llama-untied", "llama-bf16", "qwen3_moe", "gemma3_text"]
+)
+def test_kl_falls_and_codes_and_dtypes_stay(tmp_path: Path, variant: str) -> None:
+    source, text = source_of(tmp_path, variant), text_of()
+    plan = mixed(source)
+    refined = refine(source, plan, MINMAX, text, epochs=4, learning_rate=0.02, progress=False)
+    assert kl(source, plan, refined, text) < 0.75 * kl(source, plan, MINMAX, text)
+    weights = dict(tree_flatten(load(source).model.parameters()))
+    trained = {p.module.path: p.format for p in plan.modules if p.format.bits < 8}
+    trained = {path: fmt for path, fmt in trained.items() if weights[f"{path}.weight"].ndim == 2}
+    assert refined.fitted.keys() == set(trained.items())
+    for (path, fmt), (codes, scales, biases) in refined.fitted.items():
+        weight = weights[f"{path}.weight"]
+        start = mx.quantize(weight, fmt.group_size, fmt.bits)
+        assert mx.array_equal(codes, start[0])
+        assert biases is not None
+        assert scales.dtype == biases.dtype == weight.dtype
+        assert not mx.array_equal(scales, start[1])
+
+
+def test_the_gradient_is_that_of_stock_layers(tmp_path: Path) -> None:
+    """The student with dense layers of the dequantized weights, in plain MLX."""
+    source, text = source_of(tmp_path, "llama-untied"), text_of((40, 20))
+    plan = mixed(source)
+    sequences = [s.tokens for s in text.sequences]
+    student = refining._Student(source, plan, MINMAX, refining._Teacher(source, sequences))
+    with student.replay:
+        value, gradients = student.loss_and_gradients(student.start(), 0)
+
+    teacher, stock = (load_model(source.path)[0] for _ in range(2))
+    ids = mx.array([sequences[0]])
+    p = mx.softmax(teacher(ids)[0], axis=-1)
+    weights: dict[str, mx.array] = dict(tree_flatten(stock.parameters()))
+    for planned in plan.modules:
+        name, fmt = f"{planned.module.path}.weight", planned.format
+        packed = mx.quantize(weights[name], fmt.group_size, fmt.bits)
+        weights[name] = mx.dequantize(*packed, fmt.group_size, fmt.bits)
+
+    def loss(weights: dict[str, mx.array]) -> mx.array:
+        stock.update(tree_unflatten(list(weights.items())))
+        q = stock(ids)[0]
+        return mx.sum(p * (mx.log(p) - (q - mx.logsumexp(q, axis=-1, keepdims=True)))) / 30
+
+    expected, slopes = mx.value_and_grad(loss)(weights)
+    assert value == pytest.approx(expected.item() * 30 / 40, rel=1e-3)
+    assert len(student.grids) == 14
+    for n, grid in enumerate(student.grids):
+        fmt, scale = grid.format, grid.scales[..., None]
+        weight, slope = (
+            of[f"{grid.path}.weight"].reshape(*scale.shape[:-1], fmt.group_size)
+            for of in (weights, slopes)
+        )
+        top = 2**fmt.bits - 1
+        code = (weight - grid.biases[..., None]) / scale
+        turn = mx.sum(slope * scale * (code - top / 2) / (top / 4), axis=-1)
+        shift = mx.sum(slope * scale, axis=-1)
+        for what, truth in (("turn", turn), ("shift", shift)):
+            error = mx.abs(gradients[f"{n}/{what}"] - truth).max()
+            assert error <= 2e-3 * mx.abs(truth).max()  # activations are 16-bit fixed point
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, text = source_of(tmp_path, "llama-bf16"), text_of()
+    plan = uniform(source)
+    monkeypatch.setattr(refining, "SAVE_EVERY", 3)
+    whole = refine(source, plan, MINMAX, text, epochs=2, progress=False)
+    checkpoint = tmp_path / "work" / "refine.safetensors"
+    save, update, steps = refining._State.save, refining._State.update, []
+
+    def counted(self: Any, *args: Any) -> None:
+        update(self, *args)
+        steps.append(self.step)
+
+    def interrupted(self: Any) -> None:
+        save(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(refining._State, "update", counted)
+    monkeypatch.setattr(refining._State, "save", interrupted)
+    job: dict[str, Any] = {"epochs": 2, "checkpoint": checkpoint, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        refine(source, plan, MINMAX, text, **job)
+    monkeypatch.setattr(refining._State, "save", save)
+    resumed = refine(source, plan, MINMAX, text, resume=True, **job)
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [f.name for f in checkpoint.parent.iterdir()] == [checkpoint.name]
+    assert resumed.fitted.keys() == whole.fitted.keys()
+    for key, arrays in whole.fitted.items():
+        for a, b in zip(arrays, resumed.fitted[key], strict=True):
+            assert a is not None
+            assert b is not None
+            assert mx.array_equal(a, b)
+
+    for other in ({"seed": 1}, {"learning_rate": 0.1}):
+        with pytest.raises(UsageError, match=r"was made with another (seed|learning rate); repeat"):
+            refine(source, plan, MINMAX, text, resume=True, **job, **other)
+    with pytest.raises(UsageError, match="was made with another text; repeat"):
+        refine(source, plan, MINMAX, text_of(seed=1), resume=True, **job)
+    with pytest.raises(UsageError, match="was made with another rounded weights; repeat"):
+        refine(source, mixed(source), MINMAX, text, resume=True, **job)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    with pytest.raises(UsageError, match=r"is damaged .*; delete it and start without --resume"):
+        refine(source, plan, MINMAX, text, resume=True, **job)
+
+
+@pytest.mark.parametrize("rate", [1e3, 1e38])
+def test_a_diverging_run_keeps_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rate: float
+) -> None:
+    monkeypatch.setenv("OPTIQ_PROGRESS", "1")
+    source = source_of(tmp_path)
+    assert refine(source, uniform(source), MINMAX, text_of(), learning_rate=rate) is MINMAX
+    said = capsys.readouterr().err
+    assert "refining takes at most" in said
+    assert "refining diverged: KL" in said
+    assert "the weights are kept as they were" in said
+
+
+def test_memory_is_checked_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = source_of(tmp_path)
+    monkeypatch.setattr(refining, "available_memory", lambda: 1_000_000)
+    monkeypatch.setattr(refining, "_Teacher", None)
+    with pytest.raises(UsageError, match=r"at most 0\.\d+ GB of memory; 0\.0 GB are free: leave"):
+        refine(source, uniform(source), MINMAX, text_of(), progress=False)
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama-untied", "gemma3_text"])
+def test_memory_is_as_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
+    monkeypatch.setattr(refining, "LOGITS_BYTES", 32 << 10)  # or nothing else would count
+    source, text = source_of(tmp_path, variant), text_of((300, 200))
+    plan = uniform(source)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    refine(source, plan, MINMAX, text, progress=False)
+    peak = mx.get_peak_memory() - before
+    assert 0.1 < peak / refining.memory(plan, text) <= 1
+
+
+def test_the_judge_keeps_the_better_rounding(tmp_path: Path) -> None:
+    source, text = source_of(tmp_path), text_of()
+    plan = uniform(source)
+
+    def good(plan: Plan, rounding: Rounding) -> Rounding:
+        return refine(source, plan, rounding, text, learning_rate=0.02, progress=False)
+
+    better = good(plan, MINMAX)
+    before, after = kl(source, plan, MINMAX, text), kl(source, plan, better, text)
+    assert after < before
+
+    def judged(**fits: Any) -> tuple[dict[str, Any], Rounding]:
+        found, rounding = decide(
+            source, {"u": plan}, MINMAX, text.sequences, progress=False, **fits
+        )
+        assert found.selection is not None
+        assert found.modules == plan.modules
+        return found.selection, rounding
+
+    selection, kept = judged(refine=good)
+    assert selection["rounding"] == "minmax, refined"
+    assert [c["rounding"] for c in selection["candidates"]] == ["minmax", "minmax, refined"]
+    means = [c["kl"]["mean"] for c in selection["candidates"]]
+    assert means == pytest.approx([before, after], rel=1e-5)
+    assert kl(source, plan, kept, text) == pytest.approx(after, rel=1e-5)
+
+    doubled = {key: (w, s * 2, b) for key, (w, s, b) in better.fitted.items()}
+    bad = replace(better, fitted=doubled)
+    selection, kept = judged(refine=lambda plan, rounding: bad)
+    assert kept is MINMAX
+    assert selection["rounding"] == "minmax"
+    assert len(selection["candidates"]) == 2
+
+    calls: list[Rounding] = []
+
+    def diverging(plan: Plan, rounding: Rounding) -> Rounding:
+        calls.append(rounding)
+        return rounding
+
+    selection, kept = judged(fit=lambda plan: better, refine=diverging)
+    assert calls == [better]
+    assert kept is better
+    assert [c["rounding"] for c in selection["candidates"]] == ["minmax", "descent"]
+
+
+def test_unmeasured_it_is_refused(tmp_path: Path) -> None:
+    source = source_of(tmp_path)
+    with pytest.raises(UsageError, match="--refine is kept only where it lowers measured KL"):
+        decide(source, {"u": uniform(source)}, MINMAX, [], refine=lambda *_: MINMAX, progress=False)
+
+
+def test_convert_refines_and_goes_on_after_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_folder(tmp_path, name="model")
+    job: dict[str, Any] = {"tokens": 320, "held_out_tokens": 320, "refine_tokens": 640}
+    kept: Any = vars(conversion)["export"]
+
+    def full(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(conversion, "export", full)
+    with pytest.raises(KeyboardInterrupt):
+        convert(folder, tmp_path / "out", progress=False, **job)
+    state = work_folder(tmp_path / "out") / refining.CHECKPOINT
+    assert state.exists()
+    with pytest.raises(UsageError, match="holds an unfinished"):
+        convert(folder, tmp_path / "out", progress=False, **job)
+    monkeypatch.setattr(conversion, "export", kept)
+    monkeypatch.setattr(refining._State, "update", None)  # nothing is trained twice
+    convert(folder, tmp_path / "out", resume=True, progress=False, **job)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+    plan = json.loads((tmp_path / "out" / "optiq" / "plan.json").read_text())
+    assert plan["selection"]["candidates"][-1]["rounding"].endswith(", refined")

@@ -1,0 +1,84 @@
+"""The importance of columns, against NumPy on what really goes into each layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+import optiq
+from optiq.models.roles import Role, quantizable
+from optiq.quantize.rounding import importance
+from optiq.sources import load, resolve
+from tests.tiny import tiny_folder
+
+SEQUENCES = [[5, 9, 200, 31, 7], [80, 3, 3, 41, 12, 99, 150, 2]]
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_it_is_the_mean_square_of_the_inputs(tmp_path: Path, native: bool) -> None:
+    model = load(resolve(str(tiny_folder(tmp_path, kind="llama")))).model
+    modules = quantizable(model)
+    if native:
+        optiq.accelerate(model)
+    before = [id(m) for m in model.modules()]
+    found = importance.measure(model, modules, SEQUENCES, progress=False)
+    assert [id(m) for m in model.modules()] == before  # the meters are gone
+    block = model.layers[0]
+    rows = []
+    for tokens in SEQUENCES:
+        h = model.model.embed_tokens(mx.array([tokens]))
+        rows.append(np.array(block.input_layernorm(h))[0])
+    truth = np.mean(np.concatenate(rows).astype(np.float64) ** 2, axis=0)
+    np.testing.assert_allclose(np.array(found["model.layers.0.self_attn.k_proj"]), truth, rtol=1e-4)
+    assert "model.layers.0.self_attn.k_proj" in found
+    for m in modules:
+        if m.role is Role.EMBEDDING and not m.tied:
+            assert m.path not in found
+        else:
+            assert found[m.path].shape == (m.shape[-1],)
+
+
+def test_a_tied_embedding_is_weighed_as_the_head(tmp_path: Path) -> None:
+    model = load(resolve(str(tiny_folder(tmp_path, kind="llama", tie_word_embeddings=True)))).model
+    found = importance.measure(model, quantizable(model), SEQUENCES, progress=False)
+    rows = [np.array(model.model(mx.array([tokens])))[0] for tokens in SEQUENCES]
+    truth = np.mean(np.concatenate(rows).astype(np.float64) ** 2, axis=0)
+    np.testing.assert_allclose(np.array(found["model.embed_tokens"]), truth, rtol=1e-4)
+
+
+def test_experts_are_weighed_by_what_is_routed_to_them(tmp_path: Path) -> None:
+    model = load(resolve(str(tiny_folder(tmp_path, kind="qwen3_moe")))).model
+    modules = quantizable(model)
+    found = importance.measure(model, modules, SEQUENCES, progress=False)
+    expert = next(m for m in modules if m.role is Role.EXPERT)
+    experts, _, width = expert.shape
+    squares, rows = np.zeros((experts, width)), np.zeros(experts)
+
+    class Spy(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+            for token, chosen in zip(
+                np.array(x).reshape(-1, width),
+                np.array(indices).reshape(-1, indices.shape[-1]),
+                strict=True,
+            ):
+                for e in chosen:
+                    squares[e] += token.astype(np.float64) ** 2
+                    rows[e] += 1
+            return self.inner(x, indices)
+
+    mlp = model.layers[expert.block].mlp
+    mlp.switch_mlp = Spy(mlp.switch_mlp)
+    for tokens in SEQUENCES:
+        mx.eval(model(mx.array([tokens])))
+    overall = squares.sum(0) / rows.sum()
+    prior = importance.PRIOR_ROWS
+    truth = (squares + prior * overall) / (rows + prior)[:, None]
+    np.testing.assert_allclose(np.array(found[expert.path]), truth, rtol=1e-4)
