@@ -36,7 +36,7 @@ from optiq.base.machine import machine, versions
 from optiq.calibration.texts import CALIBRATION_TOKENS, SCORING_TOKENS, gather, gather_selection
 from optiq.formats import Format, parse_menu
 from optiq.models import stock
-from optiq.models.roles import quantizable
+from optiq.models.roles import is_head, quantizable
 from optiq.nn.accelerate import accelerate
 from optiq.planning.plan import Plan, build, uniform_plan
 from optiq.planning.proposals import propose
@@ -46,7 +46,6 @@ from optiq.quantize.rounding.descent import descend
 from optiq.quantize.rounding.weights import MINMAX, Rounding
 from optiq.quantize.select import decide
 from optiq.quantize.sensitivity import measure as sensitivity
-from optiq.quantize.sensitivity.job import is_head
 from optiq.runtime import loading as runtime
 from optiq.sources import Source, load, resolve
 

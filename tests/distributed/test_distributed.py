@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from optiq.distributed.ranks import ALONE, BEAT, Watch, World, world
+from optiq.distributed.ranks import ALONE, World, world
+from optiq.distributed.watch import BEAT, Watch
 from optiq.errors import DistributedError, UsageError
 from optiq.quantize.preflight import check_unfinished
 from tests.tiny import tiny_folder

@@ -13,7 +13,7 @@ from mlx_lm import convert as stock_convert
 
 from optiq.errors import UsageError
 from optiq.models import stock
-from optiq.runtime.loading import size
+from optiq.models.size import model_size
 from optiq.sources import load, resolve
 from tests.tiny import tiny_folder
 
@@ -46,7 +46,7 @@ def test_it_is_what_mlx_lm_writes(
     for key, array in theirs.items():
         assert ours[key].dtype == array.dtype
         assert mx.array_equal(ours[key], array), key
-    assert size(model)["nbytes"] == sum(a.nbytes for a in theirs.values())
+    assert model_size(model)["nbytes"] == sum(a.nbytes for a in theirs.values())
     config = json.loads((out / "config.json").read_text())["quantization"]
     quantized = [(path, m) for path, m in model.named_modules() if hasattr(m, "bits")]
     assert len(quantized) > 10

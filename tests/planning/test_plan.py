@@ -15,7 +15,8 @@ import pytest
 from optiq.errors import BudgetError, SensitivityError, UsageError
 from optiq.formats import DEFAULT_MENU, DENSE, UNIFORM4, Format, parse_menu
 from optiq.models.roles import Module, Role, floor
-from optiq.planning.plan import Plan, build, parse_size, uniform_plan
+from optiq.planning.plan import Plan, build, uniform_plan
+from optiq.planning.size import parse_size
 from tests.scored import PROVENANCE
 
 FIXED = 13_824

@@ -13,7 +13,7 @@ import pytest
 
 from optiq.errors import OptiqError
 from optiq.quality import statistics as st
-from optiq.quality.tally import score
+from optiq.quality.statistics import mean_per_token
 
 # Scores of a published card: right answers of how many, Wilson's interval, detectable difference.
 CARD = {
@@ -129,7 +129,7 @@ def test_clustered_error_is_that_of_kl_scores() -> None:
     rng = np.random.default_rng(1)
     counts = rng.integers(5, 60, 12)
     sums, none = rng.normal(1, 0.3, 12) * counts, np.zeros(12)
-    value, se = score(sums.tolist(), counts.tolist())
+    value, se = mean_per_token(sums.tolist(), counts.tolist())
     pair = st.paired_means(none, sums, counts)
     assert (pair.difference, pair.se) == pytest.approx((value, se))
     assert pair.n == counts.sum()
@@ -321,3 +321,29 @@ def test_needs_no_mlx() -> None:
     code = "import sys, optiq.evals.statistics; print('mlx.core' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_mean_and_clustered_error() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(5, 50, 30).tolist()
+    totals = rng.gamma(2, 1, 30) * lengths
+    mean = totals.sum() / sum(lengths)
+    residuals = totals - mean * np.array(lengths)
+    se = np.sqrt(30 / 29 * (residuals**2).sum()) / sum(lengths)
+    found, error = mean_per_token(totals.tolist(), lengths)
+    assert found == pytest.approx(mean, rel=1e-12)
+    assert error == pytest.approx(se, rel=1e-9)
+    # the spread over redrawn sets of sequences is what the error says
+    redrawn = [
+        totals[pick].sum() / np.array(lengths)[pick].sum()
+        for pick in rng.integers(0, 30, (4000, 30))
+    ]
+    assert np.std(redrawn) == pytest.approx(se, rel=0.1)
+
+
+def test_one_sequence_has_no_error() -> None:
+    assert mean_per_token([3.0], [6]) == (0.5, None)
+
+
+def test_equal_sequences_have_no_spread() -> None:
+    assert mean_per_token([0.1 * 7] * 3, [7, 7, 7])[1] == pytest.approx(0, abs=1e-9)

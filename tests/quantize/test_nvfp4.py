@@ -23,6 +23,7 @@ from optiq.calibration import gather
 from optiq.errors import UsageError
 from optiq.formats import DEFAULT_MENU, DENSE, NVFP4, Format, parse_menu
 from optiq.models.roles import allowed, quantizable
+from optiq.models.size import model_size
 from optiq.nn.accelerate import accelerate
 from optiq.nn.layers import NVFP4_ROWS
 from optiq.ops import native
@@ -30,11 +31,11 @@ from optiq.planning.plan import build
 from optiq.quality import divergence as compare
 from optiq.quantize.convert import convert
 from optiq.quantize.export import export
-from optiq.quantize.rounding.weights import MINMAX, Rounding, render, round_weight
+from optiq.quantize.rounding.render import render_layer
+from optiq.quantize.rounding.weights import MINMAX, Rounding, round_weight
 from optiq.quantize.sensitivity.fisher import score_by_fisher
 from optiq.quantize.sensitivity.kl import score_by_kl
 from optiq.quantize.sensitivity.weight_error import relative_error
-from optiq.runtime.loading import size
 from tests.planned import scores_of, source_of
 from tests.quantize.sensitivity.cases import (
     job,
@@ -161,7 +162,7 @@ def test_layers_multiply_with_the_stored_weight(kind: str, dtype: mx.Dtype) -> N
     dense, weight, calls = layer(kind)
     dense.weight = weight.astype(dtype)
     stored = decoded(*round_weight(dense.weight, NVFP4)[:2])
-    ours = render(dense, NVFP4, MINMAX, "a")
+    ours = render_layer(dense, NVFP4, MINMAX, "a")
     for call in calls:
         x = np.array(call[0], dtype=np.float64)
         if kind == "experts":
@@ -178,7 +179,7 @@ def test_layers_multiply_with_the_stored_weight(kind: str, dtype: mx.Dtype) -> N
 def test_lookups_are_exact() -> None:
     dense = nn.Embedding(40, 64)
     ids = mx.array([[3, 39, 0]])
-    got = render(dense, NVFP4, MINMAX, "a")(ids)
+    got = render_layer(dense, NVFP4, MINMAX, "a")(ids)
     stored = decoded(*round_weight(dense.weight, NVFP4)[:2])
     assert np.array_equal(np.array(got), stored[np.array(ids)].astype(np.float32))
 
@@ -264,7 +265,7 @@ def test_folders_equal_quantizing_in_memory(tmp_path: Path, variant: str) -> Non
         assert mx.array_equal(stored.pop(name), array), name
     assert not stored
     assert mx.array_equal(got(TOKENS), expected(TOKENS))
-    assert size(got) == {"nbytes": plan.nbytes, "bpw": plan.bpw}
+    assert model_size(got) == {"nbytes": plan.nbytes, "bpw": plan.bpw}
 
 
 def test_a_conversion_with_nvfp4_in_the_menu(tmp_path: Path) -> None:
@@ -309,7 +310,7 @@ def test_small_weights_lose_precision_and_then_everything() -> None:
     w = mx.random.normal((64, 256), key=mx.random.key(1))
     for factor in (1, 0.02, 0.01, 0.001):
         dense.weight = factor * w
-        errors.append(relative_error(dense, render(dense, NVFP4, MINMAX, "a")))
+        errors.append(relative_error(dense, render_layer(dense, NVFP4, MINMAX, "a")))
     assert errors[0] < 0.011
     assert errors == sorted(errors)
     assert errors[-1] == pytest.approx(1, abs=1e-6)

@@ -21,11 +21,12 @@ from optiq.calibration import gather_selection, token_hash
 from optiq.formats import Format
 from optiq.planning.plan import Plan, uniform_plan
 from optiq.planning.proposals import propose
+from optiq.quality.statistics import rank_correlation
 from optiq.quantize import select as selection
 from optiq.quantize.convert import convert
+from optiq.quantize.rounding.render import render_model
 from optiq.quantize.rounding.weights import MINMAX, Rounding, round_weight
-from optiq.quantize.select import Judge, decide, rank_correlation
-from optiq.runtime.loading import render
+from optiq.quantize.select import Judge, decide
 from optiq.sources import Source, load, resolve
 from tests.architectures import construct
 from tests.planned import describe, scores_of
@@ -61,12 +62,12 @@ def test_the_judges_kl_is_that_of_stock_models(tmp_path: Path, name: str) -> Non
     with Judge(source, TEXT) as judge:
         for bits in (3, 6):
             plan = uniform(source, bits)
-            found = judge.measure(render(load(source), plan))
+            found = judge.measure(render_model(load(source), plan))
             original, _ = load_model(source.path)
             student = stock(source, plan)
             assert found["mean"] == pytest.approx(mean_kl(original, student, TOKENS), rel=5e-3)
             assert found["se"] == pytest.approx(clustered(original, student), rel=1e-2)
-        same = judge.measure(render(load(source), replace(plan, modules=())))
+        same = judge.measure(render_model(load(source), replace(plan, modules=())))
         assert same["mean"] == pytest.approx(0, abs=1e-6)
 
 
@@ -101,10 +102,10 @@ def test_soft_caps_of_logits_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_logits_in_chunks_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny_source(tmp_path, "llama untied")
-    student = render(load(source), uniform(source, 4))
+    student = render_model(load(source), uniform(source, 4))
     with Judge(source, TEXT) as judge:
         whole = judge.measure(student)
-        monkeypatch.setattr("optiq.quantize.sensitivity.kl.LOGITS_BYTES", 4 * 4 * 384)
+        monkeypatch.setattr("optiq.quantize.replay.logits.LOGITS_BYTES", 4 * 4 * 384)
         assert judge.measure(student) == pytest.approx(whole, rel=1e-5)
 
 

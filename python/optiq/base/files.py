@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from ..errors import ExportError, SensitivityError
 
 
 @contextmanager
@@ -26,3 +31,41 @@ def whole(*paths: Path) -> Iterator[tuple[Path, ...]]:
         for temporary in partial:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any, *, indent: int | None) -> None:
+    """Replace `path` in one step: a reader finds the old content or the new, never a part."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as (partial,):
+            partial.write_text(json.dumps(data, indent=indent, allow_nan=False), encoding="utf-8")
+    except OSError as error:
+        raise SensitivityError(
+            f"{path} cannot be written ({error}); free space or name another place"
+        ) from error
+
+
+def check_writable(path: Path) -> None:
+    """Raise ExportError unless a file or folder could be made at the absolute `path`."""
+    probe = _existing(path) / f".{path.name}.optiq-probe"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ExportError(
+            f"{path} cannot be written: {error.strerror}; choose another place"
+        ) from error
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Raise ExportError unless the disk of the absolute path `out` has `needed` bytes free."""
+    free = shutil.disk_usage(_existing(out)).free
+    if free < needed:
+        raise ExportError(
+            f"{out} will need {needed:,} bytes but only {free:,} are free on its disk; free some "
+            "space or choose another folder"
+        )
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in path.parents if parent.exists())

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from ..base.files import whole
+from ..base.text import one_line
 from ..errors import EvalError, ExportError, UsageError
 from ..evals import comparison, metrics, runs
 from ..evals.runs import Run
 from ..formats import DENSE, Format
 from ..planning.plan import Plan, uniform_plan
 from ..quality.statistics import CAPABILITY
-from ..sources.folder import Folder, check_folder, fingerprint, one_line
+from ..sources.folder import Folder, check_folder, fingerprint
 from . import page as page
 from .base_model import describe
 

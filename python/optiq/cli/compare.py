@@ -57,9 +57,9 @@ def _records(args: argparse.Namespace) -> int:
 def _models(args: argparse.Namespace) -> int:
     from .. import calibration
     from ..errors import UsageError
+    from ..models.size import model_size
     from ..nn.accelerate import accelerate
     from ..quality.divergence import check_tokens, measure
-    from ..runtime.loading import size
     from ..sources import load, resolve
     from .tables import metrics_table
 
@@ -78,7 +78,7 @@ def _models(args: argparse.Namespace) -> int:
     text = calibration.batches(rows, reference.tokenizer, tokens=args.tokens, seed=args.seed)
     tokenizers = {name: candidate.tokenizer for name, candidate in loaded.items()}
     check_tokens(reference.tokenizer, tokenizers, text.sequences)
-    sizes = {name: size(candidate.model) for name, candidate in loaded.items()}
+    sizes = {name: model_size(candidate.model) for name, candidate in loaded.items()}
     models = {name: candidate.model for name, candidate in loaded.items()}
     for model in (reference.model, *models.values()):
         accelerate(model)

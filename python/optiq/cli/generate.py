@@ -34,10 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..base.files import check_writable
     from ..errors import UsageError
     from ..kv.model import digest
     from ..kv.prefix import Key, PrefixFile
-    from ..quantize.preflight import check_writable
     from ..runtime.generate import Request, stream
     from ..runtime.loading import open_source
     from ..sources import resolve

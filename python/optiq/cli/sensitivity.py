@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, world: World) -> int:
+    from ..base.files import check_writable
     from ..calibration import SCORING_TOKENS, gather, text_name
     from ..formats import DEFAULT_MENU, parse_menu
     from ..quantize.preflight import (
@@ -40,7 +41,6 @@ def _run(args: argparse.Namespace, world: World) -> int:
         check_replaceable,
         check_unfinished,
         check_weights,
-        check_writable,
     )
     from ..quantize.prepare import choose_rounding
     from ..quantize.sensitivity import measure as sensitivity

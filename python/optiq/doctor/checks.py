@@ -29,7 +29,7 @@ def examine() -> list[Finding]:
         import mlx.core as mx
 
         from ..ops import native
-    from ..base.machine import available_memory
+    from ..base.memory import available_memory
 
     extension = native.extension
     findings = [

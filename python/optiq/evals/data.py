@@ -16,8 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..base.text import one_line
 from ..errors import EvalError
-from ..sources.folder import one_line
 from .layouts import Files, Layout, Row, layouts
 
 Read = Callable[[str], bytes | None]  # of a relative path; None if there is no such file

@@ -13,9 +13,9 @@ from typing import Any
 from ..base.machine import versions
 from ..base.progress import Progress
 from ..errors import EvalError, SourceError, UsageError
+from ..models.size import model_size
 from ..nn.accelerate import accelerate
 from ..quality.statistics import CAPABILITY as BENCHMARKS
-from ..runtime.loading import size
 from ..sources import LoadedModel, Source, resolve
 from ..sources import load as load_source
 from . import data, judge, records
@@ -71,7 +71,7 @@ def evaluate(
         )
     loaded = load_source(source, allow_quantized=True)
     sizes = {"model": source.name, "fingerprint": source.fingerprint}
-    sizes |= size(loaded.model) | _file_bytes(source.path)
+    sizes |= model_size(loaded.model) | _file_bytes(source.path)
     tasks, left_out = _prepare(
         names, loaded, source, limit, full, data_folder, reference, required=suite != "capability"
     )

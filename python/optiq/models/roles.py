@@ -227,3 +227,8 @@ def _flow_order(modules: list[Module]) -> list[Module]:
         return (2, m.block, first[group], m.role is not Role.ROUTER, leaf in _LAST)
 
     return sorted(modules, key=key)
+
+
+def is_head(module: Module) -> bool:
+    """Whether the module's weight makes the logits."""
+    return module.tied or module.role is Role.HEAD

@@ -9,10 +9,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..base.text import one_line
 from ..errors import UsageError
 from ..formats import UNIFORM4
 from ..sources import LoadedModel
-from ..sources.folder import mlx_lm_version, one_line
+from ..sources.folder import mlx_lm_version
 
 # "uniform 3..8": the affine widths of stock mlx-lm but 2, which no model survives.
 UNIFORM_WIDTHS = (3, 4, 5, 6, 8)

@@ -6,10 +6,8 @@ count every tensor of the exported folder: codes, scales, biases and all that is
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from math import fsum, prod
 from typing import Any
 
@@ -18,15 +16,13 @@ from ..formats import DENSE, UNIFORM4, Format
 from ..models.roles import Module, allowed
 from .allocation import Choice, Item, allocate
 from .scores import Scores, describe_module, module_of, parse
+from .size import parse_size
 
 Json = dict[str, Any]
 
 _PROVENANCE = (
     "measured", "selection", "calibration", "seed", "command", "versions", "machine", "uniform4",
 )  # fmt: skip
-_UNITS = {"b": 1}
-for _power, _letter in enumerate("kmgt", start=1):
-    _UNITS |= {f"{_letter}b": 1000**_power, f"{_letter}ib": 1024**_power}
 
 
 @dataclass(frozen=True)
@@ -221,27 +217,6 @@ def uniform_plan(modules: Sequence[Module], model: Json, fmt: Format = UNIFORM4)
         planned.append(Planned(module, used, used.nbytes(module.shape, itemsize), None))
     plan = Plan(model=model, asked=f"uniform {fmt}", budget=0, modules=tuple(planned))
     return replace(plan, budget=plan.nbytes)
-
-
-def parse_size(text: str, *, params: int, uniform4: int, header: int = 0) -> int:
-    """Bytes of tensors for "uniform4", "4.8bpw" (of `params`), "6.1GB", "512MiB" or plain bytes.
-
-    A size in bytes is one of weight files, so their `header` bytes are taken off. GB and MB are
-    decimal. A fraction of a byte is dropped, so that the budget is never exceeded.
-    """
-    size = text.strip().lower().replace("_", "")
-    if size == "uniform4":
-        return uniform4
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", size)
-    if match:
-        number, unit = Fraction(match[1]), match[2]
-        if unit == "bpw":
-            return int(number * params / 8)
-        if unit in _UNITS:
-            return max(0, int(number * _UNITS[unit]) - header)
-        if not unit and number.denominator == 1:
-            return max(0, int(number) - header)
-    raise UsageError(f"size {text!r} is not understood; write uniform4, 4.8bpw, 6.1GB or bytes")
 
 
 def _params(model: Json, modules: Sequence[Module]) -> int:

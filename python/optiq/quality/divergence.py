@@ -21,7 +21,7 @@ from .. import ops
 from ..base.progress import Progress
 from ..calibration import Sample, token_hash
 from ..errors import OptiqError
-from .tally import score
+from .statistics import mean_per_token
 
 # Bytes of float32 logits of one model at a time; longer sequences run in chunks with a cache.
 LOGITS_BYTES = 128 << 20
@@ -88,8 +88,8 @@ def summary(table: Table) -> dict[str, Any]:
 
 
 def clustered(values: Sequence[NDArray[np.float64]]) -> tuple[float, float | None]:
-    """Mean over all tokens, and its standard error with sequences as clusters (see `score`)."""
-    return score([float(v.sum()) for v in values], [len(v) for v in values])
+    """Mean over all tokens, and its standard error with sequences as clusters ."""
+    return mean_per_token([float(v.sum()) for v in values], [len(v) for v in values])
 
 
 def columns(

@@ -11,10 +11,10 @@ Clusters never narrow an interval of shares: few of them can look more alike tha
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from math import inf, isfinite, sqrt
+from math import fsum, inf, isfinite, sqrt
 from statistics import NormalDist
 from typing import TypeVar
 
@@ -364,3 +364,38 @@ def _same_length(values: Floats, other: ArrayLike) -> Floats:
     if len(values) != np.size(other):
         raise OptiqError(f"{len(values)} and {np.size(other)} items cannot be paired")
     return values
+
+
+def mean_per_token(totals: Sequence[float], lengths: Sequence[int]) -> tuple[float, float | None]:
+    """Mean per token over sequences of these `lengths`, and its standard error.
+
+    The error is that of a ratio of sums over independent sequences (Cochran, Sampling
+    Techniques, 6.4): sqrt(S/(S-1) sum_s (K_s - mean n_s)^2) / sum_s n_s; tokens of one
+    sequence are not independent. With a single sequence it is unknown: None.
+    """
+    count, tokens = len(lengths), sum(lengths)
+    mean = fsum(totals) / tokens
+    if count < 2:
+        return mean, None
+    squares = fsum((k - mean * n) ** 2 for k, n in zip(totals, lengths, strict=True))
+    return mean, sqrt(count / (count - 1) * squares) / tokens
+
+
+def rank_correlation(pairs: Iterable[tuple[float, float]]) -> float | None:
+    """Spearman's coefficient; None for fewer than three pairs or where all ranks are equal."""
+    columns = [_ranks(column) for column in zip(*pairs, strict=True)]
+    if not columns or len(columns[0]) < 3:
+        return None
+    n = len(columns[0])
+    centred = [[r - (n - 1) / 2 for r in column] for column in columns]
+    (xx, xy), (_, yy) = (
+        [sum(a * b for a, b in zip(one, other, strict=True)) for other in centred]
+        for one in centred
+    )
+    return xy / (xx * yy) ** 0.5 if xx and yy else None
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """Places from 0 on; equal values share their mean place."""
+    ordered = sorted(values)
+    return [ordered.index(v) + (ordered.count(v) - 1) / 2 for v in values]

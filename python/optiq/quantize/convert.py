@@ -17,29 +17,23 @@ from pathlib import Path
 from typing import Any
 
 from .. import report
-from ..base.files import whole
-from ..base.machine import available_memory
+from ..base.files import check_space, check_writable, whole
+from ..base.machine import command_line
+from ..base.memory import available_memory
 from ..calibration import CALIBRATION_TOKENS, HELD_OUT_TOKENS, Calibration, gather
 from ..errors import ExportError
 from ..formats import Format
 from ..nn.accelerate import accelerate
-from ..planning.plan import Plan, build, parse_size, uniform_plan
+from ..planning.plan import Plan, build, uniform_plan
+from ..planning.size import parse_size
 from ..quality import divergence as compare
 from ..runtime.loading import load as load_native
-from ..runtime.loading import render
 from ..sources import Source, load, resolve
 from .export import check_target, export
-from .preflight import check_budget, check_space, check_unfinished, check_writable
-from .prepare import (
-    CHECKPOINT,
-    command_line,
-    gather_all,
-    prepare,
-    read_menu,
-    remove_work,
-    work_folder,
-)
+from .preflight import check_budget, check_unfinished
+from .prepare import CHECKPOINT, gather_all, prepare, read_menu, remove_work, work_folder
 from .rounding import distill as refining
+from .rounding.render import render_model
 from .rounding.weights import Rounding
 
 
@@ -193,7 +187,7 @@ def _measured(source: Source, plan: Plan, out: Path, held_out: Calibration, prog
     accelerate(reference)
     candidates = {
         "exported": load_native(str(out))[0],
-        "uniform4": render(load(source), baseline),
+        "uniform4": render_model(load(source), baseline),
     }
     metrics = compare.measure(reference, candidates, held_out.sequences, progress=progress)
     sizes = {"exported": plan, "uniform4": baseline}

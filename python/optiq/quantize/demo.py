@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from ..base.text import one_line
 from ..errors import OptiqError, SourceError
 from ..sources import resolve
-from ..sources.folder import one_line
 from .convert import Result, convert
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -129,9 +129,9 @@ def _stock_answer(out: Path) -> str:
 def _uniform4_answer(model: str, result: Result) -> str:
     from ..planning.plan import uniform_plan
     from ..runtime.generate import answer
-    from ..runtime.loading import render
     from ..sources import load
+    from .rounding.render import render_model
 
     loaded = load(resolve(model))
     plan = uniform_plan([m.module for m in result.plan.modules], result.plan.model)
-    return answer(render(loaded, plan), loaded.tokenizer, QUESTION, max_tokens=24)
+    return answer(render_model(loaded, plan), loaded.tokenizer, QUESTION, max_tokens=24)

@@ -19,12 +19,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from ..base.progress import Progress
+from ..base.text import one_line
 from ..errors import ExportError, SourceError
 from ..formats import DENSE, NVFP4, Format
 from ..models.roles import fixed_bytes, quantizable
 from ..planning.plan import Plan
 from ..sources import LoadedModel, Source, check_finite, load
-from ..sources.folder import one_line, read_config
+from ..sources.folder import read_config
 from ..sources.shards import SHARD_BYTES, Spec, checksum, write_shards
 from .rounding.weights import MINMAX, Rounding, round_weight
 

@@ -19,33 +19,28 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ..base.machine import available_memory, machine, versions
+from ..base.files import check_writable
+from ..base.machine import command_line, machine, versions
+from ..base.memory import available_memory
 from ..base.progress import Progress
 from ..calibration import CALIBRATION_TOKENS, HELD_OUT_TOKENS, token_hash
 from ..errors import BudgetError, OptiqError, UsageError
 from ..formats import Format
 from ..models import stock
 from ..models.roles import Module, Role
+from ..models.size import model_size
 from ..nn.accelerate import accelerate
 from ..planning import pareto
-from ..planning.plan import build, parse_size
+from ..planning.plan import build
 from ..planning.scores import parse
+from ..planning.size import parse_size
 from ..quality import divergence as compare
-from ..runtime.loading import render, size
 from ..sources import load, resolve
 from .frontier_files import JSON, Finished, check_replaceable, write
-from .preflight import check_budget, check_unfinished, check_writable
-from .prepare import (
-    CHECKPOINT,
-    Prepared,
-    command_line,
-    gather_all,
-    prepare,
-    read_menu,
-    remove_work,
-    work_folder,
-)
+from .preflight import check_budget, check_unfinished
+from .prepare import CHECKPOINT, Prepared, gather_all, prepare, read_menu, remove_work, work_folder
 from .rounding.descent import TAPE_BYTES
+from .rounding.render import render_model
 
 Json = dict[str, Any]
 
@@ -172,11 +167,11 @@ def _measure(
 def _candidates(ready: Prepared, sizes: Sequence[str]) -> Iterator[Candidate]:
     def theirs(**how: Any) -> Made:
         model = stock.quantize(load(ready.source), **how)
-        return model, {**size(model), "asked": None, "chosen": None, "rounding": "minmax"}
+        return model, {**model_size(model), "asked": None, "chosen": None, "rounding": "minmax"}
 
     def ours(asked: str) -> Made:
         plan, rounding = ready.best(asked)
-        model = render(load(ready.source), plan, rounding=rounding)
+        model = render_model(load(ready.source), plan, rounding=rounding)
         selection = plan.selection or {}
         about = {key: selection.get(key) for key in ("chosen", "rounding")}
         return model, {"nbytes": plan.nbytes, "bpw": plan.bpw, "asked": asked, **about}

@@ -8,12 +8,11 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..base.files import whole
+from ..base.files import whole, write_json
 from ..errors import ExportError, OptiqError, UsageError
 from ..report import frontier as page
 from . import preflight
 from .prepare import SCORES
-from .sensitivity.checkpoint import write_json
 
 Json = dict[str, Any]
 

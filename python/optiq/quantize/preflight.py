@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import BudgetError, ExportError, SensitivityError, UsageError
+from ..errors import BudgetError, SensitivityError, UsageError
 from ..formats import Format
 from ..models.roles import allowed, quantizable
-from ..planning.plan import parse_size, uniform_plan
+from ..planning.plan import uniform_plan
 from ..planning.scores import read
+from ..planning.size import parse_size
 from ..sources import LoadedModel, Source, check_finite
-
-
-def check_writable(path: Path) -> None:
-    """Raise ExportError unless a file or folder could be made at the absolute `path`."""
-    probe = _existing(path) / f".{path.name}.optiq-probe"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ExportError(
-            f"{path} cannot be written: {error.strerror}; choose another place"
-        ) from error
 
 
 def check_unfinished(checkpoint: Path, resume: bool) -> None:
@@ -72,16 +60,6 @@ def check_budget(source: Source, loaded: LoadedModel, size: str, menu: Sequence[
     return min(budget, fixed + sum(map(max, sizes)))
 
 
-def check_space(out: Path, needed: int) -> None:
-    """Raise ExportError unless the disk of the absolute path `out` has `needed` bytes free."""
-    free = shutil.disk_usage(_existing(out)).free
-    if free < needed:
-        raise ExportError(
-            f"{out} will need {needed:,} bytes but only {free:,} are free on its disk; free some "
-            "space or choose another folder"
-        )
-
-
 def check_weights(source: Source) -> None:
     """Raise SourceError naming a weight that is not finite; they are read one after the other."""
     import mlx.core as mx
@@ -94,7 +72,3 @@ def check_weights(source: Source) -> None:
     while weights:
         check_finite(*weights.popitem())
     mx.clear_cache()
-
-
-def _existing(path: Path) -> Path:
-    return next(parent for parent in path.parents if parent.exists())

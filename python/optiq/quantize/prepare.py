@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -239,13 +237,6 @@ def read_menu(formats: str | Sequence[Format] | None) -> tuple[Format, ...]:
     if formats is None:
         return DEFAULT_MENU
     return parse_menu(formats if isinstance(formats, str) else map(str, formats))
-
-
-def command_line() -> str:
-    """The command that makes the same from the start; empty when called from Python."""
-    program, *arguments = sys.argv or [""]
-    arguments = [a for a in arguments if a != "--resume"]
-    return shlex.join(["optiq", *arguments]) if Path(program).name == "optiq" else ""
 
 
 def _given(path: Path, source: Source, loaded: LoadedModel) -> Json:

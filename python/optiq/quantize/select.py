@@ -7,7 +7,7 @@ kept; logits are made of them a few rows at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import inf, isfinite
 from typing import Any
@@ -16,20 +16,19 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from ..base.machine import available_memory
+from ..base.memory import available_memory
 from ..base.progress import Progress
 from ..calibration import Sample, token_hash
 from ..errors import UsageError
-from ..models.roles import quantizable
+from ..models.roles import is_head, quantizable
 from ..nn.accelerate import accelerate
 from ..planning.plan import Plan
-from ..quality.tally import score
-from ..runtime.loading import render
+from ..quality.statistics import mean_per_token, rank_correlation
 from ..sources import Source, load
+from .replay.logits import divergences
 from .replay.replay import Replay, Tape
+from .rounding.render import render_model
 from .rounding.weights import Rounding
-from .sensitivity.job import is_head
-from .sensitivity.kl import divergences
 
 Json = dict[str, Any]
 
@@ -65,7 +64,7 @@ class Judge:
             for tape, sample in zip(self._tapes, self.sequences, strict=True):
                 hidden = replay.record(sample.tokens).hidden
                 totals += divergences(self._teacher, tape, (tape.hidden, None), [(hidden, head)])
-        mean, se = score(totals, [len(s.tokens) for s in self.sequences])
+        mean, se = mean_per_token(totals, [len(s.tokens) for s in self.sequences])
         return {"mean": mean, "se": se}
 
 
@@ -101,7 +100,7 @@ def decide(
 
         def measure(name: str, rounding: Rounding, how: str) -> float:
             plan = plans[name]
-            kl = judge.measure(render(load(source), plan, rounding=rounding))
+            kl = judge.measure(render_model(load(source), plan, rounding=rounding))
             if not isfinite(kl["mean"]):  # the plan makes the model overflow
                 return inf
             candidates.append(
@@ -172,26 +171,6 @@ def _trust(candidates: Sequence[Json], chosen: str) -> Json:
             f"{high}: more calibration --tokens or --sensitivity kl may find a better one"
         )
     return {"ratio": ratio, "rank_correlation": rank_correlation(pairs.values())}
-
-
-def rank_correlation(pairs: Iterable[tuple[float, float]]) -> float | None:
-    """Spearman's coefficient; None for fewer than three pairs or where all ranks are equal."""
-    columns = [_ranks(column) for column in zip(*pairs, strict=True)]
-    if not columns or len(columns[0]) < 3:
-        return None
-    n = len(columns[0])
-    centred = [[r - (n - 1) / 2 for r in column] for column in columns]
-    (xx, xy), (_, yy) = (
-        [sum(a * b for a, b in zip(one, other, strict=True)) for other in centred]
-        for one in centred
-    )
-    return xy / (xx * yy) ** 0.5 if xx and yy else None
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    """Places from 0 on; equal values share their mean place."""
-    ordered = sorted(values)
-    return [ordered.index(v) + (ordered.count(v) - 1) / 2 for v in values]
 
 
 def _thin(tape: Tape) -> Tape:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..base.text import one_line
 from ..errors import UsageError
-from ..sources.folder import one_line
 
 if TYPE_CHECKING:
     from ..kv.prefix import PrefixFile

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..base.text import one_line
 from ..errors import SourceError
 from .safetensors import TensorInfo, read_header
 
@@ -120,12 +121,6 @@ def _pieces(path: Path, tensors: Collection[TensorInfo], samples: int) -> Iterat
 def mlx_lm_version() -> str:
     """The installed mlx-lm's version."""
     return importlib.metadata.version("mlx-lm")
-
-
-def one_line(error: BaseException) -> str:
-    """An exception of another library as one line of at most 300 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def _check_index(path: Path, files: dict[str, dict[str, TensorInfo]]) -> None:

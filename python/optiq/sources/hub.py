@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ..base.text import one_line
 from ..errors import SourceError
-from .folder import one_line
 
 # What mlx_lm.load downloads, so that both find the other's snapshot complete.
 ALLOW_PATTERNS = [

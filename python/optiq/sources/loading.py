@@ -11,8 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..base.text import one_line
 from ..errors import SourceError
-from .folder import WEIGHTS, mlx_lm_version, one_line, read_config
+from .folder import WEIGHTS, mlx_lm_version, read_config
 from .safetensors import read_header
 
 

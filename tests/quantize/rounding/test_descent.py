@@ -17,16 +17,15 @@ from mlx_lm.utils import load_model
 from optiq import ops
 from optiq.formats import DENSE, NVFP4, UNIFORM4, Format
 from optiq.models.places import slot_at
-from optiq.models.roles import Module, Role, quantizable
+from optiq.models.roles import Module, Role, is_head, quantizable
 from optiq.nn.accelerate import accelerate
 from optiq.planning.plan import Plan, uniform_plan
 from optiq.quantize.export import export
 from optiq.quantize.replay.replay import Replay
 from optiq.quantize.rounding import descent
 from optiq.quantize.rounding.descent import Moments, best, descend
+from optiq.quantize.rounding.render import render_model
 from optiq.quantize.rounding.weights import MINMAX, Rounded, Rounding
-from optiq.quantize.sensitivity.job import is_head
-from optiq.runtime.loading import render
 from optiq.sources import Source, load
 from tests.planned import describe
 from tests.quantize.sensitivity.cases import (
@@ -291,7 +290,7 @@ def test_what_is_fitted_is_written_and_rendered(tmp_path: Path, name: str, dtype
     assert how.fitted.keys() == fitted
     export(source, plan, tmp_path / "out", rounding=how)
     written = mx.load(str(tmp_path / "out" / "model.safetensors"))
-    run = dict(tree_flatten(render(load(source), plan, rounding=how).parameters()))
+    run = dict(tree_flatten(render_model(load(source), plan, rounding=how).parameters()))
     changed = 0
     for (path, fmt), parts in how.fitted.items():
         for part, array in zip(("weight", "scales", "biases"), parts, strict=True):

@@ -22,9 +22,9 @@ from optiq.quantize.convert import convert
 from optiq.quantize.prepare import work_folder
 from optiq.quantize.rounding import distill as refining
 from optiq.quantize.rounding.distill import refine
+from optiq.quantize.rounding.render import render_model
 from optiq.quantize.rounding.weights import MINMAX, Rounding
 from optiq.quantize.select import Judge, decide
-from optiq.runtime.loading import render
 from optiq.sources import Source, load
 from tests.planned import source_of, uniform
 from tests.tiny import VOCAB, tiny_folder
@@ -52,7 +52,7 @@ def mixed(source: Source) -> Plan:
 
 def kl(source: Source, plan: Plan, rounding: Rounding, text: Calibration) -> float:
     with Judge(source, text.sequences) as judge:
-        return float(judge.measure(render(load(source), plan, rounding=rounding))["mean"])
+        return float(judge.measure(render_model(load(source), plan, rounding=rounding))["mean"])
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from optiq.calibration import Calibration, Sample, token_hash
 from optiq.formats import DENSE, Format, parse_menu
 from optiq.models.roles import Module, allowed, quantizable
 from optiq.nn.accelerate import accelerate
-from optiq.quality.tally import score
+from optiq.quality.statistics import mean_per_token
 from optiq.quantize.rounding.weights import MINMAX
 from optiq.quantize.sensitivity.checkpoint import Checkpoint
 from optiq.quantize.sensitivity.job import Job
@@ -71,7 +71,7 @@ def scores(job: Job) -> dict[tuple[str, str], float]:
     """Mean scores by (path, format)."""
     lengths = [len(tokens) for tokens in job.sequences]
     return {
-        (path, fmt): score(totals, lengths)[0]
+        (path, fmt): mean_per_token(totals, lengths)[0]
         for path, formats in job.collect().items()
         for fmt, totals in formats.items()
     }

@@ -10,7 +10,8 @@ import pytest
 from mlx_lm.utils import load_model
 
 from optiq.base import progress as progress_module
-from optiq.base.machine import available_memory, machine
+from optiq.base.machine import machine
+from optiq.base.memory import available_memory
 from optiq.errors import SensitivityError, UsageError
 from optiq.formats import DENSE, Format
 from optiq.models.roles import Role, allowed, fixed_bytes, quantizable

@@ -11,7 +11,8 @@ import pytest
 from mlx_lm.utils import load_model
 
 from optiq.formats import DENSE, UNIFORM4, Format, parse_menu
-from optiq.quantize.rounding.weights import MINMAX, render
+from optiq.quantize.rounding.render import render_layer
+from optiq.quantize.rounding.weights import MINMAX
 from optiq.quantize.sensitivity import weight_error
 from optiq.quantize.sensitivity.measure import measure
 from optiq.quantize.sensitivity.weight_error import relative_error
@@ -55,11 +56,11 @@ def test_of_every_module_and_format(tmp_path: Path, name: str, method: str) -> N
 def test_parts_of_a_weight_add_up(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_error, "ELEMENTS", elements)
     dense = nn.Linear(128, 24)
-    rounded = render(dense, UNIFORM4, MINMAX, "a")
+    rounded = render_layer(dense, UNIFORM4, MINMAX, "a")
     assert relative_error(dense, rounded) == pytest.approx(naive(dense.weight, UNIFORM4), rel=1e-5)
 
 
 def test_a_weight_of_zeros_has_no_error() -> None:
     dense = nn.Linear(64, 8)
     dense.weight = mx.zeros((8, 64))
-    assert relative_error(dense, render(dense, UNIFORM4, MINMAX, "a")) == 0
+    assert relative_error(dense, render_layer(dense, UNIFORM4, MINMAX, "a")) == 0

@@ -7,8 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from ...base.text import one_line
 from ...errors import OptiqError
-from ...sources.folder import one_line
 from ..data import Questions
 from ..engine import Engine, Prompt
 from ..records import Metrics, Record

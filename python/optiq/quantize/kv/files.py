@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...base.files import whole
+from ...base.files import check_writable, whole
 from ...errors import ExportError, KVError, UsageError
 from ...kv.config import KVConfig
 from ...report import kv as page
-from ..preflight import check_unfinished, check_writable
+from ..preflight import check_unfinished
 
 KIND = "optiq.kv.report"
 

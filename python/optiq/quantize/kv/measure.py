@@ -24,9 +24,9 @@ from ...errors import SensitivityError
 from ...formats import DENSE, Format
 from ...kv.config import KVConfig
 from ...kv.model import make_cache
-from ...quality.tally import Totals, score
-from ..sensitivity.checkpoint import Checkpoint
-from ..sensitivity.kl import divergences
+from ...quality.statistics import mean_per_token
+from ..replay.logits import divergences
+from ..sensitivity.checkpoint import Checkpoint, Totals
 from .decoding import CHUNK, Context, Decoder
 from .slots import Slot, Width, configured
 
@@ -85,7 +85,8 @@ def measure(
     scores: Scores = {}
     for slot in slots:
         known = {
-            fmt: score(totals[slot.name, fmt], [tail] * len(contexts)) for fmt in wanted[slot.name]
+            fmt: mean_per_token(totals[slot.name, fmt], [tail] * len(contexts))
+            for fmt in wanted[slot.name]
         }
         scores[slot.name] = complete(slot, menu, known)
     return scores, check_law(slots, menu, scores)

@@ -9,15 +9,14 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ...base.machine import machine, versions
+from ...base.machine import command_line, machine, versions
 from ...calibration import Sample, token_hash
 from ...errors import UsageError
 from ...kv.config import KVConfig
 from ...kv.model import entries, identity
 from ...nn.accelerate import accelerate
+from ...quality.statistics import rank_correlation
 from ...sources import load, resolve
-from ..prepare import command_line
-from ..select import rank_correlation
 from ..sensitivity.checkpoint import Checkpoint
 from . import choose
 from .contexts import CONTEXT, LEAST, SAMPLES, Texts, gather

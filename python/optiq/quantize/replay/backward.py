@@ -17,8 +17,8 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from ...models.roles import Module, Role
-from ..sensitivity.kl import LOGITS_BYTES
 from .gradients import Call, add_calls
+from .logits import LOGITS_BYTES
 from .replay import Pass, Replay, Tape, arrays
 from .taps import Taps
 

@@ -29,15 +29,14 @@ from ... import ops
 from ...base.progress import Progress
 from ...calibration import Calibration
 from ...formats import DENSE, NVFP4, Format
-from ...models.roles import Module, Role, quantizable
+from ...models.roles import Module, Role, is_head, quantizable
 from ...nn.accelerate import accelerate
 from ...planning.plan import Plan, Planned
 from ...sources import Source, load
 from ..replay.backward import Backward
 from ..replay.gradients import Call
+from ..replay.logits import LOGITS_BYTES
 from ..replay.replay import Replay, Tape
-from ..sensitivity.job import is_head
-from ..sensitivity.kl import LOGITS_BYTES
 from ..sensitivity.reference import choose, open_reference, weight_bytes
 from .weights import MINMAX, Rounded, Rounding
 

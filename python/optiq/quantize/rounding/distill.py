@@ -37,20 +37,19 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ... import ops
 from ...base.files import whole
-from ...base.machine import available_memory
+from ...base.memory import available_memory
 from ...base.progress import Progress
 from ...calibration import Calibration
 from ...errors import ExportError, UsageError
 from ...formats import DENSE, Format
 from ...models.places import slot_at
-from ...models.roles import Role, quantizable
+from ...models.roles import Role, is_head, quantizable
 from ...nn.accelerate import accelerate
 from ...planning.plan import Plan, Planned
-from ...runtime.loading import render
 from ...sources import Source, load
+from ..replay.logits import LOGITS_BYTES
 from ..replay.replay import Replay, Tape
-from ..sensitivity.job import is_head
-from ..sensitivity.kl import LOGITS_BYTES
+from .render import render_model
 from .weights import Rounded, Rounding
 
 CHECKPOINT = "refine.safetensors"
@@ -186,7 +185,7 @@ class _Student:
     """The rounded model, as a function of `Parameters`."""
 
     def __init__(self, source: Source, plan: Plan, rounding: Rounding, teacher: _Teacher) -> None:
-        model = render(load(source), plan, rounding=rounding, blocks=False)
+        model = render_model(load(source), plan, rounding=rounding, blocks=False)
         model.freeze()
         self.teacher = teacher
         self.grids = [

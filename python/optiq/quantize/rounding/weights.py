@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ... import ops
 from ...errors import UsageError
@@ -85,13 +84,3 @@ def _round_nvfp4(w: mx.array) -> tuple[mx.array, mx.array]:
         parts.append((codes, scales))
     codes, scales = (mx.concatenate(list(of)) for of in zip(*parts, strict=True))
     return codes.reshape(*w.shape[:-1], -1), scales.reshape(*w.shape[:-1], -1)
-
-
-def render(module: nn.Module, fmt: Format, rounding: Rounding, path: str) -> nn.Module:
-    """The layer that `module` becomes when its weight is rounded exactly as it would be shipped.
-
-    Raises SourceError naming `path` when the weight is not finite.
-    """
-    from ...nn.accelerate import quantized
-
-    return quantized(module, *round_weight(module.weight, fmt, rounding, path), fmt)

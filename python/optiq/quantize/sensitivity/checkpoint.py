@@ -12,9 +12,11 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ...base.files import whole
+from ...base.files import write_json
 from ...errors import SensitivityError
-from ...quality.tally import Totals
+
+# By module path and format name: KL in nats summed over the tokens, of each sequence.
+Totals = dict[str, dict[str, list[float]]]
 
 _KIND = "optiq.sensitivity.checkpoint"
 
@@ -138,15 +140,3 @@ def _are_totals(value: object) -> bool:
 
 def _damaged(path: Path, what: str) -> NoReturn:
     raise SensitivityError(f"{path} is damaged ({what}); delete it and start without --resume")
-
-
-def write_json(path: Path, data: Any, *, indent: int | None) -> None:
-    """Replace `path` in one step: a reader finds the old content or the new, never a part."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as (partial,):
-            partial.write_text(json.dumps(data, indent=indent, allow_nan=False), encoding="utf-8")
-    except OSError as error:
-        raise SensitivityError(
-            f"{path} cannot be written ({error}); free space or name another place"
-        ) from error

@@ -36,14 +36,15 @@ from numpy.typing import NDArray
 
 from ...base.progress import Progress
 from ...errors import SensitivityError
-from ...models.roles import Module, Role
+from ...models.roles import Module, Role, is_head
 from ...nn.layers import dequantized
-from ...quality.tally import Totals
 from ..replay.backward import Backward
 from ..replay.gradients import Call, looked_up, weight_gradient
+from ..replay.logits import divergences
 from ..replay.replay import Replay
-from .job import Job, is_head
-from .kl import divergences, head_groups, record
+from .checkpoint import Totals
+from .job import Job
+from .kl import head_groups, record
 
 # Bytes of float32 gradients of one weight, each of one sequence, that are held together.
 GRADIENT_BYTES = 1 << 30

@@ -12,10 +12,10 @@ import mlx.nn as nn
 from ...distributed.ranks import ALONE, World
 from ...errors import SensitivityError
 from ...formats import DENSE, Format
-from ...models.roles import Module, Role
-from ...quality.tally import Totals
-from ..rounding.weights import Rounding, render
-from .checkpoint import Checkpoint
+from ...models.roles import Module
+from ..rounding.render import render_layer
+from ..rounding.weights import Rounding
+from .checkpoint import Checkpoint, Totals
 from .reference import Reference
 from .weight_error import relative_error
 
@@ -59,7 +59,7 @@ class Job:
 
         The error of a whole weight is noted the first time.
         """
-        rounded = render(layer, fmt, self.rounding, module.path)
+        rounded = render_layer(layer, fmt, self.rounding, module.path)
         whole = layer.weight.shape == module.shape
         if whole and self.weight_error(module.path, str(fmt)) is None:
             error = relative_error(layer, rounded)
@@ -143,8 +143,3 @@ def _name(unit: Unit) -> str:
 def _unit(name: str) -> Unit:
     batch, step = map(int, name.split("/"))
     return batch, step
-
-
-def is_head(module: Module) -> bool:
-    """Whether the module's weight makes the logits."""
-    return module.tied or module.role is Role.HEAD

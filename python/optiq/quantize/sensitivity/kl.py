@@ -14,24 +14,18 @@ from itertools import groupby
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from ...base.progress import Progress
 from ...errors import SensitivityError
 from ...formats import DENSE, Format
-from ...models.roles import Module, Role
-from ...quality.tally import Totals
+from ...models.roles import Module, Role, is_head
+from ..replay.logits import Output, divergences
 from ..replay.replay import Replay, Tape
-from .job import Job, Unit, is_head
-
-# Bytes of float32 logits of one model at a time; a longer sequence is compared in chunks of rows.
-LOGITS_BYTES = 64 << 20
+from .checkpoint import Totals
+from .job import Job, Unit
 
 # Bytes of the dense weights whose rounded versions are held together, for the head's logits.
 HEAD_BYTES = 1 << 30
-
-# The input of the head [1, T, d] and the head that makes logits of it (None: the model's own).
-Output = tuple[mx.array, nn.Module | None]
 
 
 def score_by_kl(job: Job) -> None:
@@ -71,23 +65,6 @@ def record(replay: Replay, job: Job, batch: Sequence[int]) -> list[Tape]:
             )
         tapes.append(tape)
     return tapes
-
-
-def divergences(
-    replay: Replay, tape: Tape, teacher: Output, students: Sequence[Output]
-) -> list[float]:
-    """KL(teacher || student) in nats, summed over the tokens of `tape`, for each student."""
-    from ... import ops
-
-    totals = [0.0] * len(students)
-    for rows in tape.chunks(LOGITS_BYTES):
-        p = replay.logits(tape, teacher[0][0, rows], teacher[1])
-        mx.eval(p)
-        for i, (hidden, head) in enumerate(students):
-            q = replay.logits(tape, hidden[0, rows], head)
-            kl, _ = ops.kl_from_logits(p, q)
-            totals[i] += float(np.asarray(kl).sum(dtype=np.float64))
-    return totals
 
 
 def head_groups(formats: Sequence[Format], dense: nn.Module) -> list[Sequence[Format]]:

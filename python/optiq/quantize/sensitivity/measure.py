@@ -15,16 +15,17 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ...base.machine import available_memory, machine, versions
+from ...base.machine import machine, versions
+from ...base.memory import available_memory
 from ...base.progress import Progress
 from ...calibration import Calibration
 from ...distributed.ranks import ALONE, World
 from ...errors import UsageError
 from ...formats import Format
 from ...models.roles import Module, allowed, fixed_bytes, quantizable
-from ...planning.plan import parse_size
 from ...planning.scores import KIND, SCHEMA, describe_module
 from ...planning.scores import read as load
+from ...planning.size import parse_size
 from ...sources import LoadedModel, Source
 from ...sources.shards import header_bound
 from ..rounding.weights import MINMAX, Rounding

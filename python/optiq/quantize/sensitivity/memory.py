@@ -12,9 +12,10 @@ from itertools import groupby
 from math import prod
 
 from ...formats import DENSE
-from ...models.roles import Module, Role
+from ...models.roles import Module, Role, is_head
+from ..replay.logits import LOGITS_BYTES
 from . import fisher, kl
-from .job import Job, is_head
+from .job import Job
 
 # Arrays of the size of the logits, of an attention's weights or of a layer's output that are held
 # at a time: going forward, and with what is kept for the way back.
@@ -38,7 +39,7 @@ def estimate(job: Job, weights: int, itemsize: int, backward: Sequence[Module]) 
     heads = getattr(args, "num_attention_heads", _HEADS)
     experts = getattr(args, "num_experts_per_tok", _EXPERTS)
     block = max((sum(_in_and_out(m, experts) for m in of) for _, of in in_blocks), default=0)
-    rows = min(longest, max(1, kl.LOGITS_BYTES // (4 * vocabulary)))
+    rows = min(longest, max(1, LOGITS_BYTES // (4 * vocabulary)))
     copies = _BACKWARD if backward else _FORWARD
     running = copies * 4 * longest * (block + heads * longest)
     logits = copies * 4 * rows * vocabulary

@@ -14,14 +14,15 @@ from typing import Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from ...base.machine import available_memory
+from ...base.memory import available_memory
 from ...errors import SensitivityError, UsageError
 from ...formats import DENSE, UNIFORM4, Format
 from ...models.places import slot_at
 from ...models.roles import Module, allowed
 from ...sources import Source
 from ..replay.replay import arrays
-from ..rounding.weights import Rounding, render
+from ..rounding.render import render_layer
+from ..rounding.weights import Rounding
 
 _SHARE = 0.7  # of the available memory; the rest is for activations, logits and the system
 
@@ -100,7 +101,7 @@ class Uniform4:
         for path, fmt in self._formats.items():
             slot = slot_at(model, path)
             if fmt != DENSE:
-                quantized = render(slot.get(), fmt, rounding, path)
+                quantized = render_layer(slot.get(), fmt, rounding, path)
                 mx.eval(quantized.parameters())
                 slot.set(quantized)  # the dense weight is dropped here
 

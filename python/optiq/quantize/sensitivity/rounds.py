@@ -12,7 +12,7 @@ from ...errors import BudgetError
 from ...formats import DENSE, Format
 from ...models.roles import Module, Role
 from ...planning.contested import Contest, contests
-from ...quality.tally import score
+from ...quality.statistics import mean_per_token
 from .fisher import score_by_fisher
 from .job import Job
 from .kl import runs, score_by_kl
@@ -56,7 +56,7 @@ class Rounds:
         for path, columns in job.collect().items():
             made = "kl" if path in heads else method
             for fmt, totals in columns.items():
-                kl, se = score(totals, lengths)
+                kl, se = mean_per_token(totals, lengths)
                 mse = job.weight_error(path, fmt)
                 self.scores[path][fmt] = {"kl": kl, "se": se, "mse": mse, "method": made}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ...base.files import write_json
 from ...planning.scores import check
-from .checkpoint import write_json
 
 
 def save(scores: dict[str, Any], path: Path) -> None:

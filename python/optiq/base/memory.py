@@ -1,0 +1,39 @@
+"""How much memory there is to spare."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import mlx.core as mx
+
+
+def available_memory() -> int:
+    """Bytes a process can still take without swapping; on macOS, what Metal recommends at most."""
+    if platform.system() == "Darwin":
+        total = int(subprocess.check_output(["/usr/sbin/sysctl", "-n", "hw.memsize"]))
+        return total * 3 // 4 - mx.get_active_memory()
+    limits = [
+        _meminfo("MemAvailable") or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    ]
+    limit = _number(Path("/sys/fs/cgroup/memory.max"))
+    used = _number(Path("/sys/fs/cgroup/memory.current"))
+    if limit is not None and used is not None:
+        limits.append(limit - used)
+    return min(limits)
+
+
+def _meminfo(key: str) -> int | None:
+    path = Path("/proc/meminfo")
+    for line in path.read_text().splitlines() if path.exists() else []:
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _number(path: Path) -> int | None:
+    """The integer in a cgroup file, or None when it is absent or "max"."""
+    text = path.read_text().strip() if path.exists() else "max"
+    return int(text) if text.isdigit() else None

@@ -1,0 +1,43 @@
+"""What a plan describes, in memory: one layer rounded, or all of a model."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ...formats import DENSE, Format
+from ...models.places import slot_at
+from ...nn.accelerate import accelerate, quantized
+from ...planning.plan import Plan
+from ...sources import LoadedModel
+from .weights import MINMAX, Rounding, round_weight
+
+
+def render_layer(module: nn.Module, fmt: Format, rounding: Rounding, path: str) -> nn.Module:
+    """The layer that `module` becomes when its weight is rounded exactly as it would be shipped.
+
+    Raises SourceError naming `path` when the weight is not finite.
+    """
+    return quantized(module, *round_weight(module.weight, fmt, rounding, path), fmt)
+
+
+def render_model(
+    loaded: LoadedModel, plan: Plan, *, rounding: Rounding = MINMAX, blocks: bool = True
+) -> nn.Module:
+    """The model that `plan` describes, in memory: each weight is rounded and its source dropped.
+
+    Takes over `loaded.model`, whose weights should still be lazy; `blocks` is that of `accelerate`.
+    """
+    leaves: dict[str, nn.Module] = dict(
+        tree_flatten(loaded.model.leaf_modules(), is_leaf=nn.Module.is_module)
+    )
+    for planned in plan.modules:
+        if planned.format != DENSE:
+            path, fmt = planned.module.path, planned.format
+            module = leaves.pop(path)
+            layer = render_layer(module, fmt, rounding, path)
+            mx.eval(layer.parameters())
+            slot_at(loaded.model, path).set(layer)
+    accelerate(loaded.model, blocks=blocks)
+    return loaded.model
