@@ -190,22 +190,19 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[mx.array, Format, Moment
     return calls
 
 
-@pytest.mark.parametrize(("count", "judges"), [(2, [1]), (3, [2]), (8, [7]), (17, [7, 15])])
+@pytest.mark.parametrize(("count", "judges"), [(2, [1]), (3, [2]), (17, [7, 15])])
 def test_every_eighth_sequence_judges_and_at_least_the_last(
     tmp_path: Path, count: int, judges: list[int], seen: list[Any]
 ) -> None:
     source = tiny_source(tmp_path, "llama untied")
     text = calibration(*[9] * count)
-    descend(source, planned(source, UNIFORM4), text, MINMAX, seed=SEED, progress=False)
+    plan = planned(source, UNIFORM4)
+    found = descend(source, plan, text, MINMAX, seed=SEED, progress=False).fitted
     tokens = [s.tokens for s in text.sequences]
     expected = brute_moments(source, tokens, judges)
-    for _, _, moments in seen:
-        assert any(
-            np.allclose(moments.fit, fit, 0, 5e-4 * fit.max())
-            and np.allclose(moments.judge, judge, 0, 5e-4 * judge.max())
-            for fit, judge in expected.values()
-            if fit.shape == moments.fit.shape
-        )
+    assert {path for path, _ in found} == expected.keys()
+    for (path, _), (_, _, moments) in zip(found, seen, strict=True):
+        check(moments, expected[path], path)
 
 
 def test_a_model_in_4_bits_is_run_and_its_full_weights_are_rounded(
