@@ -47,14 +47,31 @@ def test_fast_steps_are_not_all_drawn() -> None:
     assert "x 1000/1000" in stream.getvalue()
 
 
-def test_shorter_lines_cover_longer_ones() -> None:
+def shown(output: str) -> list[str]:
+    """The lines that a terminal shows: after a carriage return, new letters replace old ones."""
+    lines = []
+    for line in output.split("\n"):
+        cells: list[str] = []
+        for part in line.split("\r"):
+            cells[: len(part)] = part
+        lines.append("".join(cells).rstrip())
+    return lines
+
+
+def test_shorter_lines_cover_longer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optiq.base.progress.peak_memory", lambda: 1_500_000_000)
     stream, clock = Terminal(), Clock()
-    progress = Progress(2, "x", stream=stream, clock=clock)
-    progress.step(note="a long note")
-    clock.now = 1
-    progress.step()
-    first, second = stream.getvalue().split("\r")[1:]
-    assert len(second) >= len(first)
+    progress = Progress(3, "x", stream=stream, clock=clock)
+    for note, line in (
+        ("a long note", "x 1/3 (33 %), 2 s left, peak 1.5 GB, a long note"),
+        ("short", "x 2/3 (66 %), 1 s left, peak 1.5 GB, short"),
+        ("", "x 3/3 (100 %), 0 s left, peak 1.5 GB"),
+    ):
+        clock.now += 1
+        progress.step(note=note)
+        assert shown(stream.getvalue()) == [line]
+    progress.say("done")
+    assert shown(stream.getvalue()) == ["done", ""]
 
 
 def test_a_log_is_quiet_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
