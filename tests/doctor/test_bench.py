@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,14 +66,35 @@ def test_tune_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 @needs_kernels
 def test_bench_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(bench, "SECONDS", 1e-3)
-    monkeypatch.setattr(bench.measure, "__defaults__", ((1, 3), (256,)))
+    """The programs run for real; their times are made up, so that what is said of them is known."""
+
+    def rounds(programs: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Any]:
+        for work in programs.values():
+            work()
+        ours = np.array([2.0, 1.0, 4.0, 3.0, 5.0]) * 1e-3
+        return {"optiq": ours, "stock": ours * [3.0, 4.0, 1.0, 5.0, 2.0]}
+
+    monkeypatch.setattr(bench, "rounds", rounds)
+    monkeypatch.setattr(bench, "ROWS", (1, 3))
+    monkeypatch.setattr(bench, "SIZES", (256,))
     assert cli.main(["bench", "--json"]) == 0
     lines = json.loads(capsys.readouterr().out)["lines"]
     assert [line["work"] for line in lines] == [
         f"{bits}-bit 256x256, {rows} rows" for bits in (4, 8) for rows in (1, 3)
     ]
-    assert all(line["ms"] > 0 and line["faster"] > 0 for line in lines)
+    for line in lines:
+        found = line["ms"], line["faster"], *line["quartiles"]
+        assert found == pytest.approx((3.0, 3.0, 2.0, 4.0))
+    assert cli.main(["bench"]) == 0
+    assert "8-bit 256x256, 3 rows: 3.000 ms, 3.00 [2.00, 4.00]\n" in capsys.readouterr().out
+
+
+def test_settings_are_timed_in_a_process_that_says_why_it_cannot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPTIQ_NATIVE", "0")
+    with pytest.raises(bench.BenchError, match=r"k_lanes=4 cannot be timed: .*no native kernels"):
+        bench.gpu_cost({"k_lanes": 4})
 
 
 @needs_kernels

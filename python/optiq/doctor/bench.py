@@ -74,7 +74,7 @@ def ratio(theirs: Times, ours: Times) -> tuple[float, float, float]:
     return float(low), float(middle), float(high)
 
 
-def measure(rows: Sequence[int] = ROWS, sizes: Sequence[int] = SIZES) -> list[Timing]:
+def measure(rows: Sequence[int], sizes: Sequence[int]) -> list[Timing]:
     """Every product on the default device. Raises BenchError without native kernels."""
     if native.extension is None:
         raise BenchError(f"no native kernels to time: {native.reason}")
@@ -132,8 +132,8 @@ def gpu_cost(knobs: Mapping[str, int]) -> float:
     """Geometric mean of the times of 1 to 16 rows with these settings, in a process of its own,
     since they are read once."""
     code = (
-        "import json; from optiq import bench;"
-        "print(json.dumps([t.ms for t in bench.measure(rows=(1, 2, 4, 8, 16))]))"
+        "import json; from optiq.doctor import bench;"
+        "print(json.dumps([t.ms for t in bench.measure((1, 2, 4, 8, 16), bench.SIZES)]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -142,5 +142,6 @@ def gpu_cost(knobs: Mapping[str, int]) -> float:
         text=True,
     )
     if done.returncode != 0:
-        raise BenchError(f"{setting(knobs)} cannot be timed: {done.stderr.strip()[-300:]}")
+        why = done.stderr.strip().rpartition("\n")[2][-300:]
+        raise BenchError(f"{setting(knobs)} cannot be timed: {why}")
     return float(np.exp(np.mean(np.log(json.loads(done.stdout)))))
