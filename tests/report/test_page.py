@@ -229,16 +229,66 @@ def test_unprintable_names_can_be_written(small: Pair, tmp_path: Path) -> None:
 
 
 def test_provenance(model: Pair) -> None:
+    """Each value stands beside its own name; the machine of the scores only where it differs."""
     plan, scores = model
-    scores["machine"] = {"cpu": "another"}
-    text = section(read(render(plan, scores)), "How the numbers were made").text
-    calibration = scores["calibration"]
-    for value in (
-        plan["model"]["name"], plan["model"]["fingerprint"], plan["command"], calibration["sha256"],
-        "optiq.jsonl", "8,192", "prose 1,633", "tool_call 1,636", "mlx 0.32.4", "Intel Xeon",
-        "cpu another", "nats per token", "standard error", "unquantized",
-    ):  # fmt: skip
-        assert value in text
+    plan["command"] = "optiq convert here -o there"
+    plan["seed"], scores["rounding"], scores["seconds"] = 11, "search", 311.4
+    terms = facts(render(plan, scores))
+    assert "Machine, scores" not in terms
+    scores["machine"] = {"cpu": "another", "cores": 3}
+    terms = facts(render(plan, scores))
+    calibration, objective = scores["calibration"], plan["objective"]
+    known = {
+        "Model": plan["model"]["name"],
+        "Fingerprint": plan["model"]["fingerprint"],
+        "Type": f"{plan['model']['model_type']}, bfloat16",
+        "Budget": f"uniform4: {plan['budget']['bytes']:,} bytes",
+        "Reference": "bf16",
+        "Method": "kl",
+        "Rounding": "search (scores), not recorded (weights)",
+        "Scores from": "optiq.jsonl",
+        "Tokens": "8,192",
+        "Tokens per domain": "prose 1,633, reasoning 1,641, code 1,630, agent 1,652, "
+        "tool_call 1,636",
+        "Sequences": "36",
+        "Text sha256": calibration["sha256"],
+        "Seed": "0 (text), 11 (plan)",
+        "Command": "optiq convert here -o there",
+        "Versions": "optiq 0.1.0, mlx 0.32.4, mlx_lm 0.32.2",
+        "Machine": "cpu Intel Xeon, cores 2, memory 8.3 GB, os Linux 6.1",
+        "Machine, scores": "cpu another, cores 3",
+    }
+    assert {term: terms[term].text for term in known} == known
+    exact = {
+        "Predicted KL": objective["predicted_kl"],
+        "Proven lower bound": objective["bound"],
+        "Gap to the bound": objective["gap"],
+        "Seconds measuring": 311.4,
+    }
+    assert {term: figures(terms[term]) for term in exact} == {t: [v] for t, v in exact.items()}
+
+
+def facts(html: str) -> dict[str, Element]:
+    """How the numbers were made: what is said by its name."""
+    found = section(read(html), "How the numbers were made").first("dl", "facts")
+    return {dt.text: dd for dt, dd in zip(found.all("dt"), found.all("dd"), strict=True)}
+
+
+def test_the_method_and_the_reference_are_told_in_words(small: Pair) -> None:
+    plan, scores = small
+    methods = {
+        "kl": "One module at a time was rounded",
+        "fisher": "one backward pass over the calibration text",
+        "auto": "for experts, for routers and where the plan hangs on it",
+    }
+    references = {"bf16": "stayed unquantized", "uniform4": "ran in uniform 4-bit"}
+    for method, words in methods.items():
+        for reference, more in references.items():
+            scores |= {"method": method, "reference": reference}
+            text = section(read(render(plan, scores)), "How the numbers were made").text
+            told = {w for w in (*methods.values(), *references.values()) if w in text}
+            expected = {words, more} | ({methods["fisher"]} if method == "auto" else set())
+            assert told == expected
 
 
 def test_other_sizes_and_other_texts_are_said(small: Pair) -> None:
