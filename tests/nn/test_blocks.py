@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -18,8 +18,9 @@ from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.tuner.lora import LoRALinear
 
-from optiq import ops
-from optiq.formats import DENSE, Format
+from optiq.formats import Format
+from optiq.kv.caches import records
+from optiq.kv.records import Layout, Records
 from optiq.nn.accelerate import accelerate
 from optiq.nn.blocks import Fused
 from optiq.ops import native
@@ -274,40 +275,24 @@ def test_kinds_of_layers_that_no_kernel_takes_are_named(tmp_path: Path) -> None:
     assert "model.layers.1" in report.fused
 
 
-class KVOfRecords(KVCache):
-    """As optiq.kv's caches look to a block."""
+def of_records(model: nn.Module, k: str, v: str, **exact: int) -> list[Any]:
+    """The caches that optiq.kv gives to a model, one for each layer."""
+    layout = Layout(Format.parse(k), Format.parse(v), **exact)
+    return [records(KVCache(), layout) for _ in model.layers]
 
-    def __init__(self, k: str = "8g32", v: str = "4g32", recent: int = 0) -> None:
-        super().__init__()
-        formats = Format.parse(k), Format.parse(v)
-        self.layout = SimpleNamespace(k=formats[0], v=formats[1], sink=0, recent=recent)
-        self.dim = 0
-        self.written = 0
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
-        self.write(keys, values)
-        given = self.inputs()
-        return tuple(
-            x if fmt == DENSE else ops.dequantize_kv(x, self.dim, fmt, mx.float32)
-            for x, fmt in ((given["k"], self.layout.k), (given["v"], self.layout.v))
-        )
+@pytest.fixture
+def writes(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
+    """How often each cache wrote what it holds itself, by the id of the cache."""
+    count: Counter[int] = Counter()
+    write = Records.write
 
-    def write(self, keys: mx.array, values: mx.array) -> None:
-        self.dim = keys.shape[-1]
-        self.written += 1
-        super().update_and_fetch(
-            *(
-                x.view(mx.uint32) if fmt == DENSE else ops.quantize_kv(x, fmt)
-                for x, fmt in ((keys, self.layout.k), (values, self.layout.v))
-            )
-        )
+    def counted(cache: Records, keys: mx.array, values: mx.array) -> None:
+        count[id(cache)] += 1
+        write(cache, keys, values)
 
-    def inputs(self) -> dict[str, Any]:
-        k, v = (
-            (x.view(mx.float32) if fmt == DENSE else x)[..., : self.offset, :]
-            for x, fmt in ((self.keys, self.layout.k), (self.values, self.layout.v))
-        )
-        return {"k": k, "v": v, "k_format": self.layout.k, "v_format": self.layout.v}
+    monkeypatch.setattr(Records, "write", counted)
+    return count
 
 
 def alike(got: mx.array, expected: mx.array, model: nn.Module) -> bool:
@@ -321,27 +306,33 @@ def alike(got: mx.array, expected: mx.array, model: nn.Module) -> bool:
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("formats", [("8g32", "4g32"), ("bf16", "5g32"), ("6g64", "bf16")])
 def test_caches_of_records(
-    name: str, formats: tuple[str, str], pair: Any, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    formats: tuple[str, str],
+    pair: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    writes: Counter[int],
 ) -> None:
     """Read by the block, and where all is quantized written by it from the second call on."""
     model, plain = pair(name)
     calls = Calls(model, monkeypatch)
-    ours, theirs = ([KVOfRecords(*formats) for _ in model.layers] for _ in range(2))
+    ours, theirs = (of_records(model, *formats) for _ in range(2))
     assert alike(decode(model, ours), decode(plain, theirs), plain)
     assert calls.count == 0
     steps = TOKENS.shape[1] - 10 + 1
     in_place = native.extension is not None and "bf16" not in formats
     for a, b in zip(ours, theirs, strict=True):
         assert a.offset == b.offset
-        assert a.written == (1 if in_place else steps)
-        assert b.written == steps
+        assert writes[id(a)] == (1 if in_place else steps)
+        assert writes[id(b)] == steps
 
 
-def test_a_cache_with_exact_tokens_is_written_by_itself(pair: Any) -> None:
+def test_a_cache_with_exact_tokens_is_written_by_itself(pair: Any, writes: Counter[int]) -> None:
     model, plain = pair()
-    ours, theirs = ([KVOfRecords(recent=4) for _ in model.layers] for _ in range(2))
-    assert alike(decode(model, ours), decode(plain, theirs), plain)
-    assert ours[0].written == theirs[0].written
+    ours, theirs = (of_records(model, "3g32", "3g32", sink=3, recent=4) for _ in range(2))
+    got, expected = decode(model, ours), decode(plain, theirs)
+    assert alike(got, expected, plain)
+    assert not alike(decode(plain, of_records(plain, "3g32", "3g32")), expected, plain)
+    assert all(writes[id(a)] == writes[id(b)] for a, b in zip(ours, theirs, strict=True))
 
 
 def test_a_cache_of_another_kind(pair: Any) -> None:
