@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from optiq.evals.bfcl import Call, check, parse
+from optiq.evals.data import load
 from tests.peers.bfcl_variants import variants
 from tests.peers.packages import ask, install
 
@@ -36,6 +37,18 @@ def cases(peer: Path) -> list[Case]:
         for question, answer in zip(questions, answers, strict=True)
         for calls in variants(question["function"][0], answer["ground_truth"][0])
     ]
+
+
+def test_the_package_has_the_questions_that_are_asked(peer: Path) -> None:
+    """Another layout and other ids than version 3's, and the same checksum."""
+    folder = peer / "bfcl_eval" / "data"
+    lines = [json.loads(line) for line in (folder / FILE).open(encoding="utf-8")]
+    asked = {line["id"].replace("simple_python_", "simple_"): line for line in lines}
+    found = load("bfcl", folder)
+    assert {id: row["question"] for id, row in found.rows.items()} == {
+        id: question["question"] for id, question in asked.items()
+    }
+    assert set(found.ids) < asked.keys()
 
 
 def _plain(calls: list[Call]) -> list[dict[str, Any]]:
