@@ -183,7 +183,7 @@ def _constrained_response(response: str) -> bool:
 
 @_kind("detectable_format:number_highlighted_sections", num_highlights=COUNT)
 def _highlights(response: str, num_highlights: int) -> bool:
-    """`**x**` counts twice where `*x*` counts once."""
+    """`*x*` and `**x**` count once each, blank ones not at all."""
     single = re.findall(r"\*[^\n\*]*\*", response)
     double = re.findall(r"\*\*[^\n\*]*\*\*", response)
     filled = sum(bool(text.strip("*").strip()) for text in single + double)
