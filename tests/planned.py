@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from optiq.formats import DEFAULT_MENU, DENSE
-from optiq.models.roles import allowed, quantizable
+from optiq.models.roles import Module, allowed, quantizable
 from optiq.planning.plan import Plan, uniform_plan
-from optiq.planning.scores import describe_module
-from optiq.quantize.sensitivity.measure import describe_model
+from optiq.planning.scores import ModelInfo, Score, Scored, Scores
+from optiq.quantize.describe import describe_model
 from optiq.sources import Source, load, resolve
-from tests.scored import PROVENANCE
+from tests.scored import UNSCORED
 from tests.tiny import tiny_folder
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -32,30 +33,29 @@ def source_of(parent: Path, variant: str = "llama") -> Source:
     return resolve(str(tiny_folder(parent, kind, name=f"source-{variant}", **config)))
 
 
-def describe(source: Source) -> tuple[dict[str, Any], Any]:
+def describe(source: Source) -> tuple[ModelInfo, list[Module]]:
     loaded = load(source)
     modules = quantizable(loaded.model)
-    return describe_model(source, loaded, modules), modules
+    return describe_model(loaded, modules), modules
 
 
-def scores_of(source: Source) -> dict[str, Any]:
+def scores_of(source: Source) -> Scores:
     """Random scores that fall with the bits: they make every plan mix many formats."""
     model, modules = describe(source)
     rng = np.random.default_rng(0)
-    rows = []
+    scored = []
     for m in modules:
         spread = rng.lognormal(0, 2)
         scores = {
-            str(f): {"kl": 0.0 if f == DENSE else spread * 4.0**-f.bits, "se": 0.0}
+            f: Score(0.0 if f == DENSE else spread * 4.0**-f.bits, 0.0)
             for f in allowed(m, DEFAULT_MENU)
         }
-        rows.append({**describe_module(m), "scores": scores})
-    return {**PROVENANCE, "model": model, "modules": rows}
+        scored.append(Scored(m, scores))
+    return replace(UNSCORED, model=model, modules=tuple(scored))
 
 
 def uniform(source: Source) -> Plan:
-    model, modules = describe(source)
-    return uniform_plan(modules, model)
+    return uniform_plan(*describe(source))
 
 
 def leftovers(parent: Path) -> list[str]:

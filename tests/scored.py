@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from optiq.formats import Format
+from optiq.planning import plan
+from optiq.planning.plan import Plan
+from optiq.planning.scores import ModelInfo, Scores, TextInfo
+from optiq.planning.size import Size
 
 MODEL: dict[str, Any] = {
     "name": "m",
@@ -33,6 +40,19 @@ PROVENANCE: dict[str, Any] = {
     "seconds": 1.0,
 }
 
+# All that scores say besides their modules.
+UNSCORED = Scores(
+    model=ModelInfo.from_json(MODEL),
+    modules=(),
+    method="kl",
+    reference="bf16",
+    rounding="minmax",
+    calibration=TextInfo.from_json(PROVENANCE["calibration"]),
+    machine=PROVENANCE["machine"],
+    versions=PROVENANCE["versions"],
+    seconds=1.0,
+)
+
 # mlx-optiq's file of the same name: layers with their size, no shapes, no embeddings.
 PEER: dict[str, Any] = {
     "base_model": "org/model",
@@ -49,3 +69,14 @@ PEER: dict[str, Any] = {
         for i, leaf, kl in [(0, "up_proj", 0.5), (0, "gate", 0.1), (1, "up_proj", 0.001)]
     ],
 }
+
+
+def build(
+    scores: Scores | dict[str, Any],
+    size: str = "uniform4",
+    menu: Sequence[Format] | None = None,
+    **how: Any,
+) -> Plan:
+    """The plan of scores, parsed or as a file has them."""
+    read = scores if isinstance(scores, Scores) else Scores.from_json(scores)
+    return plan.build(read, Size.parse(size), menu, **how)

@@ -19,28 +19,56 @@ from . import blas
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .cards import card as card
+    from .evals import evaluate as evaluate
     from .nn.accelerate import accelerate as accelerate
+    from .planning.files import plan as plan
+    from .planning.plan import Plan as Plan
+    from .planning.scores import Scores as Scores
+    from .quality.compare import compare as compare
     from .quantize.convert import Result as Result
     from .quantize.convert import convert as convert
+    from .quantize.frontier import frontier as frontier
+    from .quantize.kv.plan import kv_plan as kv_plan
+    from .quantize.score import sensitivity as sensitivity
+    from .runtime.generate import generate as generate
     from .runtime.loading import load as load
+    from .sandbox import Sandbox as Sandbox
 
 blas.provide()
 
-_LAZY = {
-    "accelerate": ("optiq.nn", "accelerate"),
-    "convert": ("optiq.conversion", "convert"),
-    "Result": ("optiq.conversion", "Result"),
-    "load": ("optiq.runtime", "load"),
+# What is exported, and where it lies.
+_EXPORTS = {
+    "Plan": "planning.plan",
+    "Result": "quantize.convert",
+    "Sandbox": "sandbox",
+    "Scores": "planning.scores",
+    "accelerate": "nn.accelerate",
+    "card": "cards",
+    "compare": "quality.compare",
+    "convert": "quantize.convert",
+    "evaluate": "evals",
+    "frontier": "quantize.frontier",
+    "generate": "runtime.generate",
+    "kv_plan": "quantize.kv.plan",
+    "load": "runtime.loading",
+    "plan": "planning.files",
+    "sensitivity": "quantize.score",
 }
+
+__all__ = [*_EXPORTS, "nn", "ops"]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        module, attribute = _LAZY[name]
-        return getattr(importlib.import_module(module), attribute)
-    if name in ("ops", "nn"):
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(f"optiq.{_EXPORTS[name]}"), name)
+    if name in ("nn", "ops"):
         return importlib.import_module(f"optiq.{name}")
     raise AttributeError(f"module 'optiq' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 if next(Path(__file__).parent.parent.glob("mlx_optiq-*.dist-info"), None):

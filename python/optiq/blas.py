@@ -24,7 +24,7 @@ def provide() -> None:
     if os.environ.get("OPTIQ_NATIVE") == "0":
         return
     if "mlx.core" in sys.modules:
-        return  # too late: MLX has bound its own; `optiq.doctor.examine` says so
+        return  # too late: MLX has bound its own; `optiq doctor` says so
     extension = importlib.util.find_spec("optiq._ext")  # an editable install keeps it elsewhere
     if extension is None or extension.origin is None:
         return  # not built: optiq.ops says so

@@ -29,6 +29,10 @@ class SensitivityError(OptiqError):
     """Scores are missing, not finite, or belong to another model."""
 
 
+class CheckpointError(OptiqError):
+    """Work in progress on disk is damaged, or belongs to another job."""
+
+
 class BudgetError(OptiqError):
     """No plan satisfies the byte budget and the floors."""
 

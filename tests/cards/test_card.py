@@ -21,12 +21,13 @@ from optiq.cli import main
 from optiq.errors import EvalError, ExportError, OptiqError, UsageError
 from optiq.evals import runs
 from optiq.evals.runner import evaluate
-from optiq.planning.plan import Plan, build
+from optiq.planning.plan import Plan
 from optiq.quality import statistics
 from optiq.quantize.export import export
 from optiq.sources import resolve
 from tests.evals.fakes import BENCHMARKS, ITEMS, write_all, write_run
 from tests.planned import scores_of, source_of
+from tests.scored import build
 
 MEASURED = {
     "kl": {"mean": 0.1234, "se": 0.011, "median": 0.09, "p95": 0.4, "p99": 0.7, "p999": 1.1},

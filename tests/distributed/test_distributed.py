@@ -16,17 +16,18 @@ from typing import Any
 
 import pytest
 
+from optiq.base.checkpoint import check_unfinished
 from optiq.distributed.ranks import ALONE, World, world
 from optiq.distributed.watch import BEAT, Watch
 from optiq.errors import DistributedError, UsageError
-from optiq.quantize.preflight import check_unfinished
+from optiq.quantize.sensitivity.checkpoint import existing
 from tests.tiny import tiny_folder
 
 # Small batches, so that there are several to divide.
 CLI = """
 import sys
 from optiq.cli import main
-from optiq.sensitivity import job
+from optiq.quantize.sensitivity import job
 
 job.BATCH_TOKENS = 200
 sys.exit(main())
@@ -82,7 +83,7 @@ def test_one_process_of_a_batch_system_is_alone(monkeypatch: pytest.MonkeyPatch)
 
 def test_values_of_all_ranks(tmp_path: Path) -> None:
     code = (
-        "from optiq.distributed import world\n"
+        "from optiq.distributed.ranks import world\n"
         "with world() as here:\n"
         "    print(here.gather([here.rank, 0.1 + here.rank / 3, 'x' * 5000 * here.rank]))\n"
         "    here.same({'seed': 1, 'model': here.rank // 2})"
@@ -235,7 +236,7 @@ def test_a_dead_rank_is_named_and_the_run_goes_on(alone: Path, killed: int) -> N
     assert not out.exists()
 
     with pytest.raises(UsageError, match="holds an unfinished measurement; add --resume"):
-        check_unfinished(alone / (out.name + ".checkpoint"), resume=False)
+        check_unfinished(existing(alone / (out.name + ".checkpoint")), resume=False)
     more = [*command, "--resume"]
     if killed:  # a single process goes on from the files of both
         subprocess.run([sys.executable, *more], cwd=alone, check=True, capture_output=True)
@@ -256,7 +257,7 @@ def test_a_failing_rank_is_named(alone: Path) -> None:
 
 
 def test_a_rank_that_never_starts(tmp_path: Path) -> None:
-    code = "from optiq import distributed as d\nd.JOIN = 2\nwith d.world(): pass"
+    code = "from optiq.distributed import ranks as d\nd.JOIN = 2\nwith d.world(): pass"
     shared = {**os.environ, "MLX_HOSTFILE": str(hosts(2, tmp_path)), "MLX_RANK": "0"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=shared, capture_output=True, text=True, timeout=30

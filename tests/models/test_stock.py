@@ -46,7 +46,7 @@ def test_it_is_what_mlx_lm_writes(
     for key, array in theirs.items():
         assert ours[key].dtype == array.dtype
         assert mx.array_equal(ours[key], array), key
-    assert model_size(model)["nbytes"] == sum(a.nbytes for a in theirs.values())
+    assert model_size(model).nbytes == sum(a.nbytes for a in theirs.values())
     config = json.loads((out / "config.json").read_text())["quantization"]
     quantized = [(path, m) for path, m in model.named_modules() if hasattr(m, "bits")]
     assert len(quantized) > 10

@@ -11,10 +11,12 @@ import pytest
 from optiq.errors import BudgetError
 from optiq.formats import Format
 from optiq.planning.allocation import allocate
-from optiq.planning.contested import SPREAD, contests
-from optiq.planning.plan import build, problem
-from optiq.planning.scores import parse
-from tests.scored import PROVENANCE
+from optiq.planning.contested import SPREAD, Contest
+from optiq.planning.contested import contests as contests_of
+from optiq.planning.plan import problem
+from optiq.planning.scores import Scores
+from optiq.planning.size import Size
+from tests.scored import PROVENANCE, build
 
 FORMATS = ("3g64", "4g64", "5g64", "6g64", "8g64")
 
@@ -32,6 +34,10 @@ def scores_of(modules: int, seed: int = 0, se: float = 0.0) -> dict[str, Any]:
     model = {"name": "x", "fingerprint": "", "model_type": "llama", "dtype": "bfloat16",
              "itemsize": 2, "fixed_bytes": 100}  # fmt: skip
     return {**PROVENANCE, "method": "auto", "model": model, "modules": rows}
+
+
+def contests(scores: dict[str, Any], size: str) -> list[Contest]:
+    return contests_of(Scores.from_json(scores), Size.parse(size))
 
 
 def chosen(scores: dict[str, Any], size: str) -> dict[str, Format]:
@@ -79,7 +85,7 @@ def test_the_gain_is_that_of_choosing_with_exact_scores() -> None:
     scores = scores_of(40)
     (contest, *_) = sorted(contests(scores, "5bpw"), key=lambda c: -c.gain)
     (row,) = (r for r in scores["modules"] if r["path"] == contest.path)
-    items, budget = problem(parse(scores), "5bpw")
+    items, budget = problem(Scores.from_json(scores), Size.parse("5bpw"))
     found = allocate(items, budget)
     (item,) = (i for i in items if i.name == contest.path)
     competing = [c for c in item.choices if c.format in contest.formats]

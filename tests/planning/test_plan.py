@@ -15,9 +15,10 @@ import pytest
 from optiq.errors import BudgetError, SensitivityError, UsageError
 from optiq.formats import DEFAULT_MENU, DENSE, UNIFORM4, Format, parse_menu
 from optiq.models.roles import Module, Role, floor
-from optiq.planning.plan import Plan, build, uniform_plan
-from optiq.planning.size import parse_size
-from tests.scored import PROVENANCE
+from optiq.planning.plan import Plan, uniform_plan
+from optiq.planning.scores import ModelInfo
+from optiq.planning.size import Size
+from tests.scored import PROVENANCE, build
 
 FIXED = 13_824
 
@@ -69,7 +70,8 @@ def stock_bytes(data: Any, bits: int = 4, group: int = 64) -> int:
 def test_uniform4_is_the_bytes_of_stock_and_is_met_within_a_percent() -> None:
     data = scores_of()
     plan = build(data)
-    assert plan.budget == stock_bytes(data) == plan.uniform4["nbytes"]
+    assert plan.uniform4
+    assert plan.budget == stock_bytes(data) == plan.uniform4.nbytes
     assert 0.99 * plan.budget <= plan.nbytes <= plan.budget
     assert plan.gap == 0.0
     at4 = sum(m["scores"]["4g64"]["kl"] for m in data["modules"])
@@ -134,22 +136,22 @@ def test_budget_below_the_smallest_plan_names_both_sizes() -> None:
     ],
 )  # fmt: skip
 def test_sizes(text: str, nbytes: int) -> None:
-    assert parse_size(text, params=1000, uniform4=777) == nbytes
+    assert Size.parse(text).budget(params=1000, uniform4=777) == nbytes
 
 
 def test_a_size_in_bytes_is_one_of_files() -> None:
     """The header of the weight files comes off sizes in bytes, not off bits per weight."""
-    assert parse_size("5000", params=1000, uniform4=777, header=600) == 4400
-    assert parse_size("5kB", params=1000, uniform4=777, header=600) == 4400
-    assert parse_size("500B", params=1000, uniform4=777, header=600) == 0
-    assert parse_size("8bpw", params=1000, uniform4=777, header=600) == 1000
-    assert parse_size("uniform4", params=1000, uniform4=777, header=600) == 777
+    assert Size.parse("5000").budget(params=1000, uniform4=777, header=600) == 4400
+    assert Size.parse("5kB").budget(params=1000, uniform4=777, header=600) == 4400
+    assert Size.parse("500B").budget(params=1000, uniform4=777, header=600) == 0
+    assert Size.parse("8bpw").budget(params=1000, uniform4=777, header=600) == 1000
+    assert Size.parse("uniform4").budget(params=1000, uniform4=777, header=600) == 777
 
 
 @pytest.mark.parametrize("text", ["", "4.8", "4.8bit", "-5GB", "1e9", "uniform8", "GB", "4..8bpw"])
 def test_sizes_that_are_not_understood(text: str) -> None:
     with pytest.raises(UsageError, match=r"write uniform4, 4\.8bpw, 6\.1GB or bytes"):
-        parse_size(text, params=1000, uniform4=777)
+        Size.parse(text).budget(params=1000, uniform4=777)
 
 
 def test_json_round_trip() -> None:
@@ -202,7 +204,7 @@ def test_uniform_plan_leaves_what_does_not_fit_dense() -> None:
         Module("a", Role.MLP, "a", (64, 128), 0),
         Module("b", Role.ROUTER, "b", (8, 72), 0),
     ]
-    plan = uniform_plan(modules, {"itemsize": 4, "fixed_bytes": 10})
+    plan = uniform_plan(ModelInfo("m", None, None, "float32", 4, 10), modules)
     assert [m.format for m in plan.modules] == [UNIFORM4, DENSE]
     assert plan.nbytes == 10 + (64 * 128 // 2 + 2 * 4 * 128) + 8 * 72 * 4 == plan.budget
     assert plan.predicted_kl is None
@@ -232,6 +234,7 @@ def test_a_large_file_is_planned_in_a_second() -> None:
 
 
 def test_planning_needs_no_mlx() -> None:
-    code = "import optiq.plan, sys; print([m for m in sys.modules if m.startswith('mlx')])"
+    names = ", ".join(f"optiq.planning.{name}" for name in ("files", "proposals", "prediction"))
+    code = f"import {names}, sys; print([m for m in sys.modules if m.startswith('mlx')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

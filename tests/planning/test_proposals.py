@@ -12,10 +12,10 @@ import pytest
 from optiq.errors import BudgetError
 from optiq.formats import DENSE, NVFP4, Format
 from optiq.planning import proposals
-from optiq.planning.plan import Plan, build
-from optiq.planning.proposals import propose
-from optiq.planning.scores import parse
-from tests.scored import MODEL, PROVENANCE
+from optiq.planning.plan import Plan
+from optiq.planning.scores import Scores
+from optiq.planning.size import Size
+from tests.scored import MODEL, PROVENANCE, build
 
 MENU = [Format("affine", b, 64) for b in (3, 4, 6)] + [DENSE]
 LEAVES = {"self_attn.q_proj": "qkv", "self_attn.k_proj": "qkv", "mlp.down_proj": ""}
@@ -43,6 +43,10 @@ def scores(seed: int = 0, *, se: float = 0.0, noise: float = 0.5) -> dict[str, A
             }
         )
     return {**PROVENANCE, "model": {**MODEL, "fixed_bytes": 100}, "modules": rows}
+
+
+def propose(data: dict[str, Any], size: str) -> dict[str, Plan]:
+    return proposals.propose(Scores.from_json(data), Size.parse(size))
 
 
 def formats(plan: Plan) -> list[Format]:
@@ -111,7 +115,7 @@ def test_of_formats_of_the_same_bytes_uniform_takes_the_first() -> None:
     for row in data["modules"]:
         row["scores"] = {"nvfp4": {"kl": 0.1, "se": 0.0}, "4g64": {"kl": 0.1, "se": 0.0}}
     for menu in (None, [NVFP4, Format("affine", 4, 64)]):
-        found = proposals._uniform(parse(data), "5bpw", menu, 10**6)
+        found = proposals._uniform(Scores.from_json(data), Size.parse("1MB"), menu)
         assert found is not None
         assert set(found.values()) == {min(NVFP4, Format("affine", 4, 64))}
 
@@ -126,7 +130,7 @@ def test_smooth_sees_through_noise() -> None:
     data["modules"][at]["scores"]["3g64"]["kl"] = 1e-6
     plans = propose(data, "4bpw")
     assert formats(plans["scores"])[at] == narrow
-    smooth = proposals._smooth(parse(data), "4bpw", None, plans["scores"].budget)
+    smooth = proposals._smooth(Scores.from_json(data), Size.parse("4bpw"), None)
     assert [smooth[m.module.path] for m in clean.modules] == formats(clean)
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from optiq.errors import BudgetError, SensitivityError
+from optiq.errors import BudgetError, ExportError, SensitivityError
 from optiq.formats import DENSE, UNIFORM4, Format
 from optiq.models.roles import Module, Role
-from optiq.planning.plan import build
-from optiq.planning.scores import check, describe_module, module_of, parse, read
-from tests.scored import MODEL, PEER, PROVENANCE
+from optiq.planning.files import read_scores as read
+from optiq.planning.scores import ModelInfo, Score, Scored, Scores, describe_module, module_of
+from tests.scored import MODEL, PEER, PROVENANCE, build
 
 UP = Module("model.layers.0.mlp.up_proj", Role.MLP, "model.layers.0.mlp.gate_up", (384, 128), 0)
 EMBED = Module("model.embed_tokens", Role.EMBEDDING, "model.embed_tokens", (512, 128), None)
@@ -33,12 +34,26 @@ def scores() -> dict[str, Any]:
 def test_reads_what_was_written(tmp_path: Path) -> None:
     path = tmp_path / "scores.json"
     path.write_text(json.dumps(scores()))
-    assert read(path) == scores()
-    found = parse(read(path))
+    found = read(path)
     assert [s.module for s in found.modules] == [EMBED, UP]
     assert [s.loss(UNIFORM4) for s in found.modules] == [0.5, 0.25]
-    assert (found.model, found.machine) == (MODEL, {"cpu": "x"})
+    assert (found.model, found.machine) == (ModelInfo(**MODEL), {"cpu": "x"})
     assert module_of(describe_module(UP)) == UP
+    found.save(tmp_path / "new" / "again.json")
+    assert read(tmp_path / "new" / "again.json") == found
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["again.json"]
+
+
+def test_scores_that_cannot_be_written_leave_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    path.write_text("old")
+    found = Scores.from_json(scores())
+    with pytest.raises(ExportError, match="cannot be written"):
+        found.save(path / "s.json")
+    broken = Scored(UP, {UNIFORM4: Score(math.nan)})
+    with pytest.raises(SensitivityError, match="no finite score for 4g64"):
+        replace(found, modules=(broken,)).save(path)
+    assert path.read_text() == "old"
 
 
 def changed(change: Any) -> Any:
@@ -55,8 +70,8 @@ BAD = [
     (changed(lambda d: d.pop("machine")), "lacks machine"),
     (changed(lambda d: d.update(model=None)), r"lacks model\.name, model\.fingerprint"),
     (changed(lambda d: d["calibration"].pop("seed")), r"lacks calibration\.seed"),
-    (changed(lambda d: d["model"].update(itemsize=0)), "no number of bytes"),
-    (changed(lambda d: d["model"].update(fixed_bytes="9")), "no number of bytes"),
+    (changed(lambda d: d["model"].update(itemsize=0)), "not a number of bytes"),
+    (changed(lambda d: d["model"].update(fixed_bytes="9")), "not a number of bytes"),
     (changed(lambda d: d["modules"].clear()), "no modules"),
     (changed(lambda d: d["modules"].append(7)), "module 2 lacks path, .*scores"),
     (changed(lambda d: d["modules"][1].pop("shape")), "module 1 lacks shape"),
@@ -91,10 +106,7 @@ def test_bad_scores_are_one_line_with_name_and_fix(tmp_path: Path, data: Any, me
     assert "\n" not in str(error.value)
     if "layers" not in data:
         with pytest.raises(SensitivityError, match=message):
-            check(data, "the scores")
-        if data != []:
-            with pytest.raises(SensitivityError, match=message):
-                build(data)
+            Scores.from_json(data)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe{}", b"[" * 100_000])
@@ -127,26 +139,27 @@ def test_the_peers_file_alone_is_a_model_of_what_it_lists(tmp_path: Path) -> Non
     assert [m.module.block for m in plan.modules] == [0, 0, 1]
     assert plan.predicted_kl == pytest.approx(0.005 + 0.001 + 0.001)
     with pytest.raises(BudgetError):  # a router does not go below 8 bits
-        build(PEER, str(3 * low))
+        build(read(peer_file(tmp_path)), str(3 * low))
 
 
 def test_the_peers_file_with_the_model_it_is_used_for(tmp_path: Path) -> None:
     modules = [EMBED, UP, ODD]
-    data = read(peer_file(tmp_path), model=MODEL, modules=modules)
-    assert data["model"] == MODEL
-    rows = {row["path"]: row for row in data["modules"]}
+    model = ModelInfo(**MODEL)
+    data = read(peer_file(tmp_path), model=model, modules=modules)
+    assert data.model == model
+    rows = {s.module.path: s for s in data.modules}
     assert list(rows) == [m.path for m in modules]
-    assert [row["shape"] for row in data["modules"]] == [[512, 128], [384, 128], [16, 72]]
-    assert rows[UP.path]["scores"]["4g64"]["kl"] == 0.5
+    assert [s.module.shape for s in data.modules] == [(512, 128), (384, 128), (16, 72)]
+    assert rows[UP.path].loss(UNIFORM4) == 0.5
     # never measured there: the widest format, and nothing else to choose
-    assert rows[EMBED.path]["assumed"]
-    assert list(rows[EMBED.path]["scores"]) == ["8g64"]
-    assert list(rows[ODD.path]["scores"]) == ["bf16"]
+    assert rows[EMBED.path].assumed
+    assert list(rows[EMBED.path].scores) == [Format("affine", 8, 64)]
+    assert list(rows[ODD.path].scores) == [DENSE]
     plan = build(data, "7bpw")
     assert [m.format for m in plan.modules][::2] == [Format("affine", 8, 64), DENSE]
     assert plan.nbytes <= plan.budget
     with pytest.raises(SensitivityError, match="names no layer of m"):
-        read(peer_file(tmp_path), model=MODEL, modules=[EMBED, ODD])
+        read(peer_file(tmp_path), model=model, modules=[EMBED, ODD])
 
 
 def test_the_peers_scores_against_a_4_bit_model_are_turned_round(tmp_path: Path) -> None:
@@ -155,5 +168,5 @@ def test_the_peers_scores_against_a_4_bit_model_are_turned_round(tmp_path: Path)
     for layer, gain in zip(layers, (0.3, 0.2, 0.1), strict=True):
         layer["sensitivities"] = {"4": 0.0, "8": gain}
     data = read(peer_file(tmp_path, layers=layers))
-    kl = [{f: s["kl"] for f, s in row["scores"].items()} for row in data["modules"]]
+    kl = [{str(f): s.kl for f, s in scored.scores.items()} for scored in data.modules]
     assert kl == [{"4g64": 0.3, "8g64": 0.0}, {"8g64": 0.0}, {"4g64": 0.1, "8g64": 0.0}]

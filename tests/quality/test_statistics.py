@@ -318,7 +318,7 @@ def test_refuses(call: object, message: str) -> None:
 
 
 def test_needs_no_mlx() -> None:
-    code = "import sys, optiq.evals.statistics; print('mlx.core' in sys.modules)"
+    code = "import sys, optiq.quality.statistics; print('mlx.core' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

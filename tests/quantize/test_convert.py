@@ -22,6 +22,7 @@ from optiq.formats import DEFAULT_MENU, DENSE, Format
 from optiq.models.roles import allowed, floor, quantizable
 from optiq.planning.plan import Plan
 from optiq.planning.proposals import propose
+from optiq.planning.size import UNIFORM4_SIZE
 from optiq.quantize import convert as conversion
 from optiq.quantize import prepare as preparation
 from optiq.quantize.convert import Result, convert
@@ -102,10 +103,11 @@ def test_the_measured_kl_is_that_of_the_exported_folder(tmp_path: Path) -> None:
         count += len(p)
     assert result.kl == pytest.approx(total / count, rel=1e-3)
     assert result.plan.measured is not None
-    assert result.plan.measured["nbytes"] == result.nbytes
-    assert result.plan.measured["bpw"] == result.plan.bpw
+    assert result.plan.measured.nbytes == result.nbytes
+    assert result.plan.measured.bpw == result.plan.bpw
     uniform4 = result.plan.uniform4
-    assert uniform4["measured"]["nbytes"] == uniform4["nbytes"]
+    assert uniform4 and uniform4.measured
+    assert uniform4.measured.nbytes == uniform4.nbytes
     assert not {s.line for s in held_out.sequences} & {
         s.line for s in gather(tokenizer, None, "calibration", 320, 0).sequences
     }
@@ -119,15 +121,15 @@ def log_softmax(logits: mx.array) -> Any:
 def test_every_expert_tensor_has_a_measured_score(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path, "qwen3_moe")
     result = convert(str(folder), tmp_path / "out", **QUICK)
-    assert result.scores["method"] == "auto"
+    assert result.scores.method == "auto"
     modules = quantizable(load_model(folder)[0])
-    rows = {row["path"]: row["scores"] for row in result.scores["modules"]}
+    rows = {scored.module.path: scored.scores for scored in result.scores.modules}
     experts = [m for m in modules if len(m.shape) == 3]
     assert len(experts) == 6
     for m in experts:
         for fmt in allowed(m, DEFAULT_MENU):
-            assert (rows[m.path][str(fmt)]["kl"] > 0) is (fmt != DENSE)
-            assert fmt == DENSE or rows[m.path][str(fmt)]["method"] == "kl"
+            assert (rows[m.path][fmt].kl > 0) is (fmt != DENSE)
+            assert fmt == DENSE or rows[m.path][fmt].method == "kl"
 
 
 def test_scores_are_used_again_without_measuring(
@@ -135,7 +137,7 @@ def test_scores_are_used_again_without_measuring(
 ) -> None:
     folder = tiny_folder(tmp_path, name="model")
     first = convert(str(folder), tmp_path / "first", size="5bpw", **QUICK)
-    monkeypatch.setattr(preparation.scoring, "measure", None)
+    monkeypatch.setattr(preparation, "measure", None)
     given = tmp_path / "first" / "optiq" / "sensitivity.json"
     again = convert(str(folder), tmp_path / "again", size="5bpw", scores=given, **QUICK)
     assert again.plan == first.plan
@@ -162,7 +164,7 @@ def test_a_menu_limits_what_is_measured_and_chosen(tmp_path: Path) -> None:
         out = tmp_path / f"{i}"
         result = convert(str(folder), out, size="7bpw", formats=formats, **QUICK)
         assert {m.format for m in result.plan.modules} == set(menu)
-        assert set(result.scores["modules"][0]["scores"]) == {"4g64", "8g64"}
+        assert set(result.scores.modules[0].scores) == set(menu)
 
 
 def test_a_dry_run_writes_no_folder_and_its_scores_are_taken_up(tmp_path: Path) -> None:
@@ -174,11 +176,11 @@ def test_a_dry_run_writes_no_folder_and_its_scores_are_taken_up(tmp_path: Path) 
     assert names(tmp_path) == ["model", "out.optiq-work"]
     written = convert(str(folder), out, resume=True, **QUICK)
     assert names(tmp_path) == ["model", "out"]
-    assert planned.scores["modules"] == written.scores["modules"]
-    plans = propose(written.scores)
+    assert planned.scores.modules == written.scores.modules
+    plans = propose(written.scores, UNIFORM4_SIZE)
     assert planned.plan.modules == plans["scores"].modules
     assert written.plan.selection is not None
-    assert written.plan.modules == plans[written.plan.selection["chosen"]].modules
+    assert written.plan.modules == plans[written.plan.selection.chosen].modules
 
 
 @pytest.mark.parametrize("method", ["kl", "fisher"])
@@ -211,7 +213,7 @@ def test_an_interrupted_run_goes_on_to_the_same_scores(
     units = json.loads(checkpoint.read_text())["rounds"][f"0 {method}"]
     assert len(units) == saves
     resumed = convert(folder, out, resume=True, **job)
-    assert resumed.scores["modules"] == whole.scores["modules"]
+    assert resumed.scores.modules == whole.scores.modules
     assert resumed.plan.modules == whole.plan.modules
     assert saves == total  # nothing was measured twice
     assert names(tmp_path) == ["model", "out", "whole"]
@@ -247,7 +249,7 @@ def test_a_failure_while_comparing_leaves_no_folder_without_a_report(
         assert (tmp_path / "out" / "config.json").exists()
         raise failure
 
-    monkeypatch.setattr(conversion.compare, "measure", failing)
+    monkeypatch.setattr(conversion.divergence, "measure", failing)
     with pytest.raises(type(failure)):
         convert(str(folder), tmp_path / "out", **QUICK)
     assert names(tmp_path) == ["model", "out.optiq-work"]
@@ -266,7 +268,7 @@ def test_without_memory_for_three_models_the_result_is_not_measured(
 def test_a_model_that_does_not_fit_memory_is_scored_in_4_bits(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path, "qwen3_moe", name="model")
     result = convert(str(folder), tmp_path / "out", reference="uniform4", **QUICK)
-    assert result.scores["reference"] == "uniform4"
+    assert result.scores.reference == "uniform4"
     assert result.kl is not None
     assert 0 < result.kl < math.inf
 
@@ -288,9 +290,8 @@ def test_the_target_may_be_the_current_folder_or_behind_a_link(
 
 def test_the_function_stays_callable_after_its_module_is_imported(tmp_path: Path) -> None:
     """A submodule of the same name would take its place in the package."""
-    import optiq.demo
-
-    import optiq.cli.convert
+    import optiq.quantize.convert
+    import optiq.quantize.sensitivity.measure
 
     assert optiq.convert is convert
     assert optiq.Result is Result
@@ -317,7 +318,8 @@ def test_uniform4_is_what_stock_mlx_lm_writes(tmp_path: Path) -> None:
     stock_convert(str(folder), str(tmp_path / "stock"), quantize=True, q_bits=4, q_group_size=64)
     stock = mx.load(str(tmp_path / "stock" / "model.safetensors"))
     result = convert(str(folder), tmp_path / "out", **QUICK)
-    assert result.plan.uniform4["nbytes"] == sum(t.nbytes for t in stock.values())
+    assert result.plan.uniform4
+    assert result.plan.uniform4.nbytes == sum(t.nbytes for t in stock.values())
 
 
 def test_paths_and_numbers_as_arguments(tmp_path: Path) -> None:

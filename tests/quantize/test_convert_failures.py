@@ -213,7 +213,7 @@ def test_scores_that_do_not_belong(
     tmp_path: Path, model: Path, refused: Callable[..., None]
 ) -> None:
     other = resolve(str(tiny_folder(tmp_path, name="other", seed=1, num_hidden_layers=3)))
-    scores = scores_of(other)
+    scores = scores_of(other).to_json()
     file = tmp_path / "s.json"
     convert = ["model", "-o", "out", "--scores", "s.json"]
     file.write_text(json.dumps(scores))
@@ -234,14 +234,14 @@ def test_scores_cannot_hide_a_bad_weight(
 ) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     rewrite(model, lambda w: w.update({name: w[name] * math.nan}))
-    (tmp_path / "s.json").write_text(json.dumps(scores_of(resolve(str(model)))))
+    (tmp_path / "s.json").write_text(json.dumps(scores_of(resolve(str(model))).to_json()))
     refused("the weight model.layers.1.mlp.up_proj", "model", "-o", "out", "--scores", "s.json")
 
 
 def test_a_size_that_the_scores_cannot_give(
     tmp_path: Path, model: Path, refused: Callable[..., None]
 ) -> None:
-    (tmp_path / "s.json").write_text(json.dumps(scores_of(resolve(str(model)))))
+    (tmp_path / "s.json").write_text(json.dumps(scores_of(resolve(str(model))).to_json()))
     given = ["model", "-o", "out", "--scores", "s.json"]
     refused("the smallest possible plan takes", *given, "--size", "3bpw")
     refused("no score for 2g64; measure again", *given, "--formats", "2,4")

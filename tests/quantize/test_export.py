@@ -14,12 +14,13 @@ from mlx_lm.utils import load_model
 
 from optiq.formats import UNIFORM4
 from optiq.models.roles import quantizable
-from optiq.planning.plan import Plan, build
+from optiq.planning.plan import Plan
 from optiq.quantize import export as export_module
 from optiq.quantize.export import export
 from optiq.quantize.rounding.weights import MINMAX
 from optiq.sources import Source, load, resolve
 from tests.planned import VARIANTS, leftovers, scores_of, source_of, uniform
+from tests.scored import build
 from tests.tiny import tiny_folder
 
 TOKENS = mx.array([[1, 5, 9, 200, 17, 33, 4]])
@@ -56,15 +57,13 @@ def test_folder_is_what_it_says(tmp_path: Path) -> None:
     scores = scores_of(source)
     plan = build(scores, "uniform4")
     out = tmp_path / "out"
-    export(source, plan, out, scores=scores, extra={"optiq/report.html": "<html>", "kv.json": "[]"})
+    export(source, plan, out, scores=scores)
     assert sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()) == [
         "config.json",
         "generation_config.json",
-        "kv.json",
         "model.safetensors",
         "model.safetensors.index.json",
         "optiq/plan.json",
-        "optiq/report.html",
         "optiq/sensitivity.json",
         "tokenizer.json",
         "tokenizer_config.json",

@@ -17,11 +17,12 @@ from mlx_lm.utils import load_model
 
 from optiq.errors import ExportError, SourceError
 from optiq.formats import DENSE, UNIFORM4
-from optiq.planning.plan import Plan, build
+from optiq.planning.plan import Plan
 from optiq.quantize import export as export_module
 from optiq.quantize.export import export
 from optiq.sources import Source, resolve, shards
 from tests.planned import leftovers, scores_of, source_of, uniform
+from tests.scored import build
 
 
 def refused(match: str, source: Source, plan: Plan, out: Path, **options: Any) -> None:
@@ -122,7 +123,7 @@ def test_a_plan_for_another_model(tmp_path: Path) -> None:
     refused(r"embed_tokens is missing in the plan", other, Plan.from_json(data), out)
 
     plan = uniform(source)
-    plan.model["fixed_bytes"] += 4
+    plan = replace(plan, model=replace(plan.model, fixed_bytes=plan.model.fixed_bytes + 4))
     refused("the plan counts fixed_bytes as", source, plan, out)
 
 

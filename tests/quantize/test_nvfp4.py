@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,12 @@ from mlx_lm.utils import load_model
 import optiq
 from optiq.calibration import gather
 from optiq.errors import UsageError
-from optiq.formats import DEFAULT_MENU, DENSE, NVFP4, Format, parse_menu
+from optiq.formats import DEFAULT_MENU, DENSE, NVFP4, UNIFORM4, Format, parse_menu
 from optiq.models.roles import allowed, quantizable
 from optiq.models.size import model_size
 from optiq.nn.accelerate import accelerate
 from optiq.nn.layers import NVFP4_ROWS
 from optiq.ops import native
-from optiq.planning.plan import build
 from optiq.quality import divergence as compare
 from optiq.quantize.convert import convert
 from optiq.quantize.export import export
@@ -45,6 +45,7 @@ from tests.quantize.sensitivity.cases import (
     stock_quantized,
     tiny_source,
 )
+from tests.scored import build
 from tests.tiny import tiny_folder
 
 MENU = parse_menu("nvfp4,8g64,bf16")
@@ -249,9 +250,11 @@ def test_fisher_scores_agree_with_exact_ones(tmp_path: Path, name: str) -> None:
 def test_folders_equal_quantizing_in_memory(tmp_path: Path, variant: str) -> None:
     source = source_of(tmp_path, variant)
     given = scores_of(source)
-    for row in given["modules"]:
-        if "4g64" in row["scores"]:
-            row["scores"]["nvfp4"] = {"kl": row["scores"]["4g64"]["kl"], "se": 0.0}
+    modules = (
+        replace(s, scores={**s.scores, NVFP4: s.scores[UNIFORM4]}) if UNIFORM4 in s.scores else s
+        for s in given.modules
+    )
+    given = replace(given, modules=tuple(modules))
     plan = build(given, "5.3bpw", MENU)
     formats = plan.quantization()
     assert {NVFP4.bits, 8} <= {m.format.bits for m in plan.modules}
@@ -265,7 +268,7 @@ def test_folders_equal_quantizing_in_memory(tmp_path: Path, variant: str) -> Non
         assert mx.array_equal(stored.pop(name), array), name
     assert not stored
     assert mx.array_equal(got(TOKENS), expected(TOKENS))
-    assert model_size(got) == {"nbytes": plan.nbytes, "bpw": plan.bpw}
+    assert model_size(got) == (plan.nbytes, plan.bpw)
 
 
 def test_a_conversion_with_nvfp4_in_the_menu(tmp_path: Path) -> None:
@@ -293,7 +296,7 @@ def test_a_conversion_with_nvfp4_in_the_menu(tmp_path: Path) -> None:
     original, _ = load_model(folder)
     accelerate(original)
     again = compare.measure(original, {"out": ours}, held_out, progress=False)["out"]
-    assert again["kl"]["mean"] == pytest.approx(result.kl, rel=1e-6)
+    assert again.kl.mean == pytest.approx(result.kl, rel=1e-6)
     # One module more in nvfp4 in place of 8 bits costs KL: the whole in nvfp4 costs most.
     coarse = convert(folder, tmp_path / "small", size="4.6bpw", formats=[NVFP4, DENSE],
                      scores=out / "optiq" / "sensitivity.json", held_out_tokens=320,

@@ -19,8 +19,9 @@ from mlx_lm.utils import load_model
 
 from optiq.calibration import gather_selection, token_hash
 from optiq.formats import Format
-from optiq.planning.plan import Plan, uniform_plan
+from optiq.planning.plan import Plan, Selection, uniform_plan
 from optiq.planning.proposals import propose
+from optiq.planning.size import UNIFORM4_SIZE
 from optiq.quality.statistics import rank_correlation
 from optiq.quantize import select as selection
 from optiq.quantize.convert import convert
@@ -48,7 +49,7 @@ TOKENS = [s.tokens for s in TEXT]
 def uniform(source: Source, bits: int, kl: float = 0.01) -> Plan:
     """Every module in `bits` bits, with a predicted KL of `kl` each."""
     model, modules = describe(source)
-    plan = uniform_plan(modules, model, Format("affine", bits, 64))
+    plan = uniform_plan(model, modules, Format("affine", bits, 64))
     return replace(plan, modules=tuple(replace(m, kl=kl) for m in plan.modules))
 
 
@@ -65,10 +66,10 @@ def test_the_judges_kl_is_that_of_stock_models(tmp_path: Path, name: str) -> Non
             found = judge.measure(render_model(load(source), plan))
             original, _ = load_model(source.path)
             student = stock(source, plan)
-            assert found["mean"] == pytest.approx(mean_kl(original, student, TOKENS), rel=5e-3)
-            assert found["se"] == pytest.approx(clustered(original, student), rel=1e-2)
+            assert found.mean == pytest.approx(mean_kl(original, student, TOKENS), rel=5e-3)
+            assert found.se == pytest.approx(clustered(original, student), rel=1e-2)
         same = judge.measure(render_model(load(source), replace(plan, modules=())))
-        assert same["mean"] == pytest.approx(0, abs=1e-6)
+        assert same.mean == pytest.approx(0, abs=1e-6)
 
 
 def clustered(original: nn.Module, student: nn.Module) -> float:
@@ -94,7 +95,7 @@ def test_soft_caps_of_logits_count(monkeypatch: pytest.MonkeyPatch) -> None:
     nn.quantize(student, 64, 3, class_predicate=lambda path, m: isinstance(m, nn.Embedding))
     expected = mean_kl(model(), student, TOKENS)
     with Judge(source, TEXT) as judge:
-        assert judge.measure(student)["mean"] == pytest.approx(expected, rel=1e-3)
+        assert judge.measure(student).mean == pytest.approx(expected, rel=1e-3)
     uncapped = [model(30.0), model(30.0)]
     nn.quantize(uncapped[1], 64, 3, class_predicate=lambda path, m: isinstance(m, nn.Embedding))
     assert abs(mean_kl(*uncapped, TOKENS) / expected - 1) > 0.05
@@ -106,7 +107,7 @@ def test_logits_in_chunks_give_the_same(tmp_path: Path, monkeypatch: pytest.Monk
     with Judge(source, TEXT) as judge:
         whole = judge.measure(student)
         monkeypatch.setattr("optiq.quantize.replay.logits.LOGITS_BYTES", 4 * 4 * 384)
-        assert judge.measure(student) == pytest.approx(whole, rel=1e-5)
+        assert vars(judge.measure(student)) == pytest.approx(vars(whole), rel=1e-5)
 
 
 Measured = dict[tuple[str, str], float]
@@ -115,8 +116,8 @@ Measured = dict[tuple[str, str], float]
 def measured(plan: Plan) -> Measured:
     """Mean KL by plan and rounding."""
     assert plan.selection is not None
-    found = {(c["name"], c["rounding"]): c["kl"]["mean"] for c in plan.selection["candidates"]}
-    assert len(found) == len(plan.selection["candidates"])
+    found = {(c.name, c.rounding): c.kl.mean for c in plan.selection.candidates}
+    assert len(found) == len(plan.selection.candidates)
     return found
 
 
@@ -126,7 +127,7 @@ def source(tmp_path: Path) -> Source:
 
 
 def test_the_plan_of_least_kl_is_taken_and_all_are_recorded(source: Source) -> None:
-    plans = propose(scores_of(source), "uniform4")
+    plans = propose(scores_of(source), UNIFORM4_SIZE)
     assert len(plans) >= 4
     plan, how = decide(source, plans, MINMAX, TEXT, progress=False)
     original, _ = load_model(source.path)
@@ -136,17 +137,17 @@ def test_the_plan_of_least_kl_is_taken_and_all_are_recorded(source: Source) -> N
     best = min(truth, key=lambda name: truth[name])
     made = plan.selection
     assert made is not None
-    assert (made["chosen"], made["rounding"], how) == (best, "minmax", MINMAX)
+    assert (made.chosen, made.rounding, how) == (best, "minmax", MINMAX)
     assert replace(plan, selection=None) == plans[best]
     assert found[best, "minmax"] <= found["uniform", "minmax"]
-    for c in made["candidates"]:
-        assert c["nbytes"] == plans[c["name"]].nbytes
-        assert c["predicted"] == plans[c["name"]].predicted_kl
-    assert (made["tokens"], made["sequences"]) == (53, 3)
-    assert made["text_sha256"] == token_hash(TEXT)
-    assert made["ratio"] == pytest.approx(truth[best] / plan.predicted_kl, rel=5e-3)
+    for c in made.candidates:
+        assert c.nbytes == plans[c.name].nbytes
+        assert c.predicted == plans[c.name].predicted_kl
+    assert (made.tokens, made.sequences) == (53, 3)
+    assert made.text_sha256 == token_hash(TEXT)
+    assert made.ratio == pytest.approx(truth[best] / plan.predicted_kl, rel=5e-3)
     pairs = [(plans[name].predicted_kl, kl) for name, kl in truth.items()]
-    assert made["rank_correlation"] == pytest.approx(spearman(*zip(*pairs, strict=True)))
+    assert made.rank_correlation == pytest.approx(spearman(*zip(*pairs, strict=True)))
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
@@ -157,8 +158,8 @@ def test_order_and_predictions_do_not_matter(source: Source) -> None:
         given = {name: plans[name] for name in names}
         plan, _ = decide(source, given, MINMAX, TEXT, progress=False)
         assert plan.selection is not None
-        assert plan.selection["chosen"] == "b"
-        assert plan.selection["ratio"] == pytest.approx(
+        assert plan.selection.chosen == "b"
+        assert plan.selection.ratio == pytest.approx(
             measured(plan)["b", "minmax"] / (9.0 * len(plan.modules))
         )
 
@@ -167,12 +168,13 @@ def fitted(source: Source, plan: Plan, spoil: Callable[[mx.array], mx.array]) ->
     """A rounding that knows all weights of the plan, rounded from what `spoil` makes of them."""
     weights = mx.load(str(source.path / "model.safetensors"))
     return Rounding(
+        "descent",
         fitted={
             (m.module.path, m.format): round_weight(
                 spoil(weights[f"{m.module.path}.weight"]), m.format
             )
             for m in plan.modules
-        }
+        },
     )
 
 
@@ -186,7 +188,7 @@ def test_a_fit_that_is_no_better_is_recorded_and_left(source: Source, factor: fl
 
     plan, how = decide(source, plans, MINMAX, TEXT, fit, progress=False)
     assert plan.selection is not None
-    assert (plan.selection["chosen"], plan.selection["rounding"]) == ("a", "minmax")
+    assert (plan.selection.chosen, plan.selection.rounding) == ("a", "minmax")
     assert how is MINMAX
     assert measured(plan).keys() == {("a", "minmax"), ("b", "minmax"), ("a", "descent")}
 
@@ -198,10 +200,10 @@ def test_a_fit_that_is_better_is_taken(source: Source) -> None:
     found, how = decide(source, {"a": plan}, worse, TEXT, lambda plan: better, progress=False)
     assert how is better
     assert found.selection is not None
-    assert found.selection["rounding"] == "descent"
-    first, second = (c["kl"]["mean"] for c in found.selection["candidates"])
+    assert found.selection.rounding == "descent"
+    first, second = (c.kl.mean for c in found.selection.candidates)
     assert second < first
-    assert found.selection["ratio"] == first / found.predicted_kl  # of what scores speak of
+    assert found.selection.ratio == first / found.predicted_kl  # of what scores speak of
     # a fit that could fit nothing is not measured again
     found, how = decide(source, {"a": plan}, MINMAX, TEXT, lambda plan: bad, progress=False)
     assert how is MINMAX
@@ -225,12 +227,9 @@ def test_without_memory_or_text_the_first_plan_is_taken(
     assert (how, by) == (MINMAX, fit)
     for found, rounding in ((plan, "minmax"), (trusted, "descent")):
         assert replace(found, selection=None) == plans["a"]
-        assert found.selection == {
-            "chosen": "a", "rounding": rounding, "candidates": [], "tokens": 0, "sequences": 0,
-            "text_sha256": None, "ratio": None, "rank_correlation": None,
-        }  # fmt: skip
+        assert found.selection == Selection("a", rounding)
     plan, _ = decide(source, plans, MINMAX, TEXT, progress=False)
-    assert (plan.selection or {})["chosen"] == ("a" if why == "memory" else "b")
+    assert plan.selection and plan.selection.chosen == ("a" if why == "memory" else "b")
 
 
 def test_a_conversion_is_what_was_measured_on_text_of_its_own(tmp_path: Path) -> None:
@@ -241,19 +240,19 @@ def test_a_conversion_is_what_was_measured_on_text_of_its_own(tmp_path: Path) ->
     origin = resolve(str(folder))
     loaded = load(origin)
     text = gather_selection(loaded.tokenizer, None, seed=0)
-    assert made["text_sha256"] == token_hash(text)
+    assert made.text_sha256 == token_hash(text)
     assert result.plan.measured is not None
-    others = {result.scores["calibration"]["sha256"], result.plan.measured["text_sha256"]}
-    assert made["text_sha256"] not in others
+    others = {result.scores.calibration.sha256, result.plan.measured.text_sha256}
+    assert made.text_sha256 not in others
     exported, _ = load_model(tmp_path / "out")
     found = measured(result.plan)
     kl = mean_kl(loaded.model, exported, [s.tokens for s in text])
-    assert found[made["chosen"], made["rounding"]] == pytest.approx(kl, rel=5e-3)
-    assert found[made["chosen"], made["rounding"]] == min(found.values())
+    assert found[made.chosen, made.rounding] == pytest.approx(kl, rel=5e-3)
+    assert found[made.chosen, made.rounding] == min(found.values())
     # never worse than the same bytes spread evenly, as stock rounds them
     even = stock(origin, uniform(origin, 4))
     assert kl < mean_kl(loaded.model, even, [s.tokens for s in text])
-    assert found[made["chosen"], made["rounding"]] <= found["uniform", "search"]
+    assert found[made.chosen, made.rounding] <= found["uniform", "search"]
 
 
 def spearman(x: Any, y: Any) -> float:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from optiq.errors import ExportError, SensitivityError
-from optiq.planning.plan import build
 from optiq.report import render, write
 from optiq.report.text import TIMES
+from tests.scored import build
 
 from . import fakes
 from .fakes import Pair

@@ -17,12 +17,12 @@ from optiq.errors import SourceError
 from optiq.models.roles import quantizable
 from optiq.models.size import model_size
 from optiq.nn import accelerate as native
-from optiq.planning.plan import build
 from optiq.quantize.export import export
 from optiq.quantize.rounding.render import render_model
 from optiq.runtime.loading import load
 from optiq.sources import load as load_source
 from tests.planned import VARIANTS, scores_of, source_of, uniform
+from tests.scored import build
 from tests.tiny import tiny_folder
 
 NATIVE = (native.Linear, native.QuantizedLinear)
@@ -76,10 +76,10 @@ def test_size_is_that_of_the_plan(tmp_path: Path, variant: str) -> None:
     dense = load_source(source).model
     count = sum(a.size for _, a in tree_flatten(dense.parameters()))
     nbytes = sum(a.nbytes for _, a in tree_flatten(dense.parameters()))
-    assert model_size(dense) == {"nbytes": nbytes, "bpw": 8 * nbytes / count}
+    assert model_size(dense) == (nbytes, 8 * nbytes / count)
     plan = build(scores_of(source), "5.3bpw")
     export(source, plan, tmp_path / "out")
-    assert model_size(load_model(tmp_path / "out")[0]) == {"nbytes": plan.nbytes, "bpw": plan.bpw}
+    assert model_size(load_model(tmp_path / "out")[0]) == (plan.nbytes, plan.bpw)
 
 
 def test_size_of_other_quantizations(tmp_path: Path) -> None:
@@ -89,4 +89,4 @@ def test_size_of_other_quantizations(tmp_path: Path) -> None:
     rest = 4 * (count - sum(prod(m.shape) for m in modules))
     nn.quantize(model, 32, 4, mode="mxfp4")
     weights = sum(prod(m.shape) // 2 + prod(m.shape) // 32 for m in modules)
-    assert model_size(model) == {"nbytes": rest + weights, "bpw": 8 * (rest + weights) / count}
+    assert model_size(model) == (rest + weights, 8 * (rest + weights) / count)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import ExportError, SensitivityError
+from ..errors import ExportError
 
 
 @contextmanager
@@ -33,14 +33,18 @@ def whole(*paths: Path) -> Iterator[tuple[Path, ...]]:
                 temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, data: Any, *, indent: int | None) -> None:
-    """Replace `path` in one step: a reader finds the old content or the new, never a part."""
+def write_json(path: Path, data: Any, *, indent: int | None = 1) -> None:
+    """Replace `path` in one step: a reader finds the old content or the new, never a part.
+
+    Its folder is made. Raises ExportError; ValueError for numbers that are not finite.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as (partial,):
-            partial.write_text(json.dumps(data, indent=indent, allow_nan=False), encoding="utf-8")
+            text = json.dumps(data, indent=indent, allow_nan=False)
+            partial.write_text(f"{text}\n", encoding="utf-8")
     except OSError as error:
-        raise SensitivityError(
+        raise ExportError(
             f"{path} cannot be written ({error}); free space or name another place"
         ) from error
 

@@ -1,20 +1,17 @@
-"""The machine that figures were measured on, and how much memory it has to spare."""
+"""The machine and the versions that figures were measured with."""
 
 from __future__ import annotations
 
 import os
 import platform
-import shlex
 import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
 
-def machine() -> dict[str, Any]:
+def machine() -> dict[str, str | int | None]:
     """What a reader needs to judge a time or a memory figure."""
     return {
         "system": platform.system(),
@@ -47,10 +44,3 @@ def _cpu() -> str:
     lines = info.read_text(errors="replace").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
-
-
-def command_line() -> str:
-    """The command that makes the same from the start; empty when called from Python."""
-    program, *arguments = sys.argv or [""]
-    arguments = [a for a in arguments if a != "--resume"]
-    return shlex.join(["optiq", *arguments]) if Path(program).name == "optiq" else ""

@@ -1,10 +1,12 @@
-"""How much memory there is to spare."""
+"""How much memory there is to spare, and how much some work takes."""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -37,3 +39,21 @@ def _number(path: Path) -> int | None:
     """The integer in a cgroup file, or None when it is absent or "max"."""
     text = path.read_text().strip() if path.exists() else "max"
     return int(text) if text.isdigit() else None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of each part of some work when it is largest; their sum bounds the peak."""
+
+    parts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{part} {nbytes / 1e9:.2f}" for part, nbytes in self.parts.items())
+        return (
+            f"at most {self.total / 1e9:.2f} GB ({parts}); {available_memory() / 1e9:.1f} GB are "
+            "available"
+        )

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..chat.template import Tokenizer, render
 from ..errors import CalibrationError
-from .rows import Row
+from .rows import BUNDLED, Row
 
 MIN_ROW = 8  # tokens; a shorter row says more about its BOS than about its domain
 MIN_CUT = 32  # tokens; no sample is cut below this to hit a quota
@@ -37,12 +37,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Sequences whose every prefix is balanced, too; `note` says what fell short, or is empty."""
+    """Sequences whose every prefix is balanced, too; `note` says what fell short, or is empty.
+
+    `source` is what a plan calls the file of the rows.
+    """
 
     sequences: list[Sample]
     sha256: str
     tokens_per_domain: dict[str, int]
     note: str = ""
+    source: str = BUNDLED.name
 
 
 def batches(

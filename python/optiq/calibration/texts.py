@@ -1,10 +1,11 @@
-"""The text of a conversion: to score and round with, to choose a plan by, to judge the result on.
+"""The texts of a conversion: to score and round with, to choose a plan by, to judge the result on.
 
-The three come from different rows of one file (`rows.split`).
+They come from different rows of one file (`rows.split`).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..base.progress import Progress
@@ -21,13 +22,45 @@ SELECTION_TOKENS = 4096
 HELD_OUT_TOKENS = 4096
 
 
-def text_name(path: str | Path | None) -> str:
+@dataclass(frozen=True)
+class Texts:
+    """Sequences to score with, to round with, to choose a plan by (maybe none), and to judge it on.
+
+    Those to score with come from the same rows as those to round with.
+    """
+
+    scoring: Calibration
+    calibration: Calibration
+    selection: list[Sample]
+    held_out: Calibration
+
+
+def gather_texts(
+    tokenizer: Tokenizer, path: Path | None, seed: int, tokens: int, held_out_tokens: int
+) -> Texts:
+    """All texts of a conversion from the rows at `path` (None: the bundled mix).
+
+    Raises CalibrationError where there are too few.
+    """
+    calibration = gather(tokenizer, path, "calibration", tokens, seed)
+    scoring = calibration
+    if tokens > SCORING_TOKENS:
+        scoring = gather(tokenizer, path, "calibration", SCORING_TOKENS, seed)
+    return Texts(
+        held_out=gather(tokenizer, path, "heldout", held_out_tokens, seed),
+        selection=gather_selection(tokenizer, path, seed),
+        scoring=scoring,
+        calibration=calibration,
+    )
+
+
+def text_name(path: Path | None) -> str:
     """What a plan calls the rows at `path`."""
     return str(path or BUNDLED.name)
 
 
 def gather(
-    tokenizer: Tokenizer, path: str | Path | None, which: str, tokens: int, seed: int
+    tokenizer: Tokenizer, path: Path | None, which: str, tokens: int, seed: int
 ) -> Calibration:
     """Sequences from the "calibration" or the "heldout" rows at `path` (None: the bundled mix).
 
@@ -42,10 +75,10 @@ def gather(
     found = batches(rows, tokenizer, tokens=tokens, seed=seed)
     if found.note:
         Progress(0, "").say(f"{which} text of {text_name(path)}: {found.note}")
-    return found
+    return replace(found, source=text_name(path))
 
 
-def gather_selection(tokenizer: Tokenizer, path: str | Path | None, seed: int) -> list[Sample]:
+def gather_selection(tokenizer: Tokenizer, path: Path | None, seed: int) -> list[Sample]:
     """Sequences from the "selection" rows at `path`; none where they are too few, which is said."""
     rows = split(load_rows(path), "selection")
     try:

@@ -55,39 +55,15 @@ def _records(args: argparse.Namespace) -> int:
 
 
 def _models(args: argparse.Namespace) -> int:
-    from .. import calibration
-    from ..errors import UsageError
-    from ..models.size import model_size
-    from ..nn.accelerate import accelerate
-    from ..quality.divergence import check_tokens, measure
-    from ..sources import load, resolve
+    from ..quality.compare import compare
     from .tables import metrics_table
 
-    names = list(args.models)
-    first = args.reference or names.pop(0)
-    if not names:
-        raise UsageError("one model alone cannot be compared; give a second one or --reference")
-    if len(set(names)) < len(names):
-        raise UsageError("the same model is named twice; name different ones")
-    if args.text:
-        rows = calibration.load_rows(args.text)
-    else:
-        rows = calibration.split(calibration.load_rows(), "heldout")
-    reference = load(resolve(first), allow_quantized=True)
-    loaded = {name: load(resolve(name), allow_quantized=True) for name in names}
-    text = calibration.batches(rows, reference.tokenizer, tokens=args.tokens, seed=args.seed)
-    tokenizers = {name: candidate.tokenizer for name, candidate in loaded.items()}
-    check_tokens(reference.tokenizer, tokenizers, text.sequences)
-    sizes = {name: model_size(candidate.model) for name, candidate in loaded.items()}
-    models = {name: candidate.model for name, candidate in loaded.items()}
-    for model in (reference.model, *models.values()):
-        accelerate(model)
-    metrics = measure(reference.model, models, text.sequences)
-    metrics = {name: metrics[name] | sizes[name] for name in names}
-    result = {"reference": first, "text": args.text or "optiq.jsonl, held-out rows"}
+    found = compare(
+        *args.models, reference=args.reference, text=args.text, tokens=args.tokens, seed=args.seed
+    )
     if args.json:
-        print(json.dumps(result | {"models": metrics}, indent=1))
+        print(json.dumps(found.to_json(), indent=1))
     else:
-        print(f"reference: {first}\ntext: {result['text']}\n")
-        print(metrics_table(metrics))
+        print(f"reference: {found.reference}\ntext: {found.text}\n")
+        print(metrics_table(found.models))
     return 0

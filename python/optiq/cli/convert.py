@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from . import options
 
@@ -36,31 +37,30 @@ def run(args: argparse.Namespace) -> int:
     from ..errors import UsageError
     from ..quantize.convert import convert
     from ..quantize.prepare import CHECKPOINT, SCORES, work_folder
-    from ..quantize.rounding.distill import CHECKPOINT as REFINING
-    from ..quantize.rounding.distill import TOKENS
+    from ..quantize.rounding import distill
     from .tables import plan_table, scores_line
 
     if args.refine_tokens and not args.refine:
         raise UsageError("--refine-tokens is for --refine; add it, or leave both out")
-    work = work_folder(args.out)
-    with options.resumable(work / CHECKPOINT, work / REFINING):
+    work = work_folder(Path(args.out).expanduser().resolve())
+    fields = options.measuring(args)
+    fields["size"] = args.size
+    with options.resumable(work / CHECKPOINT, work / distill.CHECKPOINT):
         result = convert(
             args.model,
             args.out,
-            size=args.size,
-            refine_tokens=(args.refine_tokens or TOKENS) if args.refine else 0,
+            refine_tokens=(args.refine_tokens or distill.TOKENS) if args.refine else 0,
             dry_run=args.dry_run,
-            **options.measuring(args),
+            **fields,
         )
-    plan = result.plan.to_json()
     if args.json:
-        print(json.dumps(plan, indent=1))
+        print(json.dumps(result.plan.to_json(), indent=1))
     else:
-        print(plan_table(plan, result.path))
+        print(plan_table(result.plan, result.path))
         print(f"scores     {scores_line(result.scores)}")
     if args.dry_run and not (args.scores or args.json):
         print(
-            f"\nscores     {work_folder(args.out) / SCORES}; the same command with --resume and "
-            "without --dry-run writes the model"
+            f"\nscores     {work / SCORES}; the same command with --resume and without --dry-run "
+            "writes the model"
         )
     return 0

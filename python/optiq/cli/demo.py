@@ -26,11 +26,11 @@ def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     steps = sys.stderr if args.json else sys.stdout
     outcome = run_demo(Path(args.dir), say=lambda line: print(line, file=steps, flush=True))
-    plan = outcome.result.plan.to_json()
+    plan = outcome.result.plan
     if args.json:
         answers = {"optiq": outcome.answer, "uniform4": outcome.uniform4_answer}
-        found = {"model": outcome.source, "question": QUESTION, "answers": answers, "plan": plan}
-        print(json.dumps(found, indent=1))
+        found = {"model": outcome.source, "question": QUESTION, "answers": answers}
+        print(json.dumps({**found, "plan": plan.to_json()}, indent=1))
         return 0
     print("\n" + plan_table(plan, outcome.result.path))
     print(f"\nasked      {QUESTION}")
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"uniform 4  {outcome.uniform4_answer!r}")
     print(
         "\nThe KL above was measured on a small held-out sample; the scores behind the plan on "
-        f"{outcome.result.scores['calibration']['tokens']} tokens."
+        f"{outcome.result.scores.calibration.tokens} tokens."
     )
     print(f"took       {time.monotonic() - started:.0f} s")
     return 0

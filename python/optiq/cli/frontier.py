@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from . import options
 
@@ -28,16 +29,16 @@ def run(args: argparse.Namespace) -> int:
     from ..quantize.prepare import CHECKPOINT, work_folder
     from .tables import frontier_table
 
-    work = work_folder(args.out)
+    work = work_folder(Path(args.out).expanduser().resolve())
     with options.resumable(work / POINTS if args.scores else work / CHECKPOINT):
-        result = frontier(
+        found = frontier(
             args.model,
             args.out,
             sizes=SIZES if args.sizes is None else args.sizes.split(","),
             **options.measuring(args),
         )
     if args.json:
-        print(json.dumps(result, indent=1))
+        print(json.dumps(found.to_json(), indent=1))
     else:
-        print(f"{frontier_table(result)}\n\nreport     {args.out}/{HTML}")
+        print(f"{frontier_table(found)}\n\nreport     {args.out}/{HTML}")
     return 0

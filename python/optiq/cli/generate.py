@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from math import inf
+from dataclasses import asdict
 from pathlib import Path
 
 from . import options
@@ -34,49 +34,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..base.files import check_writable
-    from ..errors import UsageError
-    from ..kv.model import digest
-    from ..kv.prefix import Key, PrefixFile
-    from ..runtime.generate import Request, stream
-    from ..runtime.loading import open_source
-    from ..sources import resolve
+    from ..runtime.generate import generate
 
-    if not 0 <= args.temp < inf:
-        raise UsageError(f"--temp {args.temp} is not a temperature; give 0 or more")
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    request = Request(prompt, args.system, args.max_tokens, args.temp, args.seed, args.raw)
-    source = resolve(args.model, revision=args.revision)
-    if args.prompt_cache:
-        check_writable(args.prompt_cache.expanduser().resolve())
-    model, tokenizer = open_source(source, kv=args.kv)
-    prefix = None
-    if args.prompt_cache:
-        key = Key(source.fingerprint, config=digest(model))
-        prefix = PrefixFile(args.prompt_cache.expanduser(), key)
-    text, last = "", None
-    for last in stream(model, tokenizer, request, prefix):
-        text += last.text
+    def show(text: str) -> None:
         if not args.json:
-            print(last.text, end="", flush=True)
-    assert last is not None  # max_tokens is at least 1
-    reused = prefix.reused if prefix else 0
-    facts = {
-        "prompt_tokens": last.prompt_tokens + reused,
-        "prompt_tokens_from_cache": reused,
-        "prompt_tokens_per_second": last.prompt_tps,
-        "generated_tokens": last.generation_tokens,
-        "generated_tokens_per_second": last.generation_tps,
-        "finish_reason": last.finish_reason,
-    }
+            print(text, end="", flush=True)
+
+    answer = generate(
+        args.model,
+        sys.stdin.read() if args.prompt == "-" else args.prompt,
+        kv=args.kv,
+        prompt_cache=args.prompt_cache,
+        revision=args.revision,
+        show=show,
+        system=args.system,
+        max_tokens=args.max_tokens,
+        temperature=args.temp,
+        seed=args.seed,
+        raw=args.raw,
+    )
     if args.json:
-        print(json.dumps({"text": text} | facts, indent=1))
-    else:
-        print()
-        print(
-            f"\n{f'{reused} prompt tokens from the cache, ' if reused else ''}"
-            f"{last.prompt_tokens} prompt tokens at {last.prompt_tps:.1f}/s, "
-            f"{last.generation_tokens} generated at {last.generation_tps:.1f}/s",
-            file=sys.stderr,
-        )
+        print(json.dumps(asdict(answer), indent=1))
+        return 0
+    reused = answer.prompt_tokens_from_cache
+    print()
+    print(
+        f"\n{f'{reused} prompt tokens from the cache, ' if reused else ''}"
+        f"{answer.prompt_tokens - reused} prompt tokens at "
+        f"{answer.prompt_tokens_per_second:.1f}/s, {answer.generated_tokens} generated at "
+        f"{answer.generated_tokens_per_second:.1f}/s",
+        file=sys.stderr,
+    )
     return 0

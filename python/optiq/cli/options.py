@@ -6,7 +6,10 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..quantize.options import OptionFields
 
 
 def positive(text: str) -> int:
@@ -76,13 +79,20 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
 
 
-def measuring(args: argparse.Namespace) -> dict[str, Any]:
+def measuring(args: argparse.Namespace) -> OptionFields:
     """What `add_model`, `add_measuring` and --scores ask for, as `convert` takes it."""
-    from ..calibration import CALIBRATION_TOKENS
-
-    names = ("formats", "sensitivity", "reference", "calibration", "rounding", "scores", "revision")
-    given = {name: getattr(args, name) for name in (*names, "seed", "resume")}
-    return {**given, "tokens": args.tokens or CALIBRATION_TOKENS}
+    return {
+        "formats": args.formats,
+        "sensitivity": args.sensitivity,
+        "reference": args.reference,
+        "calibration": args.calibration,
+        "tokens": args.tokens,
+        "rounding": args.rounding,
+        "scores": getattr(args, "scores", None),
+        "revision": args.revision,
+        "seed": args.seed,
+        "resume": args.resume,
+    }
 
 
 @contextmanager

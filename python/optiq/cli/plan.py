@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from . import options
 
@@ -17,12 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..formats import parse_menu
-    from ..planning.plan import build
-    from ..planning.scores import read
+    from ..planning.files import plan
     from .tables import plan_table
 
-    menu = None if args.formats is None else parse_menu(args.formats)
-    plan = build(read(Path(args.file)), args.size, menu).to_json()
-    print(json.dumps(plan, indent=1) if args.json else plan_table(plan, None))
+    found = plan(args.file, args.size, args.formats)
+    print(json.dumps(found.to_json(), indent=1) if args.json else plan_table(found, None))
     return 0

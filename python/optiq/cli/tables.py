@@ -7,6 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..formats import UNIFORM4
+from ..planning.pareto import Frontier
+from ..planning.plan import Plan, Selection
+from ..planning.scores import Scores
+from ..quality.results import Mean, Measured
+
 
 def grid(rows: Sequence[Sequence[str]], *, words: int = 0) -> str:
     """Columns two spaces apart, right-aligned but for the first and the last `words` of them."""
@@ -29,9 +35,8 @@ def number(value: float | None, se: float | None = None) -> str:
     return f"{value:.4g}" if se is None else f"{value:.4g} ± {se:.2g}"
 
 
-def _percent(top1: Mapping[str, Any]) -> str:
-    se = None if top1["se"] is None else 100 * top1["se"]
-    return f"{number(100 * top1['mean'], se)} %"
+def _percent(top1: Mean) -> str:
+    return f"{number(100 * top1.mean, top1.se and 100 * top1.se)} %"
 
 
 def size(nbytes: int) -> str:
@@ -39,77 +44,74 @@ def size(nbytes: int) -> str:
     return f"{nbytes / unit:.2f} {name}"
 
 
-def metrics_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+def metrics_table(metrics: Mapping[str, Measured]) -> str:
     """One column per model, one row per metric; KL in nats per token."""
     columns = list(metrics.values())
-    rows = [["", *metrics]]
-    rows.append(["size", *(size(m["nbytes"]) for m in columns)])
-    rows.append(["bits per weight", *(f"{m['bpw']:.3f}" for m in columns)])
-    rows.append(["KL mean", *(number(m["kl"]["mean"], m["kl"]["se"]) for m in columns)])
-    for key, label in (
-        ("median", "KL median"),
-        ("p95", "KL 95 %"),
-        ("p99", "KL 99 %"),
-        ("p999", "KL 99.9 %"),
-        ("max", "KL max"),
-    ):
-        rows.append([label, *(number(m["kl"][key]) for m in columns)])
-    rows.append(["same top token", *(_percent(m["top1"]) for m in columns)])
-    rows.append(["perplexity ratio", *(f"{m['ppl_ratio']:.4f}" for m in columns)])
-    rows.append(["tokens", *(str(m["tokens"]) for m in columns)])
+    rows = [
+        ["", *metrics],
+        ["size", *(size(m.nbytes) for m in columns)],
+        ["bits per weight", *(f"{m.bpw:.3f}" for m in columns)],
+        ["KL mean", *(number(m.kl.mean, m.kl.se) for m in columns)],
+        ["KL median", *(number(m.kl.median) for m in columns)],
+        ["KL 95 %", *(number(m.kl.p95) for m in columns)],
+        ["KL 99 %", *(number(m.kl.p99) for m in columns)],
+        ["KL 99.9 %", *(number(m.kl.p999) for m in columns)],
+        ["KL max", *(number(m.kl.max) for m in columns)],
+        ["same top token", *(_percent(m.top1) for m in columns)],
+        ["perplexity ratio", *(f"{m.ppl_ratio:.4f}" for m in columns)],
+        ["tokens", *(str(m.tokens) for m in columns)],
+    ]
     return grid(rows)
 
 
-def plan_table(plan: Mapping[str, Any], path: Path | None) -> str:
+def plan_table(plan: Plan, path: Path | None) -> str:
     """What was planned, and if it was written and measured, how it compares."""
     count, nbytes = Counter[str](), Counter[str]()
-    for module in plan["modules"]:
-        count[module["format"]] += 1
-        nbytes[module["format"]] += module["nbytes"]
+    for module in plan.modules:
+        count[str(module.format)] += 1
+        nbytes[str(module.format)] += module.nbytes
     rows = [["format", "modules", "bytes"]]
     rows += [[fmt, str(count[fmt]), f"{nbytes[fmt]:,}"] for fmt in sorted(count)]
-    budget, objective = plan["budget"], plan["objective"]
     lines = [
         grid(rows),
         "",
-        f"size       {plan['nbytes']:,} bytes, {plan['bpw']:.3f} bits per weight",
-        f"budget     {budget['bytes']:,} bytes ({budget['asked']}), "
-        f"{100 * plan['nbytes'] / budget['bytes']:.2f} % used",
-        f"predicted  KL {number(objective['predicted_kl'])} nats per token, "
-        f"optimal within {100 * (objective['gap'] or 0):.2g} %",
+        f"size       {plan.nbytes:,} bytes, {plan.bpw:.3f} bits per weight",
+        f"budget     {plan.budget:,} bytes ({plan.asked}), "
+        f"{100 * plan.nbytes / plan.budget:.2f} % used",
+        f"predicted  KL {number(plan.predicted_kl)} nats per token, "
+        f"optimal within {100 * (plan.gap or 0):.2g} %",
     ]
-    if plan.get("selection"):
-        lines.append(f"chosen     {_chosen(plan['selection'])}")
-    if plan.get("measured"):
-        both = {"optiq": plan["measured"]}
-        if plan["uniform4"].get("measured"):
-            both["uniform 4-bit"] = plan["uniform4"]["measured"]
+    if plan.selection:
+        lines.append(f"chosen     {_chosen(plan.selection)}")
+    if plan.measured:
+        both = {"optiq": plan.measured}
+        if plan.uniform4 and plan.uniform4.measured:
+            both["uniform 4-bit"] = plan.uniform4.measured
         lines += ["", metrics_table(both)]
     if path is not None:
         lines += ["", f"model      {path}", f"report     {path / 'optiq' / 'report.html'}"]
     return "\n".join(lines)
 
 
-def _chosen(selection: Mapping[str, Any]) -> str:
+def _chosen(selection: Selection) -> str:
     """Which proposal it is, by which rounding, and how well its KL was predicted."""
-    of = len({candidate["name"] for candidate in selection["candidates"]})
-    parts = [f"plan {selection['chosen']} {f'of {of} by measured KL' if of else 'unmeasured'}"]
-    parts.append(f"rounding {selection['rounding']}")
-    if selection["ratio"] is not None:
-        parts.append(f"measured / predicted {selection['ratio']:.2f} as scored")
+    of = len({candidate.name for candidate in selection.candidates})
+    parts = [f"plan {selection.chosen} {f'of {of} by measured KL' if of else 'unmeasured'}"]
+    parts.append(f"rounding {selection.rounding}")
+    if selection.ratio is not None:
+        parts.append(f"measured / predicted {selection.ratio:.2f} as scored")
     return ", ".join(parts)
 
 
-def frontier_table(result: Mapping[str, Any]) -> str:
+def frontier_table(frontier: Frontier) -> str:
     """One row per model by rising bytes, then what was left out."""
-    head = ["", "size", "bits per weight", "KL mean", "over uniform", "same top token", ""]
-    rows = [head]
-    for p in result["points"]:
-        ratio = number(p["uniform"]["ratio"]) if p["uniform"] else "-"
-        figures = [size(p["nbytes"]), f"{p['bpw']:.3f}", number(p["kl"]["mean"], p["kl"]["se"])]
-        mark = "dominated" if p["dominated"] else ""
-        rows.append([p["name"], *figures, ratio, _percent(p["top1"]), mark])
-    return "\n".join([grid(rows), *(["", *result["notes"]] if result["notes"] else [])])
+    rows = [["", "size", "bits per weight", "KL mean", "over uniform", "same top token", ""]]
+    for p in frontier.points:
+        kl, mark = p.measured.kl, "dominated" if p.dominated else ""
+        figures = [size(p.nbytes), f"{p.measured.bpw:.3f}", number(kl.mean, kl.se)]
+        ratio = number(p.uniform.ratio) if p.uniform else "-"
+        rows.append([p.name, *figures, ratio, _percent(p.measured.top1), mark])
+    return "\n".join([grid(rows), *(["", *frontier.notes] if frontier.notes else [])])
 
 
 def evals_table(result: Mapping[str, Any]) -> str:
@@ -198,30 +200,26 @@ def kv_table(report: Mapping[str, Any]) -> str:
     )
 
 
-def scores_table(scores: Mapping[str, Any], path: Path) -> str:
+def scores_table(scores: Scores, path: Path) -> str:
     """The most sensitive modules, and what was measured."""
-    fmt = "4g64"
-    scored = [m for m in scores["modules"] if fmt in m["scores"]]
-    scored.sort(key=lambda m: -m["scores"][fmt]["kl"])
-    rows = [[f"most sensitive at {fmt}", "KL (nats per token)"]]
-    for module in scored[:10]:
-        score = module["scores"][fmt]
-        rows.append([module["path"], number(score["kl"], score["se"])])
+    scored = [(m.module.path, m.scores[UNIFORM4]) for m in scores.modules if UNIFORM4 in m.scores]
+    scored.sort(key=lambda pair: -pair[1].kl)
+    rows = [[f"most sensitive at {UNIFORM4}", "KL (nats per token)"]]
+    rows += [[path, number(score.kl, score.se)] for path, score in scored[:10]]
     return "\n".join(
         [
             grid(rows),
             "",
-            f"{len(scores['modules'])} modules, {scores_line(scores)}",
+            f"{len(scores.modules)} modules, {scores_line(scores)}",
             f"written to {path}; optiq plan {path} --size 4.8bpw",
         ]
     )
 
 
-def scores_line(scores: Mapping[str, Any]) -> str:
+def scores_line(scores: Scores) -> str:
     """How scores were made, in one line."""
-    calibration = scores["calibration"]
+    text = scores.calibration
     return (
-        f"method {scores['method']}, reference {scores['reference']}, "
-        f"{calibration['tokens']} tokens of {calibration['source']}, "
-        f"rounding {scores['rounding']}"
+        f"method {scores.method}, reference {scores.reference}, {text.tokens} tokens of "
+        f"{text.source}, rounding {scores.rounding}"
     )

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Any
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 
-def model_size(model: nn.Module) -> dict[str, Any]:
-    """Bytes of all tensors, and bits per logical parameter, of a model as it came from its files.
+class ModelSize(NamedTuple):
+    """Bytes of all tensors, and bits per logical parameter."""
+
+    nbytes: int
+    bpw: float
+
+
+def model_size(model: nn.Module) -> ModelSize:
+    """The size of a model as it came from its files.
 
     A quantized weight counts as the weight it stands for.
     """
@@ -29,4 +36,4 @@ def model_size(model: nn.Module) -> dict[str, Any]:
         elif leaf == "scales":
             parameters += prod(array.shape) * groups[path]
     nbytes = sum(array.nbytes for array in tensors.values())
-    return {"nbytes": nbytes, "bpw": 8 * nbytes / parameters}
+    return ModelSize(nbytes, 8 * nbytes / parameters)

@@ -7,14 +7,14 @@ error. Only these formats are worth an exact measurement.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import erfc, exp, hypot, pi, sqrt
 
 from ..formats import Format
 from .allocation import allocate
 from .plan import problem
-from .scores import Json, parse
+from .scores import Score, Scores
+from .size import Size
 
 # Standard deviation of log(fisher score / exact KL), measured on searched weights (fisher.py has
 # that of min/max, 0.14). About half of the variance is common to all formats of a module.
@@ -33,18 +33,18 @@ class Contest:
     gain: float
 
 
-def contests(scores: Json, size: str) -> list[Contest]:
-    """The contested modules of a parsed sensitivity.json at `size`, in the order of the file.
+def contests(scores: Scores, size: Size) -> list[Contest]:
+    """The contested modules at `size`, in the order of `scores`.
 
     Raises BudgetError when no plan is small enough.
     """
-    items, budget = problem(parse(scores), size)
+    items, budget = problem(scores, size)
     found = allocate(items, budget)
-    rows = {row["path"]: row["scores"] for row in scores["modules"]}
+    known = {scored.module.path: scored.scores for scored in scores.modules}
     contested = []
     for item in items[1:]:
         chosen = found.formats[item.name]
-        errors = {c.format: _error(rows[item.name].get(str(c.format), {})) for c in item.choices}
+        errors = {c.format: _error(known[item.name].get(c.format)) for c in item.choices}
         cost = {c.format: c.loss + found.price * c.nbytes for c in item.choices}
         rivals, gain = {chosen}, 0.0
         for fmt, error in errors.items():
@@ -74,11 +74,11 @@ class _Error:
         return hypot(self.shared - other.shared, self.own, other.own)
 
 
-def _error(score: Mapping[str, float | str | None]) -> _Error:
-    if score.get("method") != "fisher":
+def _error(score: Score | None) -> _Error:
+    if score is None or score.method != "fisher":
         return _Error(0.0, 0.0)
-    part = SPREAD / sqrt(2) * abs(float(score["kl"] or 0))
-    return _Error(hypot(part, float(score["se"] or 0)), part)
+    part = SPREAD / sqrt(2) * abs(score.kl)
+    return _Error(hypot(part, score.se or 0.0), part)
 
 
 def _expected_gain(lead: float, error: float) -> float:

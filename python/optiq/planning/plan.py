@@ -6,23 +6,20 @@ count every tensor of the exported folder: codes, scales, biases and all that is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from math import fsum, prod
 from typing import Any
 
 from ..errors import UsageError
 from ..formats import DENSE, UNIFORM4, Format
 from ..models.roles import Module, allowed
+from ..quality.results import Mean, Measured
 from .allocation import Choice, Item, allocate
-from .scores import Scores, describe_module, module_of, parse
-from .size import parse_size
+from .scores import ModelInfo, Scored, Scores, TextInfo, describe_module, module_of
+from .size import Size
 
 Json = dict[str, Any]
-
-_PROVENANCE = (
-    "measured", "selection", "calibration", "seed", "command", "versions", "machine", "uniform4",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,42 +41,93 @@ class Planned:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A plan that was measured, with its weights rounded in one way."""
+
+    name: str
+    rounding: str
+    nbytes: int
+    predicted: float | None  # KL, the sum of scores
+    kl: Mean
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Candidate:
+        return cls(**{**data, "kl": Mean(**data["kl"])})
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a plan was chosen from: `candidates` on text of their own, none where none was measured.
+
+    `ratio` is the measured over the predicted KL of the chosen plan as scored, `rank_correlation`
+    that of both over all plans. `rounding_*` is the text that weights were fitted to.
+    """
+
+    chosen: str
+    rounding: str
+    candidates: tuple[Candidate, ...] = ()
+    tokens: int = 0
+    sequences: int = 0
+    text_sha256: str | None = None
+    ratio: float | None = None
+    rank_correlation: float | None = None
+    rounding_tokens: int | None = None
+    rounding_sha256: str | None = None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Selection:
+        candidates = tuple(map(Candidate.from_json, data["candidates"]))
+        return cls(**{**data, "candidates": candidates})
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Stock uniform 4-bit of the same model: bytes of all tensors, and what was measured."""
+
+    nbytes: int
+    measured: Measured | None = None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Baseline:
+        return cls(data["nbytes"], _measured(data["measured"]))
+
+
+@dataclass(frozen=True)
 class Plan:
     """A format for every quantizable module, and where it comes from (see `to_json`).
 
-    `model` holds name, fingerprint, model_type, dtype, itemsize and fixed_bytes, the bytes of all
-    tensors that are never quantized. `asked` is the size as the user wrote it, `budget` its bytes.
+    `asked` is the size as the user wrote it, `budget` its bytes.
     """
 
-    model: Json
+    model: ModelInfo
     asked: str
     budget: int
     modules: tuple[Planned, ...]
     bound: float | None = None  # proven: no plan within the budget has a smaller predicted KL
     gap: float | None = None
-    measured: Json | None = None
-    selection: Json | None = None  # what it was chosen from (see selection.py)
-    calibration: Json = field(default_factory=dict)
+    measured: Measured | None = None
+    selection: Selection | None = None
+    calibration: TextInfo | None = None  # that scores were measured on
     seed: int = 0
     command: str = ""
-    versions: Json = field(default_factory=dict)
-    machine: Json = field(default_factory=dict)
-    uniform4: Json = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    uniform4: Baseline | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return int(self.model["fixed_bytes"]) + sum(m.nbytes for m in self.modules)
+        return self.model.fixed_bytes + sum(m.nbytes for m in self.modules)
 
     @property
     def dense_nbytes(self) -> int:
         """Bytes of the modules' weights in the source."""
-        return sum(prod(m.module.shape) for m in self.modules) * int(self.model["itemsize"])
+        return sum(prod(m.module.shape) for m in self.modules) * self.model.itemsize
 
     @property
     def bpw(self) -> float:
         """Bits of all tensors per logical parameter."""
-        return 8 * self.nbytes / _params(self.model, [m.module for m in self.modules])
+        return 8 * self.nbytes / parameters(self.model, [m.module for m in self.modules])
 
     @property
     def predicted_kl(self) -> float | None:
@@ -98,7 +146,7 @@ class Plan:
         return {
             "schema": 1,
             "kind": "optiq.plan",
-            "model": self.model,
+            "model": asdict(self.model),
             "budget": {"asked": self.asked, "bytes": self.budget},
             "nbytes": self.nbytes,
             "bpw": self.bpw,
@@ -108,28 +156,43 @@ class Plan:
                 "gap": self.gap,
             },
             "modules": [m.to_json() for m in self.modules],
-            **{key: getattr(self, key) for key in _PROVENANCE},
+            "measured": self.measured and self.measured.to_json(),
+            "selection": self.selection and asdict(self.selection),
+            "calibration": self.calibration and asdict(self.calibration),
+            "seed": self.seed,
+            "command": self.command,
+            "versions": dict(self.versions),
+            "machine": dict(self.machine),
+            "uniform4": self.uniform4 and asdict(self.uniform4),
         }
 
     @classmethod
-    def from_json(cls, data: Json) -> Plan:
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """Read what `to_json` wrote; UsageError when it is another file or does not add up."""
         if data.get("kind") != "optiq.plan" or data.get("schema") != 1:
             raise UsageError("this is not a plan of this version of optiq; make it with optiq plan")
         try:
+            objective = data["objective"]
             plan = cls(
-                model=data["model"],
+                model=ModelInfo.from_json(data["model"]),
                 asked=data["budget"]["asked"],
                 budget=data["budget"]["bytes"],
                 modules=tuple(
                     Planned(module_of(m), Format.parse(m["format"]), m["nbytes"], m["kl"])
                     for m in data["modules"]
                 ),
-                bound=data["objective"]["bound"],
-                gap=data["objective"]["gap"],
-                **{key: data[key] for key in _PROVENANCE if key in data},
+                bound=objective["bound"],
+                gap=objective["gap"],
+                measured=_measured(data.get("measured")),
+                selection=Selection.from_json(of) if (of := data.get("selection")) else None,
+                calibration=TextInfo.from_json(of) if (of := data.get("calibration")) else None,
+                seed=data.get("seed", 0),
+                command=data.get("command", ""),
+                versions=data.get("versions", {}),
+                machine=data.get("machine", {}),
+                uniform4=Baseline.from_json(of) if (of := data.get("uniform4")) else None,
             )
-            itemsize = plan.model["itemsize"]
+            itemsize = plan.model.itemsize
             exact = all(m.nbytes == m.format.nbytes(m.module.shape, itemsize) for m in plan.modules)
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"the plan is incomplete ({error!r}); make it again") from error
@@ -139,87 +202,87 @@ class Plan:
 
 
 def build(
-    scores: Json,
-    size: str = "uniform4",
+    scores: Scores,
+    size: Size,
     menu: Sequence[Format] | None = None,
     *,
     seed: int = 0,
     command: str = "",
-    versions: Json | None = None,
-    machine: Json | None = None,
 ) -> Plan:
-    """The plan of least predicted KL within `size`, from a parsed sensitivity.json.
+    """The plan of least predicted KL within `size`.
 
     `menu` limits the formats; None stands for all that a module has scores for. Floors are
-    constraints. Raises SensitivityError for malformed or missing scores, UsageError for a size
-    that cannot be read, BudgetError for one that is too small.
+    constraints. Raises SensitivityError for missing scores, BudgetError for a size that is too
+    small.
     """
-    read = parse(scores)
-    model, modules = read.model, [scored.module for scored in read.modules]
-    itemsize = int(model["itemsize"])
-    uniform4 = uniform_plan(modules, model).nbytes
-    items, budget = problem(read, size, menu)
+    items, budget = problem(scores, size, menu)
     found = allocate(items, budget)
-    planned = []
-    for scored in read.modules:
-        fmt = found.formats[scored.module.path]
-        nbytes = fmt.nbytes(scored.module.shape, itemsize)
-        planned.append(Planned(scored.module, fmt, nbytes, scored.loss(fmt)))
     return Plan(
-        model=model,
-        asked=size,
+        model=scores.model,
+        asked=size.text,
         budget=budget,
-        modules=tuple(planned),
+        modules=planned_modules(scores, found.formats),
         bound=found.bound,
         gap=found.gap,
-        calibration=read.calibration,
+        calibration=scores.calibration,
         seed=seed,
         command=command,
-        versions=versions or read.versions,
-        machine=machine or read.machine,
-        uniform4={"nbytes": uniform4, "measured": None},
+        versions=scores.versions,
+        machine=scores.machine,
+        uniform4=Baseline(uniform_plan(scores.model, [s.module for s in scores.modules]).nbytes),
     )
 
 
 def problem(
-    read: Scores, size: str, menu: Sequence[Format] | None = None
+    scores: Scores, size: Size, menu: Sequence[Format] | None = None
 ) -> tuple[list[Item], int]:
     """The knapsack that `build` solves: an item for each module and one for the rest; its bytes."""
-    model, modules = read.model, [scored.module for scored in read.modules]
-    itemsize, fixed = int(model["itemsize"]), int(model["fixed_bytes"])
-    budget = parse_size(
-        size,
-        params=_params(model, modules),
-        uniform4=uniform_plan(modules, model).nbytes,
-        header=int(model.get("header_bytes") or 0),
+    model, modules = scores.model, [scored.module for scored in scores.modules]
+    budget = size.budget(
+        params=parameters(model, modules),
+        uniform4=uniform_plan(model, modules).nbytes,
+        header=model.header_bytes,
     )
-    items = [Item("the tensors that are never quantized", (Choice(DENSE, fixed, 0.0),))]
-    for scored in read.modules:
-        shape = scored.module.shape
-        choices = (
-            Choice(fmt, fmt.nbytes(shape, itemsize), scored.loss(fmt))
-            for fmt in allowed(scored.module, sorted(scored.losses) if menu is None else menu)
-        )
-        items.append(Item(scored.module.path, tuple(choices)))
-    return items, budget
+    rest = Item("the tensors that are never quantized", (Choice(DENSE, model.fixed_bytes, 0.0),))
+    return [rest, *(_item(scored, model.itemsize, menu) for scored in scores.modules)], budget
 
 
-def uniform_plan(modules: Sequence[Module], model: Json, fmt: Format = UNIFORM4) -> Plan:
+def _item(scored: Scored, itemsize: int, menu: Sequence[Format] | None) -> Item:
+    formats = allowed(scored.module, sorted(scored.scores) if menu is None else menu)
+    shape = scored.module.shape
+    choices = (Choice(f, f.nbytes(shape, itemsize), scored.loss(f)) for f in formats)
+    return Item(scored.module.path, tuple(choices))
+
+
+def planned_modules(scores: Scores, formats: Mapping[str, Format]) -> tuple[Planned, ...]:
+    """The modules of `scores` in these formats, by path."""
+    itemsize = scores.model.itemsize
+    return tuple(
+        Planned(s.module, fmt, fmt.nbytes(s.module.shape, itemsize), s.loss(fmt))
+        for s in scores.modules
+        for fmt in [formats[s.module.path]]
+    )
+
+
+def uniform_plan(model: ModelInfo, modules: Sequence[Module], fmt: Format = UNIFORM4) -> Plan:
     """What stock `mlx_lm.convert` does: `fmt` for every module it fits, the rest left dense.
 
     A model file may insist on another format for some modules (`Module.stock`).
     """
-    itemsize = int(model["itemsize"])
     planned = []
     for module in modules:
         wanted = module.stock or fmt
         used = wanted if wanted.fits(module.shape) else DENSE
-        planned.append(Planned(module, used, used.nbytes(module.shape, itemsize), None))
+        planned.append(Planned(module, used, used.nbytes(module.shape, model.itemsize), None))
     plan = Plan(model=model, asked=f"uniform {fmt}", budget=0, modules=tuple(planned))
     return replace(plan, budget=plan.nbytes)
 
 
-def _params(model: Json, modules: Sequence[Module]) -> int:
+def parameters(model: ModelInfo, modules: Sequence[Module]) -> int:
     """Logical parameters; those that are never quantized have the model's item size."""
-    fixed = int(model["fixed_bytes"]) // int(model["itemsize"])
+    fixed = model.fixed_bytes // model.itemsize
     return fixed + sum(prod(module.shape) for module in modules)
+
+
+def _measured(data: Mapping[str, Any] | None) -> Measured | None:
+    return Measured.from_json(data) if data else None

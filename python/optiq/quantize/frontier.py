@@ -12,201 +12,205 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.nn as nn
 
+from ..base.checkpoint import Identity, check_unfinished
+from ..base.command import command_line
 from ..base.files import check_writable
-from ..base.machine import command_line, machine, versions
-from ..base.memory import available_memory
+from ..base.machine import machine, versions
+from ..base.memory import Needs, available_memory
 from ..base.progress import Progress
-from ..calibration import CALIBRATION_TOKENS, HELD_OUT_TOKENS, token_hash
+from ..calibration import token_hash
 from ..errors import BudgetError, OptiqError, UsageError
 from ..formats import Format
 from ..models import stock
-from ..models.roles import Module, Role
-from ..models.size import model_size
+from ..models.shapes import blocks_of, dense_bytes, embedding_shape, widest_block
+from ..models.size import ModelSize, model_size
 from ..nn.accelerate import accelerate
-from ..planning import pareto
+from ..planning.pareto import Frontier, Point, ScoresInfo, SelectionInfo, compare
 from ..planning.plan import build
-from ..planning.scores import parse
-from ..planning.size import parse_size
-from ..quality import divergence as compare
+from ..planning.size import Size
+from ..quality import divergence
+from ..quality.results import Measured
 from ..sources import load, resolve
 from .frontier_files import JSON, Finished, check_replaceable, write
-from .preflight import check_budget, check_unfinished
-from .prepare import CHECKPOINT, Prepared, gather_all, prepare, read_menu, remove_work, work_folder
+from .options import Options
+from .preflight import check_budget
+from .prepare import CHECKPOINT, Prepared, prepare, remove_work, texts_of, work_folder
 from .rounding.descent import TAPE_BYTES
 from .rounding.render import render_model
+from .sensitivity.checkpoint import existing
 
-Json = dict[str, Any]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .options import OptionFields
 
 SIZES = ("3.5bpw", "4bpw", "uniform4", "5bpw", "6bpw")
 POINTS = "frontier.checkpoint.json"
 
-# A model to measure: its name, its family, and how to make it with its bytes and more about it.
-Made = tuple[nn.Module, Json]
-Candidate = tuple[str, str, Callable[[], Made]]
+
+@dataclass(frozen=True)
+class Made:
+    """A model to measure, its size, and where it comes from (see `Point`)."""
+
+    model: nn.Module
+    size: ModelSize
+    asked: str | None = None
+    chosen: str | None = None
+    rounding: str | None = "minmax"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that can be made when its turn comes."""
+
+    name: str
+    family: str
+    make: Callable[[], Made]
 
 
 def frontier(
     model: str | Path,
     out: str | Path,
     *,
-    sizes: Sequence[str] = SIZES,
-    formats: str | Sequence[Format] | None = None,
-    sensitivity: str = "auto",
-    reference: str = "auto",
-    calibration: str | Path | None = None,
-    tokens: int = CALIBRATION_TOKENS,
-    held_out_tokens: int = HELD_OUT_TOKENS,
-    rounding: str | None = None,
-    scores: str | Path | None = None,
-    revision: str | None = None,
-    seed: int = 0,
-    resume: bool = False,
-    progress: bool = True,
-) -> Json:
+    sizes: Sequence[str | int] = SIZES,
+    **options: Unpack[OptionFields],
+) -> Frontier:
     """Measure the frontier of `model`; write frontier.json and frontier.html into the folder `out`.
 
-    `sizes` are those of `convert`, as are the other options. One size after the other is planned
-    and rounded as `convert` with the same scores would; what is too small for the menu, and a
-    recipe that does not know the model, is left out with a note. Scores measured for the purpose
+    `sizes` are those of ours, `options` the fields of `Options`. One size after the other is
+    planned and rounded as `convert` with the same scores would; what is too small for the menu, and
+    a recipe that does not know the model, is left out with a note. Scores measured for the purpose
     are kept as `out`/sensitivity.json. With `resume`, what an interrupted run has measured is used.
 
     Returns the content of frontier.json. Raises an OptiqError; then `out` is as it was.
     """
+    chosen = Options.parse(**options)
     out = Path(out).expanduser().resolve()
-    work, sizes = work_folder(out), tuple(dict.fromkeys(s.strip() for s in sizes))
-    check_replaceable(out, scores=scores is None)
-    check_writable(out / JSON)
-    check_unfinished(work / POINTS, resume)
-    if scores is None:
-        check_unfinished(work / CHECKPOINT, resume)
-    menu = read_menu(formats)
-    for text in sizes:
-        parse_size(text, params=1, uniform4=1)  # a misspelled size is refused before any work
-    if not sizes:
+    work = work_folder(out)
+    wanted = list(dict.fromkeys(Size.parse(str(size).strip()) for size in sizes))
+    if not wanted:
         raise UsageError("there is no size to measure; write for example --sizes 4bpw,uniform4")
-    source = resolve(str(model), revision=revision)
+    measured_here = chosen.scores is None
+    check_replaceable(out, scores=measured_here)
+    check_writable(out / JSON)
+    check_unfinished([work / POINTS], chosen.resume)
+    if measured_here:
+        check_unfinished(existing(work / CHECKPOINT), chosen.resume)
+    source = resolve(str(model), revision=chosen.revision)
     loaded = load(source)
-    texts = gather_all(loaded.tokenizer, calibration, seed, tokens, held_out_tokens)
+    texts = texts_of(chosen, loaded.tokenizer)
     notes: list[str] = []
-    if scores is None:
-        sizes = _fitting(sizes, partial(check_budget, source, loaded, menu=menu), notes)
-    ready = prepare(
-        source,
-        loaded,
-        texts,
-        work,
-        formats=formats,
-        sensitivity=sensitivity,
-        reference=reference,
-        rounding=rounding,
-        scores=scores,
-        seed=seed,
-        resume=resume,
-        progress=progress,
-    )
+    if measured_here:
+        wanted = _fitting(wanted, partial(check_budget, loaded, menu=chosen.menu), notes)
+    ready = prepare(loaded, texts, work, chosen)
     del loaded
-    sizes = _fitting(sizes, partial(build, ready.scores, menu=ready.limit), notes)
-    _check_memory(ready, sizes)
-    finished = Finished(work / POINTS, _identity(ready), resume=resume)
-    points = list(_measure(ready, sizes, finished, notes))
-    result = {**_describe(ready, sizes, notes), "points": pareto.compare(points)}
-    write(result, ready.scores if scores is None else None, out)
+    wanted = _fitting(wanted, partial(build, ready.scores, menu=chosen.formats), notes)
+    _check_memory(ready, wanted)
+    finished = Finished(work / POINTS, _identity(ready), resume=chosen.resume)
+    points = compare(list(_measure(ready, wanted, finished, notes)))
+    result = _described(ready, wanted, notes, points)
+    write(result, ready.scores if measured_here else None, out)
     remove_work(work, POINTS)
     return result
 
 
 def _fitting(
-    sizes: Sequence[str], check: Callable[[str], object], notes: list[str]
-) -> tuple[str, ...]:
+    sizes: Sequence[Size], check: Callable[[Size], object], notes: list[str]
+) -> list[Size]:
     """The sizes that `check` finds large enough; BudgetError where there is none."""
-    kept: list[str] = []
+    kept: list[Size] = []
     refusal = BudgetError("there is no size to measure")
-    for text in sizes:
+    for size in sizes:
         try:
-            check(text)
-            kept.append(text)
+            check(size)
+            kept.append(size)
         except BudgetError as error:
             refusal = error
-            notes.append(f"optiq {text} is left out: {error}")
+            notes.append(f"optiq {size} is left out: {error}")
     if not kept:
         raise refusal
-    return tuple(kept)
+    return kept
 
 
 def _measure(
-    ready: Prepared, sizes: Sequence[str], finished: Finished, notes: list[str]
-) -> Iterator[Json]:
+    ready: Prepared, sizes: Sequence[Size], finished: Finished, notes: list[str]
+) -> Iterator[Point]:
     """The points of all candidates, those that are finished from the checkpoint."""
     candidates = list(_candidates(ready, sizes))
-    done = sum(name in finished.points for name, *_ in candidates)
+    done = sum(candidate.name in finished.points for candidate in candidates)
     with Progress(
-        len(candidates), "models measured", done=done, enabled=ready.progress
+        len(candidates), "models measured", done=done, enabled=ready.options.progress
     ) as progress:
-        for name, family, make in candidates:
-            if name not in finished.points:
+        for candidate in candidates:
+            if candidate.name not in finished.points:
                 try:
-                    finished.add(
-                        name, {"name": name, "family": family, **_point(ready, name, make)}
-                    )
+                    finished.add(_point(ready, candidate))
                 except UsageError as error:  # a recipe for other kinds of models
-                    if family != "recipe":
+                    if candidate.family != "recipe":
                         raise
-                    notes.append(f"{name} is left out: {error}")
+                    notes.append(f"{candidate.name} is left out: {error}")
                     continue
-                progress.step(note=name)
-            yield finished.points[name]
+                progress.step(note=candidate.name)
+            yield finished.points[candidate.name]
 
 
-def _candidates(ready: Prepared, sizes: Sequence[str]) -> Iterator[Candidate]:
+def _candidates(ready: Prepared, sizes: Sequence[Size]) -> Iterator[Candidate]:
     def theirs(**how: Any) -> Made:
         model = stock.quantize(load(ready.source), **how)
-        return model, {**model_size(model), "asked": None, "chosen": None, "rounding": "minmax"}
+        return Made(model, model_size(model))
 
-    def ours(asked: str) -> Made:
-        plan, rounding = ready.best(asked)
+    def ours(size: Size) -> Made:
+        plan, rounding = ready.best(size)
         model = render_model(load(ready.source), plan, rounding=rounding)
-        selection = plan.selection or {}
-        about = {key: selection.get(key) for key in ("chosen", "rounding")}
-        return model, {"nbytes": plan.nbytes, "bpw": plan.bpw, "asked": asked, **about}
+        assert plan.selection is not None
+        selection = plan.selection
+        nbytes = ModelSize(plan.nbytes, plan.bpw)
+        return Made(model, nbytes, size.text, selection.chosen, selection.rounding)
 
     for bits in stock.UNIFORM_WIDTHS:
-        yield f"uniform {bits}-bit", "uniform", partial(theirs, bits=bits)
+        yield Candidate(f"uniform {bits}-bit", "uniform", partial(theirs, bits=bits))
     for recipe in stock.recipes():
-        yield recipe, "recipe", partial(theirs, recipe=recipe)
-    for asked in sizes:
-        yield f"optiq {asked}", "ours", partial(ours, asked)
+        yield Candidate(recipe, "recipe", partial(theirs, recipe=recipe))
+    for size in sizes:
+        yield Candidate(f"optiq {size}", "ours", partial(ours, size))
 
 
-def _point(ready: Prepared, name: str, make: Callable[[], Made]) -> Json:
-    """What `make` makes, measured: beside it only the source is in memory."""
-    model, about = make()
+def _point(ready: Prepared, candidate: Candidate) -> Point:
+    """The candidate, measured: beside it only the source is in memory."""
+    made = candidate.make()
     formats = Counter(
-        str(Format(m.mode, m.bits, m.group_size)) for m in model.modules() if hasattr(m, "bits")
+        str(Format(m.mode, m.bits, m.group_size))
+        for m in made.model.modules()
+        if hasattr(m, "bits")
     )
     reference = load(ready.source).model
-    for one in (reference, model):
+    for one in (reference, made.model):
         accelerate(one)
     sequences = ready.texts.held_out.sequences
-    metrics = compare.measure(reference, {name: model}, sequences, progress=False)[name]
-    return {**about, "formats": dict(sorted(formats.items())), **metrics}
+    found = divergence.measure(reference, {"": made.model}, sequences, progress=False)[""]
+    return Point(
+        name=candidate.name,
+        family=candidate.family,
+        measured=Measured.of(found, *made.size),
+        asked=made.asked,
+        chosen=made.chosen,
+        rounding=made.rounding,
+        formats=dict(sorted(formats.items())),
+    )
 
 
-def _check_memory(ready: Prepared, sizes: Sequence[str]) -> None:
+def _check_memory(ready: Prepared, sizes: Sequence[Size]) -> None:
     """State what will be held together at most; OptiqError where two models do not fit."""
     needs, available = memory(ready, sizes), available_memory()
-    Progress(0, "", enabled=ready.progress).say(
-        f"memory: at most {sum(needs.values()) / 1e9:.2f} GB ("
-        + ", ".join(f"{part} {nbytes / 1e9:.2f}" for part, nbytes in needs.items())
-        + f"); {available / 1e9:.1f} GB are available"
-    )
-    two = needs["source"] + needs["model"]
+    Progress(0, "", enabled=ready.options.progress).say(f"memory: {needs}")
+    two = needs.parts["source"] + needs.parts["model"]
     if two > available:
         raise OptiqError(
             f"the source and a model of it take {two:,} bytes but only {available:,} are "
@@ -214,78 +218,74 @@ def _check_memory(ready: Prepared, sizes: Sequence[str]) -> None:
         )
 
 
-def memory(ready: Prepared, sizes: Sequence[str]) -> dict[str, int]:
-    """Bytes of each part when it is largest, from shapes alone; their sum bounds the peak."""
-    read = parse(ready.scores)
-    modules, itemsize = [s.module for s in read.modules], int(read.model["itemsize"])
-    fixed = int(read.model["fixed_bytes"])
-    dense = fixed + itemsize * sum(prod(m.shape) for m in modules)
+def memory(ready: Prepared, sizes: Sequence[Size]) -> Needs:
+    """What is held together at most, from shapes alone."""
+    scores, texts = ready.scores, ready.texts
+    modules, itemsize = [s.module for s in scores.modules], scores.model.itemsize
+    fixed, blocks = scores.model.fixed_bytes, blocks_of(modules)
+    dense = fixed + dense_bytes(modules, itemsize)
     widest = Format("affine", max(stock.UNIFORM_WIDTHS), 64)
     stocks = fixed + sum(widest.nbytes(m.shape, itemsize) for m in modules)
-    student = max(stocks, *(build(ready.scores, s, ready.limit).nbytes for s in sizes))
-    vocabulary, width = next(m.shape for m in modules if m.role is Role.EMBEDDING)
-    texts = ready.texts
+    menu = ready.options.formats
+    student = max(stocks, *(build(scores, size, menu).nbytes for size in sizes))
+    vocabulary, width = embedding_shape(modules)
     sequences = [*texts.held_out.sequences, *texts.selection, *texts.calibration.sequences]
     longest = max(len(s.tokens) for s in sequences)
-    rows = min(longest, max(1, compare.LOGITS_BYTES // 4 // vocabulary))
-    block = max(sum(sum(m.shape[-2:]) for m in modules if m.block == b) for b in _blocks(modules))
-    needs = {
+    rows = min(longest, max(1, divergence.LOGITS_BYTES // 4 // vocabulary))
+    block = widest_block(modules)
+    parts = {
         "source": dense,
         "model": student,
         "at work": 4 * (5 * rows * vocabulary + 3 * longest * (block + vocabulary)),
     }
-    if ready.descent:  # a second source runs, and a model is rounded before it is made
+    if ready.method == "descent":  # a second source runs, and a model is rounded first
         tokens = sum(len(s.tokens) for s in texts.calibration.sequences)
-        tapes = 4 * tokens * width * (len(_blocks(modules)) + 1)
-        squares = sum(m.shape[-1] ** 2 for m in modules if m.block == min(_blocks(modules)))
-        needs["descent"] = (
+        tapes = 4 * tokens * width * (len(blocks) + 1)
+        squares = sum(m.shape[-1] ** 2 for m in next(iter(blocks.values()), []))
+        largest = max(dense_bytes([m], 1) for m in modules)
+        parts["descent"] = (
             dense
             + student
             + min(TAPE_BYTES, tapes)
-            + 4 * (2 * squares + 2 * tokens * block + 6 * max(prod(m.shape) for m in modules))
+            + 4 * (2 * squares + 2 * tokens * block + 6 * largest)
         )
-    return needs
+    return Needs(parts)
 
 
-def _blocks(modules: Sequence[Module]) -> list[int]:
-    return sorted({m.block for m in modules if m.block is not None}) or [0]
-
-
-def _describe(ready: Prepared, sizes: Sequence[str], notes: Sequence[str]) -> Json:
-    """All of frontier.json but its points; nothing that another run would give otherwise."""
+def _described(
+    ready: Prepared, sizes: Sequence[Size], notes: Sequence[str], points: Sequence[Point]
+) -> Frontier:
     scores, texts = ready.scores, ready.texts
-    return {
-        "schema": 1,
-        "kind": "optiq.frontier",
-        "model": scores["model"],
-        "sizes": list(sizes),
-        "notes": list(notes),
-        "metric": "nats per token",
-        "scores": {key: scores[key] for key in ("method", "reference", "rounding")},
-        "rounding": ready.way,
-        "calibration": scores["calibration"],
-        "selection": {
-            "tokens": sum(len(s.tokens) for s in texts.selection),
-            "text_sha256": token_hash(texts.selection) if texts.selection else None,
-        },
-        "seed": ready.seed,
-        "command": command_line(),
-        "versions": versions(),
-        "machine": machine(),
-    }
+    return Frontier(
+        model=scores.model,
+        sizes=tuple(size.text for size in sizes),
+        notes=tuple(notes),
+        scores=ScoresInfo(scores.method, scores.reference, scores.rounding),
+        rounding=ready.method,
+        calibration=scores.calibration,
+        selection=SelectionInfo(
+            tokens=sum(len(s.tokens) for s in texts.selection),
+            text_sha256=token_hash(texts.selection) if texts.selection else None,
+        ),
+        points=tuple(points),
+        seed=ready.options.seed,
+        command=command_line(),
+        versions=versions(),
+        machine=machine(),
+    )
 
 
-def _identity(ready: Prepared) -> Json:
+def _identity(ready: Prepared) -> Identity:
     """What a finished point depends on beside its own name."""
-    texts = ready.texts
-    modules = json.dumps(ready.scores["modules"], sort_keys=True)
+    texts, formats = ready.texts, ready.options.formats
+    modules = json.dumps([scored.to_json() for scored in ready.scores.modules], sort_keys=True)
     return {
         "model": ready.source.fingerprint,
         "scores": hashlib.sha256(modules.encode()).hexdigest(),
-        "formats": ready.limit and [str(fmt) for fmt in ready.limit],
-        "rounding": ready.way,
+        "formats": formats and [str(fmt) for fmt in formats],
+        "rounding": ready.method,
         "text": [token_hash(t) for t in (texts.calibration.sequences, texts.selection)],
         "held-out text": token_hash(texts.held_out.sequences),
-        "seed": ready.seed,
+        "seed": ready.options.seed,
         "versions": versions(),
     }

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-from math import isfinite
 from pathlib import Path
-from typing import Any, NoReturn
 
-from ..base.files import whole, write_json
-from ..errors import ExportError, OptiqError, UsageError
+from ..base import checkpoint
+from ..base.checkpoint import Identity, damaged
+from ..base.files import whole
+from ..errors import ExportError, UsageError
+from ..planning.pareto import KIND, Frontier, Point
+from ..planning.scores import Scores
 from ..report import frontier as page
 from . import preflight
 from .prepare import SCORES
 
-Json = dict[str, Any]
-
 JSON, HTML = "frontier.json", "frontier.html"
-KIND = "optiq.frontier"
 _KIND = "optiq.frontier.checkpoint"
 
 
@@ -40,16 +39,15 @@ def check_replaceable(out: Path, *, scores: bool) -> None:
         preflight.check_replaceable(out / SCORES)
 
 
-def write(result: Json, scores: Json | None, out: Path) -> None:
+def write(frontier: Frontier, scores: Scores | None, out: Path) -> None:
     """Write the files into the folder `out`: all are complete before the first is in its place.
 
     Raises ExportError; then `out` is as it was, but that a folder may have been made.
     """
-    texts = {
-        HTML: page.render(result),
-        **({SCORES: json.dumps(scores, indent=1, allow_nan=False)} if scores else {}),
-        JSON: json.dumps(result, indent=1, allow_nan=False) + "\n",
-    }
+    texts = {HTML: page.frontier_page(frontier)}
+    if scores is not None:
+        texts[SCORES] = json.dumps(scores.to_json(), indent=1, allow_nan=False)
+    texts[JSON] = json.dumps(frontier.to_json(), indent=1, allow_nan=False) + "\n"
     made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -73,44 +71,23 @@ class Finished:
     must have the same.
     """
 
-    def __init__(self, path: Path, identity: Json, *, resume: bool) -> None:
+    def __init__(self, path: Path, identity: Identity, *, resume: bool) -> None:
         self._path, self._identity = path, identity
-        self.points: dict[str, Json] = {}
+        self.points: dict[str, Point] = {}
         if resume and path.exists():
             self._read()
 
-    def add(self, name: str, point: Json) -> None:
-        self.points[name] = point
-        state = {"kind": _KIND, "identity": self._identity, "points": self.points}
-        write_json(self._path, state, indent=1)
+    def add(self, point: Point) -> None:
+        self.points[point.name] = point
+        points = {name: point.to_json() for name, point in self.points.items()}
+        checkpoint.write(self._path, _KIND, self._identity, {"points": points})
 
     def _read(self) -> None:
-        try:
-            state = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            self._damaged(str(error))
-        if not isinstance(state, dict) or state.get("kind") != _KIND:
-            self._damaged("not of optiq frontier")
-        theirs, points = state.get("identity"), state.get("points")
-        if not isinstance(theirs, dict) or not isinstance(points, dict):
-            self._damaged("no identity or no points")
-        differing = [key for key, value in self._identity.items() if theirs.get(key) != value]
-        if differing:
-            raise UsageError(
-                f"{self._path} was made with another {', '.join(differing)}; repeat the original "
-                "command, or delete it to start anew"
-            )
+        points = checkpoint.read(self._path, _KIND, self._identity).get("points")
+        if not isinstance(points, dict):
+            raise damaged(self._path, "no points")
         for name, point in points.items():
-            if not _is_point(point):
-                self._damaged(f"{name} is no measured model")
-        self.points = points
-
-    def _damaged(self, what: str) -> NoReturn:
-        raise OptiqError(f"{self._path} is damaged ({what}); delete it and start again")
-
-
-def _is_point(point: Any) -> bool:
-    try:
-        return "family" in point and point["nbytes"] > 0 and isfinite(point["kl"]["mean"])
-    except (KeyError, TypeError):
-        return False
+            try:
+                self.points[name] = Point.from_json(point)
+            except (KeyError, TypeError, ValueError) as error:
+                raise damaged(self._path, f"{name} is not a measured model") from error

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,170 +15,147 @@ from typing import Any
 from ..calibration import (
     CALIBRATION_TOKENS,
     HELD_OUT_TOKENS,
-    SCORING_TOKENS,
     Calibration,
-    Sample,
-    gather,
-    gather_selection,
-    text_name,
+    Texts,
+    gather_texts,
 )
-from ..errors import SensitivityError, UsageError
-from ..formats import DEFAULT_MENU, Format, parse_menu
+from ..errors import SensitivityError
 from ..models.roles import quantizable
 from ..nn.accelerate import accelerate
+from ..planning.files import read_scores
 from ..planning.plan import Plan
 from ..planning.proposals import propose
+from ..planning.scores import Scores
+from ..planning.size import Size
 from ..sources import LoadedModel, Source, load
+from .describe import describe_model
+from .options import Options
 from .preflight import check_weights
 from .rounding import importance
 from .rounding.descent import descend
+from .rounding.reference import choose, open_reference, weight_bytes
 from .rounding.weights import MINMAX, Rounding
-from .select import decide
-from .sensitivity import measure as scoring
+from .select import Refine, decide
 from .sensitivity.checkpoint import saved_reference
-from .sensitivity.reference import choose, open_reference, weight_bytes
-
-Json = dict[str, Any]
+from .sensitivity.measure import measure
 
 CHECKPOINT = "sensitivity.checkpoint.json"
 SCORES = "sensitivity.json"
-SEARCH, DESCENT = "search", "descent"
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Sequences to score with, to round with, to choose a plan by (maybe none), and to judge it on.
-
-    Those to score with come from the same rows as those to round with.
-    """
-
-    name: str
-    scoring: Calibration
-    calibration: Calibration
-    selection: list[Sample]
-    held_out: Calibration
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A source with its scores; `rounding` is the one that they were measured with.
 
-    `limit` is the menu where the user gave one, else all that has scores may be chosen. With
-    `descent` the weights of the chosen plan are fitted to what each layer's output loses.
+    In `options` what was left open is decided.
     """
 
     source: Source
     texts: Texts
-    scores: Json
+    scores: Scores
     rounding: Rounding
-    descent: bool
-    limit: Sequence[Format] | None
-    reference: str
-    seed: int
-    progress: bool
+    options: Options
 
     @property
-    def way(self) -> str:
+    def method(self) -> str:
         """How weights are rounded: "descent", "search" or "minmax"."""
-        return DESCENT if self.descent else self.rounding.name
+        assert self.options.rounding is not None  # decided by now
+        return self.options.rounding
 
     def best(
-        self,
-        size: str,
-        command: str = "",
-        *,
-        refine: Callable[[Plan, Rounding], Rounding] | None = None,
+        self, size: Size, command: str = "", *, refine: Refine | None = None
     ) -> tuple[Plan, Rounding]:
         """The plan to ship at `size`, and how its weights are rounded: proposed, then measured.
 
-        `refine` is that of `selection.decide`.
-        Raises as `plan.build` does.
+        `refine` is that of `select.decide`. Raises as `plan.build` does.
         """
-        plans = propose(self.scores, size, self.limit, seed=self.seed, command=command)
-        fit = partial(
+        options, text = self.options, self.texts.calibration
+        plans = propose(self.scores, size, options.formats, seed=options.seed, command=command)
+        fit: Callable[[Plan], Rounding] = partial(
             descend,
             self.source,
-            text=self.texts.calibration,
+            text=text,
             rounding=self.rounding,
-            reference=self.reference,
-            seed=self.seed,
-            progress=self.progress,
+            reference=options.reference,
+            seed=options.seed,
+            progress=options.progress,
         )
         plan, rounding = decide(
             self.source,
             plans,
             self.rounding,
             self.texts.selection,
-            fit if self.descent else None,
+            fit if self.method == "descent" else None,
             refine=refine,
-            progress=self.progress,
+            progress=options.progress,
         )
-        fitted_on = {
-            "rounding_tokens": sum(len(s.tokens) for s in self.texts.calibration.sequences),
-            "rounding_sha256": self.texts.calibration.sha256,
-        }
-        return replace(plan, selection=(plan.selection or {}) | fitted_on), rounding
+        assert plan.selection is not None
+        selection = replace(
+            plan.selection,
+            rounding_tokens=sum(len(s.tokens) for s in text.sequences),
+            rounding_sha256=text.sha256,
+        )
+        return replace(plan, selection=selection), rounding
 
 
 def prepare(
-    source: Source,
-    loaded: LoadedModel,
-    texts: Texts,
-    work: Path,
-    *,
-    size: str = "uniform4",
-    formats: str | Sequence[Format] | None = None,
-    sensitivity: str = "auto",
-    reference: str = "auto",
-    rounding: str | None = None,
-    scores: str | Path | None = None,
-    seed: int = 0,
-    resume: bool = False,
-    unrounded: bool = False,
-    progress: bool = True,
+    loaded: LoadedModel, texts: Texts, work: Path, options: Options, *, unrounded: bool = False
 ) -> Prepared:
-    """Read the scores of the file `scores`, or measure them with what is known of them in `work`.
+    """Read the scores that are given, or measure them with what is known of them in `work`.
 
-    The options are those of `convert`; with `unrounded` given scores will only be planned from.
-    `loaded` is used up by a measurement. Raises an OptiqError.
+    With `unrounded` given scores will only be planned from. `loaded` is used up by a measurement.
+    Raises an OptiqError.
     """
-    limit = read_menu(formats) if formats is not None else None
-    text = texts.calibration
-    if scores is not None:
-        found = _given(Path(scores), source, loaded)
-        rounding = rounding or (DESCENT if found["rounding"] == SEARCH else found["rounding"])
-        name = MINMAX.name if unrounded else rounding
-        how = choose_rounding(name, source, text, reference, progress)
+    source, text = loaded.source, texts.calibration
+    if options.scores is not None:
+        found = _given(options.scores, loaded)
+        fitting = "descent" if found.rounding == "search" else found.rounding
+        options = replace(options, rounding=options.rounding or fitting)
+        how = MINMAX if unrounded else choose_rounding(source, text, options)
     else:
-        if resume and reference == "auto":  # free memory may have changed since
-            reference = saved_reference(work / CHECKPOINT) or reference
+        if options.resume and options.reference == "auto":  # free memory may have changed since
+            kept = saved_reference(work / CHECKPOINT)
+            options = replace(options, reference=kept or options.reference)
         check_weights(source)
-        rounding = rounding or DESCENT
-        how = choose_rounding(rounding, source, text, reference, progress)
-        found = scoring.measure(
-            source,
-            loaded=loaded,
-            menu=read_menu(formats),
-            calibration=texts.scoring,
-            calibration_source=texts.name,
-            method=sensitivity,
-            size=size,
-            reference=reference,
-            rounding=how,
-            seed=seed,
-            checkpoint=work / CHECKPOINT,
-            resume=resume,
-            progress=progress,
-        )
-        scoring.save(found, work / SCORES)
-    return Prepared(
-        source, texts, found, how, rounding == DESCENT, limit, reference, seed, progress
+        options = replace(options, rounding=options.rounding or "descent")
+        how = choose_rounding(source, text, options)
+        checkpoint = work / CHECKPOINT
+        found = measure(loaded, texts.scoring, options, rounding=how, checkpoint=checkpoint)
+        found.save(work / SCORES)
+    return Prepared(source, texts, found, how, options)
+
+
+def texts_of(options: Options, tokenizer: Any) -> Texts:
+    """The texts that `options` ask for; raises CalibrationError for too few."""
+    return gather_texts(
+        tokenizer,
+        options.calibration,
+        options.seed,
+        options.tokens or CALIBRATION_TOKENS,
+        options.held_out_tokens or HELD_OUT_TOKENS,
     )
 
 
-def work_folder(out: str | Path) -> Path:
-    """Where scores lie until `out` is complete."""
-    out = Path(out).expanduser().resolve()
+def choose_rounding(source: Source, text: Calibration, options: Options) -> Rounding:
+    """The rounding that scores are measured with: min/max, or else the search.
+
+    For it the importance of all columns is measured, on the model that scores are measured in: the
+    source's, or that in 4 bits.
+    """
+    if options.rounding == "minmax":
+        return MINMAX
+    model = load(source).model
+    modules = quantizable(model)
+    chosen, _ = choose(options.reference, weight_bytes(model))
+    open_reference(chosen, source, model, modules, MINMAX)
+    accelerate(model, blocks=False)  # each layer is metered
+    sequences = [sample.tokens for sample in text.sequences]
+    columns = importance.measure(model, modules, sequences, progress=options.progress)
+    return Rounding("search", columns)
+
+
+def work_folder(out: Path) -> Path:
+    """Where scores lie until the absolute `out` is complete."""
     return out.parent / f"{out.name}.optiq-work"
 
 
@@ -190,63 +167,13 @@ def remove_work(work: Path, *others: str) -> None:
         work.rmdir()
 
 
-def gather_all(
-    tokenizer: Any,
-    path: str | Path | None,
-    seed: int,
-    tokens: int = CALIBRATION_TOKENS,
-    held_out_tokens: int = HELD_OUT_TOKENS,
-) -> Texts:
-    """The texts from the rows at `path`; raises CalibrationError for too few."""
-    calibration = gather(tokenizer, path, "calibration", tokens, seed)
-    scoring = calibration
-    if tokens > SCORING_TOKENS:
-        scoring = gather(tokenizer, path, "calibration", SCORING_TOKENS, seed)
-    return Texts(
-        text_name(path),
-        held_out=gather(tokenizer, path, "heldout", held_out_tokens, seed),
-        selection=gather_selection(tokenizer, path, seed),
-        scoring=scoring,
-        calibration=calibration,
-    )
-
-
-def choose_rounding(
-    name: str, source: Source, text: Calibration, reference: str, progress: bool = True
-) -> Rounding:
-    """The rounding that scores are measured with: for "search" and "descent" the search.
-
-    For it the importance of all columns is measured, on the model that scores are measured in: the
-    source's, or that in 4 bits.
-    """
-    if name == MINMAX.name:
-        return MINMAX
-    if name not in (SEARCH, DESCENT):
-        raise UsageError(f"unknown rounding {name!r}; use {DESCENT}, {SEARCH} or {MINMAX.name}")
-    model = load(source).model
-    modules = quantizable(model)
-    chosen, _ = choose(reference, weight_bytes(model))
-    open_reference(chosen, source, model, modules, MINMAX)
-    accelerate(model, blocks=False)  # each layer is metered
-    sequences = [sample.tokens for sample in text.sequences]
-    return Rounding(SEARCH, importance.measure(model, modules, sequences, progress=progress))
-
-
-def read_menu(formats: str | Sequence[Format] | None) -> tuple[Format, ...]:
-    """The formats to measure: those given, or the usual ones."""
-    if formats is None:
-        return DEFAULT_MENU
-    return parse_menu(formats if isinstance(formats, str) else map(str, formats))
-
-
-def _given(path: Path, source: Source, loaded: LoadedModel) -> Json:
+def _given(path: Path, loaded: LoadedModel) -> Scores:
     """The scores of a file, if they are those of this model."""
     modules = quantizable(loaded.model)
-    described = scoring.describe_model(source, loaded, modules)
-    found = scoring.load(path, model=described, modules=modules)
-    if found["model"]["fingerprint"] != source.fingerprint:
+    found = read_scores(path, model=describe_model(loaded, modules), modules=modules)
+    if found.model.fingerprint != loaded.source.fingerprint:
         raise SensitivityError(
-            f"{path} holds the scores of {found['model']['name']}, not of {source.name} as it is "
+            f"{path} holds the scores of {found.model.name}, not of {loaded.source.name} as it is "
             "now; measure again"
         )
     return found

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import inf, isfinite
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,7 +21,8 @@ from ..calibration import Sample, token_hash
 from ..errors import UsageError
 from ..models.roles import is_head, quantizable
 from ..nn.accelerate import accelerate
-from ..planning.plan import Plan
+from ..planning.plan import Candidate, Plan, Selection
+from ..quality.results import Mean
 from ..quality.statistics import mean_per_token, rank_correlation
 from ..sources import Source, load
 from .replay.logits import divergences
@@ -30,7 +30,7 @@ from .replay.replay import Replay, Tape
 from .rounding.render import render_model
 from .rounding.weights import Rounding
 
-Json = dict[str, Any]
+Refine = Callable[[Plan, Rounding], Rounding]
 
 # Measured over predicted KL; outside, the scores say little about this model.
 USUAL_RATIO = (0.5, 2.5)
@@ -56,16 +56,15 @@ class Judge:
     def __exit__(self, *exception: object) -> None:
         self._teacher.__exit__(*exception)
 
-    def measure(self, student: nn.Module) -> Json:
-        """KL of a student, which is a model of the same architecture: {"mean", "se"}."""
+    def measure(self, student: nn.Module) -> Mean:
+        """KL of a student, which is a model of the same architecture, in nats per token."""
         totals: list[float] = []
         with Replay(student, self._modules) as replay:
             head = replay.slot(self._head).get() if self._head else None
             for tape, sample in zip(self._tapes, self.sequences, strict=True):
                 hidden = replay.record(sample.tokens).hidden
                 totals += divergences(self._teacher, tape, (tape.hidden, None), [(hidden, head)])
-        mean, se = mean_per_token(totals, [len(s.tokens) for s in self.sequences])
-        return {"mean": mean, "se": se}
+        return Mean(*mean_per_token(totals, [len(s.tokens) for s in self.sequences]))
 
 
 def decide(
@@ -75,7 +74,7 @@ def decide(
     sequences: Sequence[Sample],
     fit: Callable[[Plan], Rounding] | None = None,
     *,
-    refine: Callable[[Plan, Rounding], Rounding] | None = None,
+    refine: Refine | None = None,
     progress: bool = True,
 ) -> tuple[Plan, Rounding]:
     """The plan of least measured KL, and `rounding` or what `fit` makes of it, whichever is better.
@@ -94,44 +93,44 @@ def decide(
             )
         plan = plans[chosen]
         rounding = fit(plan) if fit else rounding
-        return replace(plan, selection=_selection(chosen, _name(rounding), [], ())), rounding
-    candidates: list[Json] = []
+        return replace(plan, selection=Selection(chosen, rounding.method)), rounding
+    candidates: list[Candidate] = []
     with Judge(source, sequences) as judge:
 
-        def measure(name: str, rounding: Rounding, how: str) -> float:
+        def measure(name: str, rounding: Rounding) -> float:
             plan = plans[name]
             kl = judge.measure(render_model(load(source), plan, rounding=rounding))
-            if not isfinite(kl["mean"]):  # the plan makes the model overflow
+            if not isfinite(kl.mean):  # the plan makes the model overflow
                 return inf
-            candidates.append(
-                {
-                    "name": name,
-                    "rounding": how,
-                    "nbytes": plan.nbytes,
-                    "predicted": plan.predicted_kl,
-                    "kl": kl,
-                }
-            )
-            return float(kl["mean"])
+            candidates.append(Candidate(name, rounding.method, plan.nbytes, plan.predicted_kl, kl))
+            return kl.mean
 
-        how = _name(rounding)
         found: dict[str, float] = {}
         with Progress(len(plans), "plans measured", enabled=progress) as bar:
             for name in plans:
-                found[name] = measure(name, rounding, how)
+                found[name] = measure(name, rounding)
                 bar.step(note=f"{name}: {found[name]:.4g}")
         chosen = min(plans, key=lambda name: (found[name], plans[name].nbytes))
-        trust = _trust(candidates, chosen)
+        ratio, rank = _trust(candidates, chosen)
         plan, least = plans[chosen], found[chosen]
         if fit:
             fitted = fit(plan)
-            if fitted.fitted and (kl := measure(chosen, fitted, _name(fitted))) < least:
-                rounding, how, least = fitted, _name(fitted), kl
+            if fitted.fitted and (kl := measure(chosen, fitted)) < least:
+                rounding, least = fitted, kl
         if refine:
-            refined, name = refine(plan, rounding), f"{how}, refined"
-            if refined is not rounding and measure(chosen, refined, name) < least:
-                rounding, how = refined, name
-    selection = _selection(chosen, how, candidates, sequences) | trust
+            refined = refine(plan, rounding)
+            if refined is not rounding and measure(chosen, refined) < least:
+                rounding = refined
+    selection = Selection(
+        chosen,
+        rounding.method,
+        tuple(candidates),
+        tokens=sum(len(s.tokens) for s in sequences),
+        sequences=len(sequences),
+        text_sha256=token_hash(sequences),
+        ratio=ratio,
+        rank_correlation=rank,
+    )
     return replace(plan, selection=selection), rounding
 
 
@@ -140,28 +139,11 @@ def _fit_memory(plan: Plan, copies: int) -> bool:
     return copies * plan.dense_nbytes + plan.budget <= available_memory()
 
 
-def _name(rounding: Rounding) -> str:
-    return "descent" if rounding.fitted else rounding.name
-
-
-def _selection(
-    chosen: str, rounding: str, candidates: Sequence[Json], sequences: Sequence[Sample]
-) -> Json:
-    return {
-        "chosen": chosen,
-        "rounding": rounding,
-        "candidates": candidates,
-        "tokens": sum(len(s.tokens) for s in sequences),
-        "sequences": len(sequences),
-        "text_sha256": token_hash(sequences) if sequences else None,
-        "ratio": None,
-        "rank_correlation": None,
-    }
-
-
-def _trust(candidates: Sequence[Json], chosen: str) -> Json:
-    """How well predicted KL foretold the measured one, over plans and for the chosen one."""
-    pairs = {c["name"]: (c["predicted"], c["kl"]["mean"]) for c in candidates if c["predicted"]}
+def _trust(candidates: Sequence[Candidate], chosen: str) -> tuple[float | None, float | None]:
+    """How well predicted KL foretold the measured one: their ratio for the chosen plan, and the
+    rank correlation over all.
+    """
+    pairs = {c.name: (c.predicted, c.kl.mean) for c in candidates if c.predicted}
     predicted, measured = pairs.get(chosen, (None, 0.0))
     ratio = measured / predicted if predicted else None
     low, high = USUAL_RATIO
@@ -170,7 +152,7 @@ def _trust(candidates: Sequence[Json], chosen: str) -> Json:
             f"the chosen plan's KL is {ratio:.2g} times what its scores predict; usual is {low} to "
             f"{high}: more calibration --tokens or --sensitivity kl may find a better one"
         )
-    return {"ratio": ratio, "rank_correlation": rank_correlation(pairs.values())}
+    return ratio, rank_correlation(pairs.values())
 
 
 def _thin(tape: Tape) -> Tape:

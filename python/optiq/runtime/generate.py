@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from math import inf
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..base.files import check_writable
 from ..base.text import one_line
 from ..errors import UsageError
+from ..kv import KVConfig
+from ..kv.model import digest
+from ..kv.prefix import Key, PrefixFile
+from ..sources import resolve
+from .loading import open_source
 
 if TYPE_CHECKING:
-    from ..kv.prefix import PrefixFile
+    from typing_extensions import Unpack
+
+
+class RequestFields(TypedDict, total=False):
+    """What may be asked beside the prompt, see `Request`."""
+
+    system: str | None
+    max_tokens: int
+    temperature: float
+    seed: int
+    raw: bool
 
 
 @dataclass(frozen=True)
@@ -26,6 +44,12 @@ class Request:
     temperature: float = 0.0
     seed: int = 0
     raw: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < inf:
+            raise UsageError(f"{self.temperature} is not a temperature; give 0 or more")
+        if self.max_tokens < 1:
+            raise UsageError(f"max_tokens is {self.max_tokens}; give at least 1")
 
 
 def stream(
@@ -82,3 +106,75 @@ def answer(model: nn.Module, tokenizer: Any, prompt: str, max_tokens: int = 64) 
     """The greedy answer to one prompt."""
     request = Request(prompt, max_tokens=max_tokens)
     return "".join(piece.text for piece in stream(model, tokenizer, request)).strip()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The text, and what it took; `prompt_tokens_from_cache` of `prompt_tokens` were not read."""
+
+    text: str
+    prompt_tokens: int
+    prompt_tokens_from_cache: int
+    prompt_tokens_per_second: float
+    generated_tokens: int
+    generated_tokens_per_second: float
+    finish_reason: str
+
+
+def generate(
+    model: str | Path | tuple[nn.Module, Any],
+    prompt: str,
+    *,
+    kv: KVConfig | Path | str | None = None,
+    prompt_cache: str | Path | None = None,
+    revision: str | None = None,
+    show: Callable[[str], object] = lambda text: None,
+    **request: Unpack[RequestFields],
+) -> Answer:
+    """Answer `prompt` with `model`: a folder, hub id or .gguf file, or what `optiq.load` returned.
+
+    `kv` is that of `load`. What the file `prompt_cache` holds of the prompt is not read again;
+    prompt and answer are kept in it. `show` gets each piece of text as it comes. `request` are the
+    fields of `Request`, such as `max_tokens=20`.
+
+    Raises UsageError for what the model cannot honour, SourceError, and KVError for `kv` or a
+    cache of another model.
+    """
+    asked = Request(prompt, **request)
+    if isinstance(model, tuple):
+        if kv is not None or prompt_cache is not None or revision is not None:
+            raise UsageError("kv, prompt_cache and revision are for a model given by its name")
+        return _answered(*model, asked, None, show)
+    source = resolve(str(model), revision=revision)
+    if prompt_cache is not None:
+        prompt_cache = Path(prompt_cache).expanduser().resolve()
+        check_writable(prompt_cache)
+    loaded, tokenizer = open_source(source, kv=kv)
+    prefix = None
+    if prompt_cache is not None:
+        prefix = PrefixFile(prompt_cache, Key(source.fingerprint, config=digest(loaded)))
+    return _answered(loaded, tokenizer, asked, prefix, show)
+
+
+def _answered(
+    model: nn.Module,
+    tokenizer: Any,
+    request: Request,
+    prefix: PrefixFile | None,
+    show: Callable[[str], object],
+) -> Answer:
+    text, last = "", None
+    for last in stream(model, tokenizer, request, prefix):
+        text += last.text
+        show(last.text)
+    assert last is not None  # max_tokens is at least 1
+    reused = prefix.reused if prefix else 0
+    return Answer(
+        text,
+        last.prompt_tokens + reused,
+        reused,
+        last.prompt_tps,
+        last.generation_tokens,
+        last.generation_tps,
+        last.finish_reason,
+    )

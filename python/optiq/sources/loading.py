@@ -32,6 +32,7 @@ class Source:
 class LoadedModel:
     """A stock mlx-lm model; `dtype` is the floating dtype that most weight bytes have."""
 
+    source: Source
     model: nn.Module
     tokenizer: Any  # mlx_lm.tokenizer_utils.TokenizerWrapper
     config: dict[str, Any]
@@ -62,7 +63,7 @@ def load(source: Source, *, lazy: bool = True, allow_quantized: bool = False) ->
             raise _already_quantized(source, quantization(source.path))
         _check_dense(source, model)
     tokenizer = _load_tokenizer(load_tokenizer, source, config)
-    return LoadedModel(model, tokenizer, config, _main_dtype(source, model))
+    return LoadedModel(source, model, tokenizer, config, _main_dtype(source, model))
 
 
 def quantization(path: Path) -> str | None:

@@ -164,14 +164,14 @@ def test_moments_are_the_weighted_inputs(tmp_path: Path, name: str) -> None:
 def planned(source: Source, *formats: Format) -> Plan:
     """A plan that gives these formats to the modules in turn."""
     model, modules = describe(source)
-    plan = uniform_plan(modules, model)
+    plan = uniform_plan(model, modules)
     cycle = [formats[i % len(formats)] for i in range(len(modules))]
     return Plan(
         model=model,
         asked="",
         budget=0,
         modules=tuple(
-            type(p)(p.module, f, f.nbytes(p.module.shape, model["itemsize"]), None)
+            type(p)(p.module, f, f.nbytes(p.module.shape, model.itemsize), None)
             for p, f in zip(plan.modules, cycle, strict=True)
         ),
     )

@@ -14,14 +14,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import load_model
 
 from optiq.calibration import Calibration, Sample, token_hash
-from optiq.errors import UsageError
+from optiq.errors import CheckpointError, UsageError
 from optiq.formats import Format
-from optiq.planning.plan import Plan
+from optiq.planning.plan import Plan, Selection
 from optiq.quantize import convert as conversion
 from optiq.quantize.convert import convert
 from optiq.quantize.prepare import work_folder
 from optiq.quantize.rounding import distill as refining
-from optiq.quantize.rounding.distill import refine
+from optiq.quantize.rounding.distill import Training, refine
 from optiq.quantize.rounding.render import render_model
 from optiq.quantize.rounding.weights import MINMAX, Rounding
 from optiq.quantize.select import Judge, decide
@@ -52,7 +52,7 @@ def mixed(source: Source) -> Plan:
 
 def kl(source: Source, plan: Plan, rounding: Rounding, text: Calibration) -> float:
     with Judge(source, text.sequences) as judge:
-        return float(judge.measure(render_model(load(source), plan, rounding=rounding))["mean"])
+        return float(judge.measure(render_model(load(source), plan, rounding=rounding)).mean)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def kl(source: Source, plan: Plan, rounding: Rounding, text: Calibration) -> flo
 def test_kl_falls_and_codes_and_dtypes_stay(tmp_path: Path, variant: str) -> None:
     source, text = source_of(tmp_path, variant), text_of()
     plan = mixed(source)
-    refined = refine(source, plan, MINMAX, text, epochs=4, learning_rate=0.02, progress=False)
+    refined = refine(source, plan, MINMAX, text, training=Training(4, 0.02), progress=False)
     assert kl(source, plan, refined, text) < 0.75 * kl(source, plan, MINMAX, text)
     weights = dict(tree_flatten(load(source).model.parameters()))
     trained = {p.module.path: p.format for p in plan.modules if p.format.bits < 8}
@@ -123,7 +123,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     source, text = source_of(tmp_path, "llama-bf16"), text_of()
     plan = uniform(source)
     monkeypatch.setattr(refining, "SAVE_EVERY", 3)
-    whole = refine(source, plan, MINMAX, text, epochs=2, progress=False)
+    whole = refine(source, plan, MINMAX, text, training=Training(2), progress=False)
     checkpoint = tmp_path / "work" / "refine.safetensors"
     save, update, steps = refining._State.save, refining._State.update, []
 
@@ -137,7 +137,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
 
     monkeypatch.setattr(refining._State, "update", counted)
     monkeypatch.setattr(refining._State, "save", interrupted)
-    job: dict[str, Any] = {"epochs": 2, "checkpoint": checkpoint, "progress": False}
+    job: dict[str, Any] = {"training": Training(2), "checkpoint": checkpoint, "progress": False}
     with pytest.raises(KeyboardInterrupt):
         refine(source, plan, MINMAX, text, **job)
     monkeypatch.setattr(refining._State, "save", save)
@@ -151,15 +151,17 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
             assert b is not None
             assert mx.array_equal(a, b)
 
-    for other in ({"seed": 1}, {"learning_rate": 0.1}):
-        with pytest.raises(UsageError, match=r"was made with another (seed|learning rate); repeat"):
-            refine(source, plan, MINMAX, text, resume=True, **job, **other)
-    with pytest.raises(UsageError, match="was made with another text; repeat"):
+    for other in (Training(2, seed=1), Training(2, 0.1)):
+        with pytest.raises(CheckpointError, match=r"another job \((seed|learning rate): "):
+            refine(source, plan, MINMAX, text, resume=True, **{**job, "training": other})
+    with pytest.raises(CheckpointError, match=r"another job \(text: "):
         refine(source, plan, MINMAX, text_of(seed=1), resume=True, **job)
-    with pytest.raises(UsageError, match="was made with another rounded weights; repeat"):
+    with pytest.raises(CheckpointError, match=r"another job \(rounded model: "):
         refine(source, mixed(source), MINMAX, text, resume=True, **job)
     checkpoint.write_bytes(checkpoint.read_bytes()[:100])
-    with pytest.raises(UsageError, match=r"is damaged .*; delete it and start without --resume"):
+    with pytest.raises(
+        CheckpointError, match=r"is damaged .*; delete it and start without --resume"
+    ):
         refine(source, plan, MINMAX, text, resume=True, **job)
 
 
@@ -169,9 +171,10 @@ def test_a_diverging_run_keeps_the_weights(
 ) -> None:
     monkeypatch.setenv("OPTIQ_PROGRESS", "1")
     source = source_of(tmp_path)
-    assert refine(source, uniform(source), MINMAX, text_of(), learning_rate=rate) is MINMAX
+    training = Training(learning_rate=rate)
+    assert refine(source, uniform(source), MINMAX, text_of(), training=training) is MINMAX
     said = capsys.readouterr().err
-    assert "refining takes at most" in said
+    assert "memory: refining takes at most" in said
     assert "refining diverged: KL" in said
     assert "the weights are kept as they were" in said
 
@@ -180,7 +183,7 @@ def test_memory_is_checked_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     source = source_of(tmp_path)
     monkeypatch.setattr(refining, "available_memory", lambda: 1_000_000)
     monkeypatch.setattr(refining, "_Teacher", None)
-    with pytest.raises(UsageError, match=r"at most 0\.\d+ GB of memory; 0\.0 GB are free: leave"):
+    with pytest.raises(UsageError, match=r"at most 0\.\d+ GB .* are available: leave"):
         refine(source, uniform(source), MINMAX, text_of(), progress=False)
 
 
@@ -194,7 +197,7 @@ def test_memory_is_as_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, va
     mx.reset_peak_memory()
     refine(source, plan, MINMAX, text, progress=False)
     peak = mx.get_peak_memory() - before
-    assert 0.1 < peak / refining.memory(plan, text) <= 1
+    assert 0.1 < peak / refining.memory(plan, text).total <= 1
 
 
 def test_the_judge_keeps_the_better_rounding(tmp_path: Path) -> None:
@@ -202,13 +205,14 @@ def test_the_judge_keeps_the_better_rounding(tmp_path: Path) -> None:
     plan = uniform(source)
 
     def good(plan: Plan, rounding: Rounding) -> Rounding:
-        return refine(source, plan, rounding, text, learning_rate=0.02, progress=False)
+        training = Training(learning_rate=0.02)
+        return refine(source, plan, rounding, text, training=training, progress=False)
 
     better = good(plan, MINMAX)
     before, after = kl(source, plan, MINMAX, text), kl(source, plan, better, text)
     assert after < before
 
-    def judged(**fits: Any) -> tuple[dict[str, Any], Rounding]:
+    def judged(**fits: Any) -> tuple[Selection, Rounding]:
         found, rounding = decide(
             source, {"u": plan}, MINMAX, text.sequences, progress=False, **fits
         )
@@ -217,9 +221,9 @@ def test_the_judge_keeps_the_better_rounding(tmp_path: Path) -> None:
         return found.selection, rounding
 
     selection, kept = judged(refine=good)
-    assert selection["rounding"] == "minmax, refined"
-    assert [c["rounding"] for c in selection["candidates"]] == ["minmax", "minmax, refined"]
-    means = [c["kl"]["mean"] for c in selection["candidates"]]
+    assert selection.rounding == "minmax, refined"
+    assert [c.rounding for c in selection.candidates] == ["minmax", "minmax, refined"]
+    means = [c.kl.mean for c in selection.candidates]
     assert means == pytest.approx([before, after], rel=1e-5)
     assert kl(source, plan, kept, text) == pytest.approx(after, rel=1e-5)
 
@@ -227,8 +231,8 @@ def test_the_judge_keeps_the_better_rounding(tmp_path: Path) -> None:
     bad = replace(better, fitted=doubled)
     selection, kept = judged(refine=lambda plan, rounding: bad)
     assert kept is MINMAX
-    assert selection["rounding"] == "minmax"
-    assert len(selection["candidates"]) == 2
+    assert selection.rounding == "minmax"
+    assert len(selection.candidates) == 2
 
     calls: list[Rounding] = []
 
@@ -236,10 +240,11 @@ def test_the_judge_keeps_the_better_rounding(tmp_path: Path) -> None:
         calls.append(rounding)
         return rounding
 
-    selection, kept = judged(fit=lambda plan: better, refine=diverging)
-    assert calls == [better]
-    assert kept is better
-    assert [c["rounding"] for c in selection["candidates"]] == ["minmax", "descent"]
+    fitted = replace(better, method="descent")
+    selection, kept = judged(fit=lambda plan: fitted, refine=diverging)
+    assert calls == [fitted]
+    assert kept is fitted
+    assert [c.rounding for c in selection.candidates] == ["minmax", "descent"]
 
 
 def test_unmeasured_it_is_refused(tmp_path: Path) -> None:

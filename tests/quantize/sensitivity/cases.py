@@ -14,15 +14,18 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.utils import load_model
 
 from optiq.calibration import Calibration, Sample, token_hash
+from optiq.distributed.ranks import ALONE, World
 from optiq.formats import DENSE, Format, parse_menu
 from optiq.models.roles import Module, allowed, quantizable
 from optiq.nn.accelerate import accelerate
 from optiq.quality.statistics import mean_per_token
-from optiq.quantize.rounding.weights import MINMAX
+from optiq.quantize.options import Options
+from optiq.quantize.rounding.reference import Bf16
+from optiq.quantize.rounding.weights import MINMAX, Rounding
+from optiq.quantize.sensitivity import measure as measuring
 from optiq.quantize.sensitivity.checkpoint import Checkpoint
 from optiq.quantize.sensitivity.job import Job
-from optiq.quantize.sensitivity.reference import Bf16
-from optiq.sources import Source, resolve
+from optiq.sources import LoadedModel, Source, load, resolve
 from tests.tiny import tiny_folder
 
 MENU = parse_menu(["3g64", "4g64", "8g64", "8g32", "bf16"])
@@ -65,6 +68,31 @@ def job(
     checkpoint = Checkpoint(None, {}, resume=False)
     reference = Bf16(model, modules)
     return Job(model, modules, formats, texts, reference, checkpoint, MINMAX, seed, False)
+
+
+def measure(
+    source: Source,
+    *,
+    menu: Sequence[Format] = MENU,
+    calibration: Calibration,
+    loaded: LoadedModel | None = None,
+    method: str = "auto",
+    rounding: Rounding = MINMAX,
+    checkpoint: Path | None = None,
+    world: World = ALONE,
+    **options: Any,
+) -> dict[str, Any]:
+    """A whole measurement, as sensitivity.json has it."""
+    chosen = Options.parse(formats=menu, sensitivity=method, **options)
+    found = measuring.measure(
+        loaded or load(source),
+        calibration,
+        chosen,
+        rounding=rounding,
+        checkpoint=checkpoint,
+        world=world,
+    )
+    return found.to_json()
 
 
 def scores(job: Job) -> dict[tuple[str, str], float]:

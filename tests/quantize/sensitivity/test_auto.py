@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,15 @@ from optiq.formats import DENSE, Format, parse_menu
 from optiq.models.places import slot_at
 from optiq.models.roles import Module, Role, fixed_bytes
 from optiq.planning.contested import contests
-from optiq.planning.scores import describe_module
+from optiq.planning.scores import ModelInfo, Scores
+from optiq.planning.size import UNIFORM4_SIZE, Size
 from optiq.quantize.sensitivity import checkpoint, job, rounds
 from optiq.quantize.sensitivity.fisher import score_by_fisher
-from optiq.quantize.sensitivity.measure import measure
 from optiq.quantize.sensitivity.rounds import Rounds, measure_auto
 from tests.architectures import construct
 from tests.quantize.sensitivity import cases
-from tests.quantize.sensitivity.cases import calibration, mean_kl, randomized, tiny_source
-from tests.scored import PROVENANCE
+from tests.quantize.sensitivity.cases import calibration, mean_kl, measure, randomized, tiny_source
+from tests.scored import UNSCORED
 
 TEXT = calibration(14, 23, 9)
 MENU = parse_menu(["3g64", "4g64", "5g64", "6g64", "8g64"])
@@ -57,7 +58,7 @@ def test_scores_are_those_of_the_method_they_name(
         methods.add(score["method"])
     assert methods == {"kl", "fisher"}
     assert (found["auto"]["contested"], found["auto"]["gain_left"]) == (0, 0)
-    assert contests(found, "5bpw") == []
+    assert contests(Scores.from_json(found), Size.parse("5bpw")) == []
     measured = {
         path
         for role, path, _, score in entries(found)
@@ -74,7 +75,7 @@ def test_the_work_is_capped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(rounds, "EXACT_SHARE", cap)
         found = measure(source, menu=MENU, calibration=TEXT, size="5bpw", progress=False)
         assert found["auto"]["share"] <= cap
-        left = contests(found, "5bpw")
+        left = contests(Scores.from_json(found), Size.parse("5bpw"))
         assert found["auto"]["contested"] == len(left)
         assert found["auto"]["gain_left"] == pytest.approx(
             sum(contest.gain for contest in left), rel=1e-12
@@ -152,21 +153,16 @@ def test_mixtures_of_experts(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     texts = cases.sequences(12, 15)
     work = cases.job(randomized(lambda: construct(name)), texts, G32)
     found = Rounds(work)
-    model = {"name": name, "fingerprint": "", "model_type": name, "dtype": "float32",
-             "itemsize": 4, "fixed_bytes": fixed_bytes(work.model, work.modules)}  # fmt: skip
-
-    def scores() -> dict[str, Any]:
-        rows = [{**describe_module(m), "scores": found.scores[m.path]} for m in work.modules]
-        return {**PROVENANCE, "model": model, "modules": rows}
-
-    measure_auto(found, scores, "uniform4")
+    fixed = fixed_bytes(work.model, work.modules)
+    empty = replace(UNSCORED, model=ModelInfo(name, "", name, "float32", 4, fixed))
+    measure_auto(found, empty, UNIFORM4_SIZE)
     everything = cases.job(randomized(lambda: construct(name)), texts, G32)
     score_by_fisher(everything)
     estimates = cases.scores(everything)
     stock, changed = (randomized(lambda: construct(name)) for _ in range(2))
     modules: dict[str, Module] = {m.path: m for m in work.modules}
     routed = 0
-    for _, path, fmt, score in entries(scores()):
+    for _, path, fmt, score in entries(found.fill(empty).to_json()):
         if modules[path].role in (Role.EXPERT, Role.ROUTER):
             parsed, slot = Format.parse(fmt), slot_at(changed, path)
             dense = slot.get()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from optiq.errors import SensitivityError
+from optiq.errors import CheckpointError
 from optiq.quantize.sensitivity.checkpoint import Checkpoint, saved_reference
 
 IDENTITY = {"model": "abc", "seed": 0}
@@ -26,7 +26,7 @@ def test_not_json_and_not_a_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     for text, message in (("{", "is damaged"), ("[]", "is damaged"), ("{}", "not a checkpoint")):
         path.write_text(text)
-        with pytest.raises(SensitivityError, match=message):
+        with pytest.raises(CheckpointError, match=message):
             Checkpoint(path, IDENTITY, resume=True)
 
 
@@ -38,7 +38,7 @@ def test_units_must_be_those_of_the_round(tmp_path: Path) -> None:
     state.check("0 kl", {"2/3": (scored, 2), "0/0": (set(), 1)})
     state.check("1 kl", {})
     for other in ({}, {"2/3": (scored, 3)}, {"2/3": ({("b", "4g64")}, 2)}, {"2/4": (scored, 2)}):
-        with pytest.raises(SensitivityError, match="unit 2/3 of round 0 kl is none"):
+        with pytest.raises(CheckpointError, match="unit 2/3 of round 0 kl does not belong"):
             state.check("0 kl", other)
 
 
@@ -69,7 +69,7 @@ def test_all_ranks_files_are_continued(tmp_path: Path) -> None:
         again = Checkpoint(path, IDENTITY, resume=True, rank=rank)
         assert again.units("0 kl").keys() == {"0/0", "0/1", "0/12"}
     (tmp_path / "c.json.12").write_text("{")
-    with pytest.raises(SensitivityError, match=r"c.json.12 is damaged"):
+    with pytest.raises(CheckpointError, match=r"c.json.12 is damaged"):
         Checkpoint(path, IDENTITY, resume=True)
 
 
@@ -91,7 +91,7 @@ def test_a_damaged_one_is_refused(tmp_path: Path, damage: dict[str, Any]) -> Non
     path = tmp_path / "c.json"
     path.write_text(json.dumps(written(path) | damage))
     with pytest.raises(
-        SensitivityError, match=r"is damaged \(.*\); delete it and start without --resume"
+        CheckpointError, match=r"is damaged \(.*\); delete it and start without --resume"
     ) as error:
         Checkpoint(path, IDENTITY, resume=True)
     assert "\n" not in str(error.value)

@@ -13,15 +13,16 @@ from mlx_lm.utils import load_model
 from optiq.errors import SensitivityError, SourceError
 from optiq.formats import DENSE, UNIFORM4, Format
 from optiq.models.roles import allowed, quantizable
+from optiq.quantize.replay import logits
 from optiq.quantize.sensitivity import kl
 from optiq.quantize.sensitivity.kl import score_by_kl
-from optiq.quantize.sensitivity.measure import measure
 from tests.quantize.sensitivity.cases import (
     MENU,
     MODELS,
     calibration,
     job,
     mean_kl,
+    measure,
     scores,
     sequences,
     stock_quantized,
@@ -94,7 +95,7 @@ def test_chunked_logits_change_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     whole = job(load_model(source.path)[0], TEXTS)
     score_by_kl(whole)
     chunked = job(load_model(source.path)[0], TEXTS)
-    monkeypatch.setattr(kl, "LOGITS_BYTES", 4 * 384 * 5)  # five rows
+    monkeypatch.setattr(logits, "LOGITS_BYTES", 4 * 384 * 5)  # five rows
     score_by_kl(chunked)
     assert scores(chunked) == pytest.approx(scores(whole), abs=1e-7)
 

@@ -9,17 +9,20 @@ import mlx.core as mx
 import pytest
 from mlx_lm.utils import load_model
 
+from optiq.base import checkpoint
 from optiq.base import progress as progress_module
 from optiq.base.machine import machine
 from optiq.base.memory import available_memory
-from optiq.errors import SensitivityError, UsageError
+from optiq.errors import CheckpointError, UsageError
 from optiq.formats import DENSE, Format
 from optiq.models.roles import Role, allowed, fixed_bytes, quantizable
-from optiq.quantize.sensitivity import checkpoint, job, reference
-from optiq.quantize.sensitivity import measure as sensitivity
-from optiq.quantize.sensitivity.measure import measure
-from optiq.sources import Source, load
-from tests.quantize.sensitivity.cases import MENU, calibration, tiny_source
+from optiq.planning.files import read_scores
+from optiq.planning.scores import Scores
+from optiq.quantize.options import Options
+from optiq.quantize.rounding import reference
+from optiq.quantize.sensitivity import job
+from optiq.sources import load
+from tests.quantize.sensitivity.cases import MENU, calibration, measure, tiny_source
 
 TEXT = calibration(14, 23, 9)
 
@@ -54,6 +57,8 @@ def test_every_module_has_a_score_for_every_allowed_format(
             assert score["se"] > 0
             exact = method == "kl" or m.role is Role.HEAD
             assert score["method"] == ("kl" if exact else "fisher")
+    Scores.from_json(found).save(tmp_path / "s.json")
+    assert read_scores(tmp_path / "s.json").to_json() == found
     with (source.path / "model.safetensors").open("rb") as file:
         assert found["model"].pop("header_bytes") > int.from_bytes(file.read(8), "little")
     assert found["model"] == {
@@ -76,8 +81,6 @@ def test_every_module_has_a_score_for_every_allowed_format(
     assert found["reference"] == "bf16"
     assert found["versions"].keys() == {"optiq", "mlx", "mlx_lm"}
     assert found["machine"]["cores"] >= 1
-    sensitivity.save(found, tmp_path / "s.json")
-    assert sensitivity.load(tmp_path / "s.json") == found
 
 
 class Stop(Exception):
@@ -99,13 +102,13 @@ def test_resumed_equals_uninterrupted(
                        progress=False, **options)  # fmt: skip
 
     saves: list[Path] = []
-    write = checkpoint.write_json
+    write = checkpoint.write
 
-    def save(path: Path, data: Any, *, indent: int | None) -> None:
+    def save(path: Path, *content: Any) -> None:
         saves.append(path)
-        write(path, data, indent=indent)
+        write(path, *content)
 
-    monkeypatch.setattr(checkpoint, "write_json", save)
+    monkeypatch.setattr(checkpoint, "write", save)
     whole = numbers(run())
     steps = {"kl": 3 * 4, "fisher": 3}[method]  # per batch: 4 groups of modules, or 1
     original = progress_module.Progress.step
@@ -145,14 +148,16 @@ def test_checkpoints_of_other_measurements_are_refused(tmp_path: Path) -> None:
         return measure(source, **options)
 
     first = run()
-    with pytest.raises(SensitivityError, match="another calibration"):
+    with pytest.raises(CheckpointError, match=r"another job \(calibration"):
         run(calibration=calibration(14, 23, 9, seed=1))
-    with pytest.raises(SensitivityError, match="another menu"):
+    with pytest.raises(CheckpointError, match=r"another job \(menu"):
         run(menu=MENU)
-    with pytest.raises(SensitivityError, match="another method, seed"):
+    with pytest.raises(
+        CheckpointError, match=r'job \(method: "fisher" then, "kl" now; seed: 0 then, 1 now\)'
+    ):
         run(method="kl", seed=1)
     kept.write_text("{}")
-    with pytest.raises(SensitivityError, match="not a checkpoint"):
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
         run()
     assert numbers(run(resume=False)) == numbers(first)  # without resume it starts anew
 
@@ -174,7 +179,7 @@ def test_the_reference_of_the_checkpoint_is_kept(
         assert (again["reference"], numbers(again)) == (chosen, numbers(first))
         assert f"reference {chosen}: as in the checkpoint" in capsys.readouterr().err
         other = {"bf16": "uniform4", "uniform4": "bf16"}[chosen]
-        with pytest.raises(SensitivityError, match="another reference"):
+        with pytest.raises(CheckpointError, match=r"another job \(reference"):
             run(before, resume=True, reference=other)  # what is asked for outright is not changed
         assert run(now)["reference"] == other  # nor is anything kept without resume
         kept.unlink()
@@ -184,9 +189,8 @@ def test_the_reference_of_the_checkpoint_is_kept(
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 10**30])
 def test_a_seed_out_of_range_is_refused_before_any_work(seed: int) -> None:
-    source = Source("absent", "folder", Path("absent"), None, "")
     with pytest.raises(UsageError, match=f"seed {seed} is not between 0 and 4294967295"):
-        measure(source, menu=MENU, calibration=TEXT, seed=seed)
+        Options.parse(seed=seed)
 
 
 def test_the_largest_seed_works(tmp_path: Path) -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from optiq.formats import parse_menu
-from optiq.quantize.sensitivity.measure import measure
 from optiq.sources import resolve
-from tests.quantize.sensitivity.cases import calibration
+from tests.quantize.sensitivity.cases import calibration, measure
 from tests.tiny import tiny_folder
 
 # Large enough that weights, logits and activations count beside each other.

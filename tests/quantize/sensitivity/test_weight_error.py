@@ -14,9 +14,8 @@ from optiq.formats import DENSE, UNIFORM4, Format, parse_menu
 from optiq.quantize.rounding.render import render_layer
 from optiq.quantize.rounding.weights import MINMAX
 from optiq.quantize.sensitivity import weight_error
-from optiq.quantize.sensitivity.measure import measure
 from optiq.quantize.sensitivity.weight_error import relative_error
-from tests.quantize.sensitivity.cases import calibration, tiny_source
+from tests.quantize.sensitivity.cases import calibration, measure, tiny_source
 
 MENU = parse_menu("3g64,8g32,nvfp4,bf16")
 

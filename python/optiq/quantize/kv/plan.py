@@ -9,7 +9,8 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ...base.machine import command_line, machine, versions
+from ...base.command import command_line
+from ...base.machine import machine, versions
 from ...calibration import Sample, token_hash
 from ...errors import UsageError
 from ...kv.config import KVConfig

@@ -37,10 +37,10 @@ from ..replay.backward import Backward
 from ..replay.gradients import Call
 from ..replay.logits import LOGITS_BYTES
 from ..replay.replay import Replay, Tape
-from ..sensitivity.reference import choose, open_reference, weight_bytes
+from .reference import choose, open_reference, weight_bytes
 from .weights import MINMAX, Rounded, Rounding
 
-# Every so-manieth sequence judges what the others were used for.
+# One sequence in so many judges what was fitted to the others.
 JUDGE_EVERY = 8
 
 # Added to the diagonal of H, as a share of its mean: directions that the tokens do not show.
@@ -71,7 +71,7 @@ def descend(
     """`rounding` with the modules of `plan` fitted to the sequences of `text`.
 
     Experts and modules in nvfp4 stay as they were, and all where there are fewer than two
-    sequences. `reference` is that of `sensitivity.measure`.
+    sequences. `reference` is that of the scores.
     """
     loaded = load(source)
     model, modules = loaded.model, quantizable(loaded.model)
@@ -99,7 +99,7 @@ def descend(
             ways[way] += 1
             bar.step(note=path)
         bar.say("layers best rounded by " + ", ".join(f"{w}: {n}" for w, n in ways.most_common()))
-    return replace(rounding, fitted=fitted)
+    return replace(rounding, method="descent", fitted=fitted) if fitted else rounding
 
 
 def best(w: mx.array, fmt: Format, moments: Moments) -> tuple[str, Rounded]:

@@ -5,25 +5,16 @@ student) in nats per token, streamed: of the source only the inputs of its head 
 sequence, and logits exist for a few rows at a time. mlx-lm's DWQ does the same with the source's
 1,024 largest logits.
 
-A group of codes c stands for scale * c + bias. Trained are two numbers a group, both zero at first,
-that count in its own steps: `turn` about the middle of its grid and `shift` of the grid, so that
-one learning rate suits layers of all magnitudes and widths:
-
-    scale = scale_0 * (1 + turn / spread)
-    bias  = bias_0 - middle * (scale - scale_0) + scale_0 * shift
-
-The student always runs with scales and biases as they will be stored; gradients pass over that
-rounding (Bengio et al. 2013). What the loss cannot reach stays fixed: experts, nvfp4, and 8-bit
-layers, whose steps are finer than the stored scales.
+Two numbers a group are trained (grid.py). What the loss cannot reach stays fixed: experts, nvfp4,
+and 8-bit layers, whose steps are finer than the stored scales.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from hashlib import sha256
-from itertools import groupby
 from math import isfinite
 from pathlib import Path
 from typing import Any, cast
@@ -36,26 +27,27 @@ from mlx.nn.utils import checkpoint as recomputed
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ... import ops
+from ...base.checkpoint import Identity, check_identity, damaged
 from ...base.files import whole
-from ...base.memory import available_memory
+from ...base.memory import Needs, available_memory
 from ...base.progress import Progress
 from ...calibration import Calibration
 from ...errors import ExportError, UsageError
-from ...formats import DENSE, Format
+from ...formats import Format
 from ...models.places import slot_at
-from ...models.roles import Role, is_head, quantizable
+from ...models.roles import is_head, quantizable
+from ...models.shapes import blocks_of, dense_bytes, embedding_shape, widest_block
 from ...nn.accelerate import accelerate
 from ...planning.plan import Plan, Planned
 from ...sources import Source, load
 from ..replay.logits import LOGITS_BYTES
 from ..replay.replay import Replay, Tape
+from .grid import Grid
 from .render import render_model
 from .weights import Rounded, Rounding
 
 CHECKPOINT = "refine.safetensors"
 TOKENS = 16384  # to train on
-EPOCHS = 1
-LEARNING_RATE = 0.003  # steps of a group's grid, of Adam's first update; it falls to zero
 SAVE_EVERY = 16  # sequences
 DIVERGED = 10.0  # times the mean KL so far
 
@@ -67,43 +59,53 @@ _HEADS = 32  # of attention, whose weights [heads, T, T] are activations, too
 Parameters = dict[str, mx.array]  # turn and shift of the i-th layer, [out, groups] float32
 
 
+@dataclass(frozen=True)
+class Training:
+    """`epochs` over the text, each in another order, drawn by `seed`.
+
+    `learning_rate` counts in steps of a group's grid, at Adam's first update; it falls to zero.
+    """
+
+    epochs: int = 1
+    learning_rate: float = 0.003
+    seed: int = 0
+
+
 def refine(
     source: Source,
     plan: Plan,
     rounding: Rounding,
     text: Calibration,
     *,
-    epochs: int = EPOCHS,
-    learning_rate: float = LEARNING_RATE,
-    seed: int = 0,
+    training: Training = Training(),
     checkpoint: Path | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> Rounding:
     """`rounding` with the scales and biases of `plan` trained on the sequences of `text`.
 
-    A step of Adam is one sequence; each epoch takes them in another order, drawn by `seed`. The
-    state is kept in `checkpoint`, a .safetensors file, from where `resume` goes on to the same
-    result. If the KL is not finite or explodes, `rounding` comes back as it was.
+    A step of Adam is one sequence. The state is kept in `checkpoint`, a .safetensors file, from
+    where `resume` goes on to the same result. If the KL is not finite or explodes, `rounding` comes
+    back as it was.
 
-    Raises UsageError where memory does not suffice, or the checkpoint is of another run.
+    Raises UsageError where memory does not suffice, CheckpointError for one of another run.
     """
     _check_memory(memory(plan, text), progress)
     teacher = _Teacher(source, [s.tokens for s in text.sequences])
     student = _Student(source, plan, rounding, teacher)
     identity = {
         "source": source.fingerprint,
-        "rounded weights": student.digest(),
+        "rounded model": student.digest(),
         "text": text.sha256,
-        "epochs": epochs,
-        "learning rate": learning_rate,
-        "seed": seed,
+        "epochs": training.epochs,
+        "learning rate": training.learning_rate,
+        "seed": training.seed,
     }
     state = _State(checkpoint, identity, student.start(), resume=resume)
     order = [
         int(i)
-        for epoch in range(epochs)
-        for i in np.random.default_rng([seed, epoch]).permutation(len(text.sequences))
+        for epoch in range(training.epochs)
+        for i in np.random.default_rng([training.seed, epoch]).permutation(len(text.sequences))
     ]
     with (
         student.replay,
@@ -117,44 +119,37 @@ def refine(
                     "are kept as they were"
                 )
                 return rounding
-            state.update(loss, gradients, learning_rate * (1 - state.step / len(order)))
+            state.update(loss, gradients, training.learning_rate * (1 - state.step / len(order)))
             if state.step % SAVE_EVERY == 0 or state.step == len(order):
                 state.save()
             bar.step(note=f"KL {state.mean(loss):.4g}")
-    return replace(rounding, fitted={**rounding.fitted, **student.rounded(state.parameters)})
+    fitted = {**rounding.fitted, **student.rounded(state.parameters)}
+    return replace(rounding, method=f"{rounding.method}, refined", fitted=fitted)
 
 
-def memory(plan: Plan, text: Calibration) -> int:
-    """Bytes that `refine` takes at most, from shapes alone."""
-    trained = [m for m in plan.modules if _is_trained(m)]
-    groups = sum(_groups(m) for m in trained)
-    longest = max(len(s.tokens) for s in text.sequences)
-    tokens = sum(len(s.tokens) for s in text.sequences)
-    modules = [m.module for m in plan.modules]
-    width = next(m.shape[-1] for m in modules if m.role is Role.EMBEDDING)
-    inside = sorted((m for m in modules if m.block is not None), key=lambda m: m.block or 0)
-    blocks = [
-        sum(sum(m.shape[-2:]) for m in of) for _, of in groupby(inside, key=lambda m: m.block)
-    ]
-    activations = _ACTIVATIONS * (max(blocks, default=0) + _HEADS * longest)
-    itemsize: int = plan.model["itemsize"]
-    dense, outside = (
-        sum(DENSE.nbytes(m.shape, itemsize) for m in of)
-        for of in (modules, [m for m in modules if m.block is None])
+def memory(plan: Plan, text: Calibration) -> Needs:
+    """What `refine` takes at most, from shapes alone."""
+    modules, itemsize = [m.module for m in plan.modules], plan.model.itemsize
+    groups = sum(_groups(m) for m in plan.modules if _is_trained(m))
+    lengths = [len(s.tokens) for s in text.sequences]
+    longest, blocks = max(lengths), len(blocks_of(modules))
+    _, width = embedding_shape(modules)
+    activations = _ACTIVATIONS * (widest_block(modules) + _HEADS * longest)
+    training = 4 * groups * _GROUPS + 4 * longest * (width * (blocks + 1) + activations)
+    student = plan.nbytes + dense_bytes((m for m in modules if m.block is None), itemsize)
+    return Needs(
+        {
+            "source or student": max(dense_bytes(modules, itemsize), student + training),
+            "inputs of the head": 4 * sum(lengths) * width,
+            "logits": _LOGITS * LOGITS_BYTES,
+        }
     )
-    training = 4 * groups * _GROUPS + 4 * longest * (width * (len(blocks) + 1) + activations)
-    at_head = _LOGITS * LOGITS_BYTES
-    return 4 * tokens * width + at_head + max(dense, plan.nbytes + outside + training)
 
 
-def _check_memory(needed: int, progress: bool) -> None:
-    free = available_memory()
-    amounts = (
-        f"refining takes at most {needed / 1e9:.2f} GB of memory; {free / 1e9:.1f} GB are free"
-    )
-    if needed > free:
-        raise UsageError(f"{amounts}: leave out --refine, or free memory")
-    Progress(0, "", enabled=progress).say(amounts)
+def _check_memory(needs: Needs, progress: bool) -> None:
+    if needs.total > available_memory():
+        raise UsageError(f"memory: refining takes {needs}: leave out --refine, or free memory")
+    Progress(0, "", enabled=progress).say(f"memory: refining takes {needs}")
 
 
 def _is_trained(planned: Planned) -> bool:
@@ -189,7 +184,7 @@ class _Student:
         model.freeze()
         self.teacher = teacher
         self.grids = [
-            _Grid(p, slot_at(model, p.module.path).get()) for p in plan.modules if _is_trained(p)
+            Grid(p, slot_at(model, p.module.path).get()) for p in plan.modules if _is_trained(p)
         ]
         self.replay = Replay(model, teacher.modules, recompute=True)
         head = teacher.head_path
@@ -250,36 +245,6 @@ class _Student:
         return total
 
 
-class _Grid:
-    """The scales and biases of one layer, by turn and shift."""
-
-    def __init__(self, planned: Planned, layer: Any) -> None:
-        self.path, self.format, self.layer = planned.module.path, planned.format, layer
-        self.scales, self.biases = layer.scales, layer.biases
-        top = (1 << self.format.bits) - 1
-        # A grid's codes lie about a quarter of its width from its middle.
-        self._middle, self._spread = top / 2, top / 4
-        layer.unfreeze(keys=["scales", "biases"])
-
-    def set(self, turn: mx.array, shift: mx.array) -> None:
-        """Let the layer run with them."""
-        self.layer.scales, self.layer.biases = self._at(turn, shift)
-
-    def stored(self, turn: mx.array, shift: mx.array) -> Rounded:
-        scales, biases = (a.astype(self.scales.dtype) for a in self._at(turn, shift))
-        mx.eval(scales, biases)
-        return self.layer.weight, scales, biases
-
-    def _at(self, turn: mx.array, shift: mx.array) -> tuple[mx.array, mx.array]:
-        """Float32 scales and biases that their stored dtype holds exactly."""
-        scales, biases = self.scales.astype(mx.float32), self.biases.astype(mx.float32)
-        moved = self._round(scales * (1 + turn / self._spread))
-        return moved, self._round(biases - self._middle * (moved - scales) + scales * shift)
-
-    def _round(self, x: mx.array) -> mx.array:
-        return x + mx.stop_gradient(x.astype(self.scales.dtype).astype(mx.float32) - x)
-
-
 @mx.custom_function
 def _kl(p: mx.array, q: mx.array) -> mx.array:
     """KL of two arrays of logits [n, vocabulary], summed over rows; differentiable at q."""
@@ -296,9 +261,9 @@ class _State:
     """Parameters, Adam's means of their gradients and the place in the order, kept in a file."""
 
     def __init__(
-        self, path: Path | None, identity: Mapping[str, Any], start: Parameters, *, resume: bool
+        self, path: Path | None, identity: Identity, start: Parameters, *, resume: bool
     ) -> None:
-        self._path, self._identity = path, json.dumps(identity, sort_keys=True)
+        self._path, self._identity = path, identity
         self.step, self.total, self.parameters = 0, 0.0, start
         self._adam = optimizers.Adam(0.0, bias_correction=True)
         self._adam.init(start)
@@ -321,7 +286,7 @@ class _State:
             return
         arrays = dict(tree_flatten({"parameters": self.parameters, "adam": self._adam.state}))
         metadata = {
-            "identity": self._identity,
+            "identity": json.dumps(self._identity, sort_keys=True),
             "step": str(self.step),
             "total": self.total.hex(),
         }
@@ -340,18 +305,8 @@ class _State:
             arrays, metadata = found
             tree = tree_unflatten(list(arrays.items()))
             identity = json.loads(metadata["identity"])
-            step, total = int(metadata["step"]), float.fromhex(metadata["total"])
-            parameters, adam = tree["parameters"], tree["adam"]
+            self.step, self.total = int(metadata["step"]), float.fromhex(metadata["total"])
+            self.parameters, self._adam.state = tree["parameters"], tree["adam"]
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"{path} is damaged ({error}); delete it and start without --resume"
-            ) from error
-        ours = json.loads(self._identity)
-        differing = [key for key, value in ours.items() if identity.get(key) != value]
-        if differing:
-            raise UsageError(
-                f"{path} was made with another {', '.join(differing)}; repeat the original "
-                "command, or delete the file to refine anew"
-            )
-        self.step, self.total, self.parameters = step, total, parameters
-        self._adam.state = adam
+            raise damaged(path, error) from error
+        check_identity(path, self._identity, identity)

@@ -21,27 +21,21 @@ Rounded = tuple[mx.array, mx.array, mx.array | None]
 # Weights that are rounded to nvfp4 at a time: stock MLX takes 77 bytes for each on the CPU.
 NVFP4_WEIGHTS = 1 << 20
 
-ROUNDINGS = ("search", "minmax")
-
 
 @dataclass(frozen=True)
 class Rounding:
-    """How weights are rounded.
+    """How weights are rounded, and what plans call that: the `method`.
 
     "minmax" takes scale and bias from each group's smallest and largest weight: `mx.quantize`.
-    "search" fits them to the columns' `importance`, by module path (see `importance.measure`); a
-    module without it falls back to min/max, since a search that weighs all columns alike makes
-    models worse. What is in `fitted`, by module path and format, is rounded already (see
-    `descent.descend`).
+    "search" fits them to the columns' `importance`, by module path (see importance.py); a module
+    without it falls back to min/max, since a search that weighs all columns alike makes models
+    worse. "descent", and "..., refined": what is in `fitted`, by module path and format, is rounded
+    already (see descent.py and distill.py).
     """
 
-    name: str = "minmax"
+    method: str = "minmax"
     importance: Mapping[str, mx.array] = field(default_factory=dict)
     fitted: Mapping[tuple[str, Format], Rounded] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.name not in ROUNDINGS:
-            raise UsageError(f"unknown rounding {self.name!r}; use one of {', '.join(ROUNDINGS)}")
 
 
 MINMAX = Rounding()

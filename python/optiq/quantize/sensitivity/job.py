@@ -13,10 +13,10 @@ from ...distributed.ranks import ALONE, World
 from ...errors import SensitivityError
 from ...formats import DENSE, Format
 from ...models.roles import Module
+from ..rounding.reference import Reference
 from ..rounding.render import render_layer
 from ..rounding.weights import Rounding
 from .checkpoint import Checkpoint, Totals
-from .reference import Reference
 from .weight_error import relative_error
 
 # Tokens whose block outputs are kept at a time. A layer is rounded once per batch and format, so

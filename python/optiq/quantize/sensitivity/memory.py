@@ -8,11 +8,12 @@ GRADIENT_BYTES of weight gradients. Activations are float32, as they are on the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 from math import prod
 
+from ...base.memory import Needs
 from ...formats import DENSE
-from ...models.roles import Module, Role, is_head
+from ...models.roles import Module, is_head
+from ...models.shapes import embedding_shape, widest_block
 from ..replay.logits import LOGITS_BYTES
 from . import fisher, kl
 from .job import Job
@@ -23,8 +24,8 @@ _FORWARD, _BACKWARD = 3, 5
 _HEADS, _EXPERTS = 32, 8  # of a model that does not say
 
 
-def estimate(job: Job, weights: int, itemsize: int, backward: Sequence[Module]) -> dict[str, int]:
-    """Bytes of each part when it is largest; their sum bounds the peak.
+def estimate(job: Job, weights: int, itemsize: int, backward: Sequence[Module]) -> Needs:
+    """What a measurement takes at most.
 
     `weights` are the bytes of all unquantized parameters, `itemsize` those of one element, and
     `backward` the modules that get fisher scores. "at work" is the largest of what is never
@@ -33,12 +34,11 @@ def estimate(job: Job, weights: int, itemsize: int, backward: Sequence[Module]) 
     lengths = [[len(job.sequences[i]) for i in batch] for batch in job.batches()]
     batch = max(map(sum, lengths))
     longest = max(max(of) for of in lengths)
-    vocabulary, width = next(m.shape for m in job.modules if m.role is Role.EMBEDDING)
-    in_blocks = groupby((m for m in job.modules if m.block is not None), key=lambda m: m.block)
+    vocabulary, width = embedding_shape(job.modules)
     args = getattr(job.model, "args", None)
     heads = getattr(args, "num_attention_heads", _HEADS)
     experts = getattr(args, "num_experts_per_tok", _EXPERTS)
-    block = max((sum(_in_and_out(m, experts) for m in of) for _, of in in_blocks), default=0)
+    block = widest_block(job.modules, experts)
     rows = min(longest, max(1, LOGITS_BYTES // (4 * vocabulary)))
     copies = _BACKWARD if backward else _FORWARD
     running = copies * 4 * longest * (block + heads * longest)
@@ -55,7 +55,7 @@ def estimate(job: Job, weights: int, itemsize: int, backward: Sequence[Module]) 
         parts["gradients"] = parts["block outputs"] + 4 * batch * block
         scoring = max(running, (together + 3) * largest + itemsize * largest // 4)
     at_head = logits + sum(_rounded(job, m, itemsize) for m in job.modules if is_head(m))
-    return {**parts, "at work": max(scoring, at_head)}
+    return Needs({**parts, "at work": max(scoring, at_head)})
 
 
 def _weights(job: Job, dense: int, itemsize: int) -> int:
@@ -71,8 +71,3 @@ def _rounded(job: Job, module: Module, itemsize: int) -> int:
     sizes = sorted((f.nbytes(module.shape, itemsize) for f in job.rounded(module)), reverse=True)
     together = max(1, kl.HEAD_BYTES // dense) if is_head(module) else 1
     return sum(sizes[:together]) + 2 * 4 * prod(module.shape) if sizes else 0
-
-
-def _in_and_out(module: Module, experts: int) -> int:
-    """Elements that go into and come out of a module for one token."""
-    return sum(module.shape[-2:]) * (experts if module.role is Role.EXPERT else 1)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import fsum
-from typing import Any
 
 from ...base.progress import Progress
 from ...errors import BudgetError
 from ...formats import DENSE, Format
 from ...models.roles import Module, Role
 from ...planning.contested import Contest, contests
+from ...planning.scores import Score, Scored, Scores, Settled
+from ...planning.size import Size
 from ...quality.statistics import mean_per_token
 from .fisher import score_by_fisher
 from .job import Job
@@ -27,25 +28,22 @@ Formats = Mapping[str, tuple[Format, ...]]
 
 
 class Rounds:
-    """Runs rounds of `job`, whose formats are all that are to be scored, and keeps the scores.
-
-    `scores` has, by module path and format name, {"kl", "se", "mse", "method"}.
-    """
+    """Runs rounds of `job`, whose formats are all that are to be scored, and keeps the scores."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.scores: dict[str, dict[str, dict[str, Any]]] = {
-            path: {str(f): {"kl": 0.0, "se": 0.0, "mse": 0.0} for f in formats if f == DENSE}
+        self._scores: dict[str, dict[Format, Score]] = {
+            path: {DENSE: Score(0.0, 0.0, 0.0)} if DENSE in formats else {}
             for path, formats in job.formats.items()
         }
         self._count = 0
 
-    def run(self, method: str, formats: Formats, size: str = "") -> None:
+    def run(self, method: str, formats: Formats, at: Size | None = None) -> None:
         """Score these formats of these modules; the scores replace those of earlier rounds.
 
-        `size` is that which the work depends on, if it does.
+        `at` is the size that the work depends on, if it does.
         """
-        name = " ".join([str(self._count), method, *([f"at {size}"] if size else [])])
+        name = " ".join([str(self._count), method, *([f"at {at}"] if at else [])])
         job = replace(self.job, formats=dict(formats), name=name)
         self._count += 1
         if not job.blocks():
@@ -58,7 +56,17 @@ class Rounds:
             for fmt, totals in columns.items():
                 kl, se = mean_per_token(totals, lengths)
                 mse = job.weight_error(path, fmt)
-                self.scores[path][fmt] = {"kl": kl, "se": se, "mse": mse, "method": made}
+                self._scores[path][Format.parse(fmt)] = Score(kl, se, mse, made)
+
+    def fill(self, scores: Scores) -> Scores:
+        """`scores` with the modules as far as they are scored."""
+        formats = self.job.formats
+        modules = (
+            Scored(m, {f: known[f] for f in formats[m.path] if f in known})
+            for m in self.job.modules
+            for known in [self._scores[m.path]]
+        )
+        return replace(scores, modules=tuple(modules))
 
     def cost(self, formats: Formats) -> int:
         """Block runs on one sequence that exact scores take."""
@@ -75,10 +83,10 @@ def smooth(module: Module) -> bool:
     return module.role not in (Role.EXPERT, Role.ROUTER)
 
 
-def measure_auto(rounds: Rounds, scores: Callable[[], dict[str, Any]], size: str) -> dict[str, Any]:
+def measure_auto(rounds: Rounds, scores: Scores, size: Size) -> Settled:
     """Estimate what is smooth, measure the rest, then measure what the plan at `size` hangs on.
 
-    `scores` gives what is known as a sensitivity.json. Returns its "auto" entry.
+    `scores` is all that is known but the modules.
     """
     job = rounds.job
     rounds.run("fisher", rounds.of(smooth))
@@ -88,10 +96,10 @@ def measure_auto(rounds: Rounds, scores: Callable[[], dict[str, Any]], size: str
     spent, measured = 0, set[str]()
     while True:
         try:
-            found = contests(scores(), size)
+            found = contests(rounds.fill(scores), size)
         except BudgetError as error:
             say(f"auto: no exact scores, for there is no plan to settle: {error}")
-            return {"size": size, "modules": 0, "share": 0.0, "contested": None, "gain_left": None}
+            return Settled(size.text, 0, 0.0, None, None)
         work, cost = _affordable(rounds, found, EXACT_SHARE * full - spent)
         # One rank decides for all: on unlike machines the last bit of a sum may differ.
         decision = [work, cost, len(found), fsum(contest.gain for contest in found)]
@@ -108,13 +116,7 @@ def measure_auto(rounds: Rounds, scores: Callable[[], dict[str, Any]], size: str
         f"auto: {len(measured)} modules were measured for {share:.1%} of the work that exact "
         f"scores of all take; {contested} are contested at {size} still, {gain:.2g} nats to gain"
     )
-    return {
-        "size": size,
-        "modules": len(measured),
-        "share": share,
-        "contested": contested,
-        "gain_left": gain,
-    }
+    return Settled(size.text, len(measured), share, contested, gain)
 
 
 def _affordable(

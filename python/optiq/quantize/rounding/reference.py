@@ -15,14 +15,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...base.memory import available_memory
-from ...errors import SensitivityError, UsageError
+from ...errors import SensitivityError
 from ...formats import DENSE, UNIFORM4, Format
 from ...models.places import slot_at
 from ...models.roles import Module, allowed
 from ...sources import Source
 from ..replay.replay import arrays
-from ..rounding.render import render_layer
-from ..rounding.weights import Rounding
+from .render import render_layer
+from .weights import Rounding
 
 _SHARE = 0.7  # of the available memory; the rest is for activations, logits and the system
 
@@ -32,8 +32,6 @@ _RUNNING = (UNIFORM4, *(Format("affine", b, g) for b, g in ((4, 32), (8, 64), (8
 
 def choose(asked: str, nbytes: int) -> tuple[str, str]:
     """The reference to use for a model of `nbytes` weight bytes, and the reason in words."""
-    if asked not in ("auto", "bf16", "uniform4"):
-        raise UsageError(f"unknown reference {asked!r}; use auto, bf16 or uniform4")
     if asked != "auto":
         return asked, "as asked"
     free = available_memory()

@@ -1,0 +1,28 @@
+"""What files say of the model that was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..models.roles import Module, fixed_bytes
+from ..planning.scores import ModelInfo
+from ..sources import LoadedModel
+from ..sources.shards import header_bound
+
+
+def describe_model(loaded: LoadedModel, modules: Sequence[Module]) -> ModelInfo:
+    """The source of `loaded`, which must be as it came from there."""
+    parameters: dict[str, mx.array] = dict(tree_flatten(loaded.model.parameters()))
+    shapes = {name: array.shape for name, array in parameters.items()}
+    return ModelInfo(
+        name=loaded.source.name,
+        fingerprint=loaded.source.fingerprint,
+        model_type=loaded.config["model_type"],
+        dtype=str(loaded.dtype).removeprefix("mlx.core."),
+        itemsize=loaded.dtype.size,
+        fixed_bytes=fixed_bytes(loaded.model, modules),
+        header_bytes=header_bound(shapes, {f"{m.path}.weight" for m in modules}),
+    )
