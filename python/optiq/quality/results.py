@@ -44,6 +44,18 @@ class Divergence:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Divergence:
+        """What `to_json` wrote. Raises KeyError or TypeError for anything else."""
+        return Divergence(
+            kl=Distribution(**data["kl"]),
+            top1=Mean(**data["top1"]),
+            ppl_ratio=data["ppl_ratio"],
+            tokens=data["tokens"],
+            sequences=data["sequences"],
+            text_sha256=data.get("text_sha256"),
+        )
+
 
 @dataclass(frozen=True)
 class Measured(Divergence):
@@ -59,13 +71,4 @@ class Measured(Divergence):
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Measured:
         """What `to_json` wrote. Raises KeyError or TypeError for anything else."""
-        return cls(
-            kl=Distribution(**data["kl"]),
-            top1=Mean(**data["top1"]),
-            ppl_ratio=data["ppl_ratio"],
-            tokens=data["tokens"],
-            sequences=data["sequences"],
-            text_sha256=data.get("text_sha256"),
-            nbytes=data["nbytes"],
-            bpw=data["bpw"],
-        )
+        return cls.of(Divergence.from_json(data), data["nbytes"], data["bpw"])
