@@ -85,15 +85,17 @@ def test_dominated_is_no_smaller_and_no_better() -> None:
 
 def frontier() -> Frontier:
     ours = replace(point("ours", "ours", 350, 0.1), asked="4bpw", chosen="smooth")
+    larger = replace(point("larger", "ours", 500, 0.09), asked="5bpw", chosen="scores")
+    recipe = point("mixed_3_4", "recipe", 390, 0.4)
     return Frontier(
         model=ModelInfo("tiny", "0ca5", "llama", "bfloat16", 2, 1280),
-        sizes=("4bpw",),
+        sizes=("4bpw", "5bpw"),
         notes=("optiq 2bpw is left out",),
         scores=ScoresInfo("auto", "bf16", "search"),
         rounding="descent",
         calibration=TextInfo("optiq.jsonl", 8192, 36, {"prose": 8192}, "c0ff", 0),
         selection=SelectionInfo(4090, "1f07"),
-        points=compare([ours, *UNIFORM]),
+        points=compare([ours, larger, recipe, *UNIFORM]),
         command="optiq frontier tiny",
         versions={"mlx": "0"},
         machine={"cores": 2},

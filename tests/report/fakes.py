@@ -7,7 +7,9 @@ from math import exp, prod
 from random import Random
 from typing import Any
 
-from optiq.formats import DEFAULT_MENU, UNIFORM4, Format
+from optiq.formats import DEFAULT_MENU, Format
+from optiq.planning.plan import Plan
+from optiq.planning.scores import Scores
 
 Json = dict[str, Any]
 Pair = tuple[Json, Json]  # plan, scores
@@ -130,14 +132,15 @@ def build(name: str, specs: list[Spec], blocks: int, fixed: int, model_type: str
             "unit": s[2],
             "block": s[3],
             "shape": s[4],
+            "stock": "8g64" if s[1] == "router" else None,  # as in mlx-lm's model files
             "scores": score(s, blocks, rng),
         }
         for s in specs
     ]
-    stock = sum(UNIFORM4.nbytes(m["shape"]) for m in modules) + fixed
+    stock = sum(Format.parse(m["stock"] or "4g64").nbytes(m["shape"]) for m in modules) + fixed
     formats = choose(modules, stock - fixed)
     planned = [
-        {key: m[key] for key in ("path", "role", "unit", "block", "shape")}
+        {key: m[key] for key in ("path", "role", "unit", "block", "shape", "stock")}
         | {"format": str(f), "nbytes": f.nbytes(m["shape"]), "kl": m["scores"][str(f)]["kl"]}
         for m in modules
         for f in [formats[m["path"]]]
@@ -196,6 +199,11 @@ def build(name: str, specs: list[Spec], blocks: int, fixed: int, model_type: str
         "uniform4": {"nbytes": stock, "measured": metrics(predicted * 2.31, stock, params)},
     }
     return plan, scores
+
+
+def parse(pair: Pair) -> tuple[Plan, Scores]:
+    plan, scores = pair
+    return Plan.from_json(plan), Scores.from_json(scores)
 
 
 def smollm2() -> Pair:

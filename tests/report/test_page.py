@@ -4,26 +4,39 @@ from __future__ import annotations
 
 import re
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from optiq.errors import ExportError, SensitivityError
-from optiq.report import render, write
+from optiq.planning.plan import build
+from optiq.planning.scores import Scores
+from optiq.planning.size import Size
+from optiq.report import conversion_page, write
 from optiq.report.text import TIMES
 from tests.scored import build
 
 from . import fakes
-from .fakes import Pair
+from .fakes import Json, Pair, parse
 from .page import Element, figures, read, rows
 
 MODELS = {"smollm2": fakes.smollm2(), "moe": fakes.moe(), "tiny": fakes.tiny()}
 HOSTILE = "</title><script>alert('x')</script>\"><img src=http://evil onerror=1>&amp;"
 
 
-@pytest.fixture(params=list(MODELS))
-def model(request: pytest.FixtureRequest) -> Pair:
-    return deepcopy(MODELS[request.param])
+@dataclass(frozen=True)
+class Shown:
+    """A plan and its scores, and the page about them."""
+
+    plan: Json
+    scores: Json
+    root: Element
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def shown(request: pytest.FixtureRequest) -> Shown:
+    return Shown(*MODELS[request.param], page(*MODELS[request.param]))
 
 
 @pytest.fixture
@@ -31,12 +44,16 @@ def small() -> Pair:
     return deepcopy(MODELS["tiny"])
 
 
+def page(plan: Json, scores: Json) -> Element:
+    return read(conversion_page(*parse((plan, scores))))
+
+
 def section(root: Element, title: str) -> Element:
     return next(s for s in root.all("section") if s.first("h2").text == title)
 
 
-def test_balanced_and_self_contained(model: Pair) -> None:
-    html = render(*model)
+def test_balanced_and_self_contained(small: Pair) -> None:
+    html = conversion_page(*parse(small))
     root = read(html)
     assert not list(root.all("script"))
     assert not list(root.all("link"))
@@ -50,7 +67,7 @@ def test_balanced_and_self_contained(model: Pair) -> None:
 
 
 def test_order_of_sections(small: Pair) -> None:
-    root = read(render(*small))
+    root = page(*small)
     assert root.first("h1").text == "tiny"
     assert [h.text for h in root.all("h2")] == [
         "Against stock uniform 4-bit",
@@ -64,11 +81,10 @@ def test_order_of_sections(small: Pair) -> None:
     ]
 
 
-def test_every_module_is_in_both_maps_and_the_table(model: Pair) -> None:
-    plan, scores = model
-    root = read(render(plan, scores))
-    formats = {m["path"]: m["format"] for m in plan["modules"]}
-    exact = {m["path"]: m["scores"] for m in scores["modules"]}
+def test_every_module_is_in_both_maps_and_the_table(shown: Shown) -> None:
+    root = shown.root
+    formats = {m["path"]: m["format"] for m in shown.plan["modules"]}
+    exact = {m["path"]: m["scores"] for m in shown.scores["modules"]}
     for title in ("Sensitivity", "Formats"):
         table = section(root, title).first("table", "map")
         cells = [td for td in table.all("td") if "title" in td.attrs]
@@ -89,17 +105,16 @@ def test_every_module_is_in_both_maps_and_the_table(model: Pair) -> None:
             assert figures(cell) == ([score["kl"]] if score else [])
 
 
-def test_rows_are_blocks_in_order(model: Pair) -> None:
-    plan, scores = model
-    table = section(read(render(plan, scores)), "Formats").first("table", "map")
+def test_rows_are_blocks_in_order(shown: Shown) -> None:
+    table = section(shown.root, "Formats").first("table", "map")
     labels = [tr.first("th").text for tr in table.first("tbody").all("tr")]
-    blocks = sorted({m["block"] for m in plan["modules"]} - {None})
-    head = [m["role"] for m in plan["modules"] if m["role"] == "head"]
+    blocks = sorted({m["block"] for m in shown.plan["modules"]} - {None})
+    head = [m["role"] for m in shown.plan["modules"] if m["role"] == "head"]
     assert labels == ["embedding", *map(str, blocks), *head]
 
 
 def test_experts_and_routers_have_columns() -> None:
-    table = section(read(render(*MODELS["moe"])), "Formats").first("table", "map")
+    table = section(page(*MODELS["moe"]), "Formats").first("table", "map")
     groups, leaves = (list(tr.all("th"))[1:] for tr in table.first("thead").all("tr"))
     assert [th.text for th in groups] == ["self_attn", "mlp", "switch_mlp", "shared_expert"]
     assert sum(int(th.attrs["colspan"]) for th in groups) == len(leaves) == 15
@@ -107,9 +122,9 @@ def test_experts_and_routers_have_columns() -> None:
     assert {th.text for th in leaves} == dense | {"shared_expert_gate"}
 
 
-def test_comparison_equals_the_inputs(model: Pair) -> None:
-    plan, scores = model
-    table = rows(section(read(render(plan, scores)), "Against stock uniform 4-bit").first("table"))
+def test_comparison_equals_the_inputs(shown: Shown) -> None:
+    plan = shown.plan
+    table = rows(section(shown.root, "Against stock uniform 4-bit").first("table"))
     for side, (ours, nbytes) in enumerate(
         (
             (plan["measured"], plan["nbytes"]),
@@ -134,7 +149,7 @@ def test_headline(small: Pair) -> None:
     plan, scores = small
     plan["measured"]["kl"] |= {"mean": 0.02, "se": 0.001}
     plan["uniform4"]["measured"]["kl"] |= {"mean": 0.05, "se": 0.003}
-    header = read(render(plan, scores)).first("header").text
+    header = page(plan, scores).first("header").text
     assert "Measured KL" in header
     assert "0.0200 ± 0.0010" in header
     assert "uniform 4-bit: 0.0500 ± 0.0030" in header
@@ -146,14 +161,14 @@ def test_a_difference_within_its_error_is_no_win(small: Pair) -> None:
     plan, scores = small
     plan["measured"]["kl"] |= {"mean": 0.050, "se": 0.003}
     plan["uniform4"]["measured"]["kl"] |= {"mean": 0.053, "se": 0.003}
-    assert "neither is shown to be better" in read(render(plan, scores)).first("header").text
+    assert "neither is shown to be better" in page(plan, scores).first("header").text
 
 
 def test_missing_measurements_are_named(small: Pair) -> None:
     plan, scores = small
     plan["measured"] = None
     plan["uniform4"]["measured"] = None
-    root = read(render(plan, scores))
+    root = page(plan, scores)
     header = root.first("header").text
     assert "Predicted KL" in header
     assert "The exported model was not measured" in header
@@ -165,42 +180,53 @@ def test_missing_measurements_are_named(small: Pair) -> None:
     assert not list(root.all("g", "measured"))
 
 
-def test_one_missing_metric(small: Pair) -> None:
+def test_stock_is_predicted_with_the_formats_that_stock_has() -> None:
+    """Routers in 8 bits. A plan that does not know the bytes of stock gets these, too."""
+    plan, scores = MODELS["moe"]
+    table = rows(
+        section(page(plan | {"uniform4": None}, scores), "Against stock uniform 4-bit").first(
+            "table"
+        )
+    )
+    formats = [(m, m["stock"] or "4g64") for m in scores["modules"]]
+    assert {fmt for _, fmt in formats} == {"4g64", "8g64"}
+    kl = sum(m["scores"][fmt]["kl"] for m, fmt in formats)
+    assert figures(table["KL, predicted sum"][1]) == pytest.approx([kl], rel=1e-12)
+    assert figures(table["Bytes of all tensors"][1]) == [plan["uniform4"]["nbytes"]]
+
+
+def test_only_scores_of_stock_rounding_predict_stock(small: Pair) -> None:
     plan, scores = small
-    del plan["measured"]["kl"]["p999"]
-    plan["measured"]["top1"] = None
-    plan["measured"]["kl"]["max"] = float("inf")
-    table = rows(section(read(render(plan, scores)), "Against stock uniform 4-bit").first("table"))
-    assert table["KL, 99.9th percentile"][0].text == "not measured"
-    assert table["Same top token, % ± se"][0].text == "not measured"
-    assert table["KL, largest"][0].text == "inf"
-    assert figures(table["KL, 99th percentile"][0])
+    root = page(plan, scores | {"rounding": "search"})
+    table = rows(section(root, "Against stock uniform 4-bit").first("table"))
+    assert table["KL, predicted sum"][1].text == "not measured"
 
 
-def test_unscored_module(small: Pair) -> None:
+def test_a_module_that_was_not_measured_in_few_bits(small: Pair) -> None:
     plan, scores = small
     path = scores["modules"][3]["path"]
-    scores["modules"][3]["scores"] = {}
-    plan["objective"] = {"predicted_kl": None, "bound": None, "gap": None}
-    root = read(render(plan, scores))
+    scores["modules"][3]["scores"] = {"bf16": {"kl": 0.0, "se": 0.0}}
+    plan["modules"][3]["kl"] = None
+    root = page(plan, scores)
     table = section(root, "Sensitivity").first("table", "map")
     (cell,) = [td for td in table.all("td") if td.attrs.get("title", "").startswith(path + "\n")]
     assert cell.classes == ["unmeasured"]
     curve = section(root, "KL against size")
-    assert "Frontier: not measured" in curve.text
-    assert not list(curve.all("polyline"))
+    assert "Uniform 3-bit, 4-bit, 5-bit, 6-bit, 8-bit: not measured" in curve.text
+    assert "Predicted KLnot measured" in section(root, "How the numbers were made").text
 
 
 def test_scores_without_errors_or_provenance(small: Pair) -> None:
     plan, scores = small
     for module in scores["modules"]:
         module["scores"] = {name: {"kl": s["kl"]} for name, s in module["scores"].items()}
-    for key in ("method", "calibration", "machine", "versions", "seconds", "rounding"):
-        del scores[key]
-    plan |= {"calibration": {}, "machine": {}, "versions": {}, "command": ""}
-    text = section(read(render(plan, scores)), "How the numbers were made").text
+    scores |= {"method": "other", "machine": {}, "versions": {}, "seconds": None}
+    scores["calibration"] = dict.fromkeys(scores["calibration"])
+    plan |= {"calibration": None, "machine": {}, "versions": {}, "command": ""}
+    text = section(page(plan, scores), "How the numbers were made").text
     assert "How the scores were made is not recorded" in text
-    assert "Machinenot recorded" in text
+    for name in ("Machine", "Versions", "Command", "Scores from", "Tokens", "Text sha256"):
+        assert f"{name}not recorded" in text
 
 
 def test_hostile_names_stay_text(small: Pair) -> None:
@@ -213,7 +239,7 @@ def test_hostile_names_stay_text(small: Pair) -> None:
     plan["command"] = HOSTILE
     plan["measured"]["text_sha256"] = "&<>\"'" * 4
     scores["calibration"] |= {"source": HOSTILE, "tokens_per_domain": {HOSTILE: 1}}
-    root = read(render(plan, scores))
+    root = page(plan, scores)
     assert not list(root.all("script"))
     assert not list(root.all("img"))
     assert root.first("h1").text == HOSTILE
@@ -223,9 +249,9 @@ def test_hostile_names_stay_text(small: Pair) -> None:
 def test_unprintable_names_can_be_written(small: Pair, tmp_path: Path) -> None:
     plan, scores = small
     plan["model"] = plan["model"] | {"name": "a\ud800b\x00c\u202ed"}
-    write(plan, scores, tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert read(page).first("h1").text == "a\ufffdb\ufffdc\ufffdd"
+    write(*parse((plan, scores)), tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert read(text).first("h1").text == "a\ufffdb\ufffdc\ufffdd"
 
 
 def test_provenance(model: Pair) -> None:
@@ -233,10 +259,10 @@ def test_provenance(model: Pair) -> None:
     plan, scores = model
     plan["command"] = "optiq convert here -o there"
     plan["seed"], scores["rounding"], scores["seconds"] = 11, "search", 311.4
-    terms = facts(render(plan, scores))
+    terms = facts(page(plan, scores))
     assert "Machine, scores" not in terms
     scores["machine"] = {"cpu": "another", "cores": 3}
-    terms = facts(render(plan, scores))
+    terms = facts(page(plan, scores))
     calibration, objective = scores["calibration"], plan["objective"]
     known = {
         "Model": plan["model"]["name"],
@@ -268,9 +294,9 @@ def test_provenance(model: Pair) -> None:
     assert {term: figures(terms[term]) for term in exact} == {t: [v] for t, v in exact.items()}
 
 
-def facts(html: str) -> dict[str, Element]:
+def facts(root: Element) -> dict[str, Element]:
     """How the numbers were made: what is said by its name."""
-    found = section(read(html), "How the numbers were made").first("dl", "facts")
+    found = section(root, "How the numbers were made").first("dl", "facts")
     return {dt.text: dd for dt, dd in zip(found.all("dt"), found.all("dd"), strict=True)}
 
 
@@ -285,7 +311,7 @@ def test_the_method_and_the_reference_are_told_in_words(small: Pair) -> None:
     for method, words in methods.items():
         for reference, more in references.items():
             scores |= {"method": method, "reference": reference}
-            text = section(read(render(plan, scores)), "How the numbers were made").text
+            text = section(page(plan, scores), "How the numbers were made").text
             told = {w for w in (*methods.values(), *references.values()) if w in text}
             expected = {words, more} | ({methods["fisher"]} if method == "auto" else set())
             assert told == expected
@@ -295,26 +321,26 @@ def test_other_sizes_and_other_texts_are_said(small: Pair) -> None:
     plan, scores = small
     plan["uniform4"]["nbytes"] = round(plan["nbytes"] * 0.8)
     plan["uniform4"]["measured"]["text_sha256"] = "another text"
-    root = read(render(plan, scores))
+    root = page(plan, scores)
     assert "25.0 % more bytes" in root.first("header").text
     assert "cannot be compared" in section(root, "Against stock uniform 4-bit").text
 
 
-def test_bytes_per_format_add_up(model: Pair) -> None:
-    plan, scores = model
-    table = rows(section(read(render(plan, scores)), "Bytes per format").first("table"))
+def test_bytes_per_format_add_up(shown: Shown) -> None:
+    plan = shown.plan
+    table = rows(section(shown.root, "Bytes per format").first("table"))
     assert sum(figures(cells[2])[0] for cells in table.values()) == plan["nbytes"]
     assert figures(table["norms, biases"][2]) == [plan["model"]["fixed_bytes"]]
     counts = [int(cells[3].text) for cells in table.values() if cells[3].text]
     assert sum(counts) == len(plan["modules"])
 
 
-def test_formats_measured_are_summed_up(model: Pair) -> None:
-    plan, scores = model
+def test_formats_measured_are_summed_up(small: Pair) -> None:
+    plan, scores = small
     for i, m in enumerate(scores["modules"]):
         m["scores"]["nvfp4"] = {"kl": 0.5, "se": None, "mse": 0.01 * i}
         m["scores"]["4g64"]["mse"] = None
-    table = rows(section(read(render(plan, scores)), "Formats measured").first("table"))
+    table = rows(section(page(plan, scores), "Formats measured").first("table"))
     measured = {fmt for m in scores["modules"] for fmt in m["scores"]}
     assert table.keys() == measured - {"bf16"}
     for fmt, (bits, modules, error, kl) in table.items():
@@ -329,29 +355,23 @@ def test_formats_measured_are_summed_up(model: Pair) -> None:
     assert figures(table["nvfp4"][2]) == pytest.approx([0.01 * middle])
 
 
-def test_a_plan_made_from_the_scores_has_a_page(model: Pair) -> None:
-    _, scores = model
-    plan = build(scores, "5bpw").to_json()
-    root = read(render(plan, scores))
-    assert root.first("h1").text == plan["model"]["name"]
+def test_a_plan_made_from_the_scores_has_a_page(small: Pair) -> None:
+    scores = Scores.from_json(small[1])
+    root = read(conversion_page(build(scores, Size.parse("5bpw")), scores))
+    assert root.first("h1").text == "tiny"
     assert "Predicted KL" in root.first("header").text
-
-
-def test_same_input_same_bytes(model: Pair) -> None:
-    plan, scores = model
-    before = deepcopy(model)
-    assert render(plan, scores) == render(*before)
-    assert (plan, scores) == before
 
 
 def test_scores_of_another_model_are_refused(small: Pair) -> None:
     plan, scores = small
-    scores["model"] = scores["model"] | {"fingerprint": "another"}
-    with pytest.raises(SensitivityError, match="another"):
-        render(plan, scores)
+    other = scores | {"model": scores["model"] | {"fingerprint": "another"}}
+    fewer = scores | {"modules": scores["modules"][1:]}
+    for wrong in (other, fewer):
+        with pytest.raises(SensitivityError, match="measure the planned model"):
+            page(plan, wrong)
 
 
 def test_unwritable_path_is_one_clear_line(small: Pair, tmp_path: Path) -> None:
     path = tmp_path / "absent" / "report.html"
     with pytest.raises(ExportError, match=re.escape(str(path))):
-        write(*small, path)
+        write(*parse(small), path)

@@ -11,8 +11,8 @@ import pytest
 
 from optiq.formats import Format
 from optiq.report import colors
-from optiq.report.curve import Curve, Point, trace
-from optiq.report.layout import LogScale, format_level, lay_out, uniform
+from optiq.report.curve import Curve, Mark, trace
+from optiq.report.layout import LogScale, format_level, lay_out
 from optiq.report.svg import chart
 from optiq.report.text import MINUS, TIMES, esc, number, plus_minus, size
 
@@ -107,7 +107,7 @@ def test_escape_covers_attributes() -> None:
 
 
 def test_log_scale_spreads_its_ends() -> None:
-    scale = LogScale.over([1e-5, 0, None, 1e-3, 1e-1])
+    scale = LogScale.over([1e-5, 0, 1e-3, 1e-1])
     top = colors.LEVELS - 1
     assert [scale.level(v) for v in (0, 1e-5, 1e-1, 9)] == [0, 0, top, top]
     assert abs(scale.level(1e-3) - top / 2) <= 0.5
@@ -127,65 +127,45 @@ def test_nearest_width_to_four() -> None:
     plan, scores = fakes.tiny()
     scores["modules"][0]["scores"] = {"8g64": {"kl": 0.1}, "5g64": {"kl": 0.2}, "3g64": {"kl": 1.0}}
     scores["modules"][1]["scores"] = {"bf16": {"kl": 0}}
-    cells = lay_out(plan, scores).cells
+    cells = lay_out(*fakes.parse((plan, scores))).cells
     assert [str(cell.near4()) for cell in cells[:3]] == ["3g64", "None", "4g64"]
 
 
 def test_columns_keep_modules_of_one_leaf_name_apart() -> None:
-    plan, scores = fakes.moe()
-    grid = lay_out(plan, scores)
+    pair = fakes.moe()
+    grid = lay_out(*fakes.parse(pair))
     assert len(grid.columns) == len(set(grid.columns)) == 15
-    placed = [cell.path for row in grid.rows for cell in [*row.cells.values(), row.single] if cell]
-    assert sorted(placed) == sorted(m["path"] for m in plan["modules"])
+    placed = [cell for row in grid.rows for cell in [*row.cells.values(), row.single] if cell]
+    assert sorted(c.module.path for c in placed) == sorted(m["path"] for m in pair[0]["modules"])
 
 
-def test_uniform_is_the_plain_sum() -> None:
-    plan, scores = fakes.smollm2()
-    grid = lay_out(plan, scores)
-    found = uniform(grid, 5, 2)
-    assert found is not None
-    nbytes, kl = found
-    weights = sum(m["shape"][0] * m["shape"][1] for m in scores["modules"])
-    assert nbytes == weights * 5 // 8 + 4 * weights // 64
-    assert kl == pytest.approx(sum(m["scores"]["5g64"]["kl"] for m in scores["modules"]))
-    assert uniform(grid, 2, 2) is None
-
-
-def test_frontier_is_the_best_at_each_size() -> None:
-    plan, scores = fakes.smollm2()
-    curve = trace(plan, scores, lay_out(plan, scores))
-    sizes, losses = zip(*curve.frontier, strict=True)
-    assert len(sizes) > 20
-    assert list(losses) == sorted(losses, reverse=True)
-    for point in curve.points:
-        if point.kind == "uniform" and not point.measured and point.label != "3-bit everywhere":
-            better = [kl for nbytes, kl in curve.frontier if nbytes <= point.nbytes]
-            assert min(better) <= point.kl
-    labels = [(p.label, p.measured, p.se is not None) for p in curve.points]
-    assert labels == [
-        *((f"{bits}-bit everywhere", False, False) for bits in (3, 4, 5, 6, 8)),
+def test_the_curve_has_the_plan_and_every_width_that_was_scored() -> None:
+    plan, scores = fakes.tiny()
+    del scores["modules"][3]["scores"]["5g64"]
+    curve = trace(*fakes.parse((plan, scores)))
+    assert [(mark.label, mark.measured, mark.se is not None) for mark in curve.marks] == [
+        *((f"{bits}-bit everywhere", False, False) for bits in (3, 4, 6, 8)),
         ("plan", False, False),
         ("plan", True, True),
         ("stock uniform 4-bit", True, True),
     ]
+    assert curve.unpredicted == [5]
+    stock = sum(Format.parse("4g64").nbytes(m["shape"]) for m in scores["modules"])
+    four, planned = curve.marks[1], curve.marks[4]
+    assert four.nbytes == stock + scores["model"]["fixed_bytes"]
+    assert four.kl == pytest.approx(sum(m["scores"]["4g64"]["kl"] for m in scores["modules"]))
+    assert planned.nbytes == plan["nbytes"]
+    assert planned.kl == pytest.approx(plan["objective"]["predicted_kl"], rel=1e-12)
+    assert curve.frontier[-1][0] <= max(mark.nbytes for mark in curve.marks)
 
 
-def test_frontier_respects_floors() -> None:
-    plan, scores = fakes.tiny()
-    curve = trace(plan, scores, lay_out(plan, scores))
-    floors = {"embedding": "4g64", "head": "4g64"}
-    smallest = scores["model"]["fixed_bytes"]
-    for m in scores["modules"]:
-        at_least = Format.parse(floors.get(m["role"], "3g64")).bits
-        allowed = [f for f in map(Format.parse, m["scores"]) if f.bits >= at_least]
-        smallest += min(f.nbytes(m["shape"]) for f in allowed)
-    assert curve.frontier[0][0] == smallest
+@pytest.fixture(scope="module")
+def curve() -> Curve:
+    return trace(*fakes.parse(fakes.smollm2()))
 
 
 @pytest.mark.parametrize("width", [360, 810])
-def test_chart_stays_inside_its_box(width: int) -> None:
-    plan, scores = fakes.smollm2()
-    curve = trace(plan, scores, lay_out(plan, scores))
+def test_chart_stays_inside_its_box(curve: Curve, width: int) -> None:
     svg = read(chart(curve, width, 340)).first("svg")
     (line,) = svg.all("polyline")
     points = [tuple(map(float, p.split(","))) for p in line.attrs["points"].split()]
@@ -205,12 +185,12 @@ def test_labels_cover_neither_each_other_nor_the_axis(width: int) -> None:
     rng = Random(width)
     spots = [(rng.randrange(300, 900), 10 ** rng.uniform(-3, 0)) for _ in range(14)]
     kinds = ("plan", "uniform", "recipe")
-    points = [
-        Point(f"{kinds[i % 3]} {i}", kinds[i % 3], nbytes, kl, kl / 10, True)
+    marks = [
+        Mark(f"{kinds[i % 3]} {i}", kinds[i % 3], nbytes, kl, kl / 10, True)
         for i, (nbytes, kl) in enumerate(spots)
     ]
-    svg = read(chart(Curve([], points, []), width, 400)).first("svg")
-    assert len(list(svg.all("g", "mark"))) == len(points)
+    svg = read(chart(Curve([], marks), width, 400)).first("svg")
+    assert len(list(svg.all("g", "mark"))) == len(marks)
     boxes = []
     for text in svg.all("text", "label"):
         x, y, wide = float(text.attrs["x"]), float(text.attrs["y"]), 7.0 * len(text.text)

@@ -1,5 +1,5 @@
-"""The HTML report of one conversion: a single file that opens offline."""
+"""HTML pages that open offline: about a conversion, about a frontier, about formats of a cache."""
 
-from .html import render, write
+from .conversion import conversion_page, write
 
-__all__ = ["render", "write"]
+__all__ = ["conversion_page", "write"]

@@ -4,66 +4,53 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import hypot
-from typing import Any
 
-from .layout import Grid, uniform
-from .text import MISSING, TIMES, count, data, data_se, esc, finite, number, plus_minus, size
+from ..formats import UNIFORM4
+from ..planning.plan import Plan
+from ..planning.prediction import uniform
+from ..planning.scores import Scores
+from ..quality.results import Distribution, Measured
+from .text import MISSING, TIMES, UNKNOWN, count, data, data_se, esc, number, plus_minus, size
 
 NATS = "nats per token"
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two models: its bytes, its measured metrics (maybe none) and its predicted KL."""
+    """One of the two models: its bytes, its predicted KL and what was measured; None is unknown."""
 
     nbytes: int | None
     bpw: float | None
     predicted: float | None
-    measured: dict[str, Any]
+    measured: Measured | None
 
     @property
-    def kl(self) -> dict[str, Any]:
-        return self.measured.get("kl") or {}
-
-    @property
-    def mean(self) -> float | None:
-        return finite(self.kl.get("mean"))
-
-    @property
-    def se(self) -> float | None:
-        return finite(self.kl.get("se"))
+    def kl(self) -> Distribution | None:
+        return self.measured.kl if self.measured else None
 
 
-def sides(plan: dict[str, Any], scores: dict[str, Any], grid: Grid) -> tuple[Side, Side]:
+def sides(plan: Plan, scores: Scores) -> tuple[Side, Side]:
     """(this plan, stock uniform 4-bit)."""
-    stock = plan.get("uniform4") or {}
+    stock = plan.uniform4
     # The scores predict stock uniform 4-bit only where they are those of stock rounding.
-    predicted = None
-    if scores.get("rounding") == "minmax":
-        predicted = uniform(grid, 4, scores["model"]["itemsize"])
-    nbytes = stock.get("nbytes")
-    if nbytes is None and predicted:
-        nbytes = predicted[0] + scores["model"]["fixed_bytes"]
-    bpw = nbytes and plan["bpw"] * nbytes / plan["nbytes"]
+    predicted = uniform(scores, UNIFORM4) if scores.rounding == "minmax" else None
+    known = stock or predicted
+    nbytes = known.nbytes if known else None
+    bpw = plan.bpw * nbytes / plan.nbytes if nbytes else None
     return (
-        Side(
-            plan["nbytes"],
-            plan["bpw"],
-            finite(plan["objective"]["predicted_kl"]),
-            plan.get("measured") or {},
-        ),
-        Side(nbytes, bpw, predicted[1] if predicted else None, stock.get("measured") or {}),
+        Side(plan.nbytes, plan.bpw, plan.predicted_kl, plan.measured),
+        Side(nbytes, bpw, predicted.kl if predicted else None, stock.measured if stock else None),
     )
 
 
 def headline(ours: Side, stock: Side) -> str:
     """Four figures, each over that of uniform 4-bit. Measured is never set against predicted."""
-    if ours.mean is None:
-        how, a, b = "Predicted", ours.predicted, stock.predicted
-        kl, other = data(a), data(b)
+    if ours.kl is None:
+        how, kl, other = "Predicted", data(ours.predicted), data(stock.predicted)
+        a, b = ours.predicted, stock.predicted
     else:
-        how, a, b = "Measured", ours.mean, stock.mean
-        kl, other = data_se(ours.kl), data_se(stock.kl)
+        how, kl, other = "Measured", data_se(ours.kl), data_se(stock.kl)
+        a, b = ours.kl.mean, stock.kl.mean if stock.kl else None
     ratio = data(b / a, f"{number(b / a)} {TIMES}") if a and b is not None else MISSING
     of_ratio = "KL of uniform 4-bit over KL of this plan"
     tiles = [
@@ -100,13 +87,13 @@ def _verdict(ours: Side, stock: Side) -> str:
                 f"The sizes differ: this plan takes {abs(off):.1f} % {word} bytes than stock "
                 "uniform 4-bit, so the two KL figures are not for the same size."
             )
-    if ours.mean is None:
+    if ours.kl is None:
         parts.append("The exported model was not measured; its KL is predicted, see the notes.")
-    elif stock.mean is None:
+    elif stock.kl is None:
         parts.append("Stock uniform 4-bit was not measured, so there is nothing to compare with.")
-    elif ours.se is not None and stock.se is not None:
-        gap = stock.mean - ours.mean
-        error = hypot(ours.se, stock.se)
+    elif ours.kl.se is not None and stock.kl.se is not None:
+        gap = stock.kl.mean - ours.kl.mean
+        error = hypot(ours.kl.se, stock.kl.se)
         than = "lower than" if gap > 0 else "higher than"
         clear = (
             "a difference of more than two standard errors"
@@ -120,28 +107,26 @@ def _verdict(ours: Side, stock: Side) -> str:
     return " ".join(parts)
 
 
+_ROWS = (
+    "Bytes of all tensors",
+    "Bits per weight",
+    "KL, predicted sum",
+    "KL, mean ± se",
+    "KL, median",
+    "KL, 95th percentile",
+    "KL, 99th percentile",
+    "KL, 99.9th percentile",
+    "KL, largest",
+    "Same top token, % ± se",
+    "Perplexity ratio",
+)
+
+
 def table(ours: Side, stock: Side) -> str:
     """Every metric of both sides, one row each."""
-    pair = (ours, stock)
-    rows = [
-        ("Bytes of all tensors", [data(s.nbytes, count(s.nbytes or 0)) for s in pair]),
-        ("Bits per weight", [data(s.bpw) for s in pair]),
-        ("KL, predicted sum", [data(s.predicted) for s in pair]),
-        ("KL, mean ± se", [data_se(s.kl) for s in pair]),
-    ]
-    for key, label in (
-        ("median", "median"),
-        ("p95", "95th percentile"),
-        ("p99", "99th percentile"),
-        ("p999", "99.9th percentile"),
-        ("max", "largest"),
-    ):
-        rows.append((f"KL, {label}", [data(s.kl.get(key)) for s in pair]))
-    top1 = [data_se(s.measured.get("top1"), scale=100) for s in pair]
-    rows.append(("Same top token, % ± se", top1))
-    rows.append(("Perplexity ratio", [data(s.measured.get("ppl_ratio"), _ratio(s)) for s in pair]))
     body = "".join(
-        f'<tr><th scope="row">{name}</th><td>{a}</td><td>{b}</td></tr>' for name, (a, b) in rows
+        f'<tr><th scope="row">{name}</th><td>{a}</td><td>{b}</td></tr>'
+        for name, a, b in zip(_ROWS, _column(ours), _column(stock), strict=True)
     )
     return (
         '<div class="scroll"><table class="figures compare"><thead><tr><th></th>'
@@ -150,29 +135,36 @@ def table(ours: Side, stock: Side) -> str:
     )
 
 
-def _ratio(side: Side) -> str | None:
-    ratio = finite(side.measured.get("ppl_ratio"))
-    return None if ratio is None else f"{ratio:.4f}"
+def _column(side: Side) -> list[str]:
+    """The figures of one side, in the order of `_ROWS`."""
+    known = [data(side.nbytes, count(side.nbytes or 0)), data(side.bpw), data(side.predicted)]
+    m = side.measured
+    if m is None:
+        return known + [MISSING] * (len(_ROWS) - len(known))
+    return [
+        *known,
+        data_se(m.kl),
+        *map(data, (m.kl.median, m.kl.p95, m.kl.p99, m.kl.p999, m.kl.max)),
+        data_se(m.top1, scale=100),
+        data(m.ppl_ratio, f"{m.ppl_ratio:.4f}"),
+    ]
 
 
 def _measured_on(ours: Side, stock: Side) -> str:
     """Which text the measured figures are from; a warning when the two sides differ in it."""
-    texts = []
-    for side, name in ((ours, "This plan"), (stock, "Stock uniform 4-bit")):
-        m = side.measured
-        if m:
-            text = esc(str(m.get("text_sha256", "unknown"))[:12])
-            tokens, sequences = (esc(m.get(key, "unknown")) for key in ("tokens", "sequences"))
-            where = f"{tokens} tokens in {sequences} sequences, text <code>{text}</code>"
-            texts.append((name, where))
-        else:
-            texts.append((name, MISSING))
-    (a, where_a), (b, where_b) = texts
-    if where_a == where_b and ours.measured:
-        return f"KL in {NATS}, both measured on {where_a}."
+    a, b = _text_of(ours.measured), _text_of(stock.measured)
+    if a == b and ours.measured:
+        return f"KL in {NATS}, both measured on {a}."
     warn = (
         " <strong>Different texts: the two columns cannot be compared.</strong>"
         if ours.measured and stock.measured
         else ""
     )
-    return f"KL in {NATS}. {a}: {where_a}. {b}: {where_b}.{warn}"
+    return f"KL in {NATS}. This plan: {a}. Stock uniform 4-bit: {b}.{warn}"
+
+
+def _text_of(m: Measured | None) -> str:
+    if m is None:
+        return MISSING
+    text = UNKNOWN if m.text_sha256 is None else f"<code>{esc(m.text_sha256[:12])}</code>"
+    return f"{m.tokens} tokens in {m.sequences} sequences, text {text}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -56,7 +56,7 @@ def known(value: object) -> str:
     """A value as text, numbers exact; "not recorded" for None."""
     if value is None:
         return UNKNOWN
-    return data(value, count(value)) if isinstance(value, int) else esc(value)
+    return data(value, count(value)) if type(value) is int else esc(value)
 
 
 def code(value: object) -> str:
@@ -64,8 +64,8 @@ def code(value: object) -> str:
     return UNKNOWN if value is None else f"<code>{esc(value)}</code>"
 
 
-def pairs(values: dict[str, Any] | None) -> str:
-    """Key and value of a flat dict, comma-separated; a nested value as JSON."""
+def pairs(values: Mapping[str, Any] | None) -> str:
+    """Key and value of a flat mapping, comma-separated; a nested value as JSON."""
     pairs = (
         f"{esc(key)} {known(v if isinstance(v, str | int | float | None) else json.dumps(v))}"
         for key, v in (values or {}).items()

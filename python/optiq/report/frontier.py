@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict
 
-from .curve import Curve, Point
+from ..planning.pareto import Frontier, Point
+from .curve import Curve, Mark
 from .document import code, document, drawings, facts, known, pairs
 from .text import MISSING, TIMES, count, data, data_se, esc, number, size
 
@@ -14,13 +16,13 @@ MARK = f'<meta name="generator" content="{KICKER}">'  # by which we know our own
 _KINDS = {"ours": "plan", "uniform": "uniform", "recipe": "recipe"}
 
 
-def render(result: dict[str, Any]) -> str:
-    """The page for a parsed frontier.json."""
-    notes = "".join(f"<p>{esc(note)}</p>" for note in result["notes"])
+def frontier_page(frontier: Frontier) -> str:
+    """The page for a frontier.json."""
+    notes = "".join(f"<p>{esc(note)}</p>" for note in frontier.notes)
     return document(
-        result["model"]["name"],
+        frontier.model.name,
         KICKER,
-        f"""<p>{_verdict(result["points"])}</p>
+        f"""<p>{_verdict(frontier.points)}</p>
 </header>
 <section>
 <h2>KL against size</h2>
@@ -28,31 +30,28 @@ def render(result: dict[str, Any]) -> str:
 mlx-lm&rsquo;s mixed recipes. All are measured on the whole model, on the same held-out text, with
 one standard error up and down. The grey line, straight in the logarithm of KL, is what uniform
 widths are taken for at sizes between them.</p>
-<figure>{drawings(trace(result))}</figure>
+<figure>{drawings(trace(frontier.points))}</figure>
 {notes}
 </section>
 <section>
 <h2>Every model</h2>
-{_table(result["points"])}
+{_table(frontier.points)}
 </section>
-{_provenance(result)}""",
+{_provenance(frontier)}""",
     )
 
 
-def trace(result: dict[str, Any]) -> Curve:
-    """The points of frontier.json, with a line through ours and one through uniform widths."""
-    points = [
-        Point(p["name"], _KINDS[p["family"]], p["nbytes"], p["kl"]["mean"], p["kl"]["se"], True)
-        for p in result["points"]
-    ]
+def trace(points: Sequence[Point]) -> Curve:
+    """A mark for each point, with a line through ours and one through uniform widths."""
+    marks = [Mark(p.name, _KINDS[p.family], p.nbytes, p.kl, p.measured.kl.se, True) for p in points]
     ours, uniform = (
-        [(p.nbytes, p.kl) for p in points if p.kind == kind] for kind in ("plan", "uniform")
+        [(m.nbytes, m.kl) for m in marks if m.kind == kind] for kind in ("plan", "uniform")
     )
-    return Curve(ours, points, [], uniform)
+    return Curve(ours, marks, uniform=uniform)
 
 
-def _verdict(points: list[dict[str, Any]]) -> str:
-    ratios = [p["uniform"]["ratio"] for p in points if p["family"] == "ours" and p["uniform"]]
+def _verdict(points: Sequence[Point]) -> str:
+    ratios = [p.uniform.ratio for p in points if p.family == "ours" and p.uniform]
     if not ratios:
         return "No size of ours lies where uniform widths were measured."
     low, high = data(min(ratios)), data(max(ratios))
@@ -63,7 +62,7 @@ def _verdict(points: list[dict[str, Any]]) -> str:
     )
 
 
-def _table(points: list[dict[str, Any]]) -> str:
+def _table(points: Sequence[Point]) -> str:
     head = "".join(
         f"<th>{title}</th>"
         for title in (
@@ -81,46 +80,46 @@ def _table(points: list[dict[str, Any]]) -> str:
     )
 
 
-def _row(p: dict[str, Any]) -> str:
-    against = p["uniform"]
-    ratio = data(against["ratio"]) if against else "" if p["family"] == "uniform" else MISSING
-    formats = ", ".join(f"{fmt}: {n}" for fmt, n in p["formats"].items())
+def _row(p: Point) -> str:
+    m = p.measured
+    ratio = data(p.uniform.ratio) if p.uniform else "" if p.family == "uniform" else MISSING
+    formats = ", ".join(f"{fmt}: {n}" for fmt, n in p.formats.items())
     cells = (
-        data(p["nbytes"], size(p["nbytes"])),
-        data(p["bpw"]),
-        data_se(p["kl"]),
+        data(m.nbytes, size(m.nbytes)),
+        data(m.bpw),
+        data_se(m.kl),
         ratio,
-        data_se(p["top1"], scale=100),
-        data(p["ppl_ratio"], number(p["ppl_ratio"], 4)),
-        "dominated" if p["dominated"] else "",
+        data_se(m.top1, scale=100),
+        data(m.ppl_ratio, number(m.ppl_ratio, 4)),
+        "dominated" if p.dominated else "",
     )
-    css = ' class="dominated"' if p["dominated"] else ""
+    css = ' class="dominated"' if p.dominated else ""
     return (
-        f'<tr{css} title="{esc(formats)}"><th scope="row">{esc(p["name"])}</th>'
+        f'<tr{css} title="{esc(formats)}"><th scope="row">{esc(p.name)}</th>'
         + "".join(f"<td>{cell}</td>" for cell in cells)
         + "</tr>"
     )
 
 
-def _provenance(result: dict[str, Any]) -> str:
-    model, mix, held_out = result["model"], result["calibration"], result["points"][0]
+def _provenance(frontier: Frontier) -> str:
+    model, mix, held_out = frontier.model, frontier.calibration, frontier.points[0].measured
     rows = [
-        ("Model", esc(model["name"])),
-        ("Fingerprint", code(model["fingerprint"])),
-        ("Type", f"{known(model['model_type'])}, {known(model['dtype'])}"),
-        ("Scores", pairs(result["scores"])),
-        ("Rounding of ours", known(result["rounding"])),
-        ("Calibration", f"{known(mix['tokens'])} tokens of {known(mix['source'])}"),
-        ("Plans chosen on", f"{count(result['selection']['tokens'])} other tokens"),
+        ("Model", esc(model.name)),
+        ("Fingerprint", code(model.fingerprint)),
+        ("Type", f"{known(model.model_type)}, {known(model.dtype)}"),
+        ("Scores", pairs(asdict(frontier.scores))),
+        ("Rounding of ours", known(frontier.rounding)),
+        ("Calibration", f"{known(mix.tokens)} tokens of {known(mix.source)}"),
+        ("Plans chosen on", f"{count(frontier.selection.tokens)} other tokens"),
         (
             "Measured on",
-            f"{count(held_out['tokens'])} held-out tokens in {held_out['sequences']} sequences, "
-            f"text {code(held_out['text_sha256'])}",
+            f"{count(held_out.tokens)} held-out tokens in {held_out.sequences} sequences, "
+            f"text {code(held_out.text_sha256)}",
         ),
-        ("Seed", known(result["seed"])),
-        ("Command", code(result["command"] or None)),
-        ("Versions", pairs(result["versions"])),
-        ("Machine", pairs(result["machine"])),
+        ("Seed", known(frontier.seed)),
+        ("Command", code(frontier.command or None)),
+        ("Versions", pairs(frontier.versions)),
+        ("Machine", pairs(frontier.machine)),
     ]
     return f"""<section>
 <h2>How the numbers were made</h2>

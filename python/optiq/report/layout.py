@@ -1,16 +1,17 @@
-"""plan.json and sensitivity.json laid out as a grid: one row per block, one column per module."""
+"""A plan and its scores laid out as a grid: one row per block, one column per module."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from math import log10
-from typing import Any
 
 from ..errors import SensitivityError
 from ..formats import DENSE, Format
+from ..models.roles import Module
+from ..planning.plan import Plan, Planned
+from ..planning.scores import Score, Scores
 from .colors import LEVELS
-from .text import finite
 
 _BITS_LEVEL = {2: 0.04, 3: 0.20, 4: 0.36, 5: 0.52, 6: 0.68, 8: 0.84, 16: 1.0}
 _GROUP_SHIFT = {16: 0.08, 32: 0.05, 64: 0.0, 128: -0.05, 0: 0.0}
@@ -18,26 +19,27 @@ _GROUP_SHIFT = {16: 0.08, 32: 0.05, 64: 0.0, 128: -0.05, 0: 0.0}
 
 @dataclass(frozen=True)
 class Cell:
-    """One quantizable module: what was measured and what was chosen."""
+    """One quantizable module: what was chosen, and what was measured."""
 
-    path: str
-    role: str
-    block: int | None
-    shape: list[int]
-    format: Format
-    nbytes: int
-    scores: dict[Format, tuple[float | None, float | None]]  # format -> (KL, its standard error)
-    errors: dict[Format, float] = field(default_factory=dict)  # relative, of the weight itself
+    planned: Planned
+    scores: Mapping[Format, Score]
 
-    def loss(self, fmt: Format) -> float | None:
-        """KL in nats per token; zero for dense unless it was measured, None when unknown."""
-        return self.scores.get(fmt, (0.0 if fmt == DENSE else None, None))[0]
+    @property
+    def module(self) -> Module:
+        return self.planned.module
+
+    @property
+    def format(self) -> Format:
+        return self.planned.format
+
+    @property
+    def nbytes(self) -> int:
+        return self.planned.nbytes
 
     def near4(self) -> Format | None:
         """The measured format nearest to 4 bits (ties: affine, fewer bits, then nearest g64)."""
-        measured = [f for f, (kl, _) in self.scores.items() if f != DENSE and kl is not None]
         return min(
-            measured,
+            (fmt for fmt in self.scores if fmt != DENSE),
             key=lambda f: (abs(f.bits - 4), f.mode, f.bits, abs(f.group_size - 64)),
             default=None,
         )
@@ -65,63 +67,45 @@ class Grid:
         return [key for _, leaves in self.groups for key, _ in leaves]
 
 
-def _cells(plan: dict[str, Any], scores: dict[str, Any]) -> list[Cell]:
-    measured = {module["path"]: module["scores"] for module in scores["modules"]}
-    return [
-        Cell(
-            path=m["path"],
-            role=m["role"],
-            block=m["block"],
-            shape=m["shape"],
-            format=Format.parse(m["format"]),
-            nbytes=m["nbytes"],
-            scores={
-                Format.parse(name): (finite(score.get("kl")), finite(score.get("se")))
-                for name, score in measured.get(m["path"], {}).items()
-            },
-            errors={
-                Format.parse(name): error
-                for name, score in measured.get(m["path"], {}).items()
-                if (error := finite(score.get("mse"))) is not None
-            },
-        )
-        for m in plan["modules"]
-    ]
-
-
-def _split(cell: Cell) -> tuple[str, str, str]:
+def _split(module: Module) -> tuple[str, str, str]:
     """(column key, parent, leaf): "model.layers.3.mlp.up_proj" -> ("model.layers.*.mlp.up_proj",
     "mlp", "up"). The key keeps the whole path, so no two modules of a block share a cell."""
-    parts = cell.path.split(".")
-    at = parts.index(str(cell.block)) if str(cell.block) in parts else -1
-    key = ".".join([*parts[:at], "*", *parts[at + 1 :]]) if at >= 0 else cell.path
+    parts, block = module.path.split("."), str(module.block)
+    at = parts.index(block) if block in parts else -1
+    key = ".".join([*parts[:at], "*", *parts[at + 1 :]]) if at >= 0 else module.path
     *parents, leaf = parts[at + 1 :] or parts[-1:]
     return key, ".".join(parents), leaf.removesuffix("_proj")
 
 
-def lay_out(plan: dict[str, Any], scores: dict[str, Any]) -> Grid:
+def lay_out(plan: Plan, scores: Scores) -> Grid:
     """The grid of both maps. Columns keep flow order, gathered by parent module.
 
     Raises SensitivityError when the scores were measured on another model.
     """
-    ours, theirs = plan["model"]["fingerprint"], scores["model"]["fingerprint"]
-    if ours != theirs:
-        raise SensitivityError(
-            f"the scores belong to model {str(theirs)[:12]}, the plan to {str(ours)[:12]}; "
-            "measure the planned model with `optiq sensitivity`"
-        )
     cells = _cells(plan, scores)
     groups: dict[str, dict[str, str]] = {}
     rows: dict[tuple[str, object], Row] = {}
     for cell in cells:
-        if cell.block is None:
-            rows[("single", cell.path)] = Row(cell.role, {}, cell)
+        module = cell.module
+        if module.block is None:
+            rows[("single", module.path)] = Row(module.role.value, {}, cell)
             continue
-        key, parent, leaf = _split(cell)
+        key, parent, leaf = _split(module)
         groups.setdefault(parent, {})[key] = leaf
-        row = rows.setdefault(("block", cell.block), Row(str(cell.block), {}))
+        row = rows.setdefault(("block", module.block), Row(str(module.block), {}))
         row.cells[key] = cell
     return Grid([(p, list(c.items())) for p, c in groups.items()], list(rows.values()), cells)
+
+
+def _cells(plan: Plan, scores: Scores) -> list[Cell]:
+    ours, theirs = plan.model.fingerprint, scores.model.fingerprint
+    known = {scored.module.path: scored.scores for scored in scores.modules}
+    if ours != theirs or not all(m.module.path in known for m in plan.modules):
+        raise SensitivityError(
+            f"the scores belong to model {str(theirs)[:12]}, the plan to {str(ours)[:12]}; "
+            "measure the planned model with `optiq sensitivity`"
+        )
+    return [Cell(m, known[m.module.path]) for m in plan.modules]
 
 
 @dataclass(frozen=True)
@@ -132,9 +116,9 @@ class LogScale:
     high: float
 
     @classmethod
-    def over(cls, values: Iterable[float | None]) -> LogScale:
+    def over(cls, values: Iterable[float]) -> LogScale:
         """From the smallest to the largest positive value; one decade when all are equal."""
-        positive = [v for v in values if v is not None and v > 0]
+        positive = [v for v in values if v > 0]
         if not positive:
             return cls(1e-3, 1e-2)
         low, high = min(positive), max(positive)
@@ -152,21 +136,3 @@ def format_level(fmt: Format) -> int:
     """Colour level of a format: by bits, a shade up for small groups and down for large ones."""
     t = _BITS_LEVEL[fmt.bits] + _GROUP_SHIFT[fmt.group_size]
     return round(min(1.0, max(0.0, t)) * (LEVELS - 1))
-
-
-def uniform(grid: Grid, bits: int, itemsize: int) -> tuple[int, float] | None:
-    """(module bytes, predicted KL in nats per token) of one width everywhere at group 64.
-
-    Weights that 64 does not divide stay dense, as in `mlx_lm.convert`. None when a format it
-    needs was not measured.
-    """
-    nbytes, total = 0, 0.0
-    for cell in grid.cells:
-        fmt = Format("affine", bits, 64)
-        fmt = fmt if fmt.fits(cell.shape) else DENSE
-        kl = cell.loss(fmt)
-        if kl is None:
-            return None
-        nbytes += fmt.nbytes(cell.shape, itemsize)
-        total += kl
-    return nbytes, total

@@ -15,17 +15,17 @@ Draw = Callable[[Cell], str]  # one cell as its <td> attributes and content
 
 def sensitivity_map(grid: Grid) -> str:
     """Colour and figure: KL at the measured width nearest to 4 bits, in thousandths of a nat."""
-    near4 = {cell.path: cell.near4() for cell in grid.cells}
-    kls = {c.path: c.loss(f) if (f := near4[c.path]) else None for c in grid.cells}
+    near4 = [(cell, fmt) for cell in grid.cells if (fmt := cell.near4())]
+    kls = {cell.module.path: cell.scores[fmt].kl for cell, fmt in near4}
     scale = LogScale.over(kls.values())
 
     def draw(cell: Cell) -> str:
-        kl = kls[cell.path]
+        kl = kls.get(cell.module.path)
         if kl is None:
             return f'class="unmeasured" title="{esc(tooltip(cell))}">&ndash;'
         return f'class="k{scale.level(kl)}" title="{esc(tooltip(cell))}">{_milli(kl)}'
 
-    widths = ", ".join(map(str, sorted({fmt for fmt in near4.values() if fmt})))
+    widths = ", ".join(map(str, sorted({fmt for _, fmt in near4})))
     return (
         "<p>KL divergence when this module alone is rounded to the measured width nearest to 4 "
         f"bits ({widths or MISSING}), in thousandths of a nat per token, coloured by its "
@@ -53,7 +53,7 @@ def format_map(grid: Grid) -> str:
 
 def bytes_per_format(grid: Grid, fixed_bytes: int) -> str:
     """Where the bytes go, as bars; their sum is the size of all tensors."""
-    total = (sum(cell.nbytes for cell in grid.cells) + fixed_bytes) or 1
+    total = sum(cell.nbytes for cell in grid.cells) + fixed_bytes
     rows = []
     for fmt in sorted({cell.format for cell in grid.cells}):
         cells = [cell for cell in grid.cells if cell.format == fmt]
@@ -84,15 +84,15 @@ def _bar_row(label: str, modules: int | None, nbytes: int, total: int, level: in
 def module_table(grid: Grid) -> str:
     """Every module with every figure, KL in thousandths; the chosen format's score is marked."""
     menu = sorted({fmt for cell in grid.cells for fmt in cell.scores} - {DENSE})
-    dense = any(kl for cell in grid.cells if (kl := cell.scores.get(DENSE, (0, 0))[0]))
-    menu += [DENSE] if dense else []
+    dense = [cell.scores[DENSE].kl for cell in grid.cells if DENSE in cell.scores]
+    menu += [DENSE] if any(dense) else []
     head = "".join(f"<th>{fmt}</th>" for fmt in menu)
     rows = []
     for cell in grid.cells:
         scores = "".join(_score(cell, fmt) for fmt in menu)
         rows.append(
-            f'<tr><th scope="row">{esc(cell.path)}</th><td>{esc(cell.role)}</td>'
-            f"<td>{shape(cell.shape)}</td><td>{cell.format}</td>"
+            f'<tr><th scope="row">{esc(cell.module.path)}</th><td>{cell.module.role.value}</td>'
+            f"<td>{shape(cell.module.shape)}</td><td>{cell.format}</td>"
             f"<td>{data(cell.nbytes, count(cell.nbytes))}</td>{scores}</tr>"
         )
     return (
@@ -104,11 +104,9 @@ def module_table(grid: Grid) -> str:
 
 def _score(cell: Cell, fmt: Format) -> str:
     if fmt not in cell.scores:
-        reason = "not measured" if fmt.fits(cell.shape) else "groups do not fit"
+        reason = "not measured" if fmt.fits(cell.module.shape) else "groups do not fit"
         return f'<td class="missing" title="{reason}">&ndash;</td>'
-    kl, se = cell.scores[fmt]
-    if kl is None:
-        return f"<td>{MISSING}</td>"
+    kl, se = cell.scores[fmt].kl, cell.scores[fmt].se
     mark = ' class="chosen"' if fmt == cell.format else ""
     return f"<td{mark}>{data(kl, plus_minus(1000 * kl, 1000 * se if se else None))}</td>"
 
@@ -116,13 +114,13 @@ def _score(cell: Cell, fmt: Format) -> str:
 def tooltip(cell: Cell) -> str:
     """Plain text: path, role, shape, chosen format and the exact score of every format."""
     lines = [
-        cell.path,
-        f"{cell.role}, {shape(cell.shape)}",
+        cell.module.path,
+        f"{cell.module.role.value}, {shape(cell.module.shape)}",
         f"{cell.format}: {count(cell.nbytes)} bytes ({size(cell.nbytes)})",
-        "KL in nats per token:" if cell.scores else "KL not measured",
+        "KL in nats per token:",
     ]
-    for fmt, (kl, se) in sorted(cell.scores.items()):
-        figure = "not measured" if kl is None else f"{kl}" if se is None else f"{kl} ± {se}"
+    for fmt, score in sorted(cell.scores.items(), key=lambda item: item[0]):
+        figure = f"{score.kl}" if score.se is None else f"{score.kl} ± {score.se}"
         lines.append(f"{fmt}  {figure}{'  ← chosen' if fmt == cell.format else ''}")
     return "\n".join(lines)
 
@@ -168,7 +166,7 @@ def _table(grid: Grid, draw: Draw, caption: str) -> str:
         if row.single:
             body.append(
                 f'{label}<td colspan="{max(1, len(columns))}" {draw(row.single)} '
-                f"<span>{esc(row.single.path)}</span></td></tr>"
+                f"<span>{esc(row.single.module.path)}</span></td></tr>"
             )
             continue
         cells = (

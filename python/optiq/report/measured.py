@@ -7,7 +7,7 @@ from statistics import median
 
 from ..formats import DENSE, Format
 from .layout import Grid
-from .text import MISSING, data
+from .text import data
 
 
 def table(grid: Grid, itemsize: int) -> str:
@@ -27,12 +27,12 @@ def table(grid: Grid, itemsize: int) -> str:
 
 
 def _row(grid: Grid, fmt: Format, itemsize: int) -> str:
-    cells = [cell for cell in grid.cells if cell.loss(fmt) is not None]
-    errors = [cell.errors[fmt] for cell in cells if fmt in cell.errors]
-    weights = sum(prod(cell.shape) for cell in cells)
-    bits = 8 * sum(fmt.nbytes(cell.shape, itemsize) for cell in cells) / (weights or 1)
+    cells = [cell for cell in grid.cells if fmt in cell.scores]
+    errors = [mse for cell in cells if (mse := cell.scores[fmt].mse) is not None]
+    weights = sum(prod(cell.module.shape) for cell in cells)
+    bits = 8 * sum(fmt.nbytes(cell.module.shape, itemsize) for cell in cells) / weights
     return (
-        f'<tr><th scope="row">{fmt}</th><td>{data(bits) if cells else MISSING}</td>'
+        f'<tr><th scope="row">{fmt}</th><td>{data(bits)}</td>'
         f"<td>{len(cells)}</td><td>{data(median(errors) if errors else None)}</td>"
-        f"<td>{data(fsum(cell.loss(fmt) or 0.0 for cell in cells) if cells else None)}</td></tr>"
+        f"<td>{data(fsum(cell.scores[fmt].kl for cell in cells))}</td></tr>"
     )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from .text import MISSING, UNKNOWN, count, data, data_se, esc, finite, number
+from ..planning.plan import Candidate, Selection
+from .text import MISSING, UNKNOWN, count, data, data_se, esc, number
 
 _WHAT = {
     "scores": "least predicted KL",
@@ -16,42 +15,41 @@ _WHAT = {
 }
 
 
-def section(plan: dict[str, Any]) -> str:
-    """The section about the plan's `selection`; empty where it has none, as `optiq plan` writes."""
-    selection = plan.get("selection")
-    if not selection:
+def section(selection: Selection | None) -> str:
+    """The section about what a plan was chosen from; empty where it was only made from scores."""
+    if selection is None:
         return ""
-    body = _table(selection) if selection.get("candidates") else _untested(selection)
+    body = _table(selection) if selection.candidates else _untested(selection)
     return f"<section>\n<h2>Plans compared</h2>\n{body}\n</section>"
 
 
-def _untested(selection: dict[str, Any]) -> str:
+def _untested(selection: Selection) -> str:
     return (
-        f"<p>The plan <em>{esc(selection.get('chosen'))}</em> was taken, {MISSING} against others: "
+        f"<p>The plan <em>{esc(selection.chosen)}</em> was taken, {MISSING} against others: "
         "there was no text to choose by, or no memory for the model beside its source.</p>"
     )
 
 
-def _table(selection: dict[str, Any]) -> str:
+def _table(selection: Selection) -> str:
     head = "<th>plan</th><th>rounding</th><th>bytes</th><th>predicted KL</th>"
     head += "<th>measured KL ± se</th><th></th>"
-    chosen = selection.get("chosen"), selection.get("rounding")
-    rows = "".join(_row(c, chosen) for c in selection["candidates"])
-    text = selection.get("text_sha256")
-    where = f"text <code>{esc(str(text)[:12])}</code>" if text else UNKNOWN
+    chosen = selection.chosen, selection.rounding
+    rows = "".join(_row(c, (c.name, c.rounding) == chosen) for c in selection.candidates)
+    text = selection.text_sha256
+    where = f"text <code>{esc(text[:12])}</code>" if text else UNKNOWN
     return (
         "<p>A sum of scores ranks plans well but not perfectly, so several plans of the size were "
         "rounded and run, and the one of least measured KL was taken: the mean over "
-        f"{esc(selection.get('tokens'))} tokens in {esc(selection.get('sequences'))} sequences "
+        f"{selection.tokens} tokens in {selection.sequences} sequences "
         f"({where}) that no score and no rounding was made from, in nats per token.</p>"
         f'<div class="scroll"><table class="figures"><thead><tr>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>{_trust(selection)}"
     )
 
 
-def _trust(selection: dict[str, Any]) -> str:
+def _trust(selection: Selection) -> str:
     """How well the scores foretold what was measured, as far as it is known."""
-    ratio, rank = finite(selection.get("ratio")), finite(selection.get("rank_correlation"))
+    ratio, rank = selection.ratio, selection.rank_correlation
     said = []
     if ratio is not None:
         said.append(
@@ -65,15 +63,12 @@ def _trust(selection: dict[str, Any]) -> str:
     return f"<p>{' '.join(said)}</p>" if said else ""
 
 
-def _row(candidate: dict[str, Any], chosen: tuple[Any, Any]) -> str:
-    name, rounding = candidate.get("name"), candidate.get("rounding")
-    what = _WHAT.get(str(name))
+def _row(candidate: Candidate, taken: bool) -> str:
+    what = _WHAT.get(candidate.name)
     note = f" <small>{what}</small>" if what else ""
-    nbytes = candidate.get("nbytes")
-    mark = "taken" if (name, rounding) == chosen else ""
     return (
-        f'<tr><th scope="row">{esc(name)}{note}</th><td>{esc(rounding)}</td>'
-        f"<td>{data(nbytes, count(nbytes) if isinstance(nbytes, int) else None)}</td>"
-        f"<td>{data(candidate.get('predicted'))}</td><td>{data_se(candidate.get('kl'))}</td>"
-        f"<td>{mark}</td></tr>"
+        f'<tr><th scope="row">{esc(candidate.name)}{note}</th><td>{esc(candidate.rounding)}</td>'
+        f"<td>{data(candidate.nbytes, count(candidate.nbytes))}</td>"
+        f"<td>{data(candidate.predicted)}</td><td>{data_se(candidate.kl)}</td>"
+        f"<td>{'taken' if taken else ''}</td></tr>"
     )

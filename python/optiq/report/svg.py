@@ -5,21 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil, floor, log10
 
-from .curve import Curve, Point
+from .curve import Curve, Mark
 from .text import UNITS, esc, number, plus_minus, size
 
 TOP, RIGHT, BOTTOM, LEFT = 30, 18, 46, 58  # px around the plot
 LINE = 15  # px between two labels that would overlap
 GLYPH = 7.5  # px, a generous width of one letter
-MARK = 11  # px across a mark
+MARK_SIZE = 11  # px across
 
 
 def chart(curve: Curve, width: int, height: int) -> str:
     """An `<svg>` of `width` x `height` px. Text stays at its own size: draw it again, narrower,
     for a narrow screen instead of scaling it."""
-    spots = [(p.nbytes, p.kl) for p in curve.points] + curve.frontier + curve.uniform
-    spots += [(p.nbytes, p.kl + (p.se or 0)) for p in curve.points]
-    spots += [(p.nbytes, p.kl - (p.se or 0)) for p in curve.points]
+    spots = [(p.nbytes, p.kl) for p in curve.marks] + curve.frontier + curve.uniform
+    spots += [(p.nbytes, p.kl + (p.se or 0)) for p in curve.marks]
+    spots += [(p.nbytes, p.kl - (p.se or 0)) for p in curve.marks]
     heights = [kl for _, kl in spots if kl > 0]
     if not heights:
         return ""
@@ -33,7 +33,7 @@ def chart(curve: Curve, width: int, height: int) -> str:
         points = " ".join(f"{plot.x(b):.1f},{plot.y(kl):.1f}" for b, kl in line if kl > 0)
         if points:
             parts.append(f'<polyline class="{css}" points="{points}"/>')
-    drawn = [p for p in curve.points if p.kl > 0]
+    drawn = [p for p in curve.marks if p.kl > 0]
     parts += [_mark(plot, p) for p in drawn]
     parts += _labels(plot, drawn)
     return "\n".join([*parts, "</svg>"])
@@ -97,7 +97,7 @@ def _text(css: str, x: float, y: float, text: str) -> str:
     return f'<text class="{css}" x="{x:.1f}" y="{y:.1f}">{esc(text)}</text>'
 
 
-def _mark(plot: _Plot, p: Point) -> str:
+def _mark(plot: _Plot, p: Mark) -> str:
     """Circles for plans, squares for uniform widths, triangles for recipes; filled when measured,
     hollow when not."""
     x, y = plot.x(p.nbytes), plot.y(p.kl)
@@ -118,21 +118,21 @@ def _mark(plot: _Plot, p: Point) -> str:
     return "".join([*parts, "</g>"])
 
 
-def _sentence(p: Point) -> str:
+def _sentence(p: Mark) -> str:
     how = "measured" if p.measured else "predicted"
     return f"{p.label}: {size(p.nbytes)}, {how} KL {plus_minus(p.kl, p.se)} nats per token"
 
 
-def _labels(plot: _Plot, points: list[Point]) -> list[str]:
+def _labels(plot: _Plot, marks: list[Mark]) -> list[str]:
     """Each label beside its mark where it covers no other label and no mark: plans rather to the
     left, below their line, others to the right, above it.
 
     The predicted and the measured mark of one model share a label when they are close. A label
     that finds no room is left out: its mark still has a title.
     """
-    taken = [_Box.around(plot.x(p.nbytes), plot.y(p.kl), MARK, MARK) for p in points]
+    taken = [_Box.around(plot.x(p.nbytes), plot.y(p.kl), MARK_SIZE, MARK_SIZE) for p in marks]
     parts, said = [], dict[str, float]()
-    for p in sorted(points, key=lambda p: (p.kind != "plan", plot.y(p.kl))):
+    for p in sorted(marks, key=lambda p: (p.kind != "plan", plot.y(p.kl))):
         x, y = plot.x(p.nbytes), plot.y(p.kl)
         if p.label in said and abs(y - said[p.label]) < LINE:
             continue

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from html import escape
-from math import floor, isfinite, log10
-from typing import Any
+from math import floor, log10
+
+from ..quality.results import Mean
 
 MISSING = '<span class="missing">not measured</span>'
 UNKNOWN = '<span class="missing">not recorded</span>'
@@ -28,13 +30,6 @@ def esc(value: object) -> str:
 def breakable(value: object) -> str:
     """Escaped identifier that may wrap after an underscore, a dot or a slash."""
     return re.sub(r"([_./])(?=.)", r"\1<wbr>", esc(value))
-
-
-def finite(value: object) -> float | None:
-    """`value` as a float when it is a finite number, else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if isfinite(value) else None
 
 
 def decimals(x: float, digits: int = 3) -> int:
@@ -64,22 +59,21 @@ def plus_minus(mean: float, se: float | None, digits: int = 3) -> str:
     return f"{mean:.{places}f} ± {se:.{places}f}".replace("-", MINUS)
 
 
-def data(value: object, shown: str | None = None) -> str:
+def data(value: float | None, shown: str | None = None) -> str:
     """A figure as `<data>`: rounded for the eye, exact in its `value` attribute."""
-    x = finite(value)
-    if x is None:
-        return MISSING if value is None else f'<span class="missing">{esc(value)}</span>'
-    return f'<data value="{value}">{shown if shown is not None else number(x)}</data>'
+    if value is None:
+        return MISSING
+    return f'<data value="{value}">{shown if shown is not None else number(value)}</data>'
 
 
-def data_se(stat: dict[str, Any] | None, key: str = "mean", scale: float = 1) -> str:
-    """Mean ± standard error of `{key: ..., "se": ...}`, both exact in `<data>`."""
-    stat = stat or {}
-    mean, se = finite(stat.get(key)), finite(stat.get("se"))
-    if mean is None or not se:
-        return data(stat.get(key), number(mean * scale) if mean is not None else None)
-    left, right = plus_minus(mean * scale, se * scale).split(" ± ")
-    return f"{data(stat[key], left)} ± {data(stat['se'], right)}"
+def data_se(stat: Mean | None, scale: float = 1) -> str:
+    """Mean ± standard error, both exact in `<data>`."""
+    if stat is None:
+        return MISSING
+    if not stat.se:
+        return data(stat.mean, number(stat.mean * scale))
+    left, right = plus_minus(stat.mean * scale, stat.se * scale).split(" ± ")
+    return f"{data(stat.mean, left)} ± {data(stat.se, right)}"
 
 
 def size(nbytes: float) -> str:
@@ -95,6 +89,6 @@ def count(n: int) -> str:
     return f"{n:,}"
 
 
-def shape(dims: list[int]) -> str:
+def shape(dims: Sequence[int]) -> str:
     """The dimensions with a multiplication sign between them, rows first."""
-    return f" {TIMES} ".join(str(int(d)) for d in dims)
+    return f" {TIMES} ".join(map(str, dims))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from ..errors import ExportError
+from ..planning.plan import Plan
+from ..planning.scores import Scores, TextInfo
 from . import compare, maps, measured, proposed
-from .curve import trace
+from .curve import Curve, trace
 from .document import code, document, drawings, facts, known, pairs
 from .layout import Grid, lay_out
-from .text import MISSING, count, data, esc, finite, number
+from .text import MISSING, count, data, esc, number
 
 _METHODS = {
     "kl": "One module at a time was rounded to one format, and the KL divergence this causes "
@@ -30,9 +31,9 @@ _REFERENCES = {
 }
 
 
-def write(plan: dict[str, Any], scores: dict[str, Any], path: str | Path) -> None:
-    """Write `render(plan, scores)` to `path` as UTF-8."""
-    page = render(plan, scores)
+def write(plan: Plan, scores: Scores, path: str | Path) -> None:
+    """Write `conversion_page(plan, scores)` to `path` as UTF-8."""
+    page = conversion_page(plan, scores)
     try:
         Path(path).write_text(page, encoding="utf-8")
     except OSError as error:
@@ -41,15 +42,15 @@ def write(plan: dict[str, Any], scores: dict[str, Any], path: str | Path) -> Non
         ) from error
 
 
-def render(plan: dict[str, Any], scores: dict[str, Any]) -> str:
-    """The page for a parsed plan.json and the sensitivity.json it was made from.
+def conversion_page(plan: Plan, scores: Scores) -> str:
+    """The page about a plan and the scores it was made from.
 
     Raises SensitivityError when the two are about different models.
     """
     grid = lay_out(plan, scores)
-    ours, stock = compare.sides(plan, scores, grid)
+    ours, stock = compare.sides(plan, scores)
     return document(
-        plan["model"]["name"],
+        plan.model.name,
         "optiq report",
         f"""{compare.headline(ours, stock)}
 </header>
@@ -57,9 +58,9 @@ def render(plan: dict[str, Any], scores: dict[str, Any]) -> str:
 <h2>Against stock uniform 4-bit</h2>
 {compare.table(ours, stock)}
 </section>
-{proposed.section(plan)}
+{proposed.section(plan.selection)}
 {_maps(plan, grid)}
-{_curve(plan, scores, grid)}
+{_curve(trace(plan, scores))}
 <section>
 <h2>Every module</h2>
 <details>
@@ -72,8 +73,7 @@ in thousandths of a nat per token</summary>
     )
 
 
-def _maps(plan: dict[str, Any], grid: Grid) -> str:
-    fixed = plan["nbytes"] - sum(cell.nbytes for cell in grid.cells)
+def _maps(plan: Plan, grid: Grid) -> str:
     basis = f'style="--columns:{max(4, len(grid.columns))}"'
     return f"""<div class="pair">
 <section {basis}>
@@ -87,19 +87,16 @@ def _maps(plan: dict[str, Any], grid: Grid) -> str:
 </div>
 <section>
 <h2>Bytes per format</h2>
-{maps.bytes_per_format(grid, fixed)}
+{maps.bytes_per_format(grid, plan.model.fixed_bytes)}
 </section>
 <section>
 <h2>Formats measured</h2>
-{measured.table(grid, plan["model"]["itemsize"])}
+{measured.table(grid, plan.model.itemsize)}
 </section>"""
 
 
-def _curve(plan: dict[str, Any], scores: dict[str, Any], grid: Grid) -> str:
-    curve = trace(plan, scores, grid)
+def _curve(curve: Curve) -> str:
     figure = drawings(curve)
-    if not curve.frontier:
-        figure += f"<p>Frontier: {MISSING}, some modules have no score.</p>"
     if curve.unpredicted:
         widths = ", ".join(f"{bits}-bit" for bits in curve.unpredicted)
         figure += f"<p>Uniform {widths}: {MISSING}, some modules have no score at that width.</p>"
@@ -111,38 +108,35 @@ measured on the whole model, with one standard error up and down.</p>
 </section>"""
 
 
-def _provenance(plan: dict[str, Any], scores: dict[str, Any]) -> str:
-    model, objective, budget = plan["model"], plan["objective"], plan["budget"]
-    mix, selection = scores.get("calibration") or {}, plan.get("selection") or {}
-    rounding = scores.get("rounding")
-    domains = mix.get("tokens_per_domain") or {}
-    gap = finite(objective["gap"])
+def _provenance(plan: Plan, scores: Scores) -> str:
+    model, selection = plan.model, plan.selection
+    rounding = known(selection and selection.rounding)
     rows = [
-        ("Model", esc(model["name"])),
-        ("Fingerprint", code(model["fingerprint"])),
-        ("Type", f"{known(model['model_type'])}, {known(model['dtype'])}"),
-        ("Budget", f"{known(budget['asked'])}: {count(budget['bytes'])} bytes"),
-        ("Predicted KL", data(objective["predicted_kl"])),
-        ("Proven lower bound", data(objective["bound"])),
-        ("Gap to the bound", data(gap, f"{number(100 * gap, 2)} %" if gap is not None else None)),
-        ("Reference", known(scores.get("reference"))),
-        ("Method", known(scores.get("method"))),
-        ("Rounding", f"{known(rounding)} (scores), {known(selection.get('rounding'))} (weights)"),
-        ("Tokens rounded with", known(selection.get("rounding_tokens"))),
-        ("Scores from", known(mix.get("source"))),
-        ("Tokens", known(mix.get("tokens"))),
-        ("Tokens per domain", pairs(domains)),
-        ("Sequences", known(mix.get("sequences"))),
-        ("Text sha256", code(mix.get("sha256"))),
-        ("Seed", f"{known(mix.get('seed'))} (text), {known(plan.get('seed'))} (plan)"),
-        ("Seconds measuring", data(scores.get("seconds"))),
-        ("Command", code(plan.get("command") or None)),
-        ("Versions", pairs(plan.get("versions"))),
-        ("Machine", pairs(plan.get("machine"))),
+        ("Model", esc(model.name)),
+        ("Fingerprint", code(model.fingerprint)),
+        ("Type", f"{known(model.model_type)}, {known(model.dtype)}"),
+        ("Budget", f"{esc(plan.asked)}: {count(plan.budget)} bytes"),
+        ("Predicted KL", data(plan.predicted_kl)),
+        ("Proven lower bound", data(plan.bound)),
+        (
+            "Gap to the bound",
+            MISSING if plan.gap is None else data(plan.gap, f"{number(100 * plan.gap, 2)} %"),
+        ),
+        ("Reference", esc(scores.reference)),
+        ("Method", esc(scores.method)),
+        ("Rounding", f"{esc(scores.rounding)} (scores), {rounding} (weights)"),
+        ("Tokens rounded with", known(selection and selection.rounding_tokens)),
+        *_text(scores.calibration),
+        ("Seed", f"{known(scores.calibration.seed)} (text), {known(plan.seed)} (plan)"),
+        ("Seconds measuring", data(scores.seconds)),
+        ("Command", code(plan.command or None)),
+        ("Versions", pairs(plan.versions)),
+        ("Machine", pairs(plan.machine)),
     ]
-    for key in ("versions", "machine"):
-        if scores.get(key) != plan.get(key):
-            rows.append((f"{key.capitalize()}, scores", pairs(scores.get(key))))
+    if scores.versions != plan.versions:
+        rows.append(("Versions, scores", pairs(scores.versions)))
+    if scores.machine != plan.machine:
+        rows.append(("Machine, scores", pairs(scores.machine)))
     return f"""<section>
 <h2>How the numbers were made</h2>
 {_notes(scores)}
@@ -150,9 +144,20 @@ def _provenance(plan: dict[str, Any], scores: dict[str, Any]) -> str:
 </section>"""
 
 
-def _notes(scores: dict[str, Any]) -> str:
-    method = _METHODS.get(str(scores.get("method")), "How the scores were made is not recorded.")
-    reference = _REFERENCES.get(str(scores.get("reference")), "")
+def _text(mix: TextInfo) -> list[tuple[str, str]]:
+    """The rows about the text that was scored on."""
+    return [
+        ("Scores from", known(mix.source)),
+        ("Tokens", known(mix.tokens)),
+        ("Tokens per domain", pairs(mix.tokens_per_domain)),
+        ("Sequences", known(mix.sequences)),
+        ("Text sha256", code(mix.sha256)),
+    ]
+
+
+def _notes(scores: Scores) -> str:
+    method = _METHODS.get(scores.method, "How the scores were made is not recorded.")
+    reference = _REFERENCES.get(scores.reference, "")
     return f"""<p>KL divergence says how far the quantized model&rsquo;s next-token probabilities
 are from the unquantized model&rsquo;s, in nats per token; zero is no change. {method} {reference}
 Error bars are one standard error of the mean, with the tokens of one sequence not taken as
