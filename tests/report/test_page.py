@@ -15,7 +15,6 @@ from optiq.planning.scores import Scores
 from optiq.planning.size import Size
 from optiq.report import conversion_page, write
 from optiq.report.text import TIMES
-from tests.scored import build
 
 from . import fakes
 from .fakes import Json, Pair, parse

@@ -10,6 +10,7 @@ import pytest
 from optiq.errors import BudgetError, UsageError
 from optiq.formats import DENSE, Format
 from optiq.kv.config import Entry, KVConfig
+from optiq.kv.report import SlotScore, SlotScores
 from optiq.quantize.kv.choose import (
     check_budget,
     frontier,
@@ -21,8 +22,8 @@ from optiq.quantize.kv.choose import (
     solve,
     uniform,
 )
-from optiq.quantize.kv.measure import Score, Scores
-from optiq.quantize.kv.slots import budget_of, configured, parse_menu, slots_of
+from optiq.quantize.kv.options import CacheSize
+from optiq.quantize.kv.slots import configured, parse_menu, slots_of
 
 MENU = parse_menu("3,4,6,8,bf16")
 CONTEXT = 100
@@ -35,16 +36,16 @@ ENTRIES = (
 SLOTS = slots_of(ENTRIES, CONTEXT)
 
 
-def noisy(seed: int) -> Scores:
+def noisy(seed: int) -> SlotScores:
     """Scores that fall with the width, of slots that differ."""
     rng = np.random.default_rng(seed)
-    scores: Scores = {}
+    scores: SlotScores = {}
     for slot in SLOTS:
         level = float(rng.lognormal())
         scores[slot.name] = {
-            f: Score(0.0, 0.0, True)
+            f: SlotScore(0.0, 0.0, True)
             if f == DENSE
-            else Score(level * 4.0**-f.bits * float(rng.uniform(0.5, 1)), None, True)
+            else SlotScore(level * 4.0**-f.bits * float(rng.uniform(0.5, 1)), None, True)
             for f in slot.offered(MENU)
         }
     return scores
@@ -73,7 +74,8 @@ def test_slots_know_their_bytes() -> None:
 @pytest.mark.parametrize("share", [30, 45, 60])
 def test_the_least_sum_is_that_of_brute_force(seed: int, share: int) -> None:
     scores = noisy(seed)
-    budget = budget_of(f"{share}%", KVConfig(ENTRIES), CONTEXT)
+    budget = CacheSize.parse(f"{share}%").budget(KVConfig(ENTRIES), CONTEXT)
+    assert budget == int(share / 100 * KVConfig(ENTRIES).nbytes(CONTEXT))
     names = list(scores)
     best = min(
         (predicted(scores, dict(zip(names, choice, strict=True))), choice)
@@ -95,18 +97,18 @@ def test_floors_hold_unless_measured_safe() -> None:
         solve(SLOTS, scores, narrow)
     assert solve(SLOTS, scores, narrow, ends=False)
     # The first cache's values are next to nothing, far below the middle ones'.
-    safe = {f: Score(s.kl / 1e6, s.kl / 1e7, True) for f, s in scores["0.v"].items()}
+    safe = {f: SlotScore(s.kl / 1e6, s.kl / 1e7, True) for f, s in scores["0.v"].items()}
     kept = safe_ends(SLOTS, scores | {"0.v": safe})
     assert kept["0.v"] == SLOTS[1].offered(MENU)
     assert [f.bits for f in kept["0.k"]] == [8, 16]
     # As good by its mean, but not within two standard errors.
-    unsure = {f: Score(s.kl, 1.0, True) for f, s in safe.items()}
+    unsure = {f: SlotScore(s.kl, 1.0, True) for f, s in safe.items()}
     assert [f.bits for f in safe_ends(SLOTS, scores | {"0.v": unsure})["0.v"]] == [8, 16]
 
 
 def test_proposals_fit_and_are_different_and_uniform_is_among_them() -> None:
     scores = noisy(1)
-    budget = budget_of("8/4", KVConfig(ENTRIES), CONTEXT)
+    budget = CacheSize.parse("8/4").budget(KVConfig(ENTRIES), CONTEXT)
     found = propose(SLOTS, scores, budget, "8/4")
     assert {"free", "8/4"} <= set(found)
     assert all(size(SLOTS, formats) <= budget for formats in found.values())
@@ -145,5 +147,5 @@ def test_keys_need_four_bits() -> None:
 
 @pytest.mark.parametrize("text", ["0%", "140%", "x%", "-3%"])
 def test_a_share_that_is_none(text: str) -> None:
-    with pytest.raises(UsageError, match="no share of the 16-bit cache"):
-        budget_of(text, KVConfig(ENTRIES), CONTEXT)
+    with pytest.raises(UsageError, match="not a share of the 16-bit cache"):
+        CacheSize.parse(text)

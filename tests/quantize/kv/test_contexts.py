@@ -10,7 +10,7 @@ from mlx_lm.utils import load_tokenizer
 
 from optiq.calibration import Sample
 from optiq.errors import CalibrationError
-from optiq.quantize.kv.contexts import LEAST, gather, pack
+from optiq.quantize.kv.contexts import LEAST, gather_contexts, pack
 from tests.tiny import BOS, tiny_folder
 
 
@@ -41,14 +41,14 @@ def test_too_few_tokens_make_two_shorter_contexts() -> None:
 
 def test_no_document_is_in_two_texts_and_each_starts_with_bos(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tiny_folder(tmp_path))
-    texts = gather(tokenizer, None, length=512, samples=3, seed=0)
+    texts = gather_contexts(tokenizer, None, length=512, samples=3, seed=0)
     parts = texts.scoring, texts.selection, texts.held_out
     assert [[len(s.tokens) for s in part] for part in parts] == [[512] * 3] * 3
     contexts = [s for part in parts for s in part]
     assert len({s.line for s in contexts}) == len(contexts)
     assert all(s.tokens[0] == BOS for s in contexts)
-    assert gather(tokenizer, None, length=512, samples=3, seed=0) == texts
-    assert gather(tokenizer, None, length=512, samples=3, seed=1) != texts
+    assert gather_contexts(tokenizer, None, length=512, samples=3, seed=0) == texts
+    assert gather_contexts(tokenizer, None, length=512, samples=3, seed=1) != texts
 
 
 def test_too_little_text_is_refused(tmp_path: Path) -> None:
@@ -56,4 +56,4 @@ def test_too_little_text_is_refused(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"domain": "a", "text": "word " * 12}) for _ in range(3)))
     with pytest.raises(CalibrationError, match="too little text for two contexts of 64 tokens"):
-        gather(tokenizer, rows, length=512, samples=2, seed=0)
+        gather_contexts(tokenizer, rows, length=512, samples=2, seed=0)

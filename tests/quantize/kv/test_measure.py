@@ -17,7 +17,7 @@ from optiq.errors import SensitivityError
 from optiq.formats import DENSE, Format
 from optiq.kv import KVConfig, entries, make_cache
 from optiq.quantize.kv import measure as module
-from optiq.quantize.kv.measure import by_law, chunk, complete, measure, to_measure
+from optiq.quantize.kv.measure import Scoring, by_law, chunk, complete, measure_slots, to_measure
 from optiq.quantize.kv.slots import Slot, configured, parse_menu, slots_of
 from optiq.quantize.sensitivity.checkpoint import Checkpoint
 from tests.tiny import tiny_folder
@@ -40,9 +40,8 @@ def run(model: nn.Module, path: Path | None = None, **options: Any) -> Any:
     dense = KVConfig(entries(model), **options)
     slots = slots_of(dense.entries, 64)
     checkpoint = Checkpoint(path, {}, resume=path is not None)
-    return measure(
-        model, dense, slots, MENU, texts(), tail=TAIL, checkpoint=checkpoint, progress=False
-    )
+    job = Scoring(model, dense, slots, MENU, texts(), TAIL)
+    return measure_slots(job, checkpoint, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +83,7 @@ def test_noise_gives_no_wild_law() -> None:
 def test_a_score_is_the_kl_of_the_tail(model: nn.Module) -> None:
     """Against float64 logits of the stock model that decodes off one quantized cache."""
     scores, law = run(model)
-    assert law["checked"] > 0
+    assert law.checked > 0
     dense = KVConfig(entries(model))
     for name, fmt in (("0.k", Format("affine", 4, 32)), ("1.v", Format("affine", 3, 32))):
         index = int(name[0])

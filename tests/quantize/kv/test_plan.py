@@ -15,12 +15,14 @@ from mlx_lm.utils import load_model
 
 from optiq.calibration import Sample
 from optiq.cli import main
-from optiq.errors import BudgetError, CalibrationError, OptiqError, UsageError
+from optiq.errors import BudgetError, CalibrationError, KVError, OptiqError, UsageError
 from optiq.kv import KVConfig, entries, make_cache
+from optiq.kv.report import KVReport
 from optiq.quantize.kv import measure as measuring
-from optiq.quantize.kv.judge import judge
-from optiq.quantize.kv.plan import plan_kv
-from optiq.report.kv import render
+from optiq.quantize.kv.configs import measure_configs
+from optiq.quantize.kv.options import KVOptions
+from optiq.quantize.kv.plan import kv_plan
+from optiq.report.kv import kv_page
 from tests.report.page import read
 from tests.test_docs import ROOT, blocks
 from tests.tiny import tiny_folder
@@ -39,7 +41,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     path = tmp_path_factory.mktemp("kv")
     folder = tiny_folder(path, name="model", dtype="bfloat16", num_hidden_layers=3)
     out = path / "kv_config.json"
-    return SimpleNamespace(path=path, model=folder, out=out, report=plan_kv(folder, out, **QUICK))
+    return SimpleNamespace(path=path, model=folder, out=out, report=kv_plan(folder, out, **QUICK))
 
 
 def test_it_writes_a_configuration_for_the_model_and_a_report(home: SimpleNamespace) -> None:
@@ -50,20 +52,36 @@ def test_it_writes_a_configuration_for_the_model_and_a_report(home: SimpleNamesp
         "model",
     ]
     report = home.report
-    assert json.loads((home.path / "kv_config.report.json").read_text()) == report
     config = KVConfig.load(home.out)
     model, _ = load_model(home.model)
-    config.check(entries(model), report["model"])
-    assert config.nbytes(192) == report["nbytes"] <= report["budget"]["bytes"]
-    assert report["budget"]["bytes"] == KVConfig.uniform(entries(model), "8/4").nbytes(192)
-    for row in report["scores"]:
-        fmt = getattr(config.entries[row["cache"]], row["side"])
-        assert row["format"] == str(fmt)
-        assert row["side"] == "v" or fmt.bits >= 4
+    config.check(entries(model), vars(report.model))
+    assert config.nbytes(192) == report.nbytes <= report.budget
+    assert report.budget == KVConfig.uniform(entries(model), "8/4").nbytes(192)
+    for slot in report.scores:
+        assert slot.format == getattr(config.entries[slot.cache], slot.side)
+        assert slot.side == "v" or slot.format.bits >= 4
     provenance = config.provenance
-    assert provenance["measured"] == report["points"][0]
-    assert provenance["text"]["sha256"] == report["text"]["sha256"]
+    assert provenance["measured"] == report.points[0].to_json()
+    assert provenance["text"]["sha256"] == report.text.sha256
     assert provenance["versions"].keys() >= {"optiq", "mlx", "mlx_lm"}
+
+
+def test_the_report_has_everything_under_the_keys_of_the_file(home: SimpleNamespace) -> None:
+    data = json.loads((home.path / "kv_config.report.json").read_text())
+    assert KVReport.from_json(data) == home.report
+    assert home.report.to_json() == data
+    assert list(data) == [
+        "kind", "schema", "model", "context", "budget", "nbytes", "dense_nbytes", "bytes_per_token",
+        "exact", "chosen", "candidates", "ratio", "rank_correlation", "frontier", "points", "law",
+        "scores", "text", "command", "versions", "machine",
+    ]  # fmt: skip
+    assert data["scores"][0].keys() == {
+        "cache", "side", "heads", "dim", "held", "end", "format", "scores"
+    }  # fmt: skip
+    assert data["points"][0].keys() >= {"name", "nbytes", "predicted", "kl", "top1", "ppl_ratio"}
+    for damaged in ({"kind": "optiq.kv"}, {"schema": 2}, {"law": {}}, {"points": [{}]}):
+        with pytest.raises(KVError, match="make it again"):
+            KVReport.from_json(data | damaged)
 
 
 def test_the_documented_configuration_has_the_same_keys(home: SimpleNamespace) -> None:
@@ -78,26 +96,27 @@ def test_the_documented_configuration_has_the_same_keys(home: SimpleNamespace) -
 
 
 def test_real_kl_decides_and_uniform_is_never_better(home: SimpleNamespace) -> None:
-    candidates = {c["name"]: c for c in home.report["candidates"]}
+    report = home.report
+    candidates = {c.name: c for c in report.candidates}
     assert {"free", "8/4"} <= set(candidates)
-    chosen = candidates[home.report["chosen"]]
-    assert chosen["kl"]["mean"] == min(c["kl"]["mean"] for c in candidates.values())
-    assert all(c["nbytes"] <= home.report["budget"]["bytes"] for c in candidates.values())
-    assert chosen["nbytes"] == home.report["nbytes"]
-    assert home.report["ratio"] == chosen["kl"]["mean"] / chosen["predicted"]
-    points = {p["name"]: p for p in home.report["points"]}
+    chosen = candidates[report.chosen]
+    assert chosen.kl == min(c.kl for c in candidates.values())
+    assert all(c.nbytes <= report.budget for c in candidates.values())
+    assert chosen.nbytes == report.nbytes
+    assert report.ratio == chosen.kl / chosen.predicted
+    points = {p.name: p for p in report.points}
     assert {"optiq", "8/8", "8/4", "6/4", "4/4"} <= set(points)
-    assert points["8/8"]["kl"]["mean"] < points["8/4"]["kl"]["mean"]
-    hashes = home.report["text"]["sha256"]
+    assert points["8/8"].kl < points["8/4"].kl
+    hashes = report.text.sha256
     assert len(set(hashes.values())) == 3
-    assert {c["text_sha256"] for c in candidates.values()} == {hashes["selection"]}
-    assert {p["text_sha256"] for p in points.values()} == {hashes["held_out"]}
+    assert {c.divergence.text_sha256 for c in candidates.values()} == {hashes["selection"]}
+    assert {p.divergence.text_sha256 for p in points.values()} == {hashes["held_out"]}
 
 
 # A key is rotated in steps of other sizes by other arithmetic, and where it lies between two codes
 # the last bit decides.
 @pytest.mark.parametrize(("widths", "slack"), [("16/3", 1e-3), ("4/3", 2e-2)])
-def test_the_judge_decodes(home: SimpleNamespace, widths: str, slack: float) -> None:
+def test_whole_configurations_are_decoded(home: SimpleNamespace, widths: str, slack: float) -> None:
     """Against float64 logits of the model decoding token by token off the configured caches."""
     model, _ = load_model(home.model)
     model.set_dtype(mx.float32)
@@ -113,34 +132,28 @@ def test_the_judge_decodes(home: SimpleNamespace, widths: str, slack: float) -> 
         if i >= 20:
             kls.append(np.sum(np.exp(p) * (p - q)))
             same.append(p.argmax() == q.argmax())
-    found = judge(model, {"a": config}, [Sample("d", tokens, 1)], progress=False)["a"]
-    assert found["tokens"] == len(kls) == 19
-    assert found["kl"]["mean"] == pytest.approx(np.mean(kls), rel=slack)
-    assert found["kl"]["max"] == pytest.approx(np.max(kls), rel=slack)
-    assert found["top1"]["mean"] == np.mean(same)
+    found = measure_configs(model, {"a": config}, [Sample("d", tokens, 1)], progress=False)["a"]
+    assert found.tokens == len(kls) == 19
+    assert found.kl.mean == pytest.approx(np.mean(kls), rel=slack)
+    assert found.kl.max == pytest.approx(np.max(kls), rel=slack)
+    assert found.top1.mean == np.mean(same)
 
 
 def test_the_page_shows_every_slot_and_every_point(home: SimpleNamespace) -> None:
-    page = read(render(home.report))
-    assert (home.path / "kv_config.report.html").read_text() == render(home.report)
+    page = read(kv_page(home.report))
+    assert (home.path / "kv_config.report.html").read_text() == kv_page(home.report)
     points, slots, candidates = page.all("table")
     assert [row.first("th").text for row in slots.first("tbody").all("tr")] == [
         f"{i} {side}" for i in range(3) for side in ("keys", "values")
     ]
-    assert len(list(points.first("tbody").all("tr"))) == len(home.report["points"])
-    assert len(list(candidates.first("tbody").all("tr"))) == len(home.report["candidates"])
+    assert len(list(points.first("tbody").all("tr"))) == len(home.report.points)
+    assert len(list(candidates.first("tbody").all("tr"))) == len(home.report.candidates)
     bold = [cell.text for cell in slots.all("strong")]
     assert len(bold) == 6
     assert next(page.all("svg"))
 
 
-def test_the_same_seed_gives_the_same(home: SimpleNamespace, tmp_path: Path) -> None:
-    again = plan_kv(home.model, tmp_path / "a.json", **QUICK)
-    assert again["scores"] == home.report["scores"]
-    assert again["candidates"] == home.report["candidates"]
-
-
-def test_an_interrupted_run_goes_on(
+def test_an_interrupted_run_goes_on_and_finds_the_same(
     home: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "kv.json"
@@ -154,15 +167,16 @@ def test_an_interrupted_run_goes_on(
 
     monkeypatch.setattr(measuring, "_probe", stopping)
     with pytest.raises(KeyboardInterrupt):
-        plan_kv(home.model, out, **QUICK)
+        kv_plan(home.model, out, **QUICK)
     assert [p.name for p in tmp_path.iterdir()] == ["kv.checkpoint.json"]
     with pytest.raises(UsageError, match="add --resume"):
-        plan_kv(home.model, out, **QUICK)
+        kv_plan(home.model, out, **QUICK)
     with pytest.raises(OptiqError, match="made with another formats"):
-        plan_kv(home.model, out, **QUICK, formats="4,8", resume=True)
-    report = plan_kv(home.model, out, **QUICK, resume=True)
+        kv_plan(home.model, out, **QUICK, formats="4,8", resume=True)
+    report = kv_plan(home.model, out, **QUICK, resume=True)
     assert len(calls) == 5 + 2  # four of six units were done
-    assert report["scores"] == home.report["scores"]
+    assert report.scores == home.report.scores
+    assert report.candidates == home.report.candidates
     assert not (tmp_path / "kv.checkpoint.json").exists()
 
 
@@ -171,7 +185,7 @@ def test_an_interrupted_run_goes_on(
     [
         ({"size": "7/4"}, OptiqError, "no 7 bits"),
         ({"size": "big"}, UsageError, "not understood"),
-        ({"size": "150%"}, UsageError, "no share"),
+        ({"size": "150%"}, UsageError, "not a share"),
         ({"size": "5%"}, BudgetError, "raise --size"),
         ({"formats": "2,4"}, UsageError, "no format 2"),
         ({"context": 1024}, UsageError, "512 positions"),
@@ -193,8 +207,16 @@ def test_what_cannot_be_done_is_refused_before_anything_runs(
 
     monkeypatch.setattr(measuring, "_run", unreached)
     with pytest.raises(error, match=match):
-        plan_kv(home.model, tmp_path / "kv.json", **{**QUICK, **options})
+        kv_plan(home.model, tmp_path / "kv.json", **{**QUICK, **options})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_none_stands_for_the_default() -> None:
+    assert KVOptions.parse(samples=None, size=None, seed=3) == KVOptions.parse(seed=3)
+    assert KVOptions.parse(size=None).size.text == "8/4"
+    assert KVOptions.parse(fp_recent=0).fp_recent == 0
+    with pytest.raises(TypeError, match="sise"):
+        KVOptions.parse(**{"sise": "8/4"})
 
 
 @pytest.mark.parametrize("name", ["kv.json", "kv.report.json", "kv.report.html"])
@@ -203,7 +225,7 @@ def test_a_file_that_is_not_ours_is_not_replaced(
 ) -> None:
     (tmp_path / name).write_text("mine")
     with pytest.raises(UsageError, match=f"{name} exists and"):
-        plan_kv(home.model, tmp_path / "kv.json", **QUICK)
+        kv_plan(home.model, tmp_path / "kv.json", **QUICK)
     assert (tmp_path / name).read_text() == "mine"
 
 

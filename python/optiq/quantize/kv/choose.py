@@ -13,18 +13,18 @@ from statistics import median
 
 from ...errors import BudgetError
 from ...formats import DENSE, Format
+from ...kv.report import SlotScore, SlotScores
 from ...planning.allocation import Choice, Item, allocate
-from .measure import Score, Scores
 from .slots import ENDS, Slot, Width
 
 Formats = dict[str, Format]  # by slot
-Loss = Callable[[Score], float]
+Loss = Callable[[SlotScore], float]
 
 BUDGETS = 13  # points of the predicted frontier
 
 
 def propose(
-    slots: Sequence[Slot], scores: Scores, budget: int, asked: str = ""
+    slots: Sequence[Slot], scores: SlotScores, budget: int, asked: str = ""
 ) -> dict[str, Formats]:
     """Formats within `budget` bytes by name, each proposal once.
 
@@ -75,7 +75,7 @@ def check_budget(slots: Sequence[Slot], menu: Sequence[Width], budget: int) -> N
 
 def solve(
     slots: Sequence[Slot],
-    scores: Scores,
+    scores: SlotScores,
     budget: int,
     *,
     loss: Loss = lambda s: s.kl,
@@ -93,7 +93,7 @@ def solve(
     return allocate(items, budget).formats
 
 
-def safe_ends(slots: Sequence[Slot], scores: Scores) -> dict[str, list[Format]]:
+def safe_ends(slots: Sequence[Slot], scores: SlotScores) -> dict[str, list[Format]]:
     """Formats that each slot of the first and the last cache may have.
 
     Those of 8 bits or more, and what two standard errors above its score is still no worse than the
@@ -118,7 +118,7 @@ def safe_ends(slots: Sequence[Slot], scores: Scores) -> dict[str, list[Format]]:
     return found
 
 
-def uniform(slots: Sequence[Slot], scores: Scores, budget: int) -> Formats | None:
+def uniform(slots: Sequence[Slot], scores: SlotScores, budget: int) -> Formats | None:
     """One width for keys and one for values: the pair of least predicted KL within `budget`."""
     best: tuple[float, int, Formats] | None = None
     for formats in pairs(slots, scores).values():
@@ -128,7 +128,7 @@ def uniform(slots: Sequence[Slot], scores: Scores, budget: int) -> Formats | Non
     return best[2] if best else None
 
 
-def pairs(slots: Sequence[Slot], scores: Scores) -> dict[str, Formats]:
+def pairs(slots: Sequence[Slot], scores: SlotScores) -> dict[str, Formats]:
     """Every pair of one width for keys and one for values that all slots have: "8/4", ..."""
     by_bits = {slot.name: {f.bits: f for f in reversed(scores[slot.name])} for slot in slots}
     common = {
@@ -143,7 +143,7 @@ def pairs(slots: Sequence[Slot], scores: Scores) -> dict[str, Formats]:
     }
 
 
-def frontier(slots: Sequence[Slot], scores: Scores) -> list[tuple[int, float]]:
+def frontier(slots: Sequence[Slot], scores: SlotScores) -> list[tuple[int, float]]:
     """(bytes, least predicted KL) from the smallest cache to the widest."""
     sizes = [[slot.nbytes(f) for f in scores[slot.name]] for slot in slots]
     low, high = sum(map(min, sizes)), sum(map(max, sizes))
@@ -159,10 +159,10 @@ def size(slots: Sequence[Slot], formats: Mapping[str, Format]) -> int:
     return sum(slot.nbytes(formats[slot.name]) for slot in slots)
 
 
-def predicted(scores: Scores, formats: Mapping[str, Format]) -> float:
+def predicted(scores: SlotScores, formats: Mapping[str, Format]) -> float:
     """The sum of scores, in nats per token."""
     return fsum(scores[name][fmt].kl for name, fmt in formats.items())
 
 
-def _upper(score: Score) -> float:
+def _upper(score: SlotScore) -> float:
     return score.kl + 2 * (score.se or 0.0)

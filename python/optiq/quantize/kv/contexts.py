@@ -17,7 +17,7 @@ _ALL = 1 << 40  # tokens; a text gives what it has
 
 
 @dataclass(frozen=True)
-class Texts:
+class Contexts:
     """Contexts to score with, to choose a plan by, and to judge the result on."""
 
     name: str
@@ -26,9 +26,9 @@ class Texts:
     held_out: list[Sample]
 
 
-def gather(
+def gather_contexts(
     tokenizer: Tokenizer, path: str | Path | None, *, length: int, samples: int, seed: int
-) -> Texts:
+) -> Contexts:
     """At most `samples` contexts of `length` tokens for each of the three, from the rows at `path`.
 
     No document is in two of them; held out are those that `calibration.split` holds out. Where the
@@ -50,7 +50,7 @@ def gather(
                 f"{name} has too little text for two contexts of {LEAST} tokens for the {which}; "
                 "add rows"
             )
-    return Texts(name, scoring, selection, held_out)
+    return Contexts(name, scoring, selection, held_out)
 
 
 def pack(documents: Sequence[Sample], length: int, count: int) -> tuple[list[Sample], list[Sample]]:

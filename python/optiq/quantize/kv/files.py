@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from ...base.files import check_writable, whole
 from ...errors import ExportError, KVError, UsageError
 from ...kv.config import KVConfig
+from ...kv.report import KIND, KVReport
 from ...report import kv as page
 from ..preflight import check_unfinished
-
-KIND = "optiq.kv.report"
 
 
 class Files:
@@ -32,7 +30,7 @@ class Files:
                 KVConfig.load(self.out)
             except KVError as error:
                 raise UsageError(
-                    f"{self.out} exists and is no KV configuration of optiq; name another file"
+                    f"{self.out} exists and is not a KV configuration of optiq; name another file"
                 ) from error
         for path, mark in ((self.report, f'"kind": "{KIND}"'), (self.page, page.MARK)):
             if path.exists() and mark not in path.read_text(encoding="utf-8", errors="replace"):
@@ -42,9 +40,10 @@ class Files:
         check_writable(self.out)
         check_unfinished(self.checkpoint, resume)
 
-    def write(self, config: KVConfig, report: dict[str, Any]) -> None:
+    def write(self, config: KVConfig, report: KVReport) -> None:
         """Write all, each whole or not at all and the configuration last; raises ExportError."""
-        facts, shown = json.dumps(report, indent=1, allow_nan=False) + "\n", page.render(report)
+        facts = json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n"
+        shown = page.kv_page(report)
         try:
             with whole(self.report, self.page) as (json_file, html_file):
                 json_file.write_text(facts, encoding="utf-8")

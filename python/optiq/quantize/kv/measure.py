@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from itertools import groupby
 from math import exp, isfinite, log
 from statistics import median
-from typing import Any
 
 import mlx.nn as nn
 
@@ -24,13 +23,12 @@ from ...errors import SensitivityError
 from ...formats import DENSE, Format
 from ...kv.config import KVConfig
 from ...kv.model import make_cache
+from ...kv.report import Law, SlotScore, SlotScores
 from ...quality.statistics import mean_per_token
 from ..replay.logits import divergences
 from ..sensitivity.checkpoint import Checkpoint, Totals
 from .decoding import CHUNK, Context, Decoder
 from .slots import Slot, Width, configured
-
-Json = dict[str, Any]
 
 TAIL = 128  # tokens
 CHECKED = 8
@@ -41,93 +39,77 @@ SLOPE, SLOPES = 2.0, (1.0, 4.0)
 
 
 @dataclass(frozen=True)
-class Score:
-    """Nats per token and standard error (by context), `measured` or by the law."""
+class Scoring:
+    """What to score: slots in formats of `menu`, at the last `tail` tokens of each context.
 
-    kl: float
-    se: float | None
-    measured: bool
+    `dense` has all formats DENSE, and the exact tokens to measure with.
+    """
 
-    def to_json(self) -> Json:
-        return {"kl": self.kl, "se": self.se, "measured": self.measured}
+    model: nn.Module
+    dense: KVConfig
+    slots: Sequence[Slot]
+    menu: Sequence[Width]
+    contexts: Sequence[Sample]
+    tail: int = TAIL
+
+    def wanted(self) -> dict[str, list[Format]]:
+        """The formats to measure, by slot."""
+        return {
+            slot.name: to_measure(slot, self.menu, everything=i // 2 % CHECKED == 0)
+            for i, slot in enumerate(self.slots)
+        }
 
 
-Scores = dict[str, dict[Format, Score]]  # by slot
-
-
-def measure(
-    model: nn.Module,
-    dense: KVConfig,
-    slots: Sequence[Slot],
-    menu: Sequence[Width],
-    contexts: Sequence[Sample],
-    *,
-    tail: int = TAIL,
-    checkpoint: Checkpoint,
-    progress: bool = True,
-) -> tuple[Scores, Json]:
+def measure_slots(
+    job: Scoring, checkpoint: Checkpoint, *, progress: bool = True
+) -> tuple[SlotScores, Law]:
     """Scores of all slots in all their formats, and how well the law held where it was checked.
 
-    `dense` has all formats DENSE, and the exact tokens to measure with. What is done is kept in
-    `checkpoint`, context by context and cache by cache, and not done again.
+    What is done is kept in `checkpoint`, context by context and cache by cache, and not done again.
     """
-    wanted = {
-        slot.name: to_measure(slot, menu, everything=i // 2 % CHECKED == 0)
-        for i, slot in enumerate(slots)
+    wanted = job.wanted()
+    _run(job, wanted, checkpoint, progress)
+    done, count = checkpoint.units("kv"), len(job.contexts)
+
+    def known(slot: Slot, fmt: Format) -> tuple[float, float | None]:
+        totals = [done[f"{c}/{slot.cache}"][slot.name][str(fmt)][0] for c in range(count)]
+        return mean_per_token(totals, [job.tail] * count)
+
+    scores = {
+        slot.name: complete(slot, job.menu, {fmt: known(slot, fmt) for fmt in wanted[slot.name]})
+        for slot in job.slots
     }
-    _run(model, dense, slots, wanted, contexts, tail, checkpoint, progress)
-    totals: dict[tuple[str, Format], list[float]] = {}
-    for c in range(len(contexts)):
-        for slot in slots:
-            found = checkpoint.units("kv")[f"{c}/{slot.cache}"][slot.name]
-            for fmt in wanted[slot.name]:
-                totals.setdefault((slot.name, fmt), []).append(found[str(fmt)][0])
-    scores: Scores = {}
-    for slot in slots:
-        known = {
-            fmt: mean_per_token(totals[slot.name, fmt], [tail] * len(contexts))
-            for fmt in wanted[slot.name]
-        }
-        scores[slot.name] = complete(slot, menu, known)
-    return scores, check_law(slots, menu, scores)
+    return scores, check_law(job.slots, job.menu, scores)
 
 
 def _run(
-    model: nn.Module,
-    dense: KVConfig,
-    slots: Sequence[Slot],
-    wanted: Mapping[str, Sequence[Format]],
-    contexts: Sequence[Sample],
-    tail: int,
-    checkpoint: Checkpoint,
-    progress: bool,
+    job: Scoring, wanted: Mapping[str, Sequence[Format]], checkpoint: Checkpoint, progress: bool
 ) -> None:
     """Do the units (context, cache) that `checkpoint` lacks."""
     done = checkpoint.units("kv")
-    by_cache = {cache: list(group) for cache, group in groupby(slots, key=lambda s: s.cache)}
+    by_cache = {cache: list(group) for cache, group in groupby(job.slots, key=lambda s: s.cache)}
     scored = {
         cache: {(s.name, str(fmt)) for s in group for fmt in wanted[s.name]}
         for cache, group in by_cache.items()
     }
-    checkpoint.check(
-        "kv", {f"{c}/{cache}": (scored[cache], 1) for c in range(len(contexts)) for cache in scored}
-    )
-    step = chunk(dense)
+    units = {
+        f"{c}/{cache}": (scored[cache], 1) for c in range(len(job.contexts)) for cache in scored
+    }
+    checkpoint.check("kv", units)
+    step = chunk(job.dense)
     with (
-        Decoder(model) as decoder,
-        Progress(
-            len(contexts) * len(by_cache), "caches scored", done=len(done), enabled=progress
-        ) as bar,
+        Decoder(job.model) as decoder,
+        Progress(len(units), "caches scored", done=len(done), enabled=progress) as bar,
     ):
-        for c, sample in enumerate(contexts):
+        for c, sample in enumerate(job.contexts):
             missing = [cache for cache in by_cache if f"{c}/{cache}" not in done]
             if not missing:
                 continue
-            context = decoder.read(sample.tokens, tail, step=step)
+            context = decoder.read(sample.tokens, job.tail, step=step)
             for cache in missing:
-                done[f"{c}/{cache}"] = _probe(decoder, context, dense, by_cache[cache], wanted)
+                done[f"{c}/{cache}"] = _probe(decoder, context, job.dense, by_cache[cache], wanted)
                 checkpoint.save()
-                bar.step(note=f"cache {cache}, context {c + 1} of {len(contexts)}")
+                bar.step(note=f"cache {cache}, context {c + 1} of {len(job.contexts)}")
 
 
 def _probe(
@@ -175,24 +157,24 @@ def to_measure(slot: Slot, menu: Sequence[Width], *, everything: bool) -> list[F
 
 def complete(
     slot: Slot, menu: Sequence[Width], known: Mapping[Format, tuple[float, float | None]]
-) -> dict[Format, Score]:
+) -> dict[Format, SlotScore]:
     """The scores of all formats of a slot, by the law where they are not known.
 
     A score never rises with the width: noise about zero does not decide.
     """
-    found: dict[Format, Score] = {}
+    found: dict[Format, SlotScore] = {}
     for fmt in slot.offered(menu):
         if fmt == DENSE:
-            found[fmt] = Score(0.0, 0.0, True)
+            found[fmt] = SlotScore(0.0, 0.0, True)
         elif fmt in known:
             kl, se = known[fmt]
-            found[fmt] = Score(max(kl, 0.0), se, True)
+            found[fmt] = SlotScore(max(kl, 0.0), se, True)
         else:
             found[fmt] = by_law(fmt, known)
     return found
 
 
-def by_law(fmt: Format, known: Mapping[Format, tuple[float, float | None]]) -> Score:
+def by_law(fmt: Format, known: Mapping[Format, tuple[float, float | None]]) -> SlotScore:
     """The score of `fmt` from the nearest narrower measured format, or the narrowest of all."""
     points = sorted((log(2**f.bits - 1), max(kl, LEAST), se) for f, (kl, se) in known.items())
     slope = SLOPE
@@ -203,10 +185,10 @@ def by_law(fmt: Format, known: Mapping[Format, tuple[float, float | None]]) -> S
     x = log(2**fmt.bits - 1)
     at, kl, se = max((p for p in points if p[0] <= x), default=points[0])
     factor = exp(slope * (at - x))
-    return Score(kl * factor, None if se is None else se * factor, False)
+    return SlotScore(kl * factor, None if se is None else se * factor, False)
 
 
-def check_law(slots: Sequence[Slot], menu: Sequence[Width], scores: Scores) -> Json:
+def check_law(slots: Sequence[Slot], menu: Sequence[Width], scores: SlotScores) -> Law:
     """Predicted over measured KL, where more was measured than the law needs."""
     ratios: list[float] = []
     for slot in slots:
@@ -219,9 +201,6 @@ def check_law(slots: Sequence[Slot], menu: Sequence[Width], scores: Scores) -> J
             for f, (kl, _) in measured.items()
             if f not in known and kl > LEAST
         ]
-    return {
-        "checked": len(ratios),
-        "median": median(ratios) if ratios else None,
-        "least": min(ratios, default=None),
-        "most": max(ratios, default=None),
-    }
+    if not ratios:
+        return Law(0, None, None, None)
+    return Law(len(ratios), median(ratios), min(ratios), max(ratios))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import mlx.nn as nn
+from typing import TYPE_CHECKING, Any
 
 from ...base.command import command_line
 from ...base.machine import machine, versions
@@ -15,140 +13,194 @@ from ...calibration import Sample, token_hash
 from ...errors import UsageError
 from ...kv.config import KVConfig
 from ...kv.model import entries, identity
+from ...kv.report import (
+    ExactTokens,
+    KVModel,
+    KVPoint,
+    KVReport,
+    KVText,
+    Law,
+    ScoredSlot,
+    SlotScores,
+)
 from ...nn.accelerate import accelerate
 from ...quality.statistics import rank_correlation
-from ...sources import load, resolve
+from ...sources import LoadedModel, load, resolve
 from ..sensitivity.checkpoint import Checkpoint
 from . import choose
-from .contexts import CONTEXT, LEAST, SAMPLES, Texts, gather
-from .files import KIND, Files
-from .judge import judge
-from .measure import TAIL, Scores, measure
-from .slots import MENU, Slot, budget_of, configured, parse_menu, slots_of
+from .configs import measure_configs
+from .contexts import CONTEXT, Contexts, gather_contexts
+from .files import Files
+from .measure import TAIL, Scoring, measure_slots
+from .options import KVOptions
+from .slots import Slot, configured, slots_of
 
-Json = dict[str, Any]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-# Most of what a coarse cache costs is in the last tokens and in the first, which a query attends to
-# most (docs/kv-cache.md has figures).
-RECENT, SINK = 128, 4
+    from .options import KVFields
 
 # Uniform pairs that the frontier shows for comparison, as far as the menu has them.
 COMPARED = ("8/8", "8/4", "6/4", "4/4")
 
 
-def plan_kv(
-    model: str | Path,
-    out: str | Path,
-    *,
-    size: str = "8/4",
-    context: int | None = None,
-    samples: int = SAMPLES,
-    formats: str = MENU,
-    fp_recent: int = RECENT,
-    fp_sink: int = SINK,
-    calibration: str | Path | None = None,
-    revision: str | None = None,
-    seed: int = 0,
-    resume: bool = False,
-    progress: bool = True,
-) -> Json:
+def kv_plan(model: str | Path, out: str | Path, **options: Unpack[KVFields]) -> KVReport:
     """Choose formats for the keys and values of every cache of `model`; write them to `out`.
 
     Args:
         model: A folder, hub id or .gguf file, quantized or not.
         out: The kv_config.json to write. Beside it go OUT.report.json and OUT.report.html.
-        size: "8/4", the bytes of 8-bit keys and 4-bit values, or "40%" of the 16-bit cache.
+        size: "8/4", the bytes of 8-bit keys and 4-bit values (the default), or "40%" of the 16-bit
+            cache.
         context: Tokens of a context, over which sizes are stated, too (default: 4096, or what the
             model allows).
-        samples: How many contexts to score on, to choose on, and to judge on, at most.
-        formats: Widths that may be chosen, such as "3,4,5,6,8,bf16".
+        samples: How many contexts to score on, to choose on, and to judge on, at most (4).
+        formats: Widths that may be chosen ("3,4,5,6,8,bf16").
         fp_recent, fp_sink: Last and first tokens that are read in full precision, which `size`
-            does not count.
+            does not count (128 and 4).
         calibration: JSON Lines of rows in place of the bundled mix.
+        revision, seed, progress: As for `convert`.
         resume: Go on with an interrupted run of the same job.
 
-    Returns the content of the report. Raises an OptiqError; then `out` is as it was.
+    Raises an OptiqError; then `out` is as it was.
     """
+    wanted = KVOptions.parse(**options)
     files = Files(Path(out))
-    files.check(resume)
-    menu = parse_menu(formats)
-    source = resolve(str(model), revision=revision)
-    loaded = load(source, allow_quantized=True)
-    length = _context(context, loaded.config)
-    dense = KVConfig(entries(loaded.model), fp_recent, fp_sink, identity(source))
-    slots = slots_of(dense.entries, length)
-    if not slots:
-        raise UsageError(f"{source.name} has no cache of keys and values that can be quantized")
-    budget = budget_of(size, dense, length)
-    choose.check_budget(slots, menu, budget)
-    texts = gather(loaded.tokenizer, calibration, length=length, samples=samples, seed=seed)
-    accelerate(loaded.model)
-    tail = min(TAIL, len(texts.scoring[0].tokens) // 4)
-    how = {
-        "model": source.fingerprint,
-        "text": token_hash(texts.scoring),
-        "tail": tail,
-        "formats": [str(f) for f in menu],
-        "versions": versions(),
-    }
-    scores, law = measure(
-        loaded.model,
-        KVConfig(dense.entries),  # a prompt is read in chunks, past whose end nothing is exact
-        slots,
-        menu,
-        texts.scoring,
-        tail=tail,
-        checkpoint=Checkpoint(files.checkpoint, how, resume=resume),
-        progress=progress,
+    files.check(wanted.resume)
+    job = _prepare(str(model), wanted)
+    scores, law = _score(job, files.checkpoint)
+    proposals = choose.propose(job.slots, scores, job.budget, wanted.size.text.strip())
+    candidates = _measure(job, scores, proposals, job.contexts.selection)
+    best = min(candidates, key=lambda c: (c.kl, c.nbytes))
+    formats = proposals[best.name]
+    compared = {"optiq": formats, **_uniform(job, scores)}
+    points = _measure(job, scores, compared, job.contexts.held_out)
+    config = configured(job.dense, formats)
+    report = KVReport(
+        model=KVModel(**job.dense.model, model_type=job.loaded.config["model_type"]),
+        context=job.length,
+        asked=wanted.size.text,
+        budget=job.budget,
+        nbytes=config.nbytes(job.length),
+        dense_nbytes=job.dense.nbytes(job.length),
+        bytes_per_token=config.bytes_per_token,
+        exact=ExactTokens(wanted.fp_recent, wanted.fp_sink, _exact_bytes(job.dense)),
+        chosen=best.name,
+        candidates=candidates,
+        ratio=best.kl / best.predicted if best.predicted else None,
+        rank_correlation=rank_correlation([(c.predicted, c.kl) for c in candidates if c.predicted]),
+        frontier=tuple(choose.frontier(job.slots, scores)),
+        points=points,
+        law=law,
+        scores=tuple(
+            ScoredSlot(**vars(slot), format=formats[slot.name], scores=scores[slot.name])
+            for slot in job.slots
+        ),
+        text=_describe(job),
+        command=command_line(),
+        versions=versions(),
+        machine=machine(),
     )
-    proposals = choose.propose(slots, scores, budget, size.strip())
-    found = _decide(loaded.model, dense, slots, scores, budget, proposals, texts, progress)
-    formats_of = found.pop("formats")
-    config = configured(dense, formats_of)
-    made = {"command": command_line(), "versions": versions(), "machine": machine()}
-    text = _describe(texts, tail, seed)
-    report = {
-        "kind": KIND,
-        "schema": 1,
-        "model": {**dense.model, "model_type": loaded.config["model_type"]},
-        "context": length,
-        "budget": {"asked": size, "bytes": budget},
-        "nbytes": config.nbytes(length),
-        "dense_nbytes": dense.nbytes(length),
-        "bytes_per_token": config.bytes_per_token,
-        "exact": {"recent": fp_recent, "sink": fp_sink, "nbytes": _exact_bytes(dense)},
-        **found,
-        "law": law,
-        "scores": [
-            {
-                **slot.to_json(),
-                "format": str(formats_of[slot.name]),
-                "scores": {str(f): s.to_json() for f, s in scores[slot.name].items()},
-            }
-            for slot in slots
-        ],
-        "text": text,
-        **made,
-    }
-    provenance = {
-        key: report[key] for key in ("context", "budget", "nbytes", "dense_nbytes", "chosen")
-    }
-    provenance |= {"measured": found["points"][0], "text": text, **made}
-    files.write(replace(config, provenance=provenance), report)
+    files.write(replace(config, provenance=_provenance(report)), report)
     return report
 
 
-def _context(asked: int | None, config: Json) -> int:
+@dataclass(frozen=True)
+class Job:
+    """A model with its slots, the bytes they may take after `length` tokens, and texts.
+
+    In `dense` every cache is left as it is. Scores are made on the last `tail` tokens of contexts.
+    """
+
+    options: KVOptions
+    loaded: LoadedModel
+    dense: KVConfig
+    slots: list[Slot]
+    length: int
+    budget: int
+    contexts: Contexts
+
+    @property
+    def tail(self) -> int:
+        return min(TAIL, len(self.contexts.scoring[0].tokens) // 4)
+
+
+def _prepare(model: str, options: KVOptions) -> Job:
+    """Load the model and the texts; an OptiqError where the options do not suit them."""
+    source = resolve(model, revision=options.revision)
+    loaded = load(source, allow_quantized=True)
+    length = _length(options.context, loaded.config)
+    dense = KVConfig(
+        entries(loaded.model), options.fp_recent, options.fp_sink, model=identity(source)
+    )
+    slots = slots_of(dense.entries, length)
+    if not slots:
+        raise UsageError(f"{source.name} has no cache of keys and values that can be quantized")
+    budget = options.size.budget(dense, length)
+    choose.check_budget(slots, options.formats, budget)
+    contexts = gather_contexts(
+        loaded.tokenizer,
+        options.calibration,
+        length=length,
+        samples=options.samples,
+        seed=options.seed,
+    )
+    accelerate(loaded.model)
+    return Job(options, loaded, dense, slots, length, budget, contexts)
+
+
+def _length(asked: int | None, config: Mapping[str, Any]) -> int:
     """Tokens of a context: what was asked for, or the usual number as far as the model allows."""
     text_config = config.get("text_config") or {}
     most = config.get("max_position_embeddings") or text_config.get("max_position_embeddings")
     if asked is None:
         return min(CONTEXT, most or CONTEXT)
-    if asked < LEAST:
-        raise UsageError(f"--context {asked} is too short to read back from; give {LEAST} or more")
     if most and asked > most:
         raise UsageError(f"--context {asked} is longer than the {most} positions the model has")
     return asked
+
+
+def _score(job: Job, checkpoint: Path) -> tuple[SlotScores, Law]:
+    scoring = Scoring(
+        job.loaded.model,
+        KVConfig(job.dense.entries),  # a prompt is read in chunks, past whose end nothing is exact
+        job.slots,
+        job.options.formats,
+        job.contexts.scoring,
+        job.tail,
+    )
+    how = {
+        "model": job.dense.model["fingerprint"],
+        "text": token_hash(job.contexts.scoring),
+        "tail": job.tail,
+        "formats": [str(f) for f in job.options.formats],
+        "versions": versions(),
+    }
+    done = Checkpoint(checkpoint, how, resume=job.options.resume)
+    return measure_slots(scoring, done, progress=job.options.progress)
+
+
+def _measure(
+    job: Job,
+    scores: SlotScores,
+    formats: Mapping[str, choose.Formats],
+    contexts: Sequence[Sample],
+) -> tuple[KVPoint, ...]:
+    """Whole configurations by name, decoded."""
+    configs = {name: configured(job.dense, of) for name, of in formats.items()}
+    found = measure_configs(job.loaded.model, configs, contexts, progress=job.options.progress)
+    return tuple(
+        KVPoint(name, choose.size(job.slots, of), choose.predicted(scores, of), found[name])
+        for name, of in formats.items()
+    )
+
+
+def _uniform(job: Job, scores: SlotScores) -> dict[str, choose.Formats]:
+    """The uniform widths to compare with, the best within the budget among them."""
+    pairs = choose.pairs(job.slots, scores)
+    found = {name: pairs[name] for name in COMPARED if name in pairs}
+    best = choose.uniform(job.slots, scores, job.budget)
+    return found | {"uniform": best} if best and best not in found.values() else found
 
 
 def _exact_bytes(dense: KVConfig) -> int:
@@ -157,57 +209,24 @@ def _exact_bytes(dense: KVConfig) -> int:
     return a_token * (dense.fp_recent + dense.fp_sink)
 
 
-def _decide(
-    model: nn.Module,
-    dense: KVConfig,
-    slots: Sequence[Slot],
-    scores: Scores,
-    budget: int,
-    proposals: Mapping[str, choose.Formats],
-    texts: Texts,
-    progress: bool,
-) -> Json:
-    """The proposal of least measured KL, and what was measured of it and of uniform widths."""
-    pairs = choose.pairs(slots, scores)
-
-    def described(name: str, formats: choose.Formats, metrics: Json) -> Json:
-        return {
-            "name": name,
-            "nbytes": choose.size(slots, formats),
-            "predicted": choose.predicted(scores, formats),
-            **metrics,
-        }
-
-    def measured(formats: Mapping[str, choose.Formats], contexts: Sequence[Sample]) -> list[Json]:
-        configs = {name: configured(dense, of) for name, of in formats.items()}
-        metrics = judge(model, configs, contexts, progress=progress)
-        return [described(name, of, metrics[name]) for name, of in formats.items()]
-
-    candidates = measured(proposals, texts.selection)
-    best = min(candidates, key=lambda c: (c["kl"]["mean"], c["nbytes"]))
-    formats = proposals[best["name"]]
-    others = {name: pairs[name] for name in COMPARED if name in pairs}
-    if (uniform := choose.uniform(slots, scores, budget)) and uniform not in others.values():
-        others["uniform"] = uniform
-    points = measured({"optiq": formats, **others}, texts.held_out)
-    ratios = [(c["predicted"], c["kl"]["mean"]) for c in candidates if c["predicted"]]
-    return {
-        "formats": formats,
-        "chosen": best["name"],
-        "candidates": candidates,
-        "ratio": best["kl"]["mean"] / best["predicted"] if best["predicted"] else None,
-        "rank_correlation": rank_correlation(ratios),
-        "frontier": [list(point) for point in choose.frontier(slots, scores)],
-        "points": points,
-    }
-
-
-def _describe(texts: Texts, tail: int, seed: int) -> Json:
+def _describe(job: Job) -> KVText:
+    contexts = job.contexts
     parts = {
-        "scoring": texts.scoring,
-        "selection": texts.selection,
-        "held_out": texts.held_out,
+        "scoring": contexts.scoring,
+        "selection": contexts.selection,
+        "held_out": contexts.held_out,
     }
-    lengths = {name: [len(s.tokens) for s in part] for name, part in parts.items()}
-    hashes = {name: token_hash(part) for name, part in parts.items()}
-    return {"source": texts.name, "seed": seed, "tail": tail, "tokens": lengths, "sha256": hashes}
+    return KVText(
+        contexts.name,
+        job.options.seed,
+        job.tail,
+        tokens={name: [len(s.tokens) for s in part] for name, part in parts.items()},
+        sha256={name: token_hash(part) for name, part in parts.items()},
+    )
+
+
+def _provenance(report: KVReport) -> dict[str, Any]:
+    """What the configuration itself says of how it was made."""
+    data = report.to_json() | {"measured": report.points[0].to_json()}
+    keys = ("context", "budget", "nbytes", "dense_nbytes", "chosen", "measured", "text")
+    return {key: data[key] for key in (*keys, "command", "versions", "machine")}

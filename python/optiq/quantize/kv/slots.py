@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ...errors import UsageError
 from ...formats import DENSE, Format
 from ...kv.config import BITS, GROUPS, Entry, KVConfig, group_for, vector_bytes
-
-Json = dict[str, Any]
 
 MENU = "3,4,5,6,8,bf16"
 
@@ -55,9 +52,6 @@ class Slot:
             raise UsageError(f"keys need {KEYS} bits or more; add {KEYS} or 8 to --formats")
         return sorted(found, key=lambda f: (f.bits, -f.group_size))
 
-    def to_json(self) -> Json:
-        return {key: getattr(self, key) for key in ("cache", "side", "heads", "dim", "held", "end")}
-
 
 def slots_of(entries: Sequence[Entry], context: int) -> list[Slot]:
     """The slots of a model's caches. Beside a latent (MLA) the rotated key is left as it is."""
@@ -97,20 +91,3 @@ def parse_menu(text: str) -> tuple[Width, ...]:
     if all(fmt == DENSE for fmt in menu):
         raise UsageError(f"--formats {text!r} has no width; write for example {MENU}")
     return tuple(dict.fromkeys(menu))
-
-
-def budget_of(size: str, config: KVConfig, context: int) -> int:
-    """Bytes after `context` tokens for "8/4" (uniform K and V widths) or "40%" (of 16 bits).
-
-    Raises UsageError for another text.
-    """
-    text = size.strip()
-    if not text.endswith("%"):
-        return KVConfig.uniform(config.entries, text).nbytes(context)
-    try:
-        share = float(text[:-1]) / 100
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise UsageError(f"--size {size} is no share of the 16-bit cache; write for example 40%")
-    return int(share * configured(config, {}).nbytes(context))

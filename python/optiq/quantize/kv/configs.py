@@ -3,13 +3,12 @@
 Every token's keys and values are quantized as they are written and read back by all that follow:
 nothing here is estimated. The first half of a context is read in chunks, as a prompt is; at the
 second, decoded in steps that see as many exact tokens as single ones do (see `measure.chunk`),
-KL(full precision || configured) is measured. Metrics are those of `compare`, contexts are clusters.
+KL(full precision || configured) is measured. Contexts are clusters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,22 +20,21 @@ from ...base.progress import Progress
 from ...calibration import Sample, token_hash
 from ...kv.config import KVConfig
 from ...kv.model import make_cache
-from ...quality import divergence as compare
+from ...quality.divergence import LOGITS_BYTES, Table, compare_rows, summary
+from ...quality.results import Divergence
 from .decoding import CHUNK, states
 from .measure import chunk
 
-Json = dict[str, Any]
 
-
-def judge(
+def measure_configs(
     model: nn.Module,
     configs: Mapping[str, KVConfig],
     contexts: Sequence[Sample],
     *,
     progress: bool = True,
-) -> dict[str, Json]:
-    """Metrics of each configuration, as `compare.summary` gives them, and the text's sha256."""
-    tables: dict[str, compare.Table] = {name: [] for name in configs}
+) -> dict[str, Divergence]:
+    """The divergence of `model` with each configuration from itself in full precision."""
+    tables: dict[str, Table] = {name: [] for name in configs}
     total = len(contexts) * (len(configs) + 1)
     with Progress(total, "contexts decoded", enabled=progress) as bar:
         for sample in contexts:
@@ -44,13 +42,13 @@ def judge(
                 tables[name].append(columns)
             bar.step(len(configs) + 1)
     text = {"text_sha256": token_hash(contexts)}
-    return {name: compare.summary(table) | text for name, table in tables.items()}
+    return {name: Divergence.from_json(summary(table) | text) for name, table in tables.items()}
 
 
 def decode(
     model: nn.Module, configs: Mapping[str, KVConfig], tokens: list[int]
 ) -> dict[str, NDArray[np.float64]]:
-    """Per configuration [3, T - T // 2 - 1]: `compare.compare_rows` of the second half."""
+    """Per configuration [3, T - T // 2 - 1]: `compare_rows` of the second half."""
     caches = {name: make_cache(model, config) for name, config in configs.items()}
     caches = {"": make_prompt_cache(model), **caches}
     half, end = len(tokens) // 2, len(tokens) - 1
@@ -67,7 +65,7 @@ def decode(
             if start >= half:
                 p = logits if p is None else p
                 if name:
-                    found[name].append(compare.compare_rows(name, p, logits, following))
-        rows = min(step, max(1, compare.LOGITS_BYTES // (4 * logits.shape[-1])))
+                    found[name].append(compare_rows(name, p, logits, following))
+        rows = min(step, max(1, LOGITS_BYTES // (4 * logits.shape[-1])))
         start = stop
     return {name: np.concatenate(parts, axis=1) for name, parts in found.items()}
