@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from numpy.typing import NDArray
 from optiq.calibration import Sample, token_hash
 from optiq.errors import OptiqError
 from optiq.nn.accelerate import accelerate
-from optiq.quality import divergence as compare
+from optiq.quality import divergence
 from optiq.quality.divergence import check_tokens, clustered, measure, summary
+from optiq.quality.results import Mean
 from optiq.sources import load, resolve
 from tests.tiny import KINDS, tiny_folder
 
@@ -77,28 +79,25 @@ def test_metrics_equal_float64_numpy(tmp_path: Path, kind: str) -> None:
     kl = np.concatenate([c[0] for c in expected])
     close = {"rel": 1e-4, "abs": 1e-6}
     mean, se = clustered_by_hand([c[0] for c in expected])
-    assert got["kl"]["mean"] == pytest.approx(mean, **close)
-    assert got["kl"]["se"] == pytest.approx(se, **close)
-    assert got["kl"]["median"] == pytest.approx(np.median(kl), **close)
-    for key, q in (("p95", 0.95), ("p99", 0.99), ("p999", 0.999), ("max", 1.0)):
-        assert got["kl"][key] == pytest.approx(np.quantile(kl, q), **close)
-    top1, top1_se = clustered_by_hand([c[1] for c in expected])
-    assert got["top1"] == pytest.approx({"mean": top1, "se": top1_se}, rel=1e-9)
+    tail = [np.quantile(kl, q) for q in (0.5, 0.95, 0.99, 0.999, 1)]
+    assert list(asdict(got.kl).values()) == pytest.approx([mean, se, *tail], **close)
+    top1 = clustered_by_hand([c[1] for c in expected])
+    assert (got.top1.mean, got.top1.se) == pytest.approx(top1, rel=1e-9)
     lost = np.concatenate([c[2] for c in expected])
-    assert got["ppl_ratio"] == pytest.approx(math.exp(lost.mean()), rel=1e-5)
-    assert (got["tokens"], got["sequences"]) == (39 + 8 + 1 + 22, 4)
-    assert got["text_sha256"] == token_hash(sequences())
+    assert got.ppl_ratio == pytest.approx(math.exp(lost.mean()), rel=1e-5)
+    assert (got.tokens, got.sequences) == (39 + 8 + 1 + 22, 4)
+    assert got.text_sha256 == token_hash(sequences())
     assert mean > 0.01  # 3 bits do hurt
 
 
 def test_a_model_against_itself(tmp_path: Path) -> None:
     model, _ = pair(tmp_path)
     got = measure(model, {"itself": model, "again": model}, sequences())
-    for metrics in got.values():
-        assert metrics["kl"]["mean"] == pytest.approx(0, abs=1e-7)
-        assert metrics["kl"]["max"] == pytest.approx(0, abs=1e-6)
-        assert metrics["top1"] == {"mean": 1.0, "se": 0.0}
-        assert metrics["ppl_ratio"] == 1.0
+    for found in got.values():
+        assert found.kl.mean == pytest.approx(0, abs=1e-7)
+        assert found.kl.max == pytest.approx(0, abs=1e-6)
+        assert found.top1 == Mean(1.0, 0.0)
+        assert found.ppl_ratio == 1.0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -109,23 +108,25 @@ def test_long_sequences_in_chunks_give_the_same(
     reference, candidate = pair(tmp_path, kind)
     whole = measure(reference, {"q3": candidate}, sequences())["q3"]
     for rows in (1, 5, 16):
-        monkeypatch.setattr(compare, "LOGITS_BYTES", 4 * 384 * rows)
+        monkeypatch.setattr(divergence, "LOGITS_BYTES", 4 * 384 * rows)
         parts = measure(reference, {"q3": candidate}, sequences())["q3"]
         for key in ("kl", "top1"):
-            assert parts[key] == pytest.approx(whole[key], rel=1e-4, abs=1e-6)
-        assert parts["ppl_ratio"] == pytest.approx(whole["ppl_ratio"], rel=1e-5)
+            same = pytest.approx(asdict(getattr(whole, key)), rel=1e-4, abs=1e-6)
+            assert asdict(getattr(parts, key)) == same
+        assert parts.ppl_ratio == pytest.approx(whole.ppl_ratio, rel=1e-5)
 
 
 def test_the_error_is_clustered_by_sequence() -> None:
     rng = np.random.default_rng(1)
     values = [rng.normal(rng.normal(), 0.1, n) for n in (5, 50, 17)]
-    assert clustered(values) == pytest.approx(clustered_by_hand(values), rel=1e-9)
+    found = clustered(values)
+    assert (found.mean, found.se) == pytest.approx(clustered_by_hand(values), rel=1e-9)
     naive = np.concatenate(values).std() / math.sqrt(72)
     assert clustered_by_hand(values)[1] > 2 * naive
-    assert clustered(values[:1]) == (pytest.approx(values[0].mean()), None)
+    assert clustered(values[:1]) == Mean(pytest.approx(values[0].mean()), None)
     one = summary([np.stack([abs(values[1]), np.ones(50), values[1]])])
-    assert one["kl"]["se"] is None
-    assert one["top1"] == {"mean": 1.0, "se": None}
+    assert one.kl.se is None
+    assert one.top1 == Mean(1.0, None)
 
 
 def test_models_with_other_vocabularies_are_refused(tmp_path: Path) -> None:

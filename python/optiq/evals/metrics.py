@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from ..errors import OptiqError
 from ..quality import statistics
-from ..quality.statistics import Estimate, Paired
+from ..quality.pairs import Paired, paired_means, paired_proportions
+from ..quality.statistics import Estimate
 from .records import Record
 
 
@@ -82,7 +81,7 @@ def paired(metric: Metric, first: Sequence[Record], second: Sequence[Record]) ->
     """Second less first, over the same items in the same order."""
     if not metric.listed:
         a, b = ([r.metrics[metric.name] for r in records] for records in (first, second))
-        return statistics.paired_proportions(a, b, _clusters(metric, first))
+        return paired_proportions(a, b, _clusters(metric, first))
     sums, counts = _totals(metric, first)
     other_sums, other_counts = _totals(metric, second)
     if counts != other_counts:
@@ -90,20 +89,16 @@ def paired(metric: Metric, first: Sequence[Record], second: Sequence[Record]) ->
             f"{metric.task}: the models were scored on different {metric.name} of the same item; "
             "evaluate both with one version"
         )
-    return statistics.paired_means(sums, other_sums, counts, _clusters(metric, first))
-
-
-def quantiles(samples: Sequence[float]) -> dict[str, float]:
-    """Median, tail quantiles and maximum, named as in plan.json."""
-    found = np.quantile(samples, [0.5, 0.95, 0.99, 0.999, 1])
-    return dict(zip(("median", "p95", "p99", "p999", "max"), map(float, found), strict=True))
+    return paired_means(sums, other_sums, counts, _clusters(metric, first))
 
 
 def values(metric: Metric, record: Record) -> list[float]:
     """The values of a `listed` metric."""
     found = record.metrics[metric.name]
     if not isinstance(found, list):
-        raise OptiqError(f"{metric.task}: {metric.name} of {record.id} is no list; evaluate again")
+        raise OptiqError(
+            f"{metric.task}: {metric.name} of {record.id} is not a list; evaluate again"
+        )
     return [float(value) for value in found]
 
 

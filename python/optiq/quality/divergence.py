@@ -21,7 +21,8 @@ from .. import ops
 from ..base.progress import Progress
 from ..calibration import Sample, token_hash
 from ..errors import OptiqError
-from .statistics import mean_per_token
+from .results import Distribution, Divergence, Mean
+from .statistics import mean_per_token, quantiles
 
 # Bytes of float32 logits of one model at a time; longer sequences run in chunks with a cache.
 LOGITS_BYTES = 128 << 20
@@ -35,8 +36,8 @@ def measure(
     sequences: Sequence[Sample],
     *,
     progress: bool = True,
-) -> dict[str, dict[str, Any]]:
-    """Metrics of each candidate, as plan.json stores them but for the size; see `summary`."""
+) -> dict[str, Divergence]:
+    """How far each candidate is from the reference."""
     tables: dict[str, Table] = {name: [] for name in candidates}
     total = sum(len(s.tokens) for s in sequences)
     with Progress(total, "tokens compared", enabled=progress) as bar:
@@ -45,7 +46,7 @@ def measure(
                 tables[name].append(column)
             bar.step(len(sample.tokens))
     digest = token_hash(sequences)
-    return {name: summary(table) | {"text_sha256": digest} for name, table in tables.items()}
+    return {name: summary(table, digest) for name, table in tables.items()}
 
 
 def check_tokens(
@@ -63,33 +64,27 @@ def check_tokens(
                 )
 
 
-def summary(table: Table) -> dict[str, Any]:
-    """Mean with clustered error, median, tail quantiles and maximum of KL; top-1; perplexity ratio.
+def summary(table: Table, text_sha256: str | None = None) -> Divergence:
+    """The figures of a table: per sequence the rows KL, agreement (0 or 1) and log-likelihood lost.
 
-    `table` has per sequence the rows KL, agreement (0 or 1) and log-likelihood loss.
+    `text_sha256` is of the token stream, see `calibration.token_hash`.
     """
     kl = np.concatenate([columns[0] for columns in table])
-    loss = np.concatenate([columns[2] for columns in table])
-    quantiles = np.quantile(kl, [0.5, 0.95, 0.99, 0.999])
-    mean, se = clustered([columns[0] for columns in table])
-    top1, top1_se = clustered([columns[1] for columns in table])
-    return {
-        "kl": {
-            "mean": mean,
-            "se": se,
-            **dict(zip(("median", "p95", "p99", "p999"), map(float, quantiles), strict=True)),
-            "max": float(kl.max()),
-        },
-        "top1": {"mean": top1, "se": top1_se},
-        "ppl_ratio": exp(float(loss.mean())),
-        "tokens": len(kl),
-        "sequences": len(table),
-    }
+    lost = np.concatenate([columns[2] for columns in table])
+    mean = clustered([columns[0] for columns in table])
+    return Divergence(
+        kl=Distribution(mean.mean, mean.se, *quantiles(kl)),
+        top1=clustered([columns[1] for columns in table]),
+        ppl_ratio=exp(float(lost.mean())),
+        tokens=len(kl),
+        sequences=len(table),
+        text_sha256=text_sha256,
+    )
 
 
-def clustered(values: Sequence[NDArray[np.float64]]) -> tuple[float, float | None]:
-    """Mean over all tokens, and its standard error with sequences as clusters ."""
-    return mean_per_token([float(v.sum()) for v in values], [len(v) for v in values])
+def clustered(values: Sequence[NDArray[np.float64]]) -> Mean:
+    """Mean over all tokens, and its standard error with sequences as clusters."""
+    return Mean(*mean_per_token([float(v.sum()) for v in values], [len(v) for v in values]))
 
 
 def columns(
