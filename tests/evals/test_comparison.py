@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,11 @@ import pytest
 from optiq.cli import main
 from optiq.errors import EvalError, OptiqError
 from optiq.evals import metrics, runs
-from optiq.evals.comparison import compare
+from optiq.evals.comparison import Comparison, compare
 from optiq.evals.records import Record
 from optiq.quality import statistics
+from optiq.quality.pairs import detectable, holm
 from tests.evals.fakes import BENCHMARKS, ITEMS, write_all, write_run
-
-Run = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
@@ -32,91 +31,116 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.fixture
-def run(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`optiq compare --evals ...` among them, which succeeds."""
-    monkeypatch.chdir(home)
-
-    def run(*argv: str) -> str:
-        assert main(["compare", "--evals", *argv]) == 0
-        return capsys.readouterr().out
-
-    return run
+@pytest.fixture(scope="module")
+def worse(home: Path) -> Comparison:
+    return compare(runs.load(home / "a"), runs.load(home / "worse"))
 
 
-def test_every_metric_is_paired(run: Run, home: Path) -> None:
-    result = json.loads(run("a", "worse", "--json"))
-    assert [row["label"] for row in result["metrics"]] == [m.label for m in metrics.METRICS]
-    assert result["tests"] == 6
+@pytest.fixture(scope="module")
+def alike(home: Path) -> Comparison:
+    return compare(runs.load(home / "a"), runs.load(home / "b"))
+
+
+def test_every_metric_is_paired(worse: Comparison, home: Path) -> None:
+    assert [row.metric for row in worse.metrics] == list(metrics.METRICS)
+    assert worse.tests == 6
     first, second = (runs.load(home / name) for name in ("a", "worse"))
-    for row in result["metrics"]:
+    for row in worse.metrics:
         values = [
-            np.concatenate([np.atleast_1d(r.metrics[row["metric"]]) for r in side.records])
-            for side in (first[row["task"]], second[row["task"]])
+            np.concatenate([np.atleast_1d(r.metrics[row.metric.name]) for r in side.records])
+            for side in (first[row.metric.task], second[row.metric.task])
         ]
         means = [float(v.mean()) for v in values]
-        assert [row["first"]["value"], row["second"]["value"]] == pytest.approx(means)
-        pair = row["paired"]
-        assert pair["difference"] == pytest.approx(means[1] - means[0])
-        assert pair["low"] <= pair["difference"] <= pair["high"]
-        assert (row["verdict"] is None) == (not row["main"])
-        if pair["only_first"] is not None:
-            assert pair["only_first"] == ((values[0] == 1) & (values[1] == 0)).sum()
-    main_ps = {r["task"]: r["paired"]["p"] for r in result["metrics"] if r["main"]}
-    adjusted = {r["task"]: r["p_holm"] for r in result["metrics"] if r["main"]}
-    assert adjusted == statistics.holm(main_ps)
-    assert {r["verdict"] for r in result["metrics"] if r["main"]} == {"worse"}
+        assert [row.first.value, row.second.value] == pytest.approx(means)
+        pair = row.paired
+        assert pair.difference == pytest.approx(means[1] - means[0])
+        assert pair.low <= pair.difference <= pair.high
+        assert (row.verdict is None) == (row.p is None) == (not row.metric.main)
+        if pair.only_first is not None:
+            assert pair.only_first == ((values[0] == 1) & (values[1] == 0)).sum()
+    main = [row for row in worse.metrics if row.metric.main]
+    adjusted = holm({row.metric.task: row.paired.p for row in main})
+    assert {row.metric.task: row.p for row in main} == adjusted
+    assert {row.verdict for row in main} == {"worse"}
 
 
-def test_capability_is_the_mean_of_five(run: Run) -> None:
-    result = json.loads(run("a", "worse", "--json"))
-    five = [r for r in result["metrics"] if r["main"] and r["task"] in BENCHMARKS]
-    whole = result["capability"]
-    for side in ("first", "second"):
-        assert whole[side]["value"] == pytest.approx(np.mean([r[side]["value"] for r in five]))
-    assert whole["paired"]["difference"] == pytest.approx(-0.2, abs=0.06)
-    assert whole["verdict"] == "worse"
+def test_capability_is_the_mean_of_five(worse: Comparison) -> None:
+    five = [r for r in worse.metrics if r.metric.main and r.metric.task in BENCHMARKS]
+    whole = worse.capability
+    assert whole
+    assert whole.first.value == pytest.approx(np.mean([row.first.value for row in five]))
+    assert whole.second.value == pytest.approx(np.mean([row.second.value for row in five]))
+    assert whole.paired.difference == pytest.approx(-0.2, abs=0.06)
+    assert whole.verdict == "worse"
 
 
-def test_alike_is_no_detectable_difference(run: Run) -> None:
-    table = run("a", "b")
-    rows = [line for line in table.splitlines() if "no detectable difference" in line]
-    assert len(rows) == 7
-    assert sum("80 % power at" in row for row in rows) == 6  # the KLs are the same to the bit
-    assert "better" not in table
-    assert "worse" not in table
-    assert "A: a\nB: b" in table
-    result = json.loads(run("a", "b", "--json"))
-    mmlu = result["metrics"][0]["paired"]
-    found = 100 * statistics.detectable(mmlu["se"], tests=6)
-    assert f"(80 % power at {found:.2g} points)" in rows[0]
+def test_alike_is_no_detectable_difference(alike: Comparison) -> None:
+    assert alike.capability
+    verdicts = [row.verdict for row in (*alike.metrics, alike.capability) if row.verdict]
+    assert len(verdicts) == 7
+    assert all(text.startswith("no detectable difference") for text in verdicts)
+    assert sum("80 % power at" in text for text in verdicts) == 6  # the KLs are the same to the bit
+    found = 100 * detectable(alike.metrics[0].paired.se, tests=6)
+    assert f"(80 % power at {found:.2g} points)" in verdicts[0]
 
 
-def test_table(run: Run) -> None:
-    table = run("a", "worse")
-    result = json.loads(run("a", "worse", "--json"))
-    gsm8k = next(r for r in result["metrics"] if r["metric"] == "flexible")
+@pytest.mark.parametrize("other", ["worse", "b"])
+def test_table(
+    request: pytest.FixtureRequest,
+    home: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    other: str,
+) -> None:
+    monkeypatch.chdir(home)
+    assert main(["compare", "--evals", "a", other]) == 0
+    table = capsys.readouterr().out
+    compared: Comparison = request.getfixturevalue({"b": "alike"}.get(other, other))
+    gsm8k = next(row for row in compared.metrics if row.metric.name == "flexible")
     line = next(line for line in table.splitlines() if line.startswith("GSM8K, 3-shot  "))
-    cells = [
-        f"{100 * gsm8k['first']['value']:.1f}",
-        f"{100 * gsm8k['paired']['difference']:+.1f}",
-        str(gsm8k["paired"]["only_first"]),
-        "worse",
-    ]
-    assert all(cell in line for cell in cells)
-    assert line.split()[2] == "200"
+    paired, verdict = gsm8k.paired, gsm8k.verdict or ""
+    change, low, high = (f"{100 * x:+.1f}" for x in (paired.difference, paired.low, paired.high))
+    scores = [f"{100 * side.value:.1f}" for side in (gsm8k.first, gsm8k.second)]
+    only = [str(paired.only_first), str(paired.only_second)]
+    p = "<0.0001" if (gsm8k.p or 0) < 1e-4 else f"{gsm8k.p:.2g}"
+    cells = ["GSM8K,", "3-shot", "200", *scores, change, f"({low}", "to", f"{high})", *only, p]
+    assert line.split() == [*cells, *verdict.split()]
+    assert f"A: a\nB: {other}" in table
     assert "Holm's correction over the main metric of 6 benchmarks" in table
 
 
-def test_model_folders_and_record_folders_are_the_same(run: Run, home: Path) -> None:
+def test_json(
+    worse: Comparison,
+    home: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(home)
+    assert main(["compare", "--evals", "a", "worse", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert list(data) == ["models", "metrics", "capability", "tests", "notes"]
+    mmlu, row = data["metrics"][0], worse.metrics[0]
+    facts = {"task": "mmlu", "metric": "accuracy", "label": "MMLU, 5-shot", "main": True}
+    figures = {
+        "first": asdict(row.first),
+        "second": asdict(row.second),
+        "paired": asdict(row.paired),
+        "p_holm": row.p,
+        "verdict": "worse",
+    }
+    assert mmlu == {**facts, "unit": "points", "scale": 100, **figures}
+    assert list(data["capability"]) == ["first", "second", "paired", "verdict"]
+
+
+def test_model_folders_and_record_folders_are_the_same(worse: Comparison, home: Path) -> None:
     write_run(home / "model" / "optiq" / "evals", "gsm8k", 0.6)
-    of_folder = json.loads(run("model", "worse", "--json"))
-    assert [row["task"] for row in of_folder["metrics"]] == ["gsm8k", "gsm8k"]
-    assert of_folder["capability"] is None
-    assert of_folder["notes"] == ["only the second model has mmlu, ifeval, bfcl, humaneval, kl"]
-    whole = json.loads(run("a", "worse", "--json"))["metrics"]
-    same = next(row for row in whole if row["task"] == "gsm8k")
-    assert of_folder["metrics"][0]["paired"] == same["paired"]
+    first = runs.load(runs.locate(home / "model"))
+    found = compare(first, runs.load(runs.locate(home / "worse")))
+    assert [row.metric.task for row in found.metrics] == ["gsm8k", "gsm8k"]
+    assert found.capability is None
+    assert found.notes == ("only the second model has mmlu, ifeval, bfcl, humaneval, kl",)
+    same = next(row for row in worse.metrics if row.metric.task == "gsm8k")
+    assert found.metrics[0].paired == same.paired
 
 
 def test_quick_looks_pair_what_they_share(tmp_path: Path) -> None:
@@ -124,17 +148,17 @@ def test_quick_looks_pair_what_they_share(tmp_path: Path) -> None:
     write_run(a, "bfcl", 0.6, items=30, limit=30)
     write_run(b, "bfcl", 0.6, seed=1, fingerprint="1" * 64)
     result = compare(runs.load(a), runs.load(b))
-    assert result["metrics"][0]["paired"]["n"] == 30
-    assert result["notes"] == ["bfcl: a quick look, 30 items"]
+    assert result.metrics[0].paired.n == 30
+    assert result.notes == ("bfcl: a quick look, 30 items",)
 
 
 def test_notes_what_weakens_a_comparison(tmp_path: Path) -> None:
     write_run(tmp_path / "a", "bfcl", 0.6, versions={"optiq": "0.1.0", "mlx": "0.32.4"})
     write_run(tmp_path / "b", "bfcl", 0.6, versions={"optiq": "0.1.0", "mlx": "0.32.3"})
-    assert compare(runs.load(tmp_path / "a"), runs.load(tmp_path / "b"))["notes"] == [
+    assert compare(runs.load(tmp_path / "a"), runs.load(tmp_path / "b")).notes == (
         "both are records of the same model",
         "bfcl: the runs were made with different versions of mlx",
-    ]
+    )
 
 
 def test_refuses_a_folder_of_two_models(home: Path, tmp_path: Path) -> None:
@@ -231,9 +255,7 @@ def test_damaged_records(tmp_path: Path) -> None:
         (["a", "b", "--text", "x"], "are for measuring"),
     ],
 )
-def test_wrong_usage(
-    run: Run, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
-) -> None:
+def test_wrong_usage(capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
     assert main(["compare", "--evals", *argv]) == 2
     assert message in capsys.readouterr().err
 

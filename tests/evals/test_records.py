@@ -85,12 +85,12 @@ def test_the_same_model_may_be_named_in_another_way(path: Path) -> None:
     ("content", "message"),
     [
         (b"", "no header"),
-        (b'{"task": "gsm8k"}\n', "line 1 is no header"),
-        (b"[1]\n", "line 1 is no header"),
-        (b"\xff\n", "line 1 is no header"),
-        (b"HEADER\nnot json\n", "line 2 is no record"),
-        (b'HEADER\n{"id": "a"}\n', "line 2 is no record"),
-        (b"HEADER\n" + b"[" * 100_000 + b"\n", "line 2 is no record"),
+        (b'{"task": "gsm8k"}\n', "line 1 is not a header"),
+        (b"[1]\n", "line 1 is not a header"),
+        (b"\xff\n", "line 1 is not a header"),
+        (b"HEADER\nnot json\n", "line 2 is not a record"),
+        (b'HEADER\n{"id": "a"}\n', "line 2 is not a record"),
+        (b"HEADER\n" + b"[" * 100_000 + b"\n", "line 2 is not a record"),
     ],
 )
 def test_damage_is_named(path: Path, content: bytes, message: str) -> None:

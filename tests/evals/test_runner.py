@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 
 from optiq.cli import main
 from optiq.errors import EvalError, SourceError, UsageError
-from optiq.evals import judge, records
+from optiq.evals import programs, records
 from optiq.evals.engine import Engine
 from optiq.evals.runner import evaluate
+from optiq.evals.summary import Summary
 from optiq.evals.tasks import bfcl, generation, gsm8k, humaneval, ifeval
 from optiq.quantize.convert import convert
 from tests.evals import questions
@@ -38,7 +40,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "MAX_TOKENS", 6)
     monkeypatch.setattr(generation, "WAVE", 2)
     monkeypatch.setattr("optiq.evals.tasks.kl.HELD_OUT_TOKENS", 320)
-    monkeypatch.setattr(judge, "sandboxed", lambda: run_here)
+    monkeypatch.setattr(programs, "sandboxed", lambda: run_here)
 
 
 @pytest.fixture
@@ -51,32 +53,51 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_whole_suite(model: Path, data: Path, tmp_path: Path) -> None:
-    summary, out = evaluate(str(model), data_folder=data, out=tmp_path / "r", progress=False)
+    summary = evaluate(model, tmp_path / "r", data=data, progress=False)
+    out = tmp_path / "r"
+    assert summary.folder == out
     counts = {"mmlu": 8, "gsm8k": 6, "ifeval": 3, "bfcl": 3, "humaneval": 4}
     assert sorted(contents(out)) == sorted(f"{task}.jsonl" for task in (*TASKS, "kl"))
     for task in TASKS:
-        header, found = records.read(out / f"{task}.jsonl")
+        header, answered = records.read(out / f"{task}.jsonl")
         assert header.limit is None
-        assert header.items == len(found) == counts[task] == len({r.id for r in found})
-        facts = summary["tasks"][task]
-        assert facts["done"] == facts["items"] == counts[task]
-        first = next(iter(facts["metrics"].values()))
-        assert first["low"] <= first["value"] <= first["high"]
+        assert header.items == len(answered) == counts[task] == len({r.id for r in answered})
+        found = summary.tasks[task]
+        assert found.done == found.header.items == counts[task]
+        first = next(iter(found.metrics.values()))
+        assert first.low <= first.value <= first.high
     assert {r.group for r in records.read(out / "mmlu.jsonl")[1]} == set(questions.SUBJECTS)
-    assert summary == json.loads((out / "summary.json").read_text())
-    assert summary["capability"]["n"] == sum(counts.values())
-    assert summary["quick_look"] is False
-    assert summary["left_out"] == {}
+    check_file(json.loads((out / "summary.json").read_text()), summary)
+    assert summary.capability
+    assert summary.capability.n == sum(counts.values())
+    assert not summary.quick_look
+    assert summary.left_out == {}
     plan = json.loads((model / "optiq" / "plan.json").read_text())
-    assert summary["size"]["nbytes"] == plan["nbytes"]
-    assert summary["size"]["bpw"] == pytest.approx(plan["bpw"])
-    weights = (model / "model.safetensors").stat().st_size
-    assert summary["size"]["weight_file_bytes"] == weights
+    assert summary.size
+    assert summary.size.nbytes == plan["nbytes"]
+    assert summary.size.bpw == pytest.approx(plan["bpw"])
+    assert summary.size.weight_file_bytes == (model / "model.safetensors").stat().st_size
     # The same rows of the same text that the conversion measured itself on.
-    divergence = summary["tasks"]["kl"]["divergence"]
-    assert divergence["tokens"] == plan["measured"]["tokens"]
-    for key, value in plan["measured"]["kl"].items():
-        assert divergence["kl"][key] == pytest.approx(value, rel=1e-4)
+    divergence = summary.tasks["kl"].divergence
+    assert divergence
+    assert divergence.tokens == plan["measured"]["tokens"]
+    assert asdict(divergence.kl) == pytest.approx(plan["measured"]["kl"], rel=1e-4)
+
+
+def check_file(data: dict[str, Any], summary: Summary) -> None:
+    """summary.json, key by key as readers of it know it."""
+    top = "schema kind model fingerprint versions seed quick_look capability tasks size left_out"
+    assert list(data) == [*top.split(), "machine"]
+    assert (data["schema"], data["kind"], data["seed"]) == (1, "optiq.evals", 0)
+    gsm8k, kl = data["tasks"]["gsm8k"], data["tasks"]["kl"]
+    facts = ["protocol", "items", "limit", "data_sha256", "done", "seconds", "noted", "metrics"]
+    assert list(gsm8k) == facts
+    assert list(gsm8k["metrics"]) == ["flexible", "strict"]
+    assert gsm8k["metrics"]["strict"] == asdict(summary.tasks["gsm8k"].metrics["strict"])
+    assert list(kl) == [*facts, "divergence"]
+    assert list(kl["divergence"]) == ["kl", "top1", "ppl_ratio", "tokens", "sequences"]
+    sizes = ["model", "fingerprint", "nbytes", "bpw", "weight_file_bytes", "folder_bytes"]
+    assert list(data["size"]) == sizes
 
 
 @pytest.mark.parametrize("task", [*TASKS, "kl"])
@@ -85,10 +106,9 @@ def test_a_killed_run_is_finished_to_the_same_bytes(
 ) -> None:
     """Killed while the second wave runs, and again while it is being written."""
 
-    def go(name: str, **options: Any) -> dict[str, Any]:
-        folder = tmp_path / name
-        how = {"suite": task, "data_folder": data, "progress": False, "out": folder}
-        return evaluate(str(model), **{**how, **options})[0]
+    def go(name: str, *, resume: bool = False) -> Summary:
+        how: Any = {"tasks": task, "data": data, "progress": False, "resume": resume}
+        return evaluate(model, tmp_path / name, **how)
 
     go("whole")
     whole = contents(tmp_path / "whole")[f"{task}.jsonl"]
@@ -112,40 +132,42 @@ def test_a_killed_run_is_finished_to_the_same_bytes(
         go("killed")
     for torn in (len(half), len(half) + 20, len(whole) - 1):
         path.write_bytes(whole[:torn])
-        summary = go("killed", resume=True)
+        found = go("killed", resume=True).tasks[task]
         assert path.read_bytes() == whole
-        assert summary["tasks"][task]["done"] == summary["tasks"][task]["items"]
+        assert found.done == found.header.items
 
 
 def test_finished_parts_are_not_asked_again(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    how: Any = {"suite": "gsm8k", "data_folder": data, "out": tmp_path / "r", "progress": False}
-    first, out = evaluate(str(model), **how)
-    assert first["tasks"]["gsm8k"]["seconds"] >= 0
-    before = contents(out)
+    how: Any = {"tasks": "gsm8k", "data": data, "progress": False}
+    first = evaluate(model, tmp_path / "r", **how)
+    seconds = first.tasks["gsm8k"].seconds
+    assert seconds is not None
+    assert seconds >= 0
+    before = contents(first.folder)
 
     def never(*_: Any) -> None:
         raise AssertionError("asked")
 
     monkeypatch.setattr(Engine, "answers", never)
-    again, _ = evaluate(str(model), **how, resume=True)
-    assert contents(out) == before
+    again = evaluate(model, tmp_path / "r", **how, resume=True)
+    assert contents(again.folder) == before
     assert again == first
 
 
 def test_another_run_is_refused_before_anything_is_asked(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    how: Any = {"data_folder": data, "out": tmp_path / "r", "progress": False, "resume": True}
-    evaluate(str(model), suite="humaneval", **how)
+    how: Any = {"out": tmp_path / "r", "data": data, "progress": False, "resume": True}
+    evaluate(model, tasks="humaneval", **how)
     before = contents(tmp_path / "r")
     monkeypatch.setattr(Engine, "log_likelihoods", None)  # MMLU comes first
     with pytest.raises(EvalError, match=r"humaneval.jsonl was made with another items \(4, now 2"):
-        evaluate(str(model), limit=2, **how)
+        evaluate(model, limit=2, **how)
     source = model.parent / "source"
     with pytest.raises(EvalError, match=r"humaneval.jsonl was made with another fingerprint"):
-        evaluate(str(source), **how)
+        evaluate(source, **how)
     assert contents(tmp_path / "r") == before
 
 
@@ -189,30 +211,32 @@ def test_full_asks_what_the_sample_leaves_out(
         ("gsm8k", True, 6),
     ):
         out = tmp_path / f"{suite}-{full}"
-        how: Any = {"suite": suite, "data_folder": data, "out": out, "progress": False}
-        assert evaluate(str(model), full=full, **how)[0]["tasks"][suite]["items"] == count
+        how: Any = {"tasks": suite, "data": data, "progress": False}
+        assert evaluate(model, out, full=full, **how).tasks[suite].header.items == count
 
 
 def test_kl_needs_a_reference(model: Path, data: Path, tmp_path: Path) -> None:
     source = model.parent / "source"
-    how: Any = {"data_folder": data, "progress": False}
+    how: Any = {"data": data, "progress": False}
     with pytest.raises(UsageError, match=r"optiq did not make this .*--reference MODEL"):
-        evaluate(str(source), suite="kl", out=tmp_path / "a", **how)
-    summary, _ = evaluate(str(source), out=tmp_path / "b", **how)
-    assert "--reference" in summary["left_out"]["kl"]
-    assert "kl" not in summary["tasks"]
-    given, _ = evaluate(str(source), suite="kl", reference=str(model), out=tmp_path / "c", **how)
-    assert given["tasks"]["kl"]["divergence"]["kl"]["mean"] > 0
+        evaluate(source, tmp_path / "a", tasks=("kl",), **how)
+    summary = evaluate(source, tmp_path / "b", **how)
+    assert "--reference" in summary.left_out["kl"]
+    assert "kl" not in summary.tasks
+    given = evaluate(source, tmp_path / "c", tasks=("kl",), reference=str(model), **how)
+    divergence = given.tasks["kl"].divergence
+    assert divergence
+    assert divergence.kl.mean > 0
     with pytest.raises(SourceError, match="neither an existing folder"):
-        evaluate(str(source), suite="kl", reference="nothing", out=tmp_path / "d", **how)
+        evaluate(source, tmp_path / "d", tasks=("kl",), reference="nothing", **how)
     changed = source / "config.json"
     before = changed.read_text()
     changed.write_text(before + " ")  # another fingerprint
     try:
-        summary, _ = evaluate(str(model), suite="capability", out=tmp_path / "e", **how)
+        summary = evaluate(model, tmp_path / "e", tasks="capability", **how)
     finally:
         changed.write_text(before)
-    assert "is not the model this one was made from" in summary["left_out"]["kl"]
+    assert "is not the model this one was made from" in summary.left_out["kl"]
 
 
 def test_a_model_without_a_chat_template(data: Path, tmp_path: Path) -> None:
@@ -220,9 +244,9 @@ def test_a_model_without_a_chat_template(data: Path, tmp_path: Path) -> None:
     config = json.loads((folder / "tokenizer_config.json").read_text())
     del config["chat_template"]
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    summary, out = evaluate(str(folder), data_folder=data, out=tmp_path / "r", progress=False)
-    assert summary["capability"] is not None
-    assert "as text" in records.read(out / "gsm8k.jsonl")[0].protocol
+    summary = evaluate(folder, tmp_path / "r", data=data, progress=False)
+    assert summary.capability is not None
+    assert "as text" in summary.tasks["gsm8k"].header.protocol
 
 
 def test_missing_questions_stop_before_the_first_is_asked(
@@ -240,7 +264,7 @@ def test_missing_questions_stop_before_the_first_is_asked(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--suite", "arc"], "no suite is called 'arc'; use one of capability, mmlu"),
+        (["--suite", "arc"], "no task is called 'arc'; use one of capability, mmlu"),
         (["--full", "--limit", "3"], "give one of them"),
         (["--data", "nowhere"], "there is no folder nowhere"),
     ],
@@ -256,4 +280,4 @@ def test_wrong_usage(
 def test_where_nothing_can_be_written(model: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(EvalError, match="-o"):
-        evaluate(str(model), suite="gsm8k", data_folder=data, out=tmp_path / "file" / "r")
+        evaluate(model, tmp_path / "file" / "r", tasks="gsm8k", data=data)

@@ -15,7 +15,7 @@ from optiq.evals.engine import Engine
 from optiq.evals.tasks.bfcl import Bfcl, json_schema
 from optiq.evals.tasks.generation import without_thought
 from optiq.evals.tasks.gsm8k import Gsm8k
-from optiq.evals.tasks.humaneval import HumanEval, Verdict
+from optiq.evals.tasks.humaneval import HumanEval, Outcome
 from optiq.evals.tasks.ifeval import IfEval
 from optiq.evals.tasks.mmlu import Mmlu
 from optiq.runtime.loading import load
@@ -218,8 +218,8 @@ def test_bfcls_types_as_json_schema() -> None:
     }
 
 
-def run_here(code: str, test: str, entry_point: str) -> Verdict:
-    """A judge for code that this file wrote."""
+def run_here(code: str, test: str, entry_point: str) -> Outcome:
+    """Runs code that this file wrote, without a sandbox."""
     ours: dict[str, Any] = {}
     checks: dict[str, Any] = {}
     try:
@@ -227,13 +227,13 @@ def run_here(code: str, test: str, entry_point: str) -> Verdict:
         exec(test, checks)
         checks["check"](ours[entry_point])
     except Exception as error:
-        return Verdict(False, f"failed: {type(error).__name__}")
-    return Verdict(True)
+        return Outcome(False, f"failed: {type(error).__name__}")
+    return Outcome(True)
 
 
 def test_humaneval(engine: Engine, root: Path) -> None:
     task = HumanEval(
-        data.load("humaneval", root), ["HumanEval/1"], chat=engine.has_chat, judge=run_here
+        data.load("humaneval", root), ["HumanEval/1"], chat=engine.has_chat, run_program=run_here
     )
     text = asked(engine, task)
     item = task.waves[0][0]
@@ -303,7 +303,7 @@ def test_an_empty_answer_is_a_verdict(
         Gsm8k(data.load("gsm8k", root), ["test/1"], chat=True),
         IfEval(data.load("ifeval", root), ["12"], chat=True),
         Bfcl(data.load("bfcl", root), ["simple_0"], engine.tokenizer),
-        HumanEval(data.load("humaneval", root), ["HumanEval/1"], chat=True, judge=run_here),
+        HumanEval(data.load("humaneval", root), ["HumanEval/1"], chat=True, run_program=run_here),
     ):
         (record,) = task.run(engine, task.waves[0])
         assert record.note == "the answer is empty"
@@ -312,26 +312,26 @@ def test_an_empty_answer_is_a_verdict(
 
 
 def test_a_crash_of_a_scorer_is_a_verdict(loaded: Any, root: Path, monkeypatch: Any) -> None:
-    def judge(code: str, test: str, entry_point: str) -> Verdict:
+    def crash(code: str, test: str, entry_point: str) -> Outcome:
         raise RecursionError("deep\nlines")
 
     monkeypatch.setattr(
         Engine, "answers", lambda self, prompts: ["```\ndef double1(x): 1\n```"] * len(prompts)
     )
     rows = data.load("humaneval", root)
-    task = HumanEval(rows, ["HumanEval/1"], chat=True, judge=judge)
+    task = HumanEval(rows, ["HumanEval/1"], chat=True, run_program=crash)
     (record,) = task.run(Engine(*loaded), task.waves[0])
     assert record.metrics == {"pass": False}
     assert record.note == "cannot be scored: RecursionError deep lines"
 
 
 def test_no_sandbox_is_no_verdict(loaded: Any, root: Path, monkeypatch: Any) -> None:
-    def judge(code: str, test: str, entry_point: str) -> Verdict:
+    def crash(code: str, test: str, entry_point: str) -> Outcome:
         raise OptiqError("none")
 
     monkeypatch.setattr(
         Engine, "answers", lambda self, prompts: ["```\ndef double1(x): 1\n```"] * len(prompts)
     )
-    task = HumanEval(data.load("humaneval", root), ["HumanEval/1"], chat=True, judge=judge)
+    task = HumanEval(data.load("humaneval", root), ["HumanEval/1"], chat=True, run_program=crash)
     with pytest.raises(OptiqError):
         task.run(Engine(*loaded), task.waves[0])

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from . import options
 from .tables import grid, number, size
+
+if TYPE_CHECKING:
+    from ..evals.summary import Summary
+    from ..quality.statistics import Estimate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,67 +45,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..errors import UsageError
-    from ..evals.runner import SUITES, evaluate
+    from ..evals.runner import evaluate
 
-    if args.suite not in SUITES:
-        raise UsageError(f"no suite is called {args.suite!r}; use one of {', '.join(SUITES)}")
+    names = ("limit", "full", "data", "reference", "revision", "resume")
     try:
-        summary, out = evaluate(
-            args.model,
-            suite=args.suite,
-            limit=args.limit,
-            full=args.full,
-            data_folder=args.data,
-            out=args.out,
-            reference=args.reference,
-            revision=args.revision,
-            resume=args.resume,
+        summary = evaluate(
+            args.model, args.out, tasks=args.suite, **{name: getattr(args, name) for name in names}
         )
     except KeyboardInterrupt:
         hint = "; the same command with --resume goes on from here"
         raise KeyboardInterrupt(hint) from None
-    print(json.dumps(summary, indent=1) if args.json else table(summary, out))
+    print(json.dumps(summary.to_json(), indent=1) if args.json else table(summary))
     return 0
 
 
-def table(summary: Mapping[str, Any], out: Path) -> str:
+def table(summary: Summary) -> str:
     """A row per score with its 95 % interval, then KL, size and what is not there."""
     from ..evals.metrics import METRICS
 
-    tasks, lines = summary["tasks"], []
-    if summary["quick_look"]:
+    lines = []
+    if summary.quick_look:
         lines.append("QUICK LOOK at a few items of each set: not comparable with any other figure")
     rows = [["", "score", "95 % interval", "items"]]
     for metric in METRICS:
-        found = tasks.get(metric.task, {}).get("metrics", {}).get(metric.name)
-        if found and metric.task != "kl":
-            rows.append([metric.label, *_percent(found), str(found["n"])])
-    if found := summary["capability"]:
-        rows.append(["Capability Score", *_percent(found), str(found["n"])])
+        task = summary.tasks.get(metric.task)
+        if task and metric.name in task.metrics and metric.task != "kl":
+            rows.append(_row(metric.label, task.metrics[metric.name]))
+    if summary.capability:
+        rows.append(_row("Capability Score", summary.capability))
     if len(rows) > 1:
         lines += [grid(rows), ""]
-    if found := tasks.get("kl", {}).get("divergence"):
-        kl, top1 = found["kl"], found["top1"]
-        lines.append(f"KL         {number(kl['mean'], kl['se'])} nats per token")
-        keys = ("median", "p95", "p99", "p999", "max")
-        lines.append(f"           {', '.join(f'{key} {number(kl[key])}' for key in keys)}")
-        lines.append(f"top token  {100 * top1['mean']:.1f} % the same as the reference's")
-    if found := summary["size"]:
-        lines.append(f"size       {size(found['nbytes'])}, {found['bpw']:.3f} bits per weight")
-    for name, why in summary["left_out"].items():
+    kl = summary.tasks.get("kl")
+    if kl and (found := kl.divergence):
+        tail = {key: x for key, x in asdict(found.kl).items() if key not in ("mean", "se")}
+        lines.append(f"KL         {number(found.kl.mean, found.kl.se)} nats per token")
+        lines.append(f"           {', '.join(f'{key} {number(x)}' for key, x in tail.items())}")
+        lines.append(f"top token  {100 * found.top1.mean:.1f} % the same as the reference's")
+    if summary.size:
+        lines.append(
+            f"size       {size(summary.size.nbytes)}, {summary.size.bpw:.3f} bits per weight"
+        )
+    for name, why in summary.left_out.items():
         lines.append(f"left out   {name}: {why}")
-    for name, facts in tasks.items():
-        if facts["done"] < facts["items"]:
-            lines.append(f"unfinished {name}: {facts['done']} of {facts['items']} items")
-    return "\n".join([*lines, f"records    {out}"])
+    for name, task in summary.tasks.items():
+        if task.done < task.header.items:
+            lines.append(f"unfinished {name}: {task.done} of {task.header.items} items")
+    return "\n".join([*lines, f"records    {summary.folder}"])
 
 
-def _percent(found: Mapping[str, Any]) -> list[str]:
-    """A share and its interval."""
-    if found["low"] is None:
-        return [f"{100 * found['value']:.1f} %", "-"]
-    return [
-        f"{100 * found['value']:.1f} %",
-        f"{100 * found['low']:.1f} - {100 * found['high']:.1f}",
-    ]
+def _row(label: str, found: Estimate) -> list[str]:
+    """A share and its interval, which a single cluster does not give."""
+    low, high = 100 * found.low, 100 * found.high
+    interval = f"{low:.1f} - {high:.1f}" if isfinite(low) else "-"
+    return [label, f"{100 * found.value:.1f} %", interval, str(found.n)]

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..cards import Card
+    from ..evals.comparison import Compared, Comparison
 
 from ..formats import UNIFORM4
 from ..planning.pareto import Frontier
@@ -114,57 +119,57 @@ def frontier_table(frontier: Frontier) -> str:
     return "\n".join([grid(rows), *(["", *frontier.notes] if frontier.notes else [])])
 
 
-def evals_table(result: Mapping[str, Any]) -> str:
+def evals_table(compared: Comparison, names: Sequence[str]) -> str:
     """One row per metric of two models' records, A and B; what the columns are, and notes."""
     head = ["", "items", "A", "B", "B - A", "only A", "only B", "p", ""]
-    rows = [head, *map(_evals_row, result["metrics"])]
-    if whole := result["capability"]:
-        row = {"label": "Capability Score", "scale": 100, "p_holm": whole["paired"]["p"]}
-        rows.append(_evals_row({**row, **whole}))
-    names = [f"{name}: {model}" for name, model in zip("AB", result["models"], strict=True)]
+    rows = [head]
+    for row in compared.metrics:
+        rows.append(_evals_row(row.metric.label, row, row.p, row.metric.scale))
+    if whole := compared.capability:
+        rows.append(_evals_row("Capability Score", whole, whole.paired.p, 100))
+    models = [f"{letter}: {name}" for letter, name in zip("AB", names, strict=True)]
     legend = [
         "B - A with its 95 % interval, shares in points. only A, only B: items that one alone got "
         "right.",
-        f"p: after Holm's correction over the main metric of {result['tests']} benchmarks.",
+        f"p: after Holm's correction over the main metric of {compared.tests} benchmarks.",
     ]
-    return "\n".join([*names, "", grid(rows, words=1), "", *legend, *result["notes"]])
+    return "\n".join([*models, "", grid(rows, words=1), "", *legend, *compared.notes])
 
 
-def _evals_row(row: Mapping[str, Any]) -> list[str]:
-    paired, scale = row["paired"], row["scale"]
-    scores = [share(row[side]["value"], scale) for side in ("first", "second")]
-    change = share(paired["difference"], scale, sign="+")
-    if paired["low"] is not None:
-        limits = (share(paired[key], scale, sign="+") for key in ("low", "high"))
+def _evals_row(label: str, row: Compared, p: float | None, scale: float) -> list[str]:
+    paired = row.paired
+    scores = [share(side.value, scale) for side in (row.first, row.second)]
+    change = share(paired.difference, scale, sign="+")
+    if isfinite(paired.low):
+        limits = (share(limit, scale, sign="+") for limit in (paired.low, paired.high))
         change += f" ({' to '.join(limits)})"
-    only = [
-        "" if paired[key] is None else str(paired[key]) for key in ("only_first", "only_second")
-    ]
-    p = row["p_holm"]
+    only = ["" if n is None else str(n) for n in (paired.only_first, paired.only_second)]
     shown = "" if p is None else f"{p:.2g}" if p >= 1e-4 else "<0.0001"
-    return [row["label"], str(paired["n"]), *scores, change, *only, shown, row["verdict"] or ""]
+    return [label, str(paired.n), *scores, change, *only, shown, row.verdict or ""]
 
 
-def card_table(facts: Mapping[str, Any], path: Path) -> str:
+def card_table(card: Card) -> str:
     """What a card says, what it lacks, and where it is."""
-    base = facts["base"]
-    measured = [row for row in facts["metrics"] if row["main"] and row["estimate"]]
-    rows = [
-        [row["label"], *(share(row["estimate"][k], row["scale"]) for k in ("value", "low", "high"))]
-        for row in measured
-    ]
-    lacking = [row["task"] for row in facts["metrics"] if row["main"] and not row["estimate"]]
+    facts, base = card.facts, card.facts.base
+    rows, lacking = [], []
+    for score in facts.scores:
+        metric, found = score.metric, score.estimate
+        if metric.main and found:
+            figures = (found.value, found.low, found.high)
+            rows.append([metric.label, *(share(x, metric.scale) for x in figures)])
+        elif metric.main:
+            lacking.append(metric.task)
     lines = [grid([["", "score", "from", "to"], *rows]), ""] if rows else []
     if lacking:
         lines.append(f"lacking    {', '.join(lacking)}: the card says so; optiq eval measures them")
-    lines.append(f"base       {base['hub_id'] or base['name'] + ', no hub id: --base-model'}")
-    lines.append(f"licence    {base['license'] or 'not recorded: --license'}")
-    return "\n".join([*lines, f"card       {path}"])
+    lines.append(f"base       {base.hub_id or base.name + ', no hub id: --base-model'}")
+    lines.append(f"licence    {base.license or 'not recorded: --license'}")
+    return "\n".join([*lines, f"card       {card.path}"])
 
 
-def share(value: float | None, scale: float, sign: str = "") -> str:
+def share(value: float, scale: float, sign: str = "") -> str:
     """A share in percent, or points, with one decimal; anything else in three digits."""
-    if value is None:
+    if not isfinite(value):
         return "-"
     return f"{scale * value:{sign}.1f}" if scale == 100 else f"{value:{sign}.3g}"
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import EvalError
-from ..quality import statistics
-from ..quality.statistics import CAPABILITY, Estimate, Paired
-from . import metrics
+from ..quality.pairs import Paired, holm, verdict
+from ..quality.statistics import Estimate
+from . import capability, metrics
+from .capability import BENCHMARKS
 from .metrics import Metric
 from .records import Record
 from .runs import Run
 
-Json = dict[str, Any]
 Pair = tuple[list[Record], list[Record]]
 
 # What must be equal for two answers to be to the same question, and why it may not be.
@@ -24,15 +25,71 @@ _SAME = {
 }
 
 
-def compare(first: Mapping[str, Run], second: Mapping[str, Run]) -> Json:
+@dataclass(frozen=True)
+class Compared:
+    """A figure of two models. The verdict is None where a figure gets none."""
+
+    first: Estimate
+    second: Estimate
+    paired: Paired  # second less first
+    verdict: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "first": self.first.to_json(),
+            "second": self.second.to_json(),
+            "paired": self.paired.to_json(),
+            "verdict": self.verdict,
+        }
+
+
+@dataclass(frozen=True)
+class ComparedMetric(Compared):
+    """A metric of two models; `p` is that of the test after Holm's correction, of a main one."""
+
+    metric: Metric
+    p: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """A row of `optiq compare --evals --json`."""
+        metric, compared = self.metric, super().to_json()
+        return {
+            "task": metric.task,
+            "metric": metric.name,
+            "label": metric.label,
+            "main": metric.main,
+            "unit": metric.unit,
+            "scale": metric.scale,
+            **{key: compared[key] for key in ("first", "second", "paired")},
+            "p_holm": self.p,
+            "verdict": self.verdict,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models' records, compared; `tests` is the number of benchmarks that have a verdict."""
+
+    metrics: tuple[ComparedMetric, ...]
+    capability: Compared | None  # None unless both have all five benchmarks
+    tests: int
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "metrics": [row.to_json() for row in self.metrics],
+            "capability": self.capability and self.capability.to_json(),
+            "tests": self.tests,
+            "notes": list(self.notes),
+        }
+
+
+def compare(first: Mapping[str, Run], second: Mapping[str, Run]) -> Comparison:
     """Every metric of the benchmarks that both have, over the items that both have.
 
-    The result has "metrics" (score of each model, paired difference, its p-value after Holm's
-    correction over the main metric of each benchmark, verdict), "capability" (None unless all five
-    are there), "tests" (their number) and "notes". Differences are second less first.
-
-    Raises EvalError when nothing can be paired: records of several models on one side, no benchmark
-    in common, an unfinished run, other questions, another protocol, other prompts.
+    Verdicts are after Holm's correction over the main metric of each benchmark. Raises EvalError
+    when nothing can be paired: records of several models on one side, no benchmark in common, an
+    unfinished run, other questions, another protocol, other prompts.
     """
     models = [_model(first), _model(second)]
     tasks = [task for task in first if task in second]
@@ -43,17 +100,17 @@ def compare(first: Mapping[str, Run], second: Mapping[str, Run]) -> Json:
         )
     pairs = {task: pair(first[task], second[task]) for task in tasks}
     found = {m: metrics.paired(m, *pairs[m.task]) for m in metrics.METRICS if m.task in pairs}
-    adjusted = statistics.holm({m.task: p.p for m, p in found.items() if m.main})
-    return {
-        "metrics": [_row(m, p, pairs[m.task], adjusted) for m, p in found.items()],
-        "capability": _capability(pairs, found),
-        "tests": len(adjusted),
-        "notes": [
+    adjusted = holm({m.task: p.p for m, p in found.items() if m.main})
+    return Comparison(
+        metrics=tuple(_row(m, p, pairs[m.task], adjusted) for m, p in found.items()),
+        capability=_capability(pairs, found),
+        tests=len(adjusted),
+        notes=(
             *(["both are records of the same model"] if models[0] == models[1] else []),
             *_alone(first, second),
             *_remarks(first, second, pairs),
-        ],
-    }
+        ),
+    )
 
 
 def pair(first: Run, second: Run) -> Pair:
@@ -90,47 +147,33 @@ def _model(runs: Mapping[str, Run]) -> str | None:
     return next(iter(marks), None)
 
 
-def _row(metric: Metric, paired: Paired, pair: Pair, adjusted: Mapping[str, float]) -> Json:
-    row: Json = {"task": metric.task, "metric": metric.name, "label": metric.label}
-    row |= {"main": metric.main, "unit": metric.unit, "scale": metric.scale}
-    for name, records in zip(("first", "second"), pair, strict=True):
-        row[name] = metrics.estimate(metric, records).to_json()
-    row |= {"paired": paired.to_json(), "p_holm": None, "verdict": None}
+def _row(
+    metric: Metric, paired: Paired, pair: Pair, adjusted: Mapping[str, float]
+) -> ComparedMetric:
+    p, said = None, None
     if metric.main:
         p = adjusted[metric.task]
-        row |= {"p_holm": p, "verdict": _verdict(metric, paired, p, len(adjusted))}
-    return row
+        said = verdict(
+            paired,
+            p,
+            tests=len(adjusted),
+            scale=metric.scale,
+            unit=metric.unit,
+            lower_is_better=metric.divergence,
+        )
+    first, second = (metrics.estimate(metric, records) for records in pair)
+    return ComparedMetric(first, second, paired, said, metric, p)
 
 
-def _verdict(metric: Metric, paired: Paired, p: float, tests: int) -> str:
-    return statistics.verdict(
-        paired,
-        p,
-        tests=tests,
-        scale=metric.scale,
-        unit=metric.unit,
-        lower_is_better=metric.divergence,
-    )
-
-
-def _capability(pairs: Mapping[str, Pair], found: Mapping[Metric, Paired]) -> Json | None:
-    if not pairs.keys() >= set(CAPABILITY):
+def _capability(pairs: Mapping[str, Pair], found: Mapping[Metric, Paired]) -> Compared | None:
+    first = capability.of_records({task: a for task, (a, _) in pairs.items()})
+    second = capability.of_records({task: b for task, (_, b) in pairs.items()})
+    if first is None or second is None:
         return None
-    five = {m.task: p for m, p in found.items() if m.main and m.task in CAPABILITY}
-    whole = statistics.paired_capability(five)
-    scores = [capability({t: pairs[t][side] for t in CAPABILITY}).to_json() for side in (0, 1)]
-    return {
-        "first": scores[0],
-        "second": scores[1],
-        "paired": whole.to_json(),
-        "verdict": statistics.verdict(whole, whole.p),
-    }
-
-
-def capability(records: Mapping[str, list[Record]]) -> Estimate:
-    """The Capability Score of the records of all five benchmarks."""
-    main = {task: metrics.main_of(task) for task in CAPABILITY}
-    return statistics.capability({t: metrics.estimate(m, records[t]) for t, m in main.items()})
+    whole = capability.difference(
+        {m.task: p for m, p in found.items() if m.main and m.task in BENCHMARKS}
+    )
+    return Compared(first, second, whole, verdict(whole, whole.p))
 
 
 def _alone(first: Mapping[str, Run], second: Mapping[str, Run]) -> list[str]:

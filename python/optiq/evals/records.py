@@ -62,7 +62,7 @@ def read(path: Path) -> tuple[Header, list[Record]]:
     """Header and records of a file, in its order; a torn last line is left out.
 
     The run is finished if there are `header.items` records. Raises EvalError for a file that is
-    none of ours or is damaged.
+    not ours or is damaged.
     """
     header, found = _parse(path)
     return header, [record for record, _ in found]
@@ -74,7 +74,7 @@ def create(path: Path, header: Header) -> None:
         raise EvalError(
             f"{path} holds results already; --resume goes on, -o OUT puts new ones elsewhere"
         )
-    with writing(path):
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     _append(path, [json.dumps(asdict(header), ensure_ascii=False) + "\n"])
 
@@ -104,7 +104,7 @@ def resume(path: Path, header: Header, boundaries: Sequence[int]) -> list[Record
     """
     found = _part_of(path, header)
     keep = max((n for n in (0, *boundaries) if n <= len(found)), default=0)
-    with writing(path), path.open("r+b") as file:
+    with _writing(path), path.open("r+b") as file:
         file.truncate(found[keep - 1][1] if keep else _header_end(path))
     return [record for record, _ in found[:keep]]
 
@@ -114,8 +114,15 @@ def append(path: Path, records: Iterable[Record]) -> None:
     _append(path, [record.line() for record in records])
 
 
+def _append(path: Path, lines: list[str]) -> None:
+    with _writing(path), path.open("ab") as file:
+        file.write("".join(lines).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def _writing(path: Path) -> Iterator[None]:
     """Turns what the file system refuses into an EvalError."""
     try:
         yield
@@ -123,13 +130,6 @@ def writing(path: Path) -> Iterator[None]:
         raise EvalError(
             f"{path} cannot be written ({error.strerror}); give another folder with -o"
         ) from error
-
-
-def _append(path: Path, lines: list[str]) -> None:
-    with writing(path), path.open("ab") as file:
-        file.write("".join(lines).encode())
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _parse(path: Path) -> tuple[Header, list[tuple[Record, int]]]:
@@ -151,8 +151,8 @@ def _parse(path: Path) -> tuple[Header, list[tuple[Record, int]]]:
                 found.append((Record(**fields), end))
         except (ValueError, TypeError, RecursionError) as error:
             raise EvalError(
-                f"{path} line {number} is no {'record' if header else 'header'} of an evaluation; "
-                "delete the file and run again"
+                f"{path} line {number} is not a {'record' if header else 'header'} of an "
+                "evaluation; delete the file and run again"
             ) from error
     assert header is not None
     return header, found

@@ -21,17 +21,17 @@ INSTRUCTION = (
 )
 
 
-class Verdict(NamedTuple):
+class Outcome(NamedTuple):
     """Whether a program passed its test; `note` says why not."""
 
     passed: bool
     note: str = ""
 
 
-class Judge(Protocol):
-    """Runs untrusted code in a sandbox."""
+class RunProgram(Protocol):
+    """Runs a program against its test, in a sandbox."""
 
-    def __call__(self, code: str, test: str, entry_point: str) -> Verdict:
+    def __call__(self, code: str, test: str, entry_point: str) -> Outcome:
         """Whether the untrusted `code` defines an `entry_point` that passes `test`.
 
         `test` is trusted, defines check(candidate) and is run apart from `code`. Any number of
@@ -46,11 +46,11 @@ class HumanEval(Generation):
     workers = os.cpu_count() or 1
 
     def __init__(
-        self, questions: Questions, ids: Sequence[str], *, chat: bool, judge: Judge
+        self, questions: Questions, ids: Sequence[str], *, chat: bool, run_program: RunProgram
     ) -> None:
         super().__init__(questions, ids)
         self._chat = chat
-        self._judge = judge
+        self._run_program = run_program
         style = "instruction" if chat else "completion"
         self.protocol = f"humaneval/1: {style}, greedy, at most {MAX_TOKENS} tokens, pass@1"
 
@@ -75,8 +75,8 @@ class HumanEval(Generation):
         else:
             program = prompt.rstrip() + answer + "\n"
         test = humaneval.test_program(prompt, item.data["test"], entry_point)
-        verdict = self._judge(program, test, entry_point)
-        return {"pass": verdict.passed}, verdict.note
+        outcome = self._run_program(program, test, entry_point)
+        return {"pass": outcome.passed}, outcome.note
 
     def failed(self, item: Item) -> Metrics:
         return {"pass": False}

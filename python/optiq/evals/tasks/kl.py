@@ -18,7 +18,7 @@ from ..engine import Engine, Prompt
 from ..records import Metrics, Record
 from ..task import Item
 
-COLUMNS = ("kl", "top1", "loss")  # the rows of a table of `compare`
+COLUMNS = ("kl", "top1", "loss")  # the rows of a table of `divergence`
 
 
 class Kl:
@@ -65,7 +65,7 @@ class Kl:
 
 
 def table(records: Sequence[Record]) -> Table:
-    """The records as `compare.summary` takes them: per document, [KL, agreement, loss] by token."""
+    """The records as `divergence.summary` takes them: per document, `COLUMNS` by token."""
     rows: list[NDArray[np.float64]] = [
         np.array([record.metrics[name] for name in COLUMNS], dtype=np.float64) for record in records
     ]
