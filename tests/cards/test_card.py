@@ -16,28 +16,35 @@ import pytest
 from huggingface_hub import ModelCard
 from mlx_lm import convert as stock_convert
 
-from optiq.cards import facts as card
+from optiq import cards
 from optiq.cli import main
 from optiq.errors import EvalError, ExportError, OptiqError, UsageError
-from optiq.evals import runs
+from optiq.evals import metrics, runs
 from optiq.evals.runner import evaluate
+<<<<<<< HEAD
 from optiq.planning.plan import Plan
+=======
+from optiq.planning.plan import Plan, build
+from optiq.planning.scores import Scores
+from optiq.planning.size import UNIFORM4_SIZE, Size
+>>>>>>> 465d575 (Cards pass types: facts are gathered, held and written in files of their own)
 from optiq.quality import statistics
+from optiq.quality.results import Distribution, Mean, Measured
 from optiq.quantize.export import export
 from optiq.sources import resolve
 from tests.evals.fakes import BENCHMARKS, ITEMS, write_all, write_run
 from tests.planned import scores_of, source_of
-from tests.scored import build
 
-MEASURED = {
-    "kl": {"mean": 0.1234, "se": 0.011, "median": 0.09, "p95": 0.4, "p99": 0.7, "p999": 1.1},
-    "top1": {"mean": 0.777, "se": 0.013},
-    "ppl_ratio": 1.02,
-    "tokens": 2036,
-    "sequences": 9,
-    "text_sha256": "ab" * 32,
-}
-MEASURED["kl"]["max"] = 2.5
+MEASURED = Measured(
+    kl=Distribution(0.1234, 0.011, median=0.09, p95=0.4, p99=0.7, p999=1.1, max=2.5),
+    top1=Mean(0.777, 0.013),
+    ppl_ratio=1.02,
+    tokens=2036,
+    sequences=9,
+    text_sha256="ab" * 32,
+    nbytes=1000,
+    bpw=4.5,
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +53,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("card")
     source = source_of(home)
     scores = scores_of(source)
-    plan = build(scores, "uniform4", versions={"optiq": "0.1.0"}, command="optiq convert /a/b -o c")
-    plan = replace(
-        plan,
-        measured=MEASURED,
-        uniform4=plan.uniform4 | {"measured": MEASURED | {"top1": {"mean": 0.55, "se": None}}},
-    )
+    plan = build(scores, UNIFORM4_SIZE, command="optiq convert /a/b -o c")
+    assert plan.uniform4
+    stock = replace(MEASURED, top1=Mean(0.55, None))
+    plan = replace(plan, measured=MEASURED, uniform4=replace(plan.uniform4, measured=stock))
     export(source, plan, home / "model", scores=scores)
     for bits in (4, 8):
         out = str(home / f"stock{bits}")
@@ -96,27 +101,26 @@ def table(text: str, title: str) -> list[list[str]]:
 
 def test_figures_are_those_of_the_records(model: Path) -> None:
     evaluated(model)
-    facts, path = card.write(model, name="org/model-optiq")
-    assert path == model / "README.md"
-    text = path.read_text()
+    card = cards.write(model, name="org/model-optiq")
+    assert card.path == model / "README.md"
+    text = card.path.read_text()
     found = {row[0].strip("*"): row for row in table(text, "Benchmarks")[1:]}
     right = {}
     for task in BENCHMARKS:
         records = runs.load(model / runs.FOLDER)[task].records
-        for row in facts["metrics"]:
-            if row["task"] == task:
-                values = np.concatenate([np.atleast_1d(r.metrics[row["metric"]]) for r in records])
-                cells = found[row["label"]]
-                assert cells[1] == str(len(values))
-                assert cells[2].startswith(f"{100 * values.mean():.1f} (")
-                if row["main"]:
-                    right[task] = float(values.mean())
+        for metric in metrics.of_task(task):
+            values = np.concatenate([np.atleast_1d(r.metrics[metric.name]) for r in records])
+            cells = found[metric.label]
+            assert cells[1] == str(len(values))
+            assert cells[2].startswith(f"{100 * values.mean():.1f} (")
+            if metric.main:
+                right[task] = float(values.mean())
     score = 100 * np.mean(list(right.values()))
     assert found["Capability Score"][2].startswith(f"{score:.1f} (")
     low, high = statistics.wilson(right["bfcl"] * 120, 120)
     assert f"({100 * low:.1f}\N{EN DASH}{100 * high:.1f})" in found["BFCL-V3 simple"][2]
 
-    data = ModelCard.load(path).data
+    data = ModelCard.load(card.path).data
     assert data.model_name == "org/model-optiq"
     assert data.library_name == "mlx"
     assert data.pipeline_tag == "text-generation"
@@ -131,7 +135,7 @@ def test_figures_are_those_of_the_records(model: Path) -> None:
 
 def test_kl(model: Path) -> None:
     evaluated(model)
-    rows = table(card.write(model)[1].read_text(), "Distance from the base model")
+    rows = table(cards.write(model).path.read_text(), "Distance from the base model")
     assert rows[1][:3] == ["this model", "0.123 ± 0.011", "0.0900"]
     assert rows[1][-2:] == ["77.7 ± 1.3 %", "2,036"]
     assert rows[2][-2:] == ["55.0 %", "2,036"]
@@ -145,12 +149,13 @@ def test_kl(model: Path) -> None:
 
 def test_kl_to_the_base_model(model: Path) -> None:
     """As `optiq eval` records it: the reference is the model that plan.json names."""
-    evaluate(str(model), suite="kl", limit=2, progress=False)
-    facts, path = card.write(model)
-    rows = table(path.read_text(), "Distance from the base model")
+    evaluate(model, tasks="kl", limit=2, progress=False)
+    card = cards.write(model)
+    rows = table(card.path.read_text(), "Distance from the base model")
     assert rows[3][0] == "this model, as evaluated (quick look)"
-    assert facts["kl"]["sequences"] == 2
-    assert float(rows[3][1].split()[0]) == pytest.approx(facts["kl"]["kl"]["value"], rel=0.01)
+    assert card.facts.kl
+    assert card.facts.kl.sequences == 2
+    assert float(rows[3][1].split()[0]) == pytest.approx(card.facts.kl.kl.value, rel=0.01)
 
 
 def test_without_records_there_are_no_figures(model: Path) -> None:
@@ -158,7 +163,7 @@ def test_without_records_there_are_no_figures(model: Path) -> None:
     plan = json.loads(path.read_text())
     plan["measured"] = plan["uniform4"]["measured"] = None
     path.write_text(json.dumps(plan))
-    text = card.write(model)[1].read_text()
+    text = cards.write(model).path.read_text()
     rows = table(text, "Benchmarks")[1:]
     assert len(rows) == 10
     assert {tuple(row[1:]) for row in rows[:-1]} == {("", "not measured")}
@@ -179,7 +184,7 @@ def test_quick_looks_and_unfinished_runs_are_labelled(model: Path) -> None:
     path.write_text("\n".join(path.read_text().splitlines()[:51]) + "\n")
     path = write_run(folder, "humaneval", 0.6, fingerprint=mark)
     path.write_text("\n".join(path.read_text().splitlines()[:8]) + "\n")
-    text = card.write(model)[1].read_text()
+    text = cards.write(model).path.read_text()
     rows = {row[0]: row[1:] for row in table(text, "Benchmarks")}
     assert rows["**GSM8K, 3-shot** (quick look)"][0] == "40"
     assert rows["**BFCL-V3 simple** (quick look)"][0] == "20"
@@ -192,7 +197,7 @@ def test_a_whole_run_comes_before_a_quick_look(model: Path) -> None:
     mark, folder = fingerprint(model), model / runs.FOLDER
     write_run(folder / "limit-20", "gsm8k", 0.6, items=20, limit=20, fingerprint=mark)
     write_run(folder, "gsm8k", 0.6, fingerprint=mark)
-    rows = {row[0]: row[1:] for row in table(card.write(model)[1].read_text(), "Benchmarks")}
+    rows = {row[0]: row[1:] for row in table(cards.write(model).path.read_text(), "Benchmarks")}
     assert rows["**GSM8K, 3-shot**"][0] == "200"
 
 
@@ -200,22 +205,23 @@ def test_against_uniform(home: Path, model: Path) -> None:
     evaluated(model, 0.65, 0.1, seed=1)
     stock = Path(shutil.copytree(home / "stock4", model.parent / "stock"))
     evaluated(stock, 0.45, 0.4, seed=2)
-    facts, path = card.write(model, uniform=stock)
-    text = path.read_text()
+    card = cards.write(model, uniform=stock)
+    text = card.path.read_text()
     head, *rows = table(text, "Benchmarks")
     assert head == ["", "items", "score", "uniform 4-bit, groups of 64", "difference", "verdict"]
-    five = [metric for metric in facts["metrics"] if metric["task"] != "kl"]
-    for row, metric in zip(rows[:-1], five, strict=True):
-        paired = metric["against_uniform"]["paired"]
-        own, other = (runs.load(f / runs.FOLDER)[metric["task"]] for f in (model, stock))
+    own, other = (runs.load(folder / runs.FOLDER) for folder in (model, stock))
+    five = [score for score in card.facts.scores if score.metric.task != "kl"]
+    for row, score in zip(rows[:-1], five, strict=True):
+        metric = score.metric
         means = [
-            np.concatenate([np.atleast_1d(r.metrics[metric["metric"]]) for r in run.records]).mean()
-            for run in (own, other)
+            np.concatenate([np.atleast_1d(r.metrics[metric.name]) for r in run.records]).mean()
+            for run in (own[metric.task], other[metric.task])
         ]
-        assert paired["difference"] == pytest.approx(means[0] - means[1])
+        assert score.against
+        assert score.against.paired.difference == pytest.approx(means[0] - means[1])
         assert row[3].startswith(f"{100 * means[1]:.1f} (")
         assert row[4].startswith(f"{100 * (means[0] - means[1]):+.1f} (")
-        assert row[5] == ("better" if metric["main"] else "")
+        assert row[5] == ("better" if metric.main else "")
     assert rows[-1][0] == "**Capability Score**"
     assert rows[-1][5] == "better"
     assert ": better." in section(text, "Distance from the base model")
@@ -227,56 +233,56 @@ def test_uniform_without_the_same_benchmarks(home: Path, model: Path) -> None:
     mark = fingerprint(model)
     write_run(model / runs.FOLDER, "gsm8k", 0.6, fingerprint=mark)
     stock = Path(shutil.copytree(home / "stock4", model.parent / "stock"))
-    rows = table(card.write(model, uniform=stock)[1].read_text(), "Benchmarks")
+    rows = table(cards.write(model, uniform=stock).path.read_text(), "Benchmarks")
     assert rows[2][3:] == ["not measured", "", ""]
 
 
 def test_refuses_what_is_no_uniform_build(home: Path, model: Path) -> None:
     with pytest.raises(UsageError, match="takes a build of the same size, within 1 %"):
-        card.write(model, uniform=home / "stock8")
+        cards.write(model, uniform=home / "stock8")
     with pytest.raises(UsageError, match=r"is not what mlx_lm\.convert makes"):
-        card.write(model, uniform=home / "model")
+        cards.write(model, uniform=home / "model")
     with pytest.raises(UsageError, match=r"is not what mlx_lm\.convert makes"):
-        card.write(model, uniform=home / "source-llama")
+        cards.write(model, uniform=home / "source-llama")
     stock = Path(shutil.copytree(home / "stock4", model.parent / "stock"))
     write_run(stock / runs.FOLDER, "gsm8k", 0.6, fingerprint=fingerprint(model))
     with pytest.raises(EvalError, match=r"stock.*gsm8k.jsonl is of another model"):
-        card.write(model, uniform=stock)
+        cards.write(model, uniform=stock)
     assert not (model / "README.md").exists()
 
 
 def test_refuses_records_of_another_model(model: Path) -> None:
     write_run(model / runs.FOLDER / "limit-5", "bfcl", 1.0, items=5, limit=5, fingerprint="f" * 64)
     with pytest.raises(EvalError, match=r"limit-5/bfcl.jsonl is of another model \(ffffffffffff"):
-        card.write(model)
+        cards.write(model)
     assert not (model / "README.md").exists()
 
 
 def test_refuses_the_plan_of_other_weights(home: Path, model: Path) -> None:
-    scores = json.loads((model / "optiq" / "sensitivity.json").read_text())
-    other = build(scores, "6bpw")
+    scores = Scores.from_json(json.loads((model / "optiq" / "sensitivity.json").read_text()))
+    other = build(scores, Size.parse("6bpw"))
     path = model / "optiq" / "plan.json"
     kept = path.read_text()
     path.write_text(json.dumps(other.to_json()))
     with pytest.raises(UsageError, match="is not the plan of the weights beside it"):
-        card.write(model)
+        cards.write(model)
     path.write_text(kept[:100])
     with pytest.raises(UsageError, match="cannot be read"):
-        card.write(model)
+        cards.write(model)
     plan = json.loads(kept)
     del plan["measured"]["kl"]["median"]
     path.write_text(json.dumps(plan))
     with pytest.raises(UsageError, match="is incomplete"):
-        card.write(model)
+        cards.write(model)
     path.unlink()
     with pytest.raises(UsageError, match=r"has no optiq/plan\.json"):
-        card.write(model)
+        cards.write(model)
     assert not (model / "README.md").exists()
 
 
 def test_quantization_table(model: Path) -> None:
     plan = Plan.from_json(json.loads((model / "optiq" / "plan.json").read_text()))
-    rows = table(card.write(model)[1].read_text(), "Quantization")[1:]
+    rows = table(cards.write(model).path.read_text(), "Quantization")[1:]
     assert sum(int(row[3].replace(",", "")) for row in rows) == plan.nbytes
     assert sum(int(row[1]) for row in rows[:-1]) == len(plan.modules)
     counts = {row[0].strip("`"): int(row[1]) for row in rows[:-1]}
@@ -286,7 +292,7 @@ def test_quantization_table(model: Path) -> None:
 
 def test_provenance_hides_folders(model: Path) -> None:
     write_run(model / runs.FOLDER, "bfcl", 0.6, fingerprint=fingerprint(model))
-    text = card.write(model)[1].read_text()
+    text = cards.write(model).path.read_text()
     rows = dict(table(text, "How the numbers were made"))
     assert rows["command"] == "`optiq convert b -o c`"
     assert rows["weights"] == f"`{fingerprint(model)}`"
@@ -302,7 +308,7 @@ def test_names_break_nothing(model: Path, name: str) -> None:
     plan["command"] = f"optiq convert '{name}"
     plan["versions"] = {"optiq": name}
     (model / "optiq" / "plan.json").write_text(json.dumps(plan))
-    path = card.write(model, name=name)[1]
+    path = cards.write(model, name=name).path
     data = ModelCard.load(path).data
     assert data.model_name == name
     text = path.read_text()
@@ -324,7 +330,7 @@ def front(model: Path) -> Card:
         plan = json.loads(path.read_text())
         plan["model"]["name"] = source
         path.write_text(json.dumps(plan))
-        card.write(model, **options)
+        cards.write(model, **options)
         data: dict[str, Any] = ModelCard.load(model / "README.md").data.to_dict()
         return data
 
@@ -365,7 +371,7 @@ def test_base_model_on_the_hub(front: Card, model: Path, monkeypatch: pytest.Mon
     assert (found["license"], found["license_name"]) == ("other", "x-2")
     licence = section((model / "README.md").read_text(), "Licence")
     assert "[x-2](https://example.org/licence)" in licence
-    with pytest.raises(UsageError, match="--base-model base is no hub id"):
+    with pytest.raises(UsageError, match="--base-model base is not a hub id"):
         front("org/base", base_model="base")
 
 
@@ -373,29 +379,29 @@ def test_only_an_unchanged_card_is_replaced(model: Path) -> None:
     path = model / "README.md"
     path.write_text("precious")
     with pytest.raises(UsageError, match="was not written, or was changed since"):
-        card.write(model)
+        cards.write(model)
     assert path.read_text() == "precious"
-    card.write(model, force=True)
+    cards.write(model, force=True)
     first = path.read_text()
     write_run(model / runs.FOLDER, "gsm8k", 0.6, fingerprint=fingerprint(model))
-    card.write(model)
+    cards.write(model)
     assert path.read_text() != first
     path.write_text(path.read_text().replace("plain mlx-lm model", "plain model"))
     with pytest.raises(UsageError, match="was changed since"):
-        card.write(model)
-    other = card.write(model, model.parent / "card.md")[1]
+        cards.write(model)
+    other = cards.write(model, model.parent / "card.md").path
     assert other.read_text().replace("plain mlx-lm model", "plain model") != first
     path.unlink()
     path.mkdir()
     with pytest.raises(UsageError, match="was changed since"):
-        card.write(model)
+        cards.write(model)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_failed_write_loses_nothing(
     model: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    card.write(model)
+    cards.write(model)
     before = (model / "README.md").read_text()
     write_run(model / runs.FOLDER, "gsm8k", 0.6, fingerprint=fingerprint(model))
 
@@ -404,7 +410,7 @@ def test_a_failed_write_loses_nothing(
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(ExportError if isinstance(error, OSError) else KeyboardInterrupt):
-        card.write(model)
+        cards.write(model)
     assert (model / "README.md").read_text() == before
     assert not list(model.glob(".*"))
 
@@ -416,9 +422,7 @@ def test_command(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"card       {model / 'README.md'}" in text
     assert "licence    not recorded: --license" in text
     assert "lacking" not in text
-    facts = json.loads(run_json(model, capsys))
-    assert facts["name"] == "model"
-    assert facts["fingerprint"] == fingerprint(model)
+    check_json(json.loads(run_json(model, capsys)), model)
     (model / runs.FOLDER / "bfcl.jsonl").unlink()
     assert main(["card", str(model)]) == 0
     assert "lacking    bfcl: the card says so" in capsys.readouterr().out
@@ -426,6 +430,30 @@ def test_command(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["card", str(model)]) == 2
     assert "--force" in capsys.readouterr().err
     assert main(["card", str(model / "nothing")]) == 1
+
+
+def check_json(data: dict[str, Any], model: Path) -> None:
+    """What --json prints, key by key as readers of it know it."""
+    keys = "name base fingerprint plan metrics capability against_uniform kl runs uniform"
+    assert list(data) == keys.split()
+    assert data["name"] == "model"
+    assert data["fingerprint"] == fingerprint(model)
+    assert list(data["base"]) == [
+        *("hub_id", "name", "license", "license_name", "license_link", "language")
+    ]
+    plan = json.loads((model / "optiq" / "plan.json").read_text())
+    formats = data["plan"].pop("formats")
+    assert data["plan"] == {key: value for key, value in plan.items() if key != "modules"}
+    assert list(formats[0]) == ["format", "roles", "modules", "weights", "nbytes"]
+    row = data["metrics"][0]
+    expected = {"task": "mmlu", "metric": "accuracy", "label": "MMLU, 5-shot", "main": True}
+    expected |= {"scale": 100, "limit": None, "state": "measured", "against_uniform": None}
+    assert {key: value for key, value in row.items() if key != "estimate"} == expected
+    assert list(row["estimate"]) == list(data["capability"]) == ["value", "low", "high", "n"]
+    assert list(data["kl"]) == ["kl", "top1", "sequences", "limit", "to_base"]
+    assert list(data["kl"]["kl"]) == [*row["estimate"], "median", "p95", "p99", "p999", "max"]
+    run = "protocol data_sha256 items limit seed versions file_sha256"
+    assert list(data["runs"]["kl"]) == run.split()
 
 
 def run_json(model: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -436,5 +464,5 @@ def run_json(model: Path, capsys: pytest.CaptureFixture[str]) -> str:
 def test_damaged_records_are_an_error(model: Path) -> None:
     path = write_run(model / runs.FOLDER, "kl", 0.1, fingerprint=fingerprint(model))
     path.write_text(path.read_text().replace('"kl": [', '"kl": 3, "x": [', 1))
-    with pytest.raises(OptiqError, match="is no list"):
-        card.write(model)
+    with pytest.raises(OptiqError, match="is not a list"):
+        cards.write(model)

@@ -1,1 +1,8 @@
-"""The model card of an exported folder: its facts, and the page that states them."""
+"""The model card of an exported folder.
+
+gather.py reads what was recorded, facts.py holds it, page.py and front_matter.py say it.
+"""
+
+from .card import Card, write
+
+__all__ = ["Card", "write"]

@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
 from ..sources.hub import TIMEOUT_SECONDS, is_repo_id
 
-_KEYS = ("license", "license_name", "license_link", "language")
+
+@dataclass(frozen=True)
+class BaseModel:
+    """`name` is the hub id, or the last part of a local folder; what is not known is None."""
+
+    hub_id: str | None
+    name: str
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    language: str | list[str] | None = None
 
 
-def describe(source: str, hub_id: str | None = None, license: str | None = None) -> dict[str, Any]:
-    """ "hub_id", "name", licence and languages of the model that plan.json calls `source`.
+def describe(source: str, hub_id: str | None = None, license: str | None = None) -> BaseModel:
+    """The model that plan.json calls `source`.
 
     `hub_id` and `license` override what is found: in a README.md beside a local model, else on the
-    hub where it can be asked. What is not known is None. UsageError for what is no hub id.
+    hub where it can be asked.
     """
-    if hub_id is not None and not is_repo_id(hub_id):
-        raise UsageError(f"--base-model {hub_id} is no hub id like organisation/model")
     local = Path(source).expanduser()
     if hub_id is None and is_repo_id(source) and not local.exists():
         hub_id = source
     said = _local_card(local) or (_hub_card(hub_id) if hub_id else {})
-    known = {key: said.get(key) for key in _KEYS}
+    keys = ("license", "license_name", "license_link", "language")
+    base = BaseModel(hub_id, hub_id or local.name, **{key: said.get(key) for key in keys})
     if license is not None:
-        known |= {"license": license, "license_name": None, "license_link": None}
-    return {"hub_id": hub_id, "name": hub_id or local.name, **known}
+        return replace(base, license=license, license_name=None, license_link=None)
+    return base
 
 
 def _local_card(folder: Path) -> Mapping[str, Any]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from huggingface_hub import EvalResult, ModelCardData
 
-Json = dict[str, Any]
+from .facts import Facts, MetricScore, by_format
 
 # Data set on the hub, its name, split, and what the hub calls the metric.
 DATASETS = {
@@ -18,52 +16,55 @@ DATASETS = {
 }
 
 
-def front_matter(facts: Json) -> ModelCardData:
-    """For what `optiq.card.gather` returns. Figures of quick looks stay out of it."""
-    base, plan = facts["base"], facts["plan"]
+def front_matter(facts: Facts) -> ModelCardData:
+    """Figures of quick looks stay out of it."""
+    base, plan = facts.base, facts.plan
     results = [
-        result
-        for row in facts["metrics"]
-        if (result := _result(row, facts["runs"].get(row["task"]))) is not None
+        _result(score, facts.runs[score.metric.task].header.protocol)
+        for score in facts.scores
+        if score.metric.task in DATASETS and score.metric.main
+        if score.estimate and not score.limit
     ]
     return ModelCardData(
-        base_model=base["hub_id"],
+        base_model=base.hub_id,
         library_name="mlx",
-        license=base["license"],
-        license_name=base["license_name"],
-        license_link=base["license_link"],
-        language=base["language"],
-        model_name=facts["name"] if results else None,
+        license=base.license,
+        license_name=base.license_name,
+        license_link=base.license_link,
+        language=base.language,
+        model_name=facts.name if results else None,
         pipeline_tag="text-generation",
         tags=["mlx", "optiq", "mixed-precision"],
         eval_results=results or None,
-        base_model_relation="quantized" if base["hub_id"] else None,
+        base_model_relation="quantized" if base.hub_id else None,
         quantization={
             "method": "optiq",
-            "bits_per_weight": round(plan["bpw"], 3),
-            "formats": [row["format"] for row in plan["formats"]],
+            "bits_per_weight": round(plan.bpw, 3),
+            "formats": [str(total.format) for total in by_format(plan)],
         },
     )
 
 
-def _result(row: Json, run: Json | None) -> EvalResult | None:
-    """A main metric of a whole run as the hub takes it: the value in percent, and how it came."""
-    if row["task"] not in DATASETS or not row["main"] or not row["estimate"] or row["limit"]:
-        return None
-    dataset, name, split, metric = DATASETS[row["task"]]
-    estimate, percent = row["estimate"], row["scale"]
+def _result(score: MetricScore, protocol: str) -> EvalResult:
+    """A score as the hub takes it: the value in percent, and how it came."""
+    metric, estimate = score.metric, score.estimate
+    assert estimate is not None
+    dataset, name, split, hub_metric = DATASETS[metric.task]
+    value, low, high = (
+        round(metric.scale * x, 2) for x in (estimate.value, estimate.low, estimate.high)
+    )
     return EvalResult(
         task_type="text-generation",
         dataset_type=dataset,
         dataset_name=name,
         dataset_split=split,
-        metric_type=metric,
-        metric_name=row["label"],
-        metric_value=round(percent * estimate["value"], 2),
+        metric_type=hub_metric,
+        metric_name=metric.label,
+        metric_value=value,
         metric_args={
-            "items": estimate["n"],
-            "interval_95": [round(percent * estimate[key], 2) for key in ("low", "high")],
-            "protocol": run and run["protocol"],
+            "items": estimate.n,
+            "interval_95": [low, high],
+            "protocol": protocol,
         },
         verified=False,
     )

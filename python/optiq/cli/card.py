@@ -24,10 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..cards.facts import write
+    from ..cards import write
     from .tables import card_table
 
-    facts, path = write(
+    card = write(
         args.model,
         args.out,
         name=args.name,
@@ -36,5 +36,5 @@ def run(args: argparse.Namespace) -> int:
         uniform=args.uniform,
         force=args.force,
     )
-    print(json.dumps(facts, indent=1) if args.json else card_table(facts, path))
+    print(json.dumps(card.facts.to_json(), indent=1) if args.json else card_table(card))
     return 0
