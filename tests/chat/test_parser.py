@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optiq.evals.bfcl import Call, ParseError, parse
+from optiq.chat.calls import Call, ParseError
+from optiq.chat.parser import parse
 
 ARGUMENTS = {"n": 10, "x": 2.5, "name": "it's", "on": True, "list": [1, [2]], "of": {"k": None}}
 JSON = json.dumps(ARGUMENTS)
@@ -36,7 +37,7 @@ NOTATIONS = {
     "mistral, new": "[TOOL_CALLS]math.area[ARGS]JSON",
     "mistral, newer": "[TOOL_CALLS]math.area[CALL_ID]a1b2c3d4e[ARGS]JSON",
     "mistral, newest": "[TOOL_CALLS]math.areaJSON</s>",
-    "bfcl": '[{"math.area": JSON}]',
+    "keyed by name": '[{"math.area": JSON}]',
     "prose around": 'I call {"name": "math.area", "arguments": JSON} now.',
     "fenced json": 'Here:\n```json\n{"name": "math.area", "arguments": JSON}\n```\nDone.',
     "python": "math.area(PYTHON)",

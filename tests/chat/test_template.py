@@ -1,4 +1,4 @@
-"""Rendering: one BOS, the model's own template where it is complete, documented forms elsewhere."""
+"""Chats: one BOS, the model's own template where it is complete, documented forms elsewhere."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from optiq.calibration import load_rows
-from optiq.chat import template as render
-from optiq.chat.template import chat_text
-
-from ..calibration.conftest import CHATML, CHATML_TOOLS, GEMMA
+from optiq.chat.template import ChatText, chat_text, encode
+from tests.calibration.conftest import CHATML, GEMMA
 
 Make = Callable[..., TokenizerWrapper]
-ROWS = load_rows()
-CHATS = [row for row in ROWS if "messages" in row]
+CHATS = [row for row in load_rows() if "messages" in row]
 
 TALK = {
     "domain": "agent",
@@ -41,6 +38,10 @@ TALK = {
 TIDE_CALL = '<tool_call>\n{"name": "tide", "arguments": {"port": "Skarn"}}\n</tool_call>'
 
 
+def text_of(row: dict[str, Any], tokenizer: TokenizerWrapper) -> ChatText:
+    return chat_text(row["messages"], tokenizer, row.get("tools"))
+
+
 def leaves(value: Any) -> Iterator[str]:
     """Strings of a JSON value: keys and string values."""
     if isinstance(value, str):
@@ -54,41 +55,17 @@ def leaves(value: Any) -> Iterator[str]:
             yield from leaves(item)
 
 
-def test_every_row_has_exactly_one_bos_in_front(tokenizer: TokenizerWrapper) -> None:
-    bos = tokenizer.bos_token_id
-    for row in ROWS:
-        tokens = render(row, tokenizer)
-        if bos is None:
-            continue
-        assert tokens[0] == bos
-        assert tokens[1] != bos
-        if tokenizer.bos_token == "<bos>":  # the other template opens every turn with its BOS
-            assert tokens.count(bos) == 1
-
-
 @pytest.mark.parametrize("prefix", ["", "<bos>", "\n <bos>", "<bos><bos>"])
 def test_a_bos_in_the_template_is_not_doubled(make_tokenizer: Make, prefix: str) -> None:
     tokenizer = make_tokenizer("bpe", prefix + CHATML, "<bos>")
     expected = tokenizer.encode("<bos><|im_start|>user\nhi<|im_end|>\n", add_special_tokens=False)
-    assert render({"messages": [{"role": "user", "content": "hi"}]}, tokenizer) == expected
-
-
-def test_a_text_row_is_bos_and_the_text(tokenizer: TokenizerWrapper) -> None:
-    row = next(row for row in ROWS if "text" in row)
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    assert render(row, tokenizer) == bos + tokenizer.encode(row["text"], add_special_tokens=False)
-
-
-def test_a_complete_template_is_used_as_it_is(make_tokenizer: Make) -> None:
-    tokenizer = make_tokenizer("bpe", CHATML_TOOLS, "<bos>")
-    for row in CHATS:
-        stock = tokenizer.apply_chat_template(row["messages"], tools=row.get("tools"))
-        assert render(row, tokenizer) == [tokenizer.bos_token_id, *stock]
+    chat = chat_text([{"role": "user", "content": "hi"}], tokenizer)
+    assert encode(chat.text, tokenizer) == expected
 
 
 def test_nothing_of_a_row_is_lost(tokenizer: TokenizerWrapper) -> None:
     for row in CHATS:
-        text, _ = chat_text(row, tokenizer)
+        text, _ = text_of(row, tokenizer)
         for message in row["messages"]:
             assert message["content"].strip() in text
             for call in message.get("tool_calls", []):
@@ -100,7 +77,7 @@ def test_nothing_of_a_row_is_lost(tokenizer: TokenizerWrapper) -> None:
 
 
 def test_a_template_that_ignores_tools_gets_them_as_text(make_tokenizer: Make) -> None:
-    text, form = chat_text(TALK, make_tokenizer("bpe", CHATML, "<|im_start|>"))
+    text, form = text_of(TALK, make_tokenizer("bpe", CHATML, "<|im_start|>"))
     assert form == "tools as text"
     turns = [turn.split("\n", 1) for turn in text.split("<|im_start|>")[1:]]
     assert [role for role, _ in turns] == ["system", "user", "assistant", "user", "assistant"]
@@ -110,14 +87,14 @@ def test_a_template_that_ignores_tools_gets_them_as_text(make_tokenizer: Make) -
 
 
 def test_a_template_without_system_gets_it_in_the_first_user_turn(make_tokenizer: Make) -> None:
-    text, form = chat_text(TALK, make_tokenizer("unigram", GEMMA, "<bos>"))
+    text, form = text_of(TALK, make_tokenizer("unigram", GEMMA, "<bos>"))
     assert form == "merged system"
     assert text.startswith("<bos><start_of_turn>user\nBe brief.\n\nTools:\n")
     assert text.count("<start_of_turn>user") == text.count("<start_of_turn>model") == 2
 
 
 def test_no_template_at_all_gives_named_turns(make_tokenizer: Make) -> None:
-    text, form = chat_text(TALK, make_tokenizer("wordpiece", None))
+    text, form = text_of(TALK, make_tokenizer("wordpiece", None))
     assert form == "plain"
     assert text.startswith("System: Be brief.\n\nTools:\n")
     assert f"\n\nUser: How high is the tide?\n\nAssistant: {TIDE_CALL}" in text
@@ -134,14 +111,14 @@ def test_no_template_at_all_gives_named_turns(make_tokenizer: Make) -> None:
     ],
 )
 def test_a_broken_template_falls_back_to_named_turns(make_tokenizer: Make, template: str) -> None:
-    assert chat_text(TALK, make_tokenizer("bpe", template))[1] == "plain"
+    assert text_of(TALK, make_tokenizer("bpe", template))[1] == "plain"
 
 
 def test_a_system_message_that_a_template_drops_is_merged(make_tokenizer: Make) -> None:
     template = "{% for m in messages if m['role'] != 'system' %}[{{ m['content'] }}]{% endfor %}"
     row = {"messages": TALK["messages"][:2]}
     expected = ("[Be brief.\n\nHow high is the tide?]", "merged system")
-    assert chat_text(row, make_tokenizer("bpe", template)) == expected
+    assert text_of(row, make_tokenizer("bpe", template)) == expected
 
 
 BRACKETS = """\
@@ -152,7 +129,7 @@ BRACKETS = """\
 
 def test_templates_that_want_arguments_as_json_text_get_it(make_tokenizer: Make) -> None:
     template = BRACKETS.replace("CALL", "[{{ c.function.name + c.function.arguments }}]")
-    text, form = chat_text(TALK, make_tokenizer("bpe", template))
+    text, form = text_of(TALK, make_tokenizer("bpe", template))
     assert form == "json arguments"
     assert '[tide{"port": "Skarn"}]' in text
 
@@ -163,7 +140,7 @@ def test_templates_that_want_nine_character_ids_get_them(make_tokenizer: Make) -
     template = BRACKETS.replace("CALL", call).replace(
         "{{ m['content'] }}", "{{ m.tool_call_id }}={{ m['content'] }}"
     )
-    text, form = chat_text(TALK, make_tokenizer("bpe", template))
+    text, form = text_of(TALK, make_tokenizer("bpe", template))
     assert form == "nine-character ids"
     assert "[call00000{" in text
     assert "call00001=1.4 m" in text
@@ -179,12 +156,12 @@ def test_templates_that_want_nine_character_ids_get_them(make_tokenizer: Make) -
 )
 def test_templates_that_print_a_date_print_a_fixed_one(make_tokenizer: Make, template: str) -> None:
     row = {"messages": [{"role": "user", "content": "hi"}]}
-    text, form = chat_text(row, make_tokenizer("bpe", template))
+    text, form = text_of(row, make_tokenizer("bpe", template))
     assert form == "native"
     assert text.startswith("26 Jul 2024 <|im_start|>user")
 
 
-def test_rendering_leaves_the_row_alone(tokenizer: TokenizerWrapper) -> None:
+def test_the_conversation_is_left_alone(tokenizer: TokenizerWrapper) -> None:
     before = json.dumps(TALK)
-    render(TALK, tokenizer)
+    text_of(TALK, tokenizer)
     assert json.dumps(TALK) == before

@@ -7,8 +7,9 @@ CALIBRATION.md describes the bundled mix `optiq.jsonl` and the row format.
 
 from __future__ import annotations
 
-from ..chat.template import Tokenizer, render
+from ..chat.template import Tokenizer
 from .batches import Calibration, Sample, batches, token_hash
+from .render import render
 from .rows import BUNDLED, check_row, load_rows, split
 from .texts import (
     CALIBRATION_TOKENS,

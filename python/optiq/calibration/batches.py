@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..chat.template import Tokenizer, render
+from ..chat.template import Tokenizer
 from ..errors import CalibrationError
+from .render import render
 from .rows import BUNDLED, Row
 
 MIN_ROW = 8  # tokens; a shorter row says more about its BOS than about its domain

@@ -17,7 +17,7 @@ class Call:
 
 @dataclass(frozen=True)
 class ParseError:
-    """The verdict on an answer without a readable call; a value, since models do this all day."""
+    """Why an answer has no readable call; a value, since models write such answers all day."""
 
     reason: str
 

@@ -75,7 +75,7 @@ def _read(text: str) -> list[Call]:
 
 
 def _each(parts: Sequence[str], read: Callable[[str], list[Call]]) -> list[Call]:
-    """The calls of all parts; a broken one beside a whole one is passed over, as in bfcl-eval."""
+    """The calls of all parts; a broken one beside a whole one is passed over."""
     calls: list[Call] = []
     error = None
     for part in parts:
@@ -152,7 +152,7 @@ def json_calls(value: Any) -> list[Call]:
     for key in ("arguments", "parameters"):
         if isinstance(name, str) and key in value:
             return [Call(name, _arguments(value[key]))]
-    if len(value) == 1:  # {"name of the function": {...}}, the notation of BFCL itself
+    if len(value) == 1:  # {"name of the function": {...}}
         ((name, arguments),) = value.items()
         if isinstance(name, str) and isinstance(arguments, dict):
             return [Call(name, arguments)]

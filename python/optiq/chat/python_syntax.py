@@ -1,7 +1,7 @@
 """Calls in Python syntax: `f(a=1)`, `[f(a=1), g(b=2)]`, `print(f(a=1))`, `x = f(a=1)`.
 
-Values are read as bfcl-eval reads them, from the syntax tree: a bare name is its text, a nested
-call without keywords is its source. Nothing is ever evaluated; arithmetic on numbers is folded.
+Values are read from the syntax tree and never evaluated: a bare name is its text, a nested call
+without keywords is its source. Only arithmetic on numbers is folded.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..calibration import render
+from ..chat.template import chat_text, encode
 
 Tokens = list[int]
 # Where an answer that is still being written ends for good, or None while it may go on.
@@ -62,8 +62,8 @@ class Engine:
         A template that knows no tools or no system message gets them as text; without a template
         it is "User: ... Assistant:". One BOS, if the tokenizer has one.
         """
-        row = {"messages": messages} | ({"tools": tools} if tools else {})
-        return render(row, self.tokenizer, answer=True)
+        chat = chat_text(messages, self.tokenizer, tools, answer=True)
+        return encode(chat.text, self.tokenizer)
 
     def text(self, text: str) -> Tokens:
         """Bare text, with the BOS that the tokenizer itself puts in front of one, if any."""

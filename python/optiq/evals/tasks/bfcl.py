@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...chat.calls import ParseError
 from ...chat.template import chat_text
+from ...chat.template_calls import read_calls
 from .. import bfcl
 from ..data import Questions
 from ..engine import Engine, Prompt
@@ -27,19 +29,19 @@ class Bfcl(Generation):
     def __init__(self, questions: Questions, ids: Sequence[str], tokenizer: Any) -> None:
         super().__init__(questions, ids)
         self._tokenizer = tokenizer
-        _, form = chat_text(_chat(self.waves[0][0].data), tokenizer, answer=True)
+        messages, tools = _chat(self.waves[0][0].data)
+        form = chat_text(messages, tokenizer, tools, answer=True).form
         self.protocol = (
             f"bfcl/2: v3 simple, tools in the form {form!r}, greedy, at most {MAX_TOKENS} tokens"
         )
 
     def prompt(self, engine: Engine, item: Item) -> Prompt:
-        chat = _chat(item.data)
-        return Prompt(engine.chat(chat["messages"], chat["tools"]), MAX_TOKENS)
+        return Prompt(engine.chat(*_chat(item.data)), MAX_TOKENS)
 
     def score(self, item: Item, answer: str) -> tuple[Metrics, str]:
-        tools = _chat(item.data)["tools"]
-        calls = bfcl.template_calls(answer, self._tokenizer, tools) or bfcl.parse(answer)
-        if isinstance(calls, bfcl.ParseError):
+        _, tools = _chat(item.data)
+        calls = read_calls(answer, self._tokenizer, tools)
+        if isinstance(calls, ParseError):
             return {"ast": False}, str(calls)
         (function,), (possible,) = item.data["function"], item.data["ground_truth"]
         reason = bfcl.check(function, possible, calls)
@@ -49,13 +51,13 @@ class Bfcl(Generation):
         return {"ast": False}
 
 
-def _chat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The case as messages and tools in OpenAI's shape."""
+def _chat(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The messages and tools of a case in OpenAI's shape."""
     tools = [
         {"type": "function", "function": {**f, "parameters": json_schema(f["parameters"])}}
         for f in row["function"]
     ]
-    return {"messages": row["question"][0], "tools": tools}
+    return row["question"][0], tools
 
 
 def json_schema(parameter: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from .calls import Call
-from .parser import json_calls
+from .calls import Call, ParseError
+from .parser import json_calls, parse
+
+
+def read_calls(
+    answer: str, tokenizer: Any, tools: Sequence[Mapping[str, Any]]
+) -> list[Call] | ParseError:
+    """The calls in `answer`: in the template's own notation, else in any of the common ones."""
+    return template_calls(answer, tokenizer, tools) or parse(answer)
 
 
 def template_calls(

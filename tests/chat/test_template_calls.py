@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from optiq.evals.bfcl import Call, parse, template_calls
+from optiq.chat.calls import Call
+from optiq.chat.template_calls import read_calls, template_calls
 
 ARGUMENTS = {"thing": 'a "red" kite, 3', "count": 3, "ratio": 2.5, "sizes": [1, 2]}
 CALL = Call("price", ARGUMENTS)
@@ -75,6 +76,7 @@ def tokenizer(notation: str) -> Any:
 def test_a_template_of_its_own(notation: str) -> None:
     answer = f"Let me see.\n{NOTATIONS[notation]}\n"
     assert template_calls(answer, tokenizer(notation), TOOLS) == [CALL]
+    assert read_calls(answer, tokenizer(notation), TOOLS) == [CALL]
     assert template_calls(answer + answer, tokenizer(notation), TOOLS) == [CALL, CALL]
 
 
@@ -90,5 +92,5 @@ def test_where_the_template_has_no_notation_or_was_not_followed() -> None:
     none = SimpleNamespace(tool_parser=None, tool_call_start=None, tool_call_end=None)
     plain = NOTATIONS["json_tools"]
     assert template_calls(plain, none, TOOLS) is None
-    assert parse(plain) == [CALL]
+    assert read_calls(plain, none, TOOLS) == [CALL]
     assert template_calls("price(count=3)", tokenizer("qwen3_coder"), TOOLS) is None
