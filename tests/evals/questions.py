@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from optiq.evals import data
+from optiq.evals.data import Published
 
 SUBJECTS = ("astronomy", "world_history")
 FUNCTION = {
@@ -80,16 +81,16 @@ def write(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def fit_manifest(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def fit_manifest(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Published]:
     """The manifest of what lies under `root`."""
-    manifest: dict[str, Any] = {"mmlu": {"subjects": SUBJECTS}}
+    manifest = {"mmlu": Published(0, [], [], SUBJECTS)}
     monkeypatch.setattr(data, "manifest", lambda: manifest)
     for name in data.HUB:
         rows, _ = data._first(name, [("here", data._in(root / name))])
         assert rows is not None
         ids = [row["id"] for row in rows if "/dev/" not in row["id"]]
-        known = {"rows": len(rows), "sha256": [data.digest(rows)], "ids": ids[::-1]}
-        manifest[name] = manifest.get(name, {}) | known
+        subjects = SUBJECTS if name == "mmlu" else ()
+        manifest[name] = Published(len(rows), [data.digest(rows)], ids[::-1], subjects)
     return manifest
 
 

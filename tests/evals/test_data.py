@@ -197,16 +197,16 @@ def test_damaged_files_are_named(root: Path, file: str, content: bytes) -> None:
 def test_the_shipped_manifest() -> None:
     """Ids only, all different, in the numbers that the protocols promise."""
     manifest = data.manifest()
-    asked = {name: len(known["ids"]) for name, known in manifest.items()}
+    asked = {name: len(known.ids) for name, known in manifest.items()}
     assert asked == {"mmlu": 1000, "gsm8k": 1000, "ifeval": 541, "bfcl": 200, "humaneval": 164}
-    rows = {name: known["rows"] for name, known in manifest.items()}
+    rows = {name: known.rows for name, known in manifest.items()}
     assert rows == {"mmlu": 14327, "gsm8k": 1319, "ifeval": 541, "bfcl": 400, "humaneval": 164}
     for known in manifest.values():
-        assert len(set(known["ids"])) == len(known["ids"])
-        assert all(len(sha) == len(hashlib.sha256().hexdigest()) for sha in known["sha256"])
-        assert max(map(len, known["ids"])) < 60  # no text
-    subjects = {id.partition("/")[0] for id in manifest["mmlu"]["ids"]}
-    assert subjects == set(manifest["mmlu"]["subjects"])
+        assert len(set(known.ids)) == len(known.ids)
+        assert all(len(sha) == len(hashlib.sha256().hexdigest()) for sha in known.sha256)
+        assert max(map(len, known.ids)) < 60  # no text
+    subjects = {id.partition("/")[0] for id in manifest["mmlu"].ids}
+    assert subjects == set(manifest["mmlu"].subjects)
     assert len(subjects) == 57
 
 

@@ -168,7 +168,7 @@ def test_language_detection_is_repeatable() -> None:
 @pytest.mark.parametrize(
     ("names", "kwargs", "message"),
     [
-        (["keywords:rhyme"], [{}], "'keywords:rhyme' is none of the 25 kinds"),
+        (["keywords:rhyme"], [{}], "'keywords:rhyme' is not one of the 25 kinds"),
         (["punctuation:no_comma"], [], "1 instructions but 0 sets"),
         (["punctuation:no_comma"], [{"commas": 1}], "takes no argument 'commas'"),
         (["keywords:existence"], [{}], "needs the argument 'keywords'"),

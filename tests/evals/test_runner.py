@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +203,7 @@ def test_full_asks_what_the_sample_leaves_out(
 ) -> None:
     manifest = questions.fit_manifest(data, monkeypatch)
     for name, keep in (("mmlu", 3), ("gsm8k", 2)):
-        manifest[name]["ids"] = manifest[name]["ids"][:keep]
+        manifest[name] = replace(manifest[name], ids=manifest[name].ids[:keep])
     for suite, full, count in (
         ("mmlu", False, 3),
         ("mmlu", True, 8),

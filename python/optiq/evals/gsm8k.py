@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-# The last full stop is any character in lm-eval's configuration, too.
+# In lm-eval's configuration, too, the last full stop stands for any character.
 _STRICT = re.compile(r"The answer is (-?[0-9.,]+).")
 _NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import SourceError, UsageError
+from ..planning.scores import ModelInfo
 from ..sources import LoadedModel, Source, resolve
 from . import data, programs
 from .options import EvalOptions
@@ -70,12 +71,13 @@ def _reference(source: Source, name: str | None) -> Source:
     if not plan.is_file():
         raise _NoReference(f"optiq did not make this model, so it has no reference; {fix}")
     try:
-        made_from = json.loads(plan.read_text(encoding="utf-8"))["model"]
-        found = resolve(made_from["name"])
+        written = json.loads(plan.read_text(encoding="utf-8"))
+        made_from = ModelInfo.from_json(written["model"])
+        found = resolve(made_from.name)
     except (OSError, ValueError, LookupError, TypeError, SourceError) as error:
         raise _NoReference(
             f"the model this one was made from is not there ({error}); {fix}"
         ) from error
-    if found.fingerprint != made_from["fingerprint"]:
+    if found.fingerprint != made_from.fingerprint:
         raise _NoReference(f"{found.name} is not the model this one was made from; {fix}")
     return found

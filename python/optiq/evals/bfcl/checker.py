@@ -1,7 +1,7 @@
 """The AST check of BFCL's "simple" category, rule for rule as bfcl-eval 2026.3.23 applies it.
 
 A parameter's possible answers are a list of alternatives; "" among them says that it may be left
-out. Types are exact (`True` is no integer), but an integer passes for a float. Strings compare
+out. Types are exact (`True` is not an integer), but an integer passes for a float. Strings compare
 without case, spaces and ,./-_*^ and with one kind of quote. A value of the type of the possible
 answers instead of the declared one is taken for a variable, compared as it stands.
 """

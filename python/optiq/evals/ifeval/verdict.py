@@ -38,7 +38,7 @@ def validate(instruction_id_list: Sequence[str], kwargs: Sequence[Mapping[str, A
         )
     for name, given in zip(instruction_id_list, kwargs, strict=True):
         if name not in KINDS:
-            raise EvalError(f"IFEval: {name!r} is none of the {len(KINDS)} kinds of instruction")
+            raise EvalError(f"IFEval: {name!r} is not one of the {len(KINDS)} kinds of instruction")
         kind, arguments = KINDS[name], _given(given)
         if unknown := sorted(arguments.keys() - kind.parameters.keys()):
             raise EvalError(f"IFEval: {name} takes no argument {unknown[0]!r}")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...chat.calls import ParseError
+from ...chat.forms import Chat
 from ...chat.template import chat_text
 from ...chat.template_calls import read_calls
 from .. import bfcl
@@ -51,7 +52,7 @@ class Bfcl(Generation):
         return {"ast": False}
 
 
-def _chat(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _chat(row: Mapping[str, Any]) -> Chat:
     """The messages and tools of a case in OpenAI's shape."""
     tools = [
         {"type": "function", "function": {**f, "parameters": json_schema(f["parameters"])}}

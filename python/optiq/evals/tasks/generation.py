@@ -62,7 +62,7 @@ class Generation(ABC):
         try:
             return self.score(item, text)
         except OptiqError:
-            raise  # such as no sandbox: that is no verdict on the answer
+            raise  # such as no sandbox: that says nothing about the answer
         except Exception as error:  # an answer may be anything
             return self.failed(item), f"cannot be scored: {type(error).__name__} {one_line(error)}"
 
