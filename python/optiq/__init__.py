@@ -19,8 +19,8 @@ from . import blas
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .cards import card as card
-    from .evals import evaluate as evaluate
+    from .cards.card import card as card
+    from .evals.runner import evaluate as evaluate
     from .nn.accelerate import accelerate as accelerate
     from .planning.files import plan as plan
     from .planning.plan import Plan as Plan
@@ -44,10 +44,10 @@ _EXPORTS = {
     "Sandbox": "sandbox",
     "Scores": "planning.scores",
     "accelerate": "nn.accelerate",
-    "card": "cards",
+    "card": "cards.card",
     "compare": "quality.compare",
     "convert": "quantize.convert",
-    "evaluate": "evals",
+    "evaluate": "evals.runner",
     "frontier": "quantize.frontier",
     "generate": "runtime.generate",
     "kv_plan": "quantize.kv.plan",

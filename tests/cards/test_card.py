@@ -16,18 +16,14 @@ import pytest
 from huggingface_hub import ModelCard
 from mlx_lm import convert as stock_convert
 
-from optiq import cards
+import optiq
 from optiq.cli import main
 from optiq.errors import EvalError, ExportError, OptiqError, UsageError
 from optiq.evals import metrics, runs
 from optiq.evals.runner import evaluate
-<<<<<<< HEAD
-from optiq.planning.plan import Plan
-=======
 from optiq.planning.plan import Plan, build
 from optiq.planning.scores import Scores
 from optiq.planning.size import UNIFORM4_SIZE, Size
->>>>>>> 465d575 (Cards pass types: facts are gathered, held and written in files of their own)
 from optiq.quality import statistics
 from optiq.quality.results import Distribution, Mean, Measured
 from optiq.quantize.export import export
@@ -101,7 +97,7 @@ def table(text: str, title: str) -> list[list[str]]:
 
 def test_figures_are_those_of_the_records(model: Path) -> None:
     evaluated(model)
-    card = cards.write(model, name="org/model-optiq")
+    card = optiq.card(model, name="org/model-optiq")
     assert card.path == model / "README.md"
     text = card.path.read_text()
     found = {row[0].strip("*"): row for row in table(text, "Benchmarks")[1:]}
@@ -135,7 +131,7 @@ def test_figures_are_those_of_the_records(model: Path) -> None:
 
 def test_kl(model: Path) -> None:
     evaluated(model)
-    rows = table(cards.write(model).path.read_text(), "Distance from the base model")
+    rows = table(optiq.card(model).path.read_text(), "Distance from the base model")
     assert rows[1][:3] == ["this model", "0.123 ± 0.011", "0.0900"]
     assert rows[1][-2:] == ["77.7 ± 1.3 %", "2,036"]
     assert rows[2][-2:] == ["55.0 %", "2,036"]
@@ -150,7 +146,7 @@ def test_kl(model: Path) -> None:
 def test_kl_to_the_base_model(model: Path) -> None:
     """As `optiq eval` records it: the reference is the model that plan.json names."""
     evaluate(model, tasks="kl", limit=2, progress=False)
-    card = cards.write(model)
+    card = optiq.card(model)
     rows = table(card.path.read_text(), "Distance from the base model")
     assert rows[3][0] == "this model, as evaluated (quick look)"
     assert card.facts.kl
@@ -163,7 +159,7 @@ def test_without_records_there_are_no_figures(model: Path) -> None:
     plan = json.loads(path.read_text())
     plan["measured"] = plan["uniform4"]["measured"] = None
     path.write_text(json.dumps(plan))
-    text = cards.write(model).path.read_text()
+    text = optiq.card(model).path.read_text()
     rows = table(text, "Benchmarks")[1:]
     assert len(rows) == 10
     assert {tuple(row[1:]) for row in rows[:-1]} == {("", "not measured")}
@@ -184,7 +180,7 @@ def test_quick_looks_and_unfinished_runs_are_labelled(model: Path) -> None:
     path.write_text("\n".join(path.read_text().splitlines()[:51]) + "\n")
     path = write_run(folder, "humaneval", 0.6, fingerprint=mark)
     path.write_text("\n".join(path.read_text().splitlines()[:8]) + "\n")
-    text = cards.write(model).path.read_text()
+    text = optiq.card(model).path.read_text()
     rows = {row[0]: row[1:] for row in table(text, "Benchmarks")}
     assert rows["**GSM8K, 3-shot** (quick look)"][0] == "40"
     assert rows["**BFCL-V3 simple** (quick look)"][0] == "20"
@@ -197,7 +193,7 @@ def test_a_whole_run_comes_before_a_quick_look(model: Path) -> None:
     mark, folder = fingerprint(model), model / runs.FOLDER
     write_run(folder / "limit-20", "gsm8k", 0.6, items=20, limit=20, fingerprint=mark)
     write_run(folder, "gsm8k", 0.6, fingerprint=mark)
-    rows = {row[0]: row[1:] for row in table(cards.write(model).path.read_text(), "Benchmarks")}
+    rows = {row[0]: row[1:] for row in table(optiq.card(model).path.read_text(), "Benchmarks")}
     assert rows["**GSM8K, 3-shot**"][0] == "200"
 
 
@@ -205,7 +201,7 @@ def test_against_uniform(home: Path, model: Path) -> None:
     evaluated(model, 0.65, 0.1, seed=1)
     stock = Path(shutil.copytree(home / "stock4", model.parent / "stock"))
     evaluated(stock, 0.45, 0.4, seed=2)
-    card = cards.write(model, uniform=stock)
+    card = optiq.card(model, uniform=stock)
     text = card.path.read_text()
     head, *rows = table(text, "Benchmarks")
     assert head == ["", "items", "score", "uniform 4-bit, groups of 64", "difference", "verdict"]
@@ -233,28 +229,28 @@ def test_uniform_without_the_same_benchmarks(home: Path, model: Path) -> None:
     mark = fingerprint(model)
     write_run(model / runs.FOLDER, "gsm8k", 0.6, fingerprint=mark)
     stock = Path(shutil.copytree(home / "stock4", model.parent / "stock"))
-    rows = table(cards.write(model, uniform=stock).path.read_text(), "Benchmarks")
+    rows = table(optiq.card(model, uniform=stock).path.read_text(), "Benchmarks")
     assert rows[2][3:] == ["not measured", "", ""]
 
 
 def test_refuses_what_is_no_uniform_build(home: Path, model: Path) -> None:
     with pytest.raises(UsageError, match="takes a build of the same size, within 1 %"):
-        cards.write(model, uniform=home / "stock8")
+        optiq.card(model, uniform=home / "stock8")
     with pytest.raises(UsageError, match=r"is not what mlx_lm\.convert makes"):
-        cards.write(model, uniform=home / "model")
+        optiq.card(model, uniform=home / "model")
     with pytest.raises(UsageError, match=r"is not what mlx_lm\.convert makes"):
-        cards.write(model, uniform=home / "source-llama")
+        optiq.card(model, uniform=home / "source-llama")
     stock = Path(shutil.copytree(home / "stock4", model.parent / "stock"))
     write_run(stock / runs.FOLDER, "gsm8k", 0.6, fingerprint=fingerprint(model))
     with pytest.raises(EvalError, match=r"stock.*gsm8k.jsonl is of another model"):
-        cards.write(model, uniform=stock)
+        optiq.card(model, uniform=stock)
     assert not (model / "README.md").exists()
 
 
 def test_refuses_records_of_another_model(model: Path) -> None:
     write_run(model / runs.FOLDER / "limit-5", "bfcl", 1.0, items=5, limit=5, fingerprint="f" * 64)
     with pytest.raises(EvalError, match=r"limit-5/bfcl.jsonl is of another model \(ffffffffffff"):
-        cards.write(model)
+        optiq.card(model)
     assert not (model / "README.md").exists()
 
 
@@ -265,24 +261,24 @@ def test_refuses_the_plan_of_other_weights(home: Path, model: Path) -> None:
     kept = path.read_text()
     path.write_text(json.dumps(other.to_json()))
     with pytest.raises(UsageError, match="is not the plan of the weights beside it"):
-        cards.write(model)
+        optiq.card(model)
     path.write_text(kept[:100])
     with pytest.raises(UsageError, match="cannot be read"):
-        cards.write(model)
+        optiq.card(model)
     plan = json.loads(kept)
     del plan["measured"]["kl"]["median"]
     path.write_text(json.dumps(plan))
     with pytest.raises(UsageError, match="is incomplete"):
-        cards.write(model)
+        optiq.card(model)
     path.unlink()
     with pytest.raises(UsageError, match=r"has no optiq/plan\.json"):
-        cards.write(model)
+        optiq.card(model)
     assert not (model / "README.md").exists()
 
 
 def test_quantization_table(model: Path) -> None:
     plan = Plan.from_json(json.loads((model / "optiq" / "plan.json").read_text()))
-    rows = table(cards.write(model).path.read_text(), "Quantization")[1:]
+    rows = table(optiq.card(model).path.read_text(), "Quantization")[1:]
     assert sum(int(row[3].replace(",", "")) for row in rows) == plan.nbytes
     assert sum(int(row[1]) for row in rows[:-1]) == len(plan.modules)
     counts = {row[0].strip("`"): int(row[1]) for row in rows[:-1]}
@@ -292,7 +288,7 @@ def test_quantization_table(model: Path) -> None:
 
 def test_provenance_hides_folders(model: Path) -> None:
     write_run(model / runs.FOLDER, "bfcl", 0.6, fingerprint=fingerprint(model))
-    text = cards.write(model).path.read_text()
+    text = optiq.card(model).path.read_text()
     rows = dict(table(text, "How the numbers were made"))
     assert rows["command"] == "`optiq convert b -o c`"
     assert rows["weights"] == f"`{fingerprint(model)}`"
@@ -308,7 +304,7 @@ def test_names_break_nothing(model: Path, name: str) -> None:
     plan["command"] = f"optiq convert '{name}"
     plan["versions"] = {"optiq": name}
     (model / "optiq" / "plan.json").write_text(json.dumps(plan))
-    path = cards.write(model, name=name).path
+    path = optiq.card(model, name=name).path
     data = ModelCard.load(path).data
     assert data.model_name == name
     text = path.read_text()
@@ -330,7 +326,7 @@ def front(model: Path) -> Card:
         plan = json.loads(path.read_text())
         plan["model"]["name"] = source
         path.write_text(json.dumps(plan))
-        cards.write(model, **options)
+        optiq.card(model, **options)
         data: dict[str, Any] = ModelCard.load(model / "README.md").data.to_dict()
         return data
 
@@ -379,29 +375,29 @@ def test_only_an_unchanged_card_is_replaced(model: Path) -> None:
     path = model / "README.md"
     path.write_text("precious")
     with pytest.raises(UsageError, match="was not written, or was changed since"):
-        cards.write(model)
+        optiq.card(model)
     assert path.read_text() == "precious"
-    cards.write(model, force=True)
+    optiq.card(model, force=True)
     first = path.read_text()
     write_run(model / runs.FOLDER, "gsm8k", 0.6, fingerprint=fingerprint(model))
-    cards.write(model)
+    optiq.card(model)
     assert path.read_text() != first
     path.write_text(path.read_text().replace("plain mlx-lm model", "plain model"))
     with pytest.raises(UsageError, match="was changed since"):
-        cards.write(model)
-    other = cards.write(model, model.parent / "card.md").path
+        optiq.card(model)
+    other = optiq.card(model, model.parent / "card.md").path
     assert other.read_text().replace("plain mlx-lm model", "plain model") != first
     path.unlink()
     path.mkdir()
     with pytest.raises(UsageError, match="was changed since"):
-        cards.write(model)
+        optiq.card(model)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_failed_write_loses_nothing(
     model: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    cards.write(model)
+    optiq.card(model)
     before = (model / "README.md").read_text()
     write_run(model / runs.FOLDER, "gsm8k", 0.6, fingerprint=fingerprint(model))
 
@@ -410,7 +406,7 @@ def test_a_failed_write_loses_nothing(
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(ExportError if isinstance(error, OSError) else KeyboardInterrupt):
-        cards.write(model)
+        optiq.card(model)
     assert (model / "README.md").read_text() == before
     assert not list(model.glob(".*"))
 
@@ -465,4 +461,4 @@ def test_damaged_records_are_an_error(model: Path) -> None:
     path = write_run(model / runs.FOLDER, "kl", 0.1, fingerprint=fingerprint(model))
     path.write_text(path.read_text().replace('"kl": [', '"kl": 3, "x": [', 1))
     with pytest.raises(OptiqError, match="is not a list"):
-        cards.write(model)
+        optiq.card(model)

@@ -16,7 +16,8 @@ from optiq.cli import main
 from optiq.formats import Format
 from optiq.planning.plan import Plan
 from optiq.planning.proposals import propose
-from optiq.planning.scores import check
+from optiq.planning.scores import Scores
+from optiq.planning.size import UNIFORM4_SIZE
 from optiq.quantize import demo as demo_module
 from optiq.quantize.convert import convert
 from tests.scored import PEER
@@ -94,13 +95,13 @@ def test_sensitivity_and_plan(optiq: Optiq, folder: Path, tmp_path: Path) -> Non
     assert "15 modules, method auto, reference bf16, 320 tokens of optiq.jsonl" in text
     assert [p.name for p in file.parent.iterdir()] == ["scores.json"]
     scores = json.loads(file.read_text())
-    check(scores, "it")
+    found = Scores.from_json(scores)
     converted = json.loads((folder / "out" / "optiq" / "sensitivity.json").read_text())
     assert scores["modules"] == converted["modules"]  # the same text and seed
 
     data = json.loads(optiq("plan", str(file), "--json"))
     written = json.loads((folder / "out" / "optiq" / "plan.json").read_text())
-    proposed = {name: p.to_json()["modules"] for name, p in propose(scores).items()}
+    proposed = {name: p.to_json()["modules"] for name, p in propose(found, UNIFORM4_SIZE).items()}
     assert data["modules"] == proposed["scores"]
     assert written["modules"] == proposed[written["selection"]["chosen"]]
     assert data["nbytes"] <= data["budget"]["bytes"]

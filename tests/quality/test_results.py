@@ -12,10 +12,8 @@ import pytest
 from optiq.quality.divergence import summary
 from optiq.quality.results import Divergence, Measured
 
-DATA: dict[str, Any] = {
-    **summary([np.random.default_rng(i).random((3, 50)) for i in range(3)]),
-    "text_sha256": "9f2c",
-}
+TABLE = [np.random.default_rng(i).random((3, 50)) for i in range(3)]
+DATA = summary(TABLE, "9f2c").to_json()
 
 
 def test_all_of_a_summary_is_kept() -> None:

@@ -12,18 +12,18 @@ import mlx.core as mx
 import pytest
 
 from optiq.cli import main
-from optiq.errors import BudgetError, OptiqError, UsageError
+from optiq.errors import BudgetError, CheckpointError, OptiqError, UsageError
 from optiq.models import stock
 from optiq.planning.plan import uniform_plan
+from optiq.planning.size import Size
 from optiq.quantize import frontier as module
 from optiq.quantize import frontier_files
 from optiq.quantize.convert import convert
 from optiq.quantize.frontier import frontier
-from optiq.quantize.prepare import gather_all, prepare
-from optiq.report.frontier import render
+from optiq.quantize.options import Options
+from optiq.quantize.prepare import prepare, texts_of
 from optiq.sources import load, resolve
 from tests.planned import describe, scores_of
-from tests.report.page import read, rows
 from tests.test_docs import example
 from tests.tiny import tiny_folder
 
@@ -42,9 +42,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     path = tmp_path_factory.mktemp("frontier")
     folder = tiny_folder(path, name="model", dtype="bfloat16")
     scores = path / "scores.json"
-    scores.write_text(json.dumps(scores_of(resolve(str(folder)))))
-    result = frontier(folder, path / "out", sizes=SIZES, scores=scores, **QUICK)
-    return SimpleNamespace(path=path, model=folder, scores=scores, out=path / "out", result=result)
+    scores.write_text(json.dumps(scores_of(resolve(str(folder))).to_json()))
+    found = frontier(folder, path / "out", sizes=SIZES, scores=scores, **QUICK)
+    return SimpleNamespace(
+        path=path,
+        model=folder,
+        scores=scores,
+        out=path / "out",
+        found=found,
+        result=found.to_json(),
+    )
 
 
 def test_every_point_is_there_with_its_own_bytes(home: SimpleNamespace) -> None:
@@ -64,7 +71,7 @@ def test_every_point_is_there_with_its_own_bytes(home: SimpleNamespace) -> None:
     assert [p["nbytes"] for p in widths] == sorted({p["nbytes"] for p in widths})
     assert [p["kl"]["mean"] for p in widths] == sorted(p["kl"]["mean"] for p in widths)[::-1]
     model, modules = describe(resolve(str(home.model)))
-    uniform4 = uniform_plan(modules, model)
+    uniform4 = uniform_plan(model, modules)
     assert (widths[1]["nbytes"], widths[1]["bpw"]) == (uniform4.nbytes, uniform4.bpw)
     assert widths[1]["formats"] == {"4g64": len(modules)}
     assert points["optiq uniform4"]["nbytes"] <= uniform4.nbytes
@@ -87,14 +94,15 @@ def test_the_documented_example_has_the_same_keys(home: SimpleNamespace) -> None
 def test_the_peak_stays_below_the_memory_stated(home: SimpleNamespace, tmp_path: Path) -> None:
     source = resolve(str(home.model))
     loaded = load(source)
-    texts = gather_all(loaded.tokenizer, None, 0, 320, 320)
-    ready = prepare(source, loaded, texts, tmp_path, scores=home.scores, progress=False)
+    options = Options.parse(scores=home.scores, **QUICK)
+    ready = prepare(loaded, texts_of(options, loaded.tokenizer), tmp_path, options)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    for name, _, make in module._candidates(ready, ["6bpw"]):
-        module._point(ready, name, make)
+    sizes = [Size.parse("6bpw")]
+    for candidate in module._candidates(ready, sizes):
+        module._point(ready, candidate)
     peak = mx.get_peak_memory() - before
-    stated = sum(module.memory(ready, ["6bpw"]).values())
+    stated = module.memory(ready, sizes).total
     assert peak < stated < 10 * peak
 
 
@@ -103,21 +111,24 @@ def test_ours_is_what_convert_ships(home: SimpleNamespace, tmp_path: Path) -> No
     measured, selection = shipped.plan.measured, shipped.plan.selection
     assert measured is not None
     assert selection is not None
-    (ours,) = (p for p in home.result["points"] if p["name"] == "optiq 6bpw")
-    assert (ours["nbytes"], ours["bpw"]) == (measured["nbytes"], measured["bpw"])
-    assert (ours["chosen"], ours["rounding"]) == (selection["chosen"], selection["rounding"])
-    assert ours["text_sha256"] == measured["text_sha256"]
-    assert ours["kl"] == pytest.approx(measured["kl"], rel=1e-4)
-    assert ours["top1"] == pytest.approx(measured["top1"], rel=1e-4)
-    (stock4,) = (p for p in home.result["points"] if p["name"] == "uniform 4-bit")
-    assert stock4["kl"] == pytest.approx(shipped.plan.uniform4["measured"]["kl"], rel=1e-4)
+    (ours,) = (p for p in home.found.points if p.name == "optiq 6bpw")
+    assert (ours.nbytes, ours.measured.bpw) == (measured.nbytes, measured.bpw)
+    assert (ours.chosen, ours.rounding) == (selection.chosen, selection.rounding)
+    assert ours.measured.text_sha256 == measured.text_sha256
+    assert vars(ours.measured.kl) == pytest.approx(vars(measured.kl), rel=1e-4)
+    assert vars(ours.measured.top1) == pytest.approx(vars(measured.top1), rel=1e-4)
+    (stock4,) = (p for p in home.found.points if p.name == "uniform 4-bit")
+    uniform4 = shipped.plan.uniform4
+    assert uniform4 is not None
+    assert uniform4.measured is not None
+    assert vars(stock4.measured.kl) == pytest.approx(vars(uniform4.measured.kl), rel=1e-4)
 
 
 @pytest.mark.parametrize("after", [1, 10])
 def test_interrupted_and_resumed_it_writes_the_same_file(
     home: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    measure, calls = module.compare.measure, []
+    measure, calls = module.divergence.measure, []
 
     def counted(*args: Any, **options: Any) -> Any:
         if len(calls) == after:
@@ -131,13 +142,13 @@ def test_interrupted_and_resumed_it_writes_the_same_file(
             home.model, tmp_path / "out", sizes=sizes, scores=home.scores, **options, **QUICK
         )
 
-    monkeypatch.setattr(module.compare, "measure", counted)
+    monkeypatch.setattr(module.divergence, "measure", counted)
     with pytest.raises(KeyboardInterrupt):
         again()
     assert names(tmp_path) == ["out.optiq-work"]
     with pytest.raises(UsageError, match=r"unfinished measurement; add --resume"):
         again()
-    with pytest.raises(UsageError, match=r"was made with another .*seed; repeat"):
+    with pytest.raises(CheckpointError, match=r"another job \(.*seed: 0 then, 1 now"):
         again(seed=1, resume=True)
     calls.clear()
     after = 100
@@ -164,11 +175,10 @@ def test_without_scores_they_are_measured_and_kept(
     assert names(tmp_path) == ["model", "out.optiq-work"]
     with pytest.raises(UsageError, match=r"unfinished measurement; add --resume"):
         again()
-    monkeypatch.setattr(
-        "optiq.quantize.sensitivity.fisher._Batch.score", None
-    )  # measures nothing anew
+    # Nothing is measured anew.
+    monkeypatch.setattr("optiq.quantize.sensitivity.fisher._Batch.score", None)
     result = again(resume=True)
-    assert result["scores"]["method"] == "auto"
+    assert result.scores.method == "auto"
     assert names(out) == [*FILES, "sensitivity.json"]
     kept = json.loads((out / "sensitivity.json").read_text())
     assert {f for m in kept["modules"] for f in m["scores"]} == {"4g64", "4g128", "8g64", "8g128"}
@@ -182,9 +192,9 @@ def test_a_recipe_for_other_models_is_left_out(
     monkeypatch.setattr(stock, "UNIFORM_WIDTHS", (4,))
     options: dict[str, Any] = {"rounding": "minmax", "scores": home.scores, **QUICK}
     result = frontier(home.model, tmp_path / "out", sizes=["uniform4"], **options)
-    (note,) = result["notes"]
+    (note,) = result.notes
     assert note.startswith("mixed_9_9 is left out: mlx-lm ")
-    assert len(result["points"]) == 2
+    assert len(result.points) == 2
 
 
 @pytest.fixture
@@ -254,7 +264,7 @@ def test_sizes_that_the_scores_cannot_give(home: SimpleNamespace, tmp_path: Path
     [
         "{",
         "[]",
-        '{"kind": "optiq.frontier.checkpoint"}',
+        '{"kind": "optiq.frontier.checkpoint", "identity": {}}',
         '{"kind": "optiq.frontier.checkpoint", "identity": {}, "points": {"a": {"kl": 1}}}',
     ],
 )
@@ -278,7 +288,7 @@ def test_both_files_or_none(
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OptiqError, match=r"No space left on device\); free space"):
-        frontier_files.write(home.result, None, tmp_path / "out")
+        frontier_files.write(home.found, None, tmp_path / "out")
     assert names(tmp_path) == []
 
 
@@ -297,38 +307,3 @@ def test_the_command_replaces_its_own_files(
     data = json.loads(capsys.readouterr().out)
     assert data == json.loads((tmp_path / "out" / "frontier.json").read_text())
     assert data["seed"] == 1
-
-
-def test_the_page_has_every_point_and_needs_nothing(home: SimpleNamespace) -> None:
-    html = (home.out / "frontier.html").read_text()
-    root = read(html)
-    assert "http" not in html
-    assert not [e for e in root.all() if e.tag in ("script", "link") or "src" in e.attrs]
-    points = {p["name"]: p for p in home.result["points"]}
-    table = rows(root.first("table"))
-    assert list(table) == list(points)
-    for name, cells in table.items():
-        shown = [float(d.attrs["value"]) for cell in cells for d in cell.all("data")]
-        p = points[name]
-        assert shown[:3] == [p["nbytes"], p["bpw"], p["kl"]["mean"]]
-        assert ("dominated" in cells[-1].text) is p["dominated"]
-    for css in ("wide", "narrow"):
-        svg = root.first("div", css).first("svg")
-        assert svg.attrs["role"] == "img"
-        marks = [g for g in svg.all("g", "mark") if "measured" in g.classes]
-        said = [g.first("title").text for g in marks]
-        assert sorted(s.split(":")[0] for s in said) == sorted(points)
-        assert len(list(svg.all("path", "error"))) == len(points)
-        assert len(list(svg.all("polyline"))) == 2
-    labels = {t.text for t in root.first("div", "wide").all("text", "label")}
-    assert labels >= {"optiq uniform4", "optiq 6bpw", "uniform 8-bit"}
-
-
-def test_names_cannot_break_the_page(home: SimpleNamespace) -> None:
-    hostile = "</title><script>alert('x')</script>\"><img src=http://evil>"
-    result = json.loads(json.dumps(home.result))
-    result["model"]["name"] = result["points"][0]["name"] = result["notes"][0] = hostile
-    root = read(render(result))
-    assert not list(root.all("script"))
-    assert not list(root.all("img"))
-    assert root.first("h1").text == hostile

@@ -13,10 +13,10 @@ from mlx_lm import load as stock_load
 from mlx_lm.utils import load_model
 
 import optiq
+from optiq import nn as native
 from optiq.errors import SourceError
 from optiq.models.roles import quantizable
 from optiq.models.size import model_size
-from optiq.nn import accelerate as native
 from optiq.quantize.export import export
 from optiq.quantize.rounding.render import render_model
 from optiq.runtime.loading import load

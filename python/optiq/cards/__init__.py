@@ -3,6 +3,6 @@
 gather.py reads what was recorded, facts.py holds it, page.py and front_matter.py say it.
 """
 
-from .card import Card, write
+from .card import Card
 
-__all__ = ["Card", "write"]
+__all__ = ["Card"]

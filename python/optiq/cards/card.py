@@ -27,7 +27,7 @@ class Card:
     facts: Facts
 
 
-def write(model: str | Path, out: str | Path | None = None, **options: Unpack[CardFields]) -> Card:
+def card(model: str | Path, out: str | Path | None = None, **options: Unpack[CardFields]) -> Card:
     """Write the card of the folder `model` to `out` (default: its README.md).
 
     The options are those of `CardOptions`. A file that is there is replaced only if it is a card as

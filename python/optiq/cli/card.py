@@ -24,10 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..cards import write
+    from ..cards.card import card
     from .tables import card_table
 
-    card = write(
+    written = card(
         args.model,
         args.out,
         name=args.name,
@@ -36,5 +36,5 @@ def run(args: argparse.Namespace) -> int:
         uniform=args.uniform,
         force=args.force,
     )
-    print(json.dumps(card.facts.to_json(), indent=1) if args.json else card_table(card))
+    print(json.dumps(written.facts.to_json(), indent=1) if args.json else card_table(written))
     return 0

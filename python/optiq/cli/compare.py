@@ -49,8 +49,11 @@ def _records(args: argparse.Namespace) -> int:
             "are for measuring, leave them out"
         )
     first, second = (runs.load(runs.locate(name)) for name in args.models)
-    result = {"models": args.models, **compare(first, second)}
-    print(json.dumps(result, indent=1) if args.json else evals_table(result))
+    compared = compare(first, second)
+    if args.json:
+        print(json.dumps({"models": args.models, **compared.to_json()}, indent=1))
+    else:
+        print(evals_table(compared, args.models))
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from . import options
 
@@ -44,32 +45,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from ..quantize.kv.contexts import SAMPLES
     from ..quantize.kv.files import Files
-    from ..quantize.kv.plan import RECENT, SINK, plan_kv
-    from ..quantize.kv.slots import MENU
+    from ..quantize.kv.plan import kv_plan
     from .tables import kv_table
 
     files = Files(Path(args.out))
     with options.resumable(files.checkpoint):
-        report = plan_kv(
+        report = kv_plan(
             args.model,
             args.out,
             size=args.size,
             context=args.context,
-            samples=args.samples or SAMPLES,
-            formats=MENU if args.formats is None else args.formats,
-            fp_recent=RECENT if args.fp_recent is None else args.fp_recent,
-            fp_sink=SINK if args.fp_sink is None else args.fp_sink,
+            samples=args.samples,
+            formats=args.formats,
+            fp_recent=args.fp_recent,
+            fp_sink=args.fp_sink,
             calibration=args.calibration,
             revision=args.revision,
             seed=args.seed,
             resume=args.resume,
         )
     if args.json:
-        print(json.dumps(report, indent=1))
+        print(json.dumps(report.to_json(), indent=1))
     else:
         print(kv_table(report))
         print(f"\nwritten    {files.out}\nreport     {files.page}")

@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..cards import Card
     from ..evals.comparison import Compared, Comparison
 
 from ..formats import UNIFORM4
+from ..kv.report import KVReport
 from ..planning.pareto import Frontier
 from ..planning.plan import Plan, Selection
 from ..planning.scores import Scores
@@ -174,31 +175,29 @@ def share(value: float, scale: float, sign: str = "") -> str:
     return f"{scale * value:{sign}.1f}" if scale == 100 else f"{value:{sign}.3g}"
 
 
-def kv_table(report: Mapping[str, Any]) -> str:
+def kv_table(report: KVReport) -> str:
     """How many caches got what, and how it measures beside uniform widths."""
-    count = {side: Counter[str]() for side in ("k", "v")}
-    for row in report["scores"]:
-        count[row["side"]][row["format"]] += 1
+    count = {side: Counter(str(s.format) for s in report.scores if s.side == side) for side in "kv"}
     widths = sorted({*count["k"], *count["v"]})
     rows = [["format", "keys of", "values of"]]
     rows += [[fmt, str(count["k"][fmt]), str(count["v"][fmt])] for fmt in widths]
     points = [["held-out text", "size", "KL mean", "KL 99 %", "same top token", "perplexity ratio"]]
-    for p in report["points"]:
-        kl = p["kl"]
-        figures = [size(p["nbytes"]), number(kl["mean"], kl["se"]), number(kl["p99"])]
-        points.append([p["name"], *figures, _percent(p["top1"]), f"{p['ppl_ratio']:.4f}"])
-    budget, ratio, exact = report["budget"], report["ratio"], report["exact"]
+    for p in report.points:
+        kl, top1 = p.divergence.kl, p.divergence.top1
+        figures = [size(p.nbytes), number(kl.mean, kl.se), number(kl.p99)]
+        points.append([p.name, *figures, _percent(top1), f"{p.divergence.ppl_ratio:.4f}"])
+    exact = report.exact
     return "\n".join(
         [
             grid(rows),
             "",
-            f"size       {report['nbytes']:,} bytes after {report['context']:,} tokens, "
-            f"{100 * report['nbytes'] / report['dense_nbytes']:.1f} % of 16 bits",
-            f"budget     {budget['bytes']:,} bytes ({budget['asked']})",
-            f"exact      last {exact['recent']} and first {exact['sink']} tokens, "
-            f"{exact['nbytes']:,} bytes on top",
-            f"chosen     {report['chosen']}, of {len(report['candidates'])} by measured KL"
-            + (f", measured / predicted {ratio:.2f}" if ratio else ""),
+            f"size       {report.nbytes:,} bytes after {report.context:,} tokens, "
+            f"{100 * report.nbytes / report.dense_nbytes:.1f} % of 16 bits",
+            f"budget     {report.budget:,} bytes ({report.asked})",
+            f"exact      last {exact.recent} and first {exact.sink} tokens, "
+            f"{exact.nbytes:,} bytes on top",
+            f"chosen     {report.chosen}, of {len(report.candidates)} by measured KL"
+            + (f", measured / predicted {report.ratio:.2f}" if report.ratio else ""),
             "",
             grid(points),
         ]

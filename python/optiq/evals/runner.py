@@ -139,7 +139,7 @@ def _sizes(source: Source, loaded: LoadedModel) -> Sizes:
     return Sizes(
         model=source.name,
         fingerprint=source.fingerprint,
-        **model_size(loaded.model),
+        **model_size(loaded.model)._asdict(),
         weight_file_bytes=sum(n for f, n in nbytes.items() if f.suffix == ".safetensors"),
         folder_bytes=sum(nbytes.values()),
     )

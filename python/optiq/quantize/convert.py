@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import report
 from ..base.checkpoint import check_unfinished
 from ..base.command import command_line
 from ..base.files import check_space, check_writable, write_json
@@ -25,7 +26,6 @@ from ..planning.plan import Baseline, Plan, build, uniform_plan
 from ..planning.scores import Scores
 from ..quality import divergence
 from ..quality.results import Measured
-from ..report import write_page
 from ..runtime.loading import load as load_native
 from ..sources import LoadedModel, Source, load, resolve
 from .export import check_target, export
@@ -112,7 +112,7 @@ def convert(
     try:
         plan = _measured(source, plan, out, texts.held_out, chosen.progress)
         write_json(out / "optiq" / "plan.json", plan.to_json())
-        write_page(plan, scores, out / "optiq" / "report.html")
+        report.write(plan, scores, out / "optiq" / "report.html")
     except BaseException:  # also Ctrl-C: what is there is whole, or not there
         shutil.rmtree(out)
         raise

@@ -41,8 +41,8 @@ def measure_configs(
             for name, columns in decode(model, configs, sample.tokens).items():
                 tables[name].append(columns)
             bar.step(len(configs) + 1)
-    text = {"text_sha256": token_hash(contexts)}
-    return {name: Divergence.from_json(summary(table) | text) for name, table in tables.items()}
+    digest = token_hash(contexts)
+    return {name: summary(table, digest) for name, table in tables.items()}
 
 
 def decode(

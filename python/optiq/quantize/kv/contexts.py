@@ -27,7 +27,7 @@ class Contexts:
 
 
 def gather_contexts(
-    tokenizer: Tokenizer, path: str | Path | None, *, length: int, samples: int, seed: int
+    tokenizer: Tokenizer, path: Path | None, *, length: int, samples: int, seed: int
 ) -> Contexts:
     """At most `samples` contexts of `length` tokens for each of the three, from the rows at `path`.
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ...base.checkpoint import check_unfinished
 from ...base.files import check_writable, whole
 from ...errors import ExportError, KVError, UsageError
 from ...kv.config import KVConfig
 from ...kv.report import KIND, KVReport
 from ...report import kv as page
-from ..preflight import check_unfinished
 
 
 class Files:
@@ -38,7 +38,7 @@ class Files:
                     f"{path} exists and was not made by optiq kv; name another file with -o"
                 )
         check_writable(self.out)
-        check_unfinished(self.checkpoint, resume)
+        check_unfinished([self.checkpoint], resume)
 
     def write(self, config: KVConfig, report: KVReport) -> None:
         """Write all, each whole or not at all and the configuration last; raises ExportError."""

@@ -78,7 +78,7 @@ class KVOptions:
     samples: int = SAMPLES
     fp_recent: int = RECENT
     fp_sink: int = SINK
-    calibration: str | Path | None = None
+    calibration: Path | None = None
     revision: str | None = None
     seed: int = 0
     resume: bool = False
@@ -91,6 +91,7 @@ class KVOptions:
         options = cls(
             size=CacheSize.parse(given.pop("size", SIZE)),
             formats=parse_menu(given.pop("formats", MENU)),
+            calibration=Path(given.pop("calibration")) if "calibration" in given else None,
             **given,
         )
         if options.context is not None and options.context < LEAST:
