@@ -5,7 +5,7 @@
 
 from .affine import AffineWeight, quantize
 from .attention import dequantize_kv, quantize_kv, quantized_attention
-from .descent import descend
+from .coordinate_descent import descend
 from .kl import Comparison, compare_logits, kl_divergence, kl_from_logits
 from .matmul import linear, mixed_quantized_matmul, quantized_matmul
 

@@ -10,7 +10,7 @@ import pytest
 
 from optiq import ops
 from optiq.formats import AFFINE_BITS, AFFINE_GROUPS, Format
-from optiq.ops import descent, native, reference
+from optiq.ops import coordinate_descent, native, reference
 
 from .cases import DTYPES
 from .test_quantize import f64
@@ -65,7 +65,7 @@ def test_numpy_takes_the_same_steps(bits: int, group_size: int, dtype: str) -> N
         pytest.skip("there is no native part to compare with")
     w, h, exact = layer(9, 256, dtype)
     start = searched(w, h, bits, group_size)
-    ours, theirs = ops.descend(w, start, h), descent._descend(w, start, h, 4)
+    ours, theirs = ops.descend(w, start, h), coordinate_descent._descend(w, start, h, 4)
     # Another order of float32 sums may turn a tie.
     assert np.mean(np.array(ours.codes) == np.array(theirs.codes)) > 0.98
     assert errors(ours, w, exact).sum() == pytest.approx(errors(theirs, w, exact).sum(), rel=1e-3)
@@ -81,7 +81,7 @@ def test_no_single_code_can_be_improved() -> None:
         moved = codes.copy()
         moved[:, column] += step
         valid = (moved[:, column] >= 0) & (moved[:, column] <= 7)
-        packed = descent.pack(mx.array(np.clip(moved, 0, 7)), 3)
+        packed = coordinate_descent.pack(mx.array(np.clip(moved, 0, 7)), 3)
         assert (errors(v._replace(codes=packed), w, exact) >= least * (1 - 1e-5))[valid].all()
 
 
@@ -98,7 +98,7 @@ def test_near_the_best_of_all_codes() -> None:
         tried = codes.copy()
         tried[:, :4] = choice
         best = np.minimum(
-            best, errors(v._replace(codes=descent.pack(mx.array(tried), 2)), w, exact)
+            best, errors(v._replace(codes=coordinate_descent.pack(mx.array(tried), 2)), w, exact)
         )
     found = errors(v, w, exact)
     assert (found >= best - 1e-9).all()
