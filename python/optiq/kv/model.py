@@ -12,7 +12,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from ..errors import KVError
 from ..models.blocks import cache_readers, latent_rank
-from ..nn.layers import _Adopting
+from ..nn.layers import Adopting
 from ..sources import Source
 from ..sources.folder import TOKENIZER_FILES
 from .caches import records
@@ -116,7 +116,7 @@ def identity(source: Source) -> Json:
     }
 
 
-class WithCache(_Adopting):
+class WithCache(Adopting):
     """Mixed into the class of a model."""
 
     kv_config: KVConfig

@@ -20,7 +20,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..models.places import Wrapper, slot_at
-from ..nn.layers import _Adopting
+from ..nn.layers import Adopting
 from .records import Handle, handing
 
 ATTENTION = "scaled_dot_product_attention"
@@ -28,7 +28,7 @@ TRIAL = ((0, 1, 2, 3, 4), (5,), (6,))  # tokens: a prompt and two steps
 _routed_classes: dict[type[nn.Module], type[nn.Module] | None] = {}
 
 
-class Routed(_Adopting):
+class Routed(Adopting):
     """Mixed into the class of an attention module; `rerouted` is its code with another name."""
 
     rerouted: Callable[..., Any]

@@ -23,7 +23,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 from ..formats import DENSE, Format
 from ..models.blocks import Block, Unknown
 from ..ops import native
-from .layers import _Adopting
+from .layers import Adopting
 from .parts import PLAIN, Composed, Native
 
 Cache = Any
@@ -43,7 +43,7 @@ def fuse(block: nn.Module, anatomy: Block) -> nn.Module:
     return fused
 
 
-class Fused(_Adopting):
+class Fused(Adopting):
     """Mixed into the class of the original block."""
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Cache = None) -> mx.array:

@@ -11,14 +11,18 @@ from mlx_lm.models import switch_layers
 from .. import ops
 from ..ops import native
 
-M = TypeVar("M", bound="_Adopting")
+M = TypeVar("M", bound="Adopting")
 
 # On the CPU, dequantizing an nvfp4 weight costs as much as the stock product with so many rows.
 NVFP4_ROWS = 16
 
 
-class _Adopting(nn.Module):
-    """Makes a layer out of another's parameters, without initialising random ones first."""
+class Adopting(nn.Module):
+    """Mixed into a module class that takes the place of another with the same parameters.
+
+    `__init__` would fill the new module with random weights first. `adopt` skips it and takes over
+    what the other module holds: parameters, children and attributes.
+    """
 
     @classmethod
     def empty(cls: type[M]) -> M:
@@ -38,19 +42,19 @@ def _activation(x: mx.array) -> mx.array:
     return x.astype(mx.float32) if native.on_cpu() else x
 
 
-class Linear(_Adopting, nn.Linear):
+class Linear(Adopting, nn.Linear):
     def __call__(self, x: mx.array) -> mx.array:
         y = ops.linear(x, self["weight"])
         return y + self["bias"] if "bias" in self else y
 
 
-class QuantizedLinear(_Adopting, nn.QuantizedLinear):
+class QuantizedLinear(Adopting, nn.QuantizedLinear):
     def __call__(self, x: mx.array) -> mx.array:
         y = _product(self, x)
         return y + self["bias"] if "bias" in self else y
 
 
-class Embedding(_Adopting, nn.Embedding):
+class Embedding(Adopting, nn.Embedding):
     def __call__(self, ids: mx.array) -> mx.array:
         return _activation(self["weight"][ids])
 
@@ -58,7 +62,7 @@ class Embedding(_Adopting, nn.Embedding):
         return ops.linear(x, self["weight"])
 
 
-class QuantizedEmbedding(_Adopting, nn.QuantizedEmbedding):
+class QuantizedEmbedding(Adopting, nn.QuantizedEmbedding):
     def __call__(self, ids: mx.array) -> mx.array:
         if native.on_cpu():
             return dequantized(self, ids)
@@ -69,21 +73,21 @@ class QuantizedEmbedding(_Adopting, nn.QuantizedEmbedding):
         return _product(self, x)
 
 
-class SwitchLinear(_Adopting, switch_layers.SwitchLinear):  # type: ignore[misc]
+class SwitchLinear(Adopting, switch_layers.SwitchLinear):  # type: ignore[misc]
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         rows, experts, shape = _expert_rows(x, indices)
         y = ops.linear(rows, self["weight"], indices=experts).reshape(*shape, -1)
         return _expert_bias(self, y, indices)
 
 
-class QuantizedSwitchLinear(_Adopting, switch_layers.QuantizedSwitchLinear):  # type: ignore[misc]
+class QuantizedSwitchLinear(Adopting, switch_layers.QuantizedSwitchLinear):  # type: ignore[misc]
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         rows, experts, shape = _expert_rows(x, indices)
         y = _product(self, rows, indices=experts).reshape(*shape, -1)
         return _expert_bias(self, y, indices)
 
 
-def stock_classes() -> dict[type[nn.Module], type[_Adopting]]:
+def stock_classes() -> dict[type[nn.Module], type[Adopting]]:
     """Stock class -> native class."""
     return {
         nn.Linear: Linear,
