@@ -10,7 +10,7 @@ import pytest
 
 from optiq import ops
 from optiq.formats import AFFINE_BITS, AFFINE_GROUPS, Format
-from optiq.ops import affine, reference
+from optiq.ops import affine, reference, rounding
 
 from .cases import DTYPES
 
@@ -84,7 +84,7 @@ def test_fallback_is_as_good(bits: int, group_size: int, dtype: str) -> None:
     fmt = Format("affine", bits, group_size)
     w, importance = tensors(dtype=dtype)
     native = weighted_errors(ops.quantize(w, fmt, importance), fmt, w, importance)
-    fallback = weighted_errors(affine._search(w, fmt, importance), fmt, w, importance)
+    fallback = weighted_errors(rounding._search(w, fmt, importance), fmt, w, importance)
     assert native.sum() == pytest.approx(fallback.sum(), rel=0.01)
 
 
@@ -102,7 +102,7 @@ def test_degenerate_groups(bits: int) -> None:
     w = mx.array(np.stack([np.zeros(64), np.full(64, 0.37), np.full(64, -5.0), np.eye(1, 64)[0]]))
     w = w.astype(mx.float32)
     for importance in (mx.ones(64), mx.zeros(64)):
-        for rounded in (ops.quantize(w, fmt, importance), affine._search(w, fmt, importance)):
+        for rounded in (ops.quantize(w, fmt, importance), rounding._search(w, fmt, importance)):
             back = decoded(rounded, fmt)
             assert np.isfinite(back).all()
             np.testing.assert_allclose(back[:3], f64(w)[:3], rtol=1e-6)

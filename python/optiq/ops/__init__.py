@@ -3,11 +3,12 @@
 `reference.py` holds the float64 definition every implementation is tested against.
 """
 
-from .affine import AffineWeight, quantize
+from .affine import AffineWeight
 from .attention import dequantize_kv, quantize_kv, quantized_attention
 from .coordinate_descent import descend
 from .kl import Comparison, compare_logits, kl_divergence, kl_from_logits
 from .matmul import linear, mixed_quantized_matmul, quantized_matmul
+from .rounding import quantize
 
 __all__ = [
     "AffineWeight",

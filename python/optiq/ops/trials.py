@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..formats import Format
-from . import affine, attention, kl, reference
+from . import attention, kl, reference, rounding
 from .affine import AffineWeight
 
 
@@ -74,7 +74,7 @@ def _quantize(ext: ModuleType) -> bool:
         return float((columns * (back - exact) ** 2).sum())
 
     searched = ext.quantize(w, importance, fmt.group_size, fmt.bits)
-    return error(*searched) <= 1.01 * error(*affine._search(w, fmt, importance))
+    return error(*searched) <= 1.01 * error(*rounding._search(w, fmt, importance))
 
 
 def _kl_divergence(ext: ModuleType) -> bool:
