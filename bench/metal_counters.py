@@ -19,10 +19,10 @@ import mlx.core as mx
 import numpy as np
 
 import optiq  # noqa: F401
+from optiq.ops.cases import Product
 from tests.metal.launcher import plan_quantized_matmul, run, to_numpy
 from tests.msl.emulator import Counters, Module, Out
 from tests.msl.mlx_headers import INCLUDE, QUANTIZED
-from tests.ops.cases import Case
 
 GPU = "applegpu_g15s"
 GROUP = 64
@@ -60,7 +60,7 @@ def gather(c: Counters, codes: list[int], scales: list[int], x: int, y: list[int
     return Figures(*args, c.barriers, c.threadgroup_memory)
 
 
-def ours(cases: Sequence[Case], transpose: bool = True) -> Figures:
+def ours(cases: Sequence[Product], transpose: bool = True) -> Figures:
     """One launch for all the weights."""
     rows = cases[0].rows
     x = cases[0].activations(None if transpose else cases[0].out)
@@ -75,7 +75,7 @@ def ours(cases: Sequence[Case], transpose: bool = True) -> Figures:
     return gather(counters, codes, scales, 0, [1 + 3 * slots + p for p in range(len(cases))])
 
 
-def stock(case: Case) -> Figures:
+def stock(case: Product) -> Figures:
     """MLX's choice of kernel for one weight: QuantizedMatmul::eval_gpu and what it calls."""
     m, n, k, bits = case.rows, case.out, case.inner, case.bits
     limit = 13 if max(k, n) <= 2048 else 15 if max(k, n) <= 4096 else 13
@@ -101,7 +101,7 @@ def stock(case: Case) -> Figures:
     return figures + Figures(1, written=2 * m * n, other=4 * split * m * n)
 
 
-def stock_not_transposed(case: Case) -> Figures:
+def stock_not_transposed(case: Product) -> Figures:
     """For x @ w; here the case's `out` is what x has columns."""
     m, n, template = case.rows, case.inner, f"half, {GROUP}, {case.bits}, false"
     if m < 4 and case.out < 1024:
@@ -113,7 +113,7 @@ def stock_not_transposed(case: Case) -> Figures:
 
 def experts(rows: int, of: int, width: int, bits: int) -> tuple[Figures, Figures]:
     """Ours and stock for rows that go to one of several weights [width, width]."""
-    case = Case(rows, width * of, width, bits, GROUP, "f16")
+    case = Product(rows, width * of, width, bits, GROUP, "f16")
     x = case.activations()
     weight = [a.reshape(of, width, -1) for a in case.quantized()]
     which = np.random.default_rng(0).integers(0, of, rows).astype(np.uint32)
@@ -143,7 +143,7 @@ def _module(kernel: str) -> Module:
 
 def _stock(
     kernel: str,
-    case: Case,
+    case: Product,
     grid: Any,
     threads: Any,
     sizes: int,
@@ -203,7 +203,7 @@ def single() -> Iterator[str]:
         *((4, m) for m in (1, 2, 4, 5, 8, 12, 16, 32, 64, 128)),
         *((b, m) for b in (2, 3, 5, 6, 8) for m in (1, 8)),
     ]:
-        case = Case(rows, 1024, 1024, bits, GROUP, "f16")
+        case = Product(rows, 1024, 1024, bits, GROUP, "f16")
         yield row(f"{bits}-bit, {count(rows)}", ours([case]), stock(case))
 
 
@@ -216,7 +216,7 @@ MIXES = {
 def mixed() -> Iterator[str]:
     for name, parts in MIXES.items():
         for rows in (1, 8, 16):
-            cases = [Case(rows, out, 1024, bits, GROUP, "f16") for out, bits in parts]
+            cases = [Product(rows, out, 1024, bits, GROUP, "f16") for out, bits in parts]
             total = Figures()
             for case in cases:
                 total = total + stock(case)
@@ -225,7 +225,7 @@ def mixed() -> Iterator[str]:
 
 def others() -> Iterator[str]:
     for rows in (1, 32):
-        case = Case(rows, 512, 1024, 4, GROUP, "f16")
+        case = Product(rows, 512, 1024, 4, GROUP, "f16")
         yield row(f"x @ w, {count(rows)}", ours([case], False), stock_not_transposed(case))
     yield row("8 rows to 4 experts", *experts(8, 4, 512, 4))
 

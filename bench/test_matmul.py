@@ -6,10 +6,10 @@ import mlx.core as mx
 import pytest
 
 from optiq import ops
-from tests.ops.cases import Case
+from optiq.ops.cases import Product
 
 CASES = [
-    Case(rows, width, width, bits, 64, dtype)
+    Product(rows, width, width, bits, 64, dtype)
     for rows, width, bits, dtype in (
         (1, 2048, 4, "f32"),
         (8, 2048, 4, "f32"),
@@ -26,7 +26,7 @@ CASES = [
 
 @pytest.mark.parametrize("who", ["optiq", "stock"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_matmul(benchmark, record, case: Case, who: str) -> None:  # type: ignore[no-untyped-def]
+def test_matmul(benchmark, record, case: Product, who: str) -> None:  # type: ignore[no-untyped-def]
     x = case.activations()
     if case.bits:
         product = ops.quantized_matmul if who == "optiq" else mx.quantized_matmul

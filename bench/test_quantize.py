@@ -8,7 +8,7 @@ import pytest
 
 from optiq import ops
 from optiq.formats import Format
-from tests.ops.cases import DTYPES
+from optiq.ops.cases import DTYPES
 
 WIDTH = 2048
 CASES = [

@@ -3,7 +3,6 @@ float64."""
 
 from __future__ import annotations
 
-from itertools import product
 from typing import Any
 
 import mlx.core as mx
@@ -13,9 +12,10 @@ import pytest
 from optiq.formats import DENSE, Format
 from optiq.ops import reference
 from optiq.ops.attention import Exact
+from optiq.ops.attention_cases import ATTENTION, Attention, attention, masks, normal
+from optiq.ops.cases import DTYPES
 from tests.msl.emulator import KernelError, Module, needs_emulator
-from tests.ops.cases import DTYPES
-from tests.ops.test_quantized_attention import DIMS, MASKS, WIDTHS, masks, normal, records
+from tests.ops.test_quantized_attention import records
 
 from .launcher import NAMES, Plan, compile_together, plan_quantized_attention, run
 
@@ -71,79 +71,32 @@ def attend(
     return y, counters
 
 
-# Every width of keys and of values with every head_dim, a short last group among them, and plain
-# vectors; the other side's width goes round, since the two are decoded by the same function.
-FORMATS = [
-    *((dim, WIDTHS[(i + j) % 5], WIDTHS[(2 * i + j) % 5]) for i, dim in enumerate(DIMS)
-      for j in (0, 2)),
-    (64, 16, 4), (96, 8, 16), (80, 3, 6),
-]  # fmt: skip
-
-
-def fmt(bits: int, i: int) -> Format:
-    return DENSE if bits == 16 else Format("affine", bits, (32, 64)[i % 2])
-
-
-class Case:
-    """One call of the op. Its shapes go round with `i`, its kernel comes from FORMATS alone."""
-
-    def __init__(self, i: int, kind: str, group: int = 1, dtype: str = "f32") -> None:
-        dim, k_bits, v_bits = FORMATS[i]
-        rows, keys = [(1, 40), (4, 150), (33, 40)][(i + group) % 3]
-        self.q = normal(2, 2 * group, rows, dim, seed=i).astype(DTYPES[dtype])
-        k, v = (normal(2, 2, keys, dim, seed=s + i).astype(DTYPES[dtype]) for s in (50, 80))
-        self.given, self.array = masks(kind, 2, rows, keys)
-        self.given |= {"k_format": fmt(k_bits, i), "v_format": fmt(v_bits, i // 2)}
-        self.given |= {"scale": dim**-0.5, "tune": "kv_split=128"}
-        if group % 2 == 0:
-            self.given["sinks"] = normal(2 * group, seed=7)
-        if group % 4 == 3:
-            self.given["softcap"] = 3.0
-        (self.k, self.exact_k), (self.v, self.exact_v) = (
-            records(x, self.given[f"{n}_format"]) for n, x in (("k", k), ("v", v))
-        )
-
-    def truth(self) -> np.ndarray[Any, Any]:
-        sinks = self.given.get("sinks")
-        return reference.attention(
-            np.array(self.q.astype(mx.float32)), self.exact_k, self.exact_v, self.given["scale"],
-            self.array, None if sinks is None else np.array(sinks), self.given.get("softcap", 0.0),
-        )  # fmt: skip
-
-    def plan(self) -> Plan:
-        return plan(self.q, self.k, self.v, **self.given)
-
-
-# Every mask with every format, each format with two group sizes: kernels take time to compile.
-GROUPS = (1, 3, 4, 8)
-CASES = [
-    (i, kind, GROUPS[(i + j % 2) % 4])
-    for (i, _), (j, kind) in product(enumerate(FORMATS), enumerate(MASKS))
-]
+def launched(case: Attention, shuffle: int | bool = False, **changed: Any) -> mx.array:
+    """The result, by splits of 128 keys."""
+    given = case.arguments() | {"tune": "kv_split=128"} | changed
+    return attend(case.queries(), *case.stored(), shuffle=shuffle, **given)[0]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_together() -> None:
-    compile_together([Case(*case).plan() for case in CASES])
+    compile_together(
+        [plan(c.queries(), *c.stored(), **c.arguments(), tune="kv_split=128") for c in ATTENTION]
+    )
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_equals_float64_on_the_stored_values(case: tuple[int, str, int]) -> None:
-    c = Case(*case)
-    got, _ = attend(c.q, c.k, c.v, **c.given)
-    np.testing.assert_allclose(np.array(got), c.truth(), rtol=0, atol=1e-5)
+@pytest.mark.parametrize("case", ATTENTION, ids=str)
+def test_equals_float64_on_the_stored_values(case: Attention) -> None:
+    assert case.part(launched(case)) <= 1
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 @pytest.mark.parametrize("case", [(0, "causal", 4), (3, "bool", 3), (10, "starts", 1)], ids=str)
 def test_16_bit_types(case: tuple[int, str, int], dtype: str) -> None:
     """Within one rounding of the result: everything between is float32."""
-    c = Case(*case, dtype)
-    got, _ = attend(c.q, c.k, c.v, **c.given)
+    c = attention(*case, dtype)
+    got = launched(c)
     assert got.dtype == DTYPES[dtype]
-    expected = c.truth()
-    limit = mx.finfo(got.dtype).eps / 2 * np.abs(expected) + 1e-5
-    assert (np.abs(np.array(got.astype(mx.float32)) - expected) <= limit).all()
+    assert c.part(got) <= 1
 
 
 @pytest.mark.parametrize("value_dim", [64, 128])
@@ -171,28 +124,21 @@ def test_exact_vectors_replace_their_records(rows: int, value_dim: int) -> None:
     np.testing.assert_allclose(np.array(got), expected, rtol=0, atol=1e-5)
 
 
-def decode(c: Case, k: mx.array, v: mx.array, **changed: Any) -> np.ndarray[Any, Any]:
-    return np.array(attend(c.q, k, v, **(c.given | changed))[0])
-
-
-LONG = (1, "causal", 3)  # two splits
+LONG = attention(1, "causal", 3)  # two splits
 
 
 def test_a_cache_with_room_is_read_in_place() -> None:
     """k and v as mlx-lm's caches give them: slices of longer arrays, whose rest is never read."""
-    c = Case(*LONG)
-    expected = decode(c, c.k, c.v)
-    keys, strides, longer = c.k.shape[2], {}, []
-    for name, x in (("k", c.k), ("v", c.v)):
+    q, keys, strides, longer = LONG.queries(), LONG.keys, {}, []
+    for name, x in zip("kv", LONG.stored(), strict=True):
         room = mx.full((2, 2, 10, x.shape[3]), 2**32 - 1, dtype=mx.uint32)
         longer.append(mx.concatenate([x, room], axis=2))
         strides[f"{name}_strides"] = [2 * (keys + 10) * x.shape[3], (keys + 10) * x.shape[3]]
         strides[f"{name}_strides"].append(x.shape[3])
-    the_plan = plan(c.q, c.k, c.v, **c.given, **strides)
+    the_plan = plan(q, *LONG.stored(), **LONG.arguments(), **strides, tune="kv_split=128")
     assert the_plan["strided"] == [1, 2]
-    inputs = [c.q, *longer] + ([c.given["sinks"]] if "sinks" in c.given else [])
-    (y,), _ = run(the_plan, inputs, [(c.q.shape, c.q.dtype)])
-    assert (np.array(y) == expected).all()
+    (y,), _ = run(the_plan, [q, *longer], [(q.shape, q.dtype)])
+    assert mx.array_equal(y, launched(LONG))
 
 
 @pytest.mark.parametrize("rows", [1, 33])
@@ -210,12 +156,12 @@ def test_a_padded_row_of_a_batch_has_the_bits_it_has_alone(rows: int) -> None:
 
 
 def test_rows_that_see_nothing_and_rows_that_are_nan() -> None:
-    c = Case(*LONG)
-    mask = np.ones((2, 1, c.q.shape[2], c.k.shape[2]), np.bool_)
+    mask = np.ones((2, 1, LONG.rows, LONG.keys), np.bool_)
     mask[0, :, 1] = False
-    q = np.array(c.q)
+    q = np.array(LONG.queries())
     q[1, 2, 0, 5] = np.nan
-    got, _ = attend(mx.array(q), c.k, c.v, **(c.given | {"mask": mx.array(mask), "sinks": None}))
+    given = LONG.arguments() | {"mask": mx.array(mask), "tune": "kv_split=128"}
+    got, _ = attend(mx.array(q), *LONG.stored(), **given)
     out = np.array(got)
     assert (out[0, :, 1] == 0).all()
     nan = np.zeros(out.shape, np.bool_)
@@ -223,12 +169,11 @@ def test_rows_that_see_nothing_and_rows_that_are_nan() -> None:
     assert (np.isnan(out) == nan).all()
 
 
-@pytest.mark.parametrize("case", [LONG, (0, "bool", 8), (0, "window", 4)], ids=str)
-def test_any_order_of_execution_gives_the_same_bits(case: tuple[int, str, int]) -> None:
-    c = Case(*case)
-    got, _ = attend(c.q, c.k, c.v, **c.given)
-    again, _ = attend(c.q, c.k, c.v, shuffle=7, **c.given)
-    assert mx.array_equal(got, again)
+@pytest.mark.parametrize(
+    "case", [LONG, attention(0, "bool", 8), attention(0, "window", 4)], ids=str
+)
+def test_any_order_of_execution_gives_the_same_bits(case: Attention) -> None:
+    assert mx.array_equal(launched(case), launched(case, shuffle=7))
 
 
 FAULTS = {
@@ -267,7 +212,7 @@ def test_a_fault_planted_in_the_kernel_is_reported(
 
 
 def test_the_text_for_metal_compiles() -> None:
-    for launch in Case(*LONG).plan()["launches"]:
+    for launch in plan(LONG.queries(), *LONG.stored(), **LONG.arguments())["launches"]:
         text = launch["library_source"]
         assert text.isascii()
         assert '#include "' not in text

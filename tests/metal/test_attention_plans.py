@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.ops.test_quantized_attention import DIMS
+from optiq.ops.attention_cases import DIMS
 
 from .launcher import Plan, plan_quantized_attention
 

@@ -8,8 +8,8 @@ import pytest
 
 from bench import attention_counters
 from bench.metal_counters import MIXES, Figures, experts, ours, stock, stock_not_transposed
+from optiq.ops.cases import Product
 from tests.msl.emulator import needs_emulator
-from tests.ops.cases import Case
 
 pytestmark = needs_emulator
 
@@ -25,7 +25,7 @@ def assert_no_more(a: Figures, b: Figures) -> None:
 
 @pytest.mark.parametrize(("bits", "rows"), WIDTHS)
 def test_one_weight(bits: int, rows: int) -> None:
-    case = Case(rows, 128, 1024, bits, 64, "f16")
+    case = Product(rows, 128, 1024, bits, 64, "f16")
     figures = ours([case])
     assert_no_more(figures, stock(case))
     if rows <= 16:
@@ -36,7 +36,7 @@ def test_one_weight(bits: int, rows: int) -> None:
 def test_attention_and_mlp_take_two_dispatches_not_five(rows: int) -> None:
     dispatches = []
     for parts in MIXES.values():
-        cases = [Case(rows, out // 8, 1024, bits, 64, "f16") for out, bits in parts]
+        cases = [Product(rows, out // 8, 1024, bits, 64, "f16") for out, bits in parts]
         figures, total = ours(cases), Figures()
         for case in cases:
             total = total + stock(case)
@@ -49,7 +49,7 @@ def test_attention_and_mlp_take_two_dispatches_not_five(rows: int) -> None:
 @pytest.mark.parametrize("rows", [1, 40])
 def test_not_transposed(rows: int) -> None:
     """In lines: at one row our lanes ask for a scale every 16 codes, stock's every 32."""
-    case = Case(rows, 256, 128, 4, 64, "f16")
+    case = Product(rows, 256, 128, 4, 64, "f16")
     a, b = ours([case], False), stock_not_transposed(case)
     assert a.lines <= b.lines
     assert a.written <= b.written

@@ -6,28 +6,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from optiq.ops import AffineWeight, Comparison, native, reference
+from optiq.ops import AffineWeight, Comparison, native
+from optiq.ops.cases import DTYPES, Pair
+from optiq.ops.cases import SMALL_PAIRS as CASES
 from optiq.ops.kl import Head
 from tests.msl.emulator import Module, needs_emulator
-from tests.ops.cases import DTYPES
-from tests.ops.test_kl_divergence import Pair, f64
 
 from .launcher import NAMES, Plan, compile_together, run
 
 pytestmark = needs_emulator
-
-CASES = [
-    Pair(1, 1, 1, 1),
-    Pair(3, 40, 5, 36),
-    Pair(33, 300, 64, 40, noise=1.0),
-    Pair(2, 700, 32, 32, noise=0.0),
-    Pair(40, 129, 64, 96, dtype="bf16"),
-    Pair(5, 600, 64, 64, dtype="f16", bits_q=4),
-    Pair(4, 100, 128, 64, bits_p=2, bits_q=5),
-    Pair(4, 100, 64, 128, bits_p=3, bits_q=6, group_size=64, dtype="bf16"),
-    Pair(4, 100, 128, 128, bits_q=8, group_size=128),
-    Pair(6, 200, 64, 64, soft_cap=10.0, spread=20.0, bits_q=8),
-]
 
 
 def described(w: Head) -> tuple[int, str, int, int]:
@@ -68,13 +55,7 @@ def _compiled_together() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_float64(case: Pair) -> None:
-    sides = case.sides()
-    got = compared(sides, case.soft_cap)
-    truth = reference.kl_divergence(*map(f64, sides), soft_cap=case.soft_cap)
-    limit = max(1.0, case.spread) * 64 * 2.0**-23  # several errors of a float32 logit
-    for mine, theirs in zip((got.kl, got.lse_p, got.lse_q), (truth[0], *truth[2:]), strict=True):
-        assert (np.abs(np.array(mine) - theirs) <= limit).all()
-    assert (np.array(got.agree) == truth[1]).all()
+    assert case.part(compared(case.sides(), case.soft_cap)) <= 1
 
 
 def test_any_schedule_gives_the_same_bits() -> None:

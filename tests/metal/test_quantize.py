@@ -12,9 +12,8 @@ import pytest
 from optiq import ops
 from optiq.formats import AFFINE_BITS, AFFINE_GROUPS, Format
 from optiq.ops import native
+from optiq.ops.cases import DTYPES, Rounding
 from tests.msl.emulator import Module, needs_emulator
-from tests.ops.cases import DTYPES
-from tests.ops.test_quantize import tensors, weighted_errors
 from tests.ops.test_quantize_minmax import ODD, bits_of
 
 from .launcher import NAMES, Plan, compile_together, run
@@ -69,12 +68,12 @@ def test_minmax_is_stock(fmt: Format, dtype: str) -> None:
 
 @pytest.mark.parametrize(("fmt", "dtype"), CASES, ids=str)
 def test_search_is_as_good_as_on_the_cpu(fmt: Format, dtype: str) -> None:
-    w, importance = tensors(8, 256, dtype)
-    mine = weighted_errors(tuple(quantized(w, fmt, importance)), fmt, w, importance)
-    stock = weighted_errors(mx.quantize(w, fmt.group_size, fmt.bits), fmt, w, importance)
-    cpu = weighted_errors(ops.quantize(w, fmt, importance), fmt, w, importance)
-    assert (mine <= stock * (1 + 1e-4)).all()
-    assert mine.sum() == pytest.approx(cpu.sum(), rel=0.01)
+    case = Rounding(fmt.bits, fmt.group_size, dtype, rows=8)
+    w, importance = case.inputs()
+    found = quantized(w, fmt, importance)
+    assert case.part(found) <= 1
+    cpu = case.errors(ops.quantize(w, fmt, importance))
+    assert case.errors(found).sum() == pytest.approx(cpu.sum(), rel=0.01)
 
 
 def test_search_of_experts_and_odd_groups() -> None:

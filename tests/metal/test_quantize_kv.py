@@ -11,9 +11,9 @@ from optiq import ops
 from optiq.formats import Format
 from optiq.ops import native
 from optiq.ops.attention import record_words
+from optiq.ops.attention_cases import DIMS, WIDTHS, normal
+from optiq.ops.cases import DTYPES
 from tests.msl.emulator import needs_emulator
-from tests.ops.cases import DTYPES
-from tests.ops.test_quantized_attention import DIMS, WIDTHS, normal
 
 from .launcher import NAMES, run
 

@@ -11,9 +11,7 @@ import pytest
 from optiq import ops
 from optiq.formats import AFFINE_BITS, AFFINE_GROUPS, Format
 from optiq.ops import coordinate_descent, native, reference
-
-from .cases import DTYPES
-from .test_quantize import f64
+from optiq.ops.cases import DTYPES, f64
 
 
 def layer(

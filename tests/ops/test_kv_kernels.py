@@ -16,7 +16,8 @@ from optiq import ops
 from optiq.formats import DENSE, Format
 from optiq.ops import native, reference
 from optiq.ops.attention import Exact
-from tests.ops.test_quantized_attention import MASKS, WIDTHS, masks, normal, records
+from optiq.ops.attention_cases import MASKS, WIDTHS, masks, normal
+from tests.ops.test_quantized_attention import records
 
 pytestmark = pytest.mark.skipif(native.extension is None, reason="no native kernels")
 

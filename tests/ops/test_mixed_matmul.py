@@ -9,16 +9,10 @@ from hypothesis import strategies as st
 
 from optiq import ops
 from optiq.formats import AFFINE_BITS, AFFINE_GROUPS
-from optiq.ops import AffineWeight, native
-
-from .cases import DTYPES, Case
-from .test_matmul import assert_product, dequantized, f64
+from optiq.ops import native
+from optiq.ops.cases import DTYPES, Product
 
 pytestmark = pytest.mark.skipif(native.extension is None, reason=f"no kernels: {native.reason}")
-
-
-def part(case: Case) -> AffineWeight:
-    return AffineWeight(*case.quantized(), group_size=case.group_size, bits=case.bits)
 
 
 @settings(max_examples=80, deadline=None)
@@ -28,7 +22,7 @@ def test_equals_the_single_products(data: st.DataObject) -> None:
     inner = 128 * data.draw(st.integers(1, 5))
     dtype = data.draw(st.sampled_from(list(DTYPES)))
     cases = [
-        Case(
+        Product(
             rows,
             data.draw(st.integers(1, 70)),
             inner,
@@ -39,7 +33,7 @@ def test_equals_the_single_products(data: st.DataObject) -> None:
         for _ in range(data.draw(st.integers(1, 10)))
     ]
     x = cases[0].activations()
-    outs = ops.mixed_quantized_matmul(x, [part(case) for case in cases])
+    outs = ops.mixed_quantized_matmul(x, [case.affine() for case in cases])
     for out, case in zip(outs, cases, strict=True):
         alone = ops.quantized_matmul(
             x, *case.quantized(), group_size=case.group_size, bits=case.bits
@@ -47,12 +41,12 @@ def test_equals_the_single_products(data: st.DataObject) -> None:
         assert out.dtype == alone.dtype
         assert mx.array_equal(out, alone)
         if rows:
-            assert_product(out, f64(x), dequantized(case), dtype, case.group_size)
+            assert case.part(out, fixed=True) <= 1
 
 
 def test_transforms_are_those_of_the_single_products() -> None:
-    cases = [Case(6, 40, 256, 4, 64), Case(6, 24, 256, 3, 128)]
-    weights, x = [part(case) for case in cases], cases[0].activations()
+    cases = [Product(6, 40, 256, 4, 64), Product(6, 24, 256, 3, 128)]
+    weights, x = [case.affine() for case in cases], cases[0].activations()
     pull = [mx.random.normal((6, case.out)) for case in cases]
 
     def loss(x: mx.array) -> mx.array:
@@ -75,21 +69,21 @@ def test_transforms_are_those_of_the_single_products() -> None:
 
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(3, 20, 128, 4)
-    expected = ops.mixed_quantized_matmul(case.activations(), [part(case)])[0]
+    case = Product(3, 20, 128, 4)
+    expected = ops.mixed_quantized_matmul(case.activations(), [case.affine()])[0]
     monkeypatch.setattr(native, "extension", None)
-    (out,) = ops.mixed_quantized_matmul(case.activations(), [part(case)])
+    (out,) = ops.mixed_quantized_matmul(case.activations(), [case.affine()])
     assert mx.allclose(out, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_wrong_input_names_the_part() -> None:
-    good = part(Case(1, 16, 128, 4))
+    good = Product(1, 16, 128, 4).affine()
     x = mx.zeros((2, 128))
     for parts, message in (
         ([], "parts is empty"),
         ([good, good._replace(bits=3)], r"parts\[1\]\.w is"),
         ([good._replace(group_size=48)], r"parts\[0\]\.group_size is 48"),
-        ([good, part(Case(1, 16, 256, 4))], "the last axis of x is 128"),
+        ([good, Product(1, 16, 256, 4).affine()], "the last axis of x is 128"),
         ([good._replace(codes=good.scales)], r"parts\[0\]\.w is"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -13,8 +13,8 @@ import pytest
 
 from optiq import ops
 from optiq.formats import DENSE, Format
-from optiq.ops import AffineWeight, kl, native
-from optiq.ops.trials import TRIALS
+from optiq.ops import AffineWeight, kl, metal, native
+from optiq.ops.trials import TRIALS, passes
 
 if native.extension is None:
     pytest.skip(f"no native kernels: {native.reason}", allow_module_level=True)
@@ -92,7 +92,7 @@ def close(got: Any, expected: Any) -> bool:
 def test_an_op_is_tried_once_and_then_native(op: str, on: Any) -> None:
     extension = on()
     first = work()[op]()
-    assert native.proven(op) is extension
+    assert metal.proven(op) is extension
     extension.calls.clear()
     assert close(work()[op](), first)
     assert extension.calls == {op: 1}
@@ -207,14 +207,14 @@ FAULTS: dict[str, tuple[str, str, Fault]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_trials_notice(fault: str) -> None:
     op, function, change = FAULTS[fault]
-    assert TRIALS[op](Extension())  # type: ignore[arg-type]
-    assert not TRIALS[op](Extension(**{function: change}))  # type: ignore[arg-type]
+    assert passes(op, Extension())
+    assert not passes(op, Extension(**{function: change}))
 
 
 def test_many_rows_stay_with_stock_mlx(on: Any) -> None:
     extension = on()
     w, x = weight(), activations(2, 17, 128)
-    assert native.proven("quantized_matmul") is extension
+    assert metal.proven("quantized_matmul") is extension
     extension.calls.clear()
     ops.quantized_matmul(x, *w[:3])
     ops.mixed_quantized_matmul(x, [w, w])

@@ -2,66 +2,34 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from optiq import ops
-from optiq.formats import AFFINE_BITS, AFFINE_GROUPS, Format
-from optiq.ops import affine, reference, rounding
-
-from .cases import DTYPES
-
-
-def f64(a: mx.array) -> np.ndarray:
-    return np.array(a.astype(mx.float32), dtype=np.float64)
+from optiq.formats import AFFINE_BITS, Format
+from optiq.ops import AffineWeight, affine, reference, rounding
+from optiq.ops.cases import ROUNDINGS, Rounding, f64
 
 
-def tensors(rows: int = 24, cols: int = 256, dtype: str = "f32") -> tuple[mx.array, mx.array]:
-    rng = np.random.default_rng(rows * cols)
-    w = rng.standard_t(4, (rows, cols)).astype(np.float32)
-    importance = rng.gamma(0.7, 2.0, cols).astype(np.float32)
-    return mx.array(w).astype(DTYPES[dtype]), mx.array(importance)
-
-
-def decoded(rounded: tuple[mx.array, ...], fmt: Format) -> np.ndarray:
-    codes, scales, biases = rounded
-    return reference.dequantize(np.array(codes), f64(scales), f64(biases), fmt.group_size, fmt.bits)
-
-
-def weighted_errors(
-    rounded: tuple[mx.array, ...], fmt: Format, w: mx.array, i: mx.array
-) -> np.ndarray:
-    """Error of each group under the weights that are minimised."""
-    c = reference.search_weights(f64(w), f64(i), fmt.group_size)
-    error = c * (decoded(rounded, fmt) - f64(w)) ** 2
-    return error.reshape(*w.shape[:-1], -1, fmt.group_size).sum(-1)
-
-
-@pytest.mark.parametrize(
-    ("bits", "group_size", "dtype"), list(product(AFFINE_BITS, AFFINE_GROUPS, DTYPES))
-)
-def test_no_group_is_worse_than_stock(bits: int, group_size: int, dtype: str) -> None:
-    fmt = Format("affine", bits, group_size)
-    w, importance = tensors(dtype=dtype)
-    ours = ops.quantize(w, fmt, importance)
-    stock = mx.quantize(w, group_size, bits)
+@pytest.mark.parametrize("case", ROUNDINGS, ids=str)
+def test_no_group_is_worse_than_stock(case: Rounding) -> None:
+    w, importance = case.inputs()
+    ours = ops.quantize(w, case.format, importance)
+    stock = mx.quantize(w, case.group_size, case.bits)
     assert [a.dtype for a in ours] == [a.dtype for a in stock]
     assert [a.shape for a in ours] == [a.shape for a in stock]
-    mine = weighted_errors(ours, fmt, w, importance)
-    theirs = weighted_errors(stock, fmt, w, importance)
-    assert (mine <= theirs * (1 + 1e-4)).all()
-    assert mine.sum() < (0.95 if bits > 2 or group_size < 128 else 1.0) * theirs.sum()
+    assert case.part(ours) <= 1
+    least = 0.95 if case.bits > 2 or case.group_size < 128 else 1.0
+    assert case.errors(ours).sum() < least * case.errors(stock).sum()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_close_to_the_optimum_of_a_fine_grid(bits: int) -> None:
     """Against 200 x 200 pairs of end points, each with its best codes, in float64."""
-    fmt = Format("affine", bits, 32)
-    w, importance = tensors(4, 32)
-    found = weighted_errors(ops.quantize(w, fmt, importance), fmt, w, importance)[:, 0]
+    case = Rounding(bits, 32, rows=4, columns=32)
+    w, importance = case.inputs()
+    found = case.errors(ops.quantize(w, case.format, importance))[:, 0]
     c = reference.search_weights(f64(w), f64(importance), 32)
     for row, weights, error in zip(f64(w), c, found, strict=True):
         low, high = row.min(), row.max()
@@ -77,14 +45,14 @@ def test_close_to_the_optimum_of_a_fine_grid(bits: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "group_size", "dtype"),
-    [(3, 32, "bf16"), (4, 64, "f32"), (5, 64, "f16"), (8, 128, "bf16")],
+    "case",
+    [Rounding(3, 32, "bf16"), Rounding(4, 64), Rounding(5, 64, "f16"), Rounding(8, 128, "bf16")],
+    ids=str,
 )
-def test_fallback_is_as_good(bits: int, group_size: int, dtype: str) -> None:
-    fmt = Format("affine", bits, group_size)
-    w, importance = tensors(dtype=dtype)
-    native = weighted_errors(ops.quantize(w, fmt, importance), fmt, w, importance)
-    fallback = weighted_errors(rounding._search(w, fmt, importance), fmt, w, importance)
+def test_fallback_is_as_good(case: Rounding) -> None:
+    w, importance = case.inputs()
+    native = case.errors(ops.quantize(w, case.format, importance))
+    fallback = case.errors(rounding._search(w, case.format, importance))
     assert native.sum() == pytest.approx(fallback.sum(), rel=0.01)
 
 
@@ -103,7 +71,7 @@ def test_degenerate_groups(bits: int) -> None:
     w = w.astype(mx.float32)
     for importance in (mx.ones(64), mx.zeros(64)):
         for rounded in (ops.quantize(w, fmt, importance), rounding._search(w, fmt, importance)):
-            back = decoded(rounded, fmt)
+            back = f64(AffineWeight(*rounded, 32, bits))
             assert np.isfinite(back).all()
             np.testing.assert_allclose(back[:3], f64(w)[:3], rtol=1e-6)
 
@@ -122,8 +90,8 @@ def test_experts_have_their_own_importance() -> None:
 
 
 def test_wrong_input_names_the_argument() -> None:
-    w, importance = tensors()
-    fmt = Format("affine", 4, 64)
+    case = Rounding(4, 64)
+    fmt, (w, importance) = case.format, case.inputs()
     with pytest.raises(ValueError, match="importance"):
         mx.eval(ops.quantize(w, fmt, importance[:-1]))
     with pytest.raises(ValueError, match="multiple of 64"):

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from optiq import ops
 from optiq.formats import AFFINE_BITS, AFFINE_GROUPS, Format
-
-from .cases import DTYPES
+from optiq.ops.cases import DTYPES
 
 
 def bits_of(a: mx.array) -> np.ndarray:

@@ -13,13 +13,19 @@ from optiq import ops
 from optiq.formats import DENSE, Format
 from optiq.ops import reference
 from optiq.ops.attention import Exact, record_words
-
-WIDTHS = (3, 4, 5, 6, 8)
-DIMS = (64, 80, 96, 128, 256)
-
-
-def normal(*shape: int, seed: int) -> mx.array:
-    return mx.random.normal(shape, key=mx.random.key(seed))
+from optiq.ops.attention_cases import (
+    ATTENTION,
+    DIMS,
+    LONG_ATTENTION,
+    MASKS,
+    RECORDS,
+    WIDTHS,
+    Attention,
+    Records,
+    masks,
+    normal,
+)
+from optiq.ops.cases import DTYPES
 
 
 def records(x: mx.array, fmt: Format) -> tuple[mx.array, np.ndarray[Any, Any]]:
@@ -31,20 +37,13 @@ def records(x: mx.array, fmt: Format) -> tuple[mx.array, np.ndarray[Any, Any]]:
     return packed, exact
 
 
-@pytest.mark.parametrize(("bits", "group", "dim"), [*product(WIDTHS, (32, 64), (*DIMS, 8))])
-def test_a_record_is_within_half_a_step_of_its_vector(bits: int, group: int, dim: int) -> None:
-    fmt = Format("affine", bits, group)
-    x = normal(2, 3, 5, dim, seed=bits) * 4 + 1
-    packed, back = records(x, fmt)
+@pytest.mark.parametrize("case", RECORDS, ids=str)
+def test_a_record_is_within_half_a_step_of_its_vector(case: Records) -> None:
+    packed, back = records(case.vectors(), case.format)
     assert packed.dtype == mx.uint32
-    assert packed.shape == (2, 3, 5, record_words(dim, fmt))
-    groups = -(-dim // group)
-    scale = np.array(packed[..., :groups]).view(np.float16)[..., ::2].astype(np.float64)
-    step = np.repeat(scale, group, axis=-1)[..., :dim]
-    # Scale and bias are float16: the ends of the range move by 2^-11 of their size.
-    slack = 2.0**-10 * np.abs(np.array(x)).max()
-    assert (np.abs(back - np.array(x)) <= step / 2 + slack).all()
-    got = ops.dequantize_kv(packed, dim, fmt, mx.float32)
+    assert packed.shape == (2, 3, 7, record_words(case.dim, case.format))
+    assert case.part(packed) <= 1
+    got = ops.dequantize_kv(packed, case.dim, case.format, mx.float32)
     np.testing.assert_allclose(np.array(got), back, rtol=0, atol=1e-6 * np.abs(back).max())
 
 
@@ -61,54 +60,27 @@ def test_zero_words_are_the_zero_vector() -> None:
     assert mx.array_equal(ops.dequantize_kv(empty, 80, fmt, mx.float32), mx.zeros((1, 2, 80)))
 
 
-MASKS = ("none", "causal", "window", "bool", "added", "starts")
+def attended(case: Attention) -> mx.array:
+    return ops.quantized_attention(case.queries(), *case.stored(), **case.arguments())
 
 
-def masks(kind: str, batch: int, rows: int, keys: int) -> tuple[dict[str, Any], Any]:
-    """Arguments of the op, and the mask they mean as an array [B, 1, L, S]."""
-    query, key = np.arange(keys - rows, keys)[:, None], np.arange(keys)
-    causal = np.broadcast_to(key <= query, (batch, 1, rows, keys))
-    if kind == "none":
-        return {}, None
-    if kind == "causal":
-        return {"mask": "causal"}, causal
-    if kind == "window":
-        return {"mask": "causal", "window": 5}, causal & (key > query - 5)
-    starts = np.arange(batch) * 3
-    if kind == "starts":
-        there = key >= starts[:, None, None, None]
-        return {"mask": "causal", "starts": mx.array(starts)}, causal & there
-    if kind == "bool":
-        array = causal & (key != 2)
-        return {"mask": mx.array(array)}, array
-    added = np.array(normal(1, 1, rows, keys, seed=9))
-    return {"mask": mx.array(added)}, added
-
-
-@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("dim", "group"), [*product(DIMS, (1, 3, 4, 8))])
-def test_attention_equals_float64_on_the_stored_values(kind: str, dim: int, group: int) -> None:
-    for i, (k_bits, v_bits) in enumerate([*product(WIDTHS, WIDTHS), (16, 4), (8, 16)]):
+def test_attention_equals_float64_on_the_stored_values(mask: str, dim: int, group: int) -> None:
+    for i, widths in enumerate([*product(WIDTHS, WIDTHS), (16, 4), (8, 16)]):
+        size = 64 if i % 2 and dim % 64 == 0 else 32
+        k, v = (DENSE if bits == 16 else Format("affine", bits, size) for bits in widths)
         rows, keys = [(1, 40), (4, 150), (33, 40)][i % 3]
-        k_fmt, v_fmt = (
-            DENSE if bits == 16 else Format("affine", bits, 64 if i % 2 and dim % 64 == 0 else 32)
-            for bits in (k_bits, v_bits)
-        )
-        q = normal(2, 2 * group, rows, dim, seed=i)
-        k, exact_k = records(normal(2, 2, keys, dim, seed=50 + i), k_fmt)
-        v, exact_v = records(normal(2, 2, keys, dim, seed=80 + i), v_fmt)
-        given, array = masks(kind, 2, rows, keys)
-        sinks = normal(2 * group, seed=7) if i % 4 == 1 else None
         softcap = 3.0 if i % 4 == 2 else 0.0
-        got = ops.quantized_attention(
-            q, k, v, k_format=k_fmt, v_format=v_fmt, scale=dim**-0.5, sinks=sinks,
-            softcap=softcap, **given,
-        )  # fmt: skip
-        expected = reference.attention(
-            np.array(q), exact_k, exact_v, dim**-0.5, array,
-            None if sinks is None else np.array(sinks), softcap,
-        )  # fmt: skip
-        np.testing.assert_allclose(np.array(got), expected, rtol=0, atol=1e-5)
+        case = Attention(rows, keys, dim, k, v, group, mask, sinks=i % 4 == 1, softcap=softcap)
+        assert case.part(attended(case)) <= 1, str(case)
+
+
+@pytest.mark.parametrize("case", [*ATTENTION, *LONG_ATTENTION], ids=str)
+def test_attention_of_the_case_table(case: Attention) -> None:
+    got = attended(case)
+    assert got.dtype == DTYPES[case.dtype]
+    assert case.part(got) <= 1
 
 
 @pytest.mark.parametrize("value_dim", [64, 128])

@@ -19,14 +19,14 @@ import optiq
 import mlx.core as mx, numpy as np
 from optiq import ops
 from optiq.ops import native, reference
-from tests.ops.cases import Case
-from tests.ops.test_matmul import assert_product, dequantized, f64
-for case in [Case(m, 50, 384, b, g, d) for m in (1, 5, 40) for b, g in ((0, 64), (3, 128), (4, 64),
-             (4, 32), (8, 64)) for d in ("f32", "f16", "bf16")]:
+from optiq.ops.cases import Product, f64
+from tests.ops.test_matmul import assert_product
+for case in [Product(m, 50, 384, b, g, d) for m in (1, 5, 40) for d in ("f32", "f16", "bf16")
+             for b, g in ((0, 64), (3, 128), (4, 64), (4, 32), (8, 64))]:
     x = case.activations().astype(mx.float32)
     if case.bits:
         out = ops.quantized_matmul(x, *case.quantized(), group_size=case.group_size, bits=case.bits)
-        w = dequantized(case)
+        w = f64(case.affine())
     else:
         out, w = ops.linear(x, case.weight()), f64(case.weight())
     assert_product(out, f64(x), w, "f32", case.group_size if case.bits else 0)

@@ -27,7 +27,7 @@ from optiq.models.roles import allowed, quantizable
 from optiq.models.size import model_size
 from optiq.nn.accelerate import accelerate
 from optiq.nn.layers import NVFP4_ROWS
-from optiq.ops import native
+from optiq.ops import metal, native
 from optiq.quality import divergence as compare
 from optiq.quantize.convert import convert
 from optiq.quantize.export import export
@@ -212,7 +212,7 @@ def test_on_a_gpu_stock_layers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Module()
     model.up = nn.Linear(64, 32).to_quantized(16, 4, "nvfp4")
     monkeypatch.setattr(native, "on_cpu", lambda: False)
-    monkeypatch.setattr(native, "proven", lambda op: native.extension)
+    monkeypatch.setattr(metal, "proven", lambda op: native.extension)
     assert accelerate(model).left == {"up": "mode 'nvfp4' has no native kernel"}
 
 

@@ -20,7 +20,7 @@ from ..formats import AFFINE_BITS, AFFINE_GROUPS, Format
 from ..models.blocks import Unknown, describe
 from ..models.places import slot_at
 from ..models.roles import blocks as blocks_of
-from ..ops import native
+from ..ops import metal, native
 from .blocks import Fused, fuse
 from .check import disagreement
 from .layers import (
@@ -81,7 +81,7 @@ def accelerate(model: nn.Module, *, blocks: bool = True) -> Accelerated:
         slot_at(model, path).set(module)
     if native.on_cpu():
         model.apply(_exact)
-    if blocks and (native.on_cpu() or native.proven("quantized_matmul")):
+    if blocks and (native.on_cpu() or metal.proven("quantized_matmul")):
         _fuse_blocks(model, report)
     return report
 
@@ -142,7 +142,7 @@ def _exact(parameter: mx.array) -> mx.array:
 
 def _unsupported(module: nn.Module) -> str:
     if not native.on_cpu():
-        if native.proven("quantized_matmul") is None:
+        if metal.proven("quantized_matmul") is None:
             return "the default device is a GPU, where stock MLX runs it"
         if not isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
             return "on a GPU stock MLX runs dense layers and experts"

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..formats import DENSE, Format
-from . import native
+from . import metal, native
 from .affine import pack
 
 Mask = mx.array | str | None
@@ -53,7 +53,7 @@ def quantize_kv(x: mx.array, fmt: Format) -> mx.array:
         ValueError: A format or `dim` that has no records.
     """
     _check(x.shape[-1], fmt)
-    if ext := native.active() or native.proven("quantize_kv"):
+    if ext := native.active() or metal.proven("quantize_kv"):
         records: mx.array = ext.quantize_kv(x, fmt.group_size, fmt.bits)
         return records
     dim, size = x.shape[-1], fmt.group_size
@@ -184,7 +184,7 @@ def quantized_attention(
 def _on_gpu(*dims: int) -> ModuleType | None:
     """The extension where its Metal kernels are trusted and take vectors of these dimensions."""
     fits = all(dim % 8 == 0 and dim <= 256 for dim in dims)
-    return native.proven("quantized_attention") if fits else None
+    return metal.proven("quantized_attention") if fits else None
 
 
 def _check(dim: int, fmt: Format) -> None:

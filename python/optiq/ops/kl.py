@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 
 import mlx.core as mx
 
-from . import native
+from . import metal, native
 from .affine import AffineWeight
 
 # The fallback's tile: float32 logits of so many tokens and words at a time.
@@ -86,7 +86,7 @@ def kl_divergence(
     ]
     if ext := native.active():
         return Comparison(*ext.kl_divergence(h_p, sides[0], h_q, sides[1], *formats, cap))
-    if ext := native.proven("kl_divergence"):
+    if ext := metal.proven("kl_divergence"):
 
         def streamed(h_p: mx.array, h_q: mx.array) -> Comparison:
             return Comparison(*ext.kl_divergence(h_p, sides[0], h_q, sides[1], *formats, cap))

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import mlx.core as mx
 
-from . import native
+from . import metal, native
 from .affine import AffineWeight
 
 # Of x, up to which the Metal kernels read each weight once. Above it stock MLX stays until ours
@@ -115,4 +115,4 @@ def _extension(x: mx.array) -> ModuleType | None:
     """The extension if it should multiply `x [..., in]` with quantized weights, else None."""
     if native.on_cpu():
         return native.extension
-    return native.proven("quantized_matmul") if x.size <= GPU_ROWS * x.shape[-1] else None
+    return metal.proven("quantized_matmul") if x.size <= GPU_ROWS * x.shape[-1] else None

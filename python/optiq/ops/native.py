@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from functools import cache
 from types import ModuleType
 
 import mlx.core as mx
@@ -52,33 +51,3 @@ def on_cpu() -> bool:
 def active() -> ModuleType | None:
     """The extension if it should run the next operation, else None. On a GPU never."""
     return extension if extension is not None and on_cpu() else None
-
-
-def proven(op: str) -> ModuleType | None:
-    """The extension on a Metal GPU where its kernels for `op` pass their trial, else None.
-
-    They are tested on emulated threads and have never run on a Mac, so the first use in a process
-    compares a tiny case with `mx.*` (trials.py). OPTIQ_METAL=0 leaves them alone, without a trial.
-    """
-    if extension is None or device() != "metal" or os.environ.get("OPTIQ_METAL") == "0":
-        return None
-    return extension if _passes(op, extension) else None
-
-
-@cache
-def _passes(op: str, extension: ModuleType) -> bool:
-    from .trials import TRIALS  # which needs the ops
-
-    try:
-        if TRIALS[op](extension):
-            return True
-        why = "it does not agree with MLX"
-    except (RuntimeError, ValueError) as error:
-        why = f"it does not run ({error})"
-    warnings.warn(
-        f"optiq's Metal kernel for {op} is left alone: {why}; please report what "
-        "`optiq doctor --selftest` prints",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return False

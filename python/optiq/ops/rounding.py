@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ..formats import Format
-from . import native
+from . import metal, native
 from .affine import pack
 
 # As in csrc/cpu/quantize.h: grids from nine tenths of a step wider to as much narrower.
@@ -39,7 +39,7 @@ def quantize(w: mx.array, fmt: Format, importance: mx.array | None = None) -> Qu
         ValueError: Dtypes or shapes that do not fit, or a `fmt` that is not affine.
     """
     _check(w, fmt, importance)
-    if ext := native.active() or native.proven("quantize"):
+    if ext := native.active() or metal.proven("quantize"):
         codes, scales, biases = ext.quantize(w, importance, fmt.group_size, fmt.bits)
         return codes, scales, biases
     if importance is None:
