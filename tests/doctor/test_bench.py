@@ -11,7 +11,7 @@ import pytest
 
 from optiq import cli
 from optiq.doctor import bench, selftest
-from optiq.ops import native
+from optiq.ops import cases, native
 
 needs_kernels = pytest.mark.skipif(
     native.extension is None, reason=f"no native kernels: {native.reason}"
@@ -102,7 +102,7 @@ def test_selftest_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(selftest, "SIDE", 128)
-    monkeypatch.setattr(selftest, "AFFINE_BITS", (4,))
+    monkeypatch.setattr(cases, "QUANTIZED", [c for c in cases.QUANTIZED if c.bits == 4])
     assert cli.main(["doctor", "--selftest"]) == 0
     out = capsys.readouterr().out
     assert "quantized_matmul: 45 cases, passed" in out
