@@ -12,15 +12,17 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import optiq
 from optiq import cli
 from optiq.calibration.rows import check_row
 from optiq.formats import Format
-from optiq.planning import pareto, plan, scores
-from optiq.quality.divergence import summary
+from optiq.planning.pareto import Frontier
+from optiq.planning.scores import Scores
+from optiq.quality.results import Measured
+from tests.scored import build
+from tests.tiny import tiny_folder
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "python" / "optiq"
@@ -127,6 +129,33 @@ def test_links_and_paths_exist(page: Path) -> None:
             assert span in files or (ROOT / span).exists(), span
 
 
+def test_the_examples_of_the_python_page_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In order, on a tiny model in the place of the one named; little text is measured on."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Qwen").mkdir()
+    tiny_folder(tmp_path / "Qwen", "qwen3_moe", name="Qwen3-0.6B")
+    for name in ("CALIBRATION_TOKENS", "HELD_OUT_TOKENS"):
+        monkeypatch.setattr(f"optiq.quantize.prepare.{name}", 320)
+    monkeypatch.setattr("optiq.quantize.score.SCORING_TOKENS", 320)
+    monkeypatch.setattr("optiq.evals.tasks.kl.HELD_OUT_TOKENS", 320)
+    names: dict[str, Any] = {}
+    page = ROOT / "docs" / "python.md"
+    for body in blocks(page, "python"):
+        exec(compile(body, str(page), "exec"), names)
+    assert names["result"].stdout == "42\n"
+    assert names["card"].path.name == "README.md"
+    assert capsys.readouterr().out.count("\n") > 20
+
+
+def test_the_python_page_has_every_export() -> None:
+    text = (ROOT / "docs" / "python.md").read_text()
+    missing = [name for name in optiq.__all__ if f"optiq.{name}" not in text]
+    assert missing == ["Plan", "Result", "Scores"]  # what the others return
+    assert set(optiq.__all__) <= set(dir(optiq))
+
+
 def example(kind: str) -> dict[str, Any]:
     """The JSON example of docs/files.md with this kind, or this key."""
     found = [json.loads(body) for body in blocks(ROOT / "docs" / "files.md", "json")]
@@ -136,16 +165,14 @@ def example(kind: str) -> dict[str, Any]:
 
 def test_sensitivity_example_is_read() -> None:
     data = example("optiq.sensitivity")
-    scores.check(data, "the example")
-    (row,) = data["modules"]
-    module = scores.module_of(row)
-    assert {**scores.describe_module(module), "scores": row["scores"]} == row
-    assert plan.build(data, "8bpw").modules[0].module == module
+    found = Scores.from_json(data, "the example")
+    assert found.to_json() == data
+    assert build(found, "8bpw").modules[0].module == found.modules[0].module
 
 
 def test_plan_example_has_every_key() -> None:
     data = example("optiq.plan")
-    made = plan.build(example("optiq.sensitivity"), "8bpw").to_json()
+    made = build(example("optiq.sensitivity"), "8bpw").to_json()
     assert data.keys() == made.keys()
     for key in ("model", "budget", "objective", "uniform4"):
         assert data[key].keys() == made[key].keys()
@@ -153,28 +180,17 @@ def test_plan_example_has_every_key() -> None:
     assert row.keys() == made["modules"][0].keys()
     fmt, itemsize = Format.parse(row["format"]), data["model"]["itemsize"]
     assert row["nbytes"] == fmt.nbytes(row["shape"], itemsize)
-    measured = summary([np.zeros((3, 4))])
-    assert data["measured"].keys() == {*measured, "text_sha256", "nbytes", "bpw"}
-    assert data["measured"]["kl"].keys() == measured["kl"].keys()
+    assert Measured.from_json(data["measured"]).to_json() == data["measured"]
 
 
-def test_frontier_example_has_every_key() -> None:
+def test_frontier_example_is_read() -> None:
     data = example("optiq.frontier")
-    (point,) = data["points"]
-    uniform = [
-        {**point, "name": name, "family": "uniform", "nbytes": nbytes, "kl": {"mean": kl}}
-        for name, nbytes, kl in (("uniform 3-bit", 10**5, 2.0), ("uniform 4-bit", 10**6, 0.1))
-    ]
-    (made,) = (p for p in pareto.compare([point, *uniform]) if p["family"] == "ours")
-    assert point.keys() == made.keys()
-    assert point["uniform"].keys() == made["uniform"].keys()
-    measured = summary([np.zeros((3, 4))])
-    assert point.keys() >= {*measured, "text_sha256", "nbytes", "bpw"}
-    assert point["kl"].keys() == measured["kl"].keys()
+    found = Frontier.from_json(data)
+    assert found.to_json() == data
+    (point,) = found.points
+    assert point.uniform is not None
+    assert point.uniform.ratio == pytest.approx(point.kl / point.uniform.kl, rel=1e-3)
     assert data["model"].keys() == example("optiq.plan")["model"].keys()
-    assert point["uniform"]["ratio"] == pytest.approx(
-        point["kl"]["mean"] / point["uniform"]["kl"], rel=1e-3
-    )
 
 
 def test_config_example_is_the_plans() -> None:

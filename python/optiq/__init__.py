@@ -56,7 +56,7 @@ _EXPORTS = {
     "sensitivity": "quantize.score",
 }
 
-__all__ = [*_EXPORTS, "nn", "ops"]  # noqa: PLE0604
+__all__ = [*_EXPORTS, "nn", "ops"]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ import pytest
 
 import optiq
 from optiq import blas
-from optiq.base import machine
+from optiq.base import memory
 from optiq.doctor import checks as doctor
 from optiq.doctor.checks import examine
 from optiq.ops import native
@@ -80,7 +80,7 @@ def test_the_matmul_of_mlx_on_linux(
 def test_a_missing_compiler_and_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.sys, "platform", "linux")
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    monkeypatch.setattr(machine, "available_memory", lambda: 1_500_000_000)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1_500_000_000)
     found = findings()
     assert "g++" in found["compiler"].advice
     assert found["memory"].value == "1.5 GB available"
@@ -108,7 +108,7 @@ def test_mlx_imported_first_is_found_out() -> None:
 import mlx.core as mx
 import optiq
 from optiq import ops
-from optiq.doctor import examine
+from optiq.doctor.checks import examine
 found = {f.name: f for f in examine()}["float32 matmul of MLX"]
 assert found.value == "reference BLAS", found
 assert "import optiq before mlx" in found.advice

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from optiq.errors import EvalError
+from optiq.errors import CheckpointError, EvalError
 from optiq.evals.records import Header, Record, append, check, create, read, resume
 
 HEADER = Header("gsm8k", "gsm8k/1: x", "m", "f" * 64, "d" * 64, 6, None, {"optiq": "0"})
@@ -71,7 +71,7 @@ def test_only_whole_waves_are_kept(path: Path, boundaries: list[int], kept: int)
 )
 def test_another_run_is_refused_and_untouched(path: Path, key: str, value: object) -> None:
     before = path.read_bytes()
-    with pytest.raises(EvalError, match=f"made with another {key} .*-o, or delete") as error:
+    with pytest.raises(CheckpointError, match=rf"another job \({key}: .* now\)") as error:
         resume(path, replace(HEADER, **{key: value}), [2, 5])
     assert "\n" not in str(error.value)
     assert path.read_bytes() == before

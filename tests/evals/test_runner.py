@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from optiq.cli import main
-from optiq.errors import EvalError, SourceError, UsageError
+from optiq.errors import CheckpointError, EvalError, SourceError, UsageError
 from optiq.evals import programs, records
 from optiq.evals.engine import Engine
 from optiq.evals.runner import evaluate
@@ -163,10 +163,12 @@ def test_another_run_is_refused_before_anything_is_asked(
     evaluate(model, tasks="humaneval", **how)
     before = contents(tmp_path / "r")
     monkeypatch.setattr(Engine, "log_likelihoods", None)  # MMLU comes first
-    with pytest.raises(EvalError, match=r"humaneval.jsonl was made with another items \(4, now 2"):
+    with pytest.raises(
+        CheckpointError, match=r"humaneval.jsonl belongs to another job \(items: 4 th"
+    ):
         evaluate(model, limit=2, **how)
     source = model.parent / "source"
-    with pytest.raises(EvalError, match=r"humaneval.jsonl was made with another fingerprint"):
+    with pytest.raises(CheckpointError, match=r"humaneval.jsonl belongs to another job \(fingerp"):
         evaluate(source, **how)
     assert contents(tmp_path / "r") == before
 

@@ -76,7 +76,7 @@ def test_the_folder_is_the_plan_and_runs_in_stock_mlx_lm(
     }
     stored = json.loads((out / "optiq" / "plan.json").read_text())
     assert Plan.from_json(stored) == plan
-    assert json.loads((out / "optiq" / "sensitivity.json").read_text()) == result.scores
+    assert json.loads((out / "optiq" / "sensitivity.json").read_text()) == result.scores.to_json()
     assert "<html" in (out / "optiq" / "report.html").read_text()
     assert names(out / "optiq") == ["plan.json", "report.html", "sensitivity.json"]
     assert names(tmp_path) == ["model", "out"]
@@ -106,7 +106,8 @@ def test_the_measured_kl_is_that_of_the_exported_folder(tmp_path: Path) -> None:
     assert result.plan.measured.nbytes == result.nbytes
     assert result.plan.measured.bpw == result.plan.bpw
     uniform4 = result.plan.uniform4
-    assert uniform4 and uniform4.measured
+    assert uniform4 is not None
+    assert uniform4.measured is not None
     assert uniform4.measured.nbytes == uniform4.nbytes
     assert not {s.line for s in held_out.sequences} & {
         s.line for s in gather(tokenizer, None, "calibration", 320, 0).sequences

@@ -39,7 +39,7 @@ def refused(
     def measure(*args: Any, **options: Any) -> None:
         raise AssertionError("measured in vain")
 
-    monkeypatch.setattr(preparation.scoring, "measure", measure)
+    monkeypatch.setattr(preparation, "measure", measure)
     monkeypatch.chdir(tmp_path)
 
     def run(message: str, *arguments: str, code: int = 1) -> None:

@@ -229,7 +229,8 @@ def test_without_memory_or_text_the_first_plan_is_taken(
         assert replace(found, selection=None) == plans["a"]
         assert found.selection == Selection("a", rounding)
     plan, _ = decide(source, plans, MINMAX, TEXT, progress=False)
-    assert plan.selection and plan.selection.chosen == ("a" if why == "memory" else "b")
+    assert plan.selection is not None
+    assert plan.selection.chosen == ("a" if why == "memory" else "b")
 
 
 def test_a_conversion_is_what_was_measured_on_text_of_its_own(tmp_path: Path) -> None:

@@ -253,9 +253,9 @@ def test_unprintable_names_can_be_written(small: Pair, tmp_path: Path) -> None:
     assert read(text).first("h1").text == "a\ufffdb\ufffdc\ufffdd"
 
 
-def test_provenance(model: Pair) -> None:
+def test_provenance(small: Pair) -> None:
     """Each value stands beside its own name; the machine of the scores only where it differs."""
-    plan, scores = model
+    plan, scores = small
     plan["command"] = "optiq convert here -o there"
     plan["seed"], scores["rounding"], scores["seconds"] = 11, "search", 311.4
     terms = facts(page(plan, scores))
@@ -290,7 +290,9 @@ def test_provenance(model: Pair) -> None:
         "Gap to the bound": objective["gap"],
         "Seconds measuring": 311.4,
     }
-    assert {term: figures(terms[term]) for term in exact} == {t: [v] for t, v in exact.items()}
+    assert {term: figures(terms[term]) for term in exact} == {
+        term: [pytest.approx(value)] for term, value in exact.items()
+    }
 
 
 def facts(root: Element) -> dict[str, Element]:

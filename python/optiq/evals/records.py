@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..base.checkpoint import check_identity
 from ..errors import EvalError
 
 # True or False, a number, or one of them per instruction (IFEval) or token (KL).
@@ -80,27 +81,23 @@ def create(path: Path, header: Header) -> None:
 
 
 def check(path: Path, header: Header) -> None:
-    """Raise EvalError unless the file is a part of the run that `header` describes."""
+    """Raise CheckpointError unless the file is a part of the run that `header` describes."""
     _part_of(path, header)
 
 
 def _part_of(path: Path, header: Header) -> list[tuple[Record, int]]:
     """The records of a file that is a part of the run `header`, with the offsets of their ends."""
     old, found = _parse(path)
-    for key, value in asdict(header).items():
-        was = getattr(old, key)
-        if key != "model" and was != value:  # the same model may be named in two ways
-            raise EvalError(
-                f"{path} was made with another {key} ({_short(was)}, now {_short(value)}); "
-                "give another folder with -o, or delete the file"
-            )
+    ours, theirs = asdict(header), asdict(old)
+    del ours["model"]  # the same model may be named in two ways
+    check_identity(path, ours, theirs)
     return found
 
 
 def resume(path: Path, header: Header, boundaries: Sequence[int]) -> list[Record]:
     """Cut the file to the last of `boundaries` (counts of records) and return what is kept.
 
-    Raises EvalError if it is not a part of the run that `header` describes.
+    Raises CheckpointError if it is not a part of the run that `header` describes.
     """
     found = _part_of(path, header)
     keep = max((n for n in (0, *boundaries) if n <= len(found)), default=0)
@@ -160,8 +157,3 @@ def _parse(path: Path) -> tuple[Header, list[tuple[Record, int]]]:
 
 def _header_end(path: Path) -> int:
     return path.read_bytes().index(b"\n") + 1
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -205,6 +205,7 @@ def module_of(row: Json) -> Module:
         unit=row["unit"],
         shape=tuple(row["shape"]),
         block=row["block"],
+        tied=bool(row.get("tied")),
         stock=Format.parse(row["stock"]) if row.get("stock") else None,
     )
 
@@ -217,6 +218,7 @@ def describe_module(module: Module) -> Json:
         "unit": module.unit,
         "block": module.block,
         "shape": list(module.shape),
+        "tied": module.tied,
         "stock": str(module.stock) if module.stock else None,
     }
 

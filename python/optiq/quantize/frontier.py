@@ -193,10 +193,10 @@ def _point(ready: Prepared, candidate: Candidate) -> Point:
     reference = load(ready.source).model
     for one in (reference, made.model):
         accelerate(one)
-    sequences = ready.texts.held_out.sequences
-    found = divergence.measure(reference, {"": made.model}, sequences, progress=False)[""]
+    name, sequences = candidate.name, ready.texts.held_out.sequences
+    found = divergence.measure(reference, {name: made.model}, sequences, progress=False)[name]
     return Point(
-        name=candidate.name,
+        name=name,
         family=candidate.family,
         measured=Measured.of(found, *made.size),
         asked=made.asked,

@@ -13,7 +13,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from optiq.calibration import Sample
-from optiq.errors import SensitivityError
+from optiq.errors import CheckpointError
 from optiq.formats import DENSE, Format
 from optiq.kv import KVConfig, entries, make_cache
 from optiq.quantize.kv import measure as module
@@ -134,7 +134,7 @@ def test_it_is_deterministic_and_goes_on_from_what_is_done(
     assert run(model, path) == once
     assert len(calls) == 2  # of two contexts with two caches, two were done
     path.write_text(path.read_text().replace('"0.k"', '"9.k"'))
-    with pytest.raises(SensitivityError, match="damaged"):
+    with pytest.raises(CheckpointError, match="damaged"):
         run(model, path)
 
 

@@ -171,7 +171,7 @@ def test_an_interrupted_run_goes_on_and_finds_the_same(
     assert [p.name for p in tmp_path.iterdir()] == ["kv.checkpoint.json"]
     with pytest.raises(UsageError, match="add --resume"):
         kv_plan(home.model, out, **QUICK)
-    with pytest.raises(OptiqError, match="made with another formats"):
+    with pytest.raises(OptiqError, match=r"another job \(formats"):
         kv_plan(home.model, out, **QUICK, formats="4,8", resume=True)
     report = kv_plan(home.model, out, **QUICK, resume=True)
     assert len(calls) == 5 + 2  # four of six units were done

@@ -81,11 +81,6 @@ def test_what_cannot_be_rounded_is_refused(w: mx.array, fmt: Format, message: st
         round_weight(w, fmt, path="w")
 
 
-def test_an_unknown_rounding_is_refused() -> None:
-    with pytest.raises(UsageError, match="unknown rounding 'best'; use one of search, minmax"):
-        Rounding("best")
-
-
 def test_search_uses_the_importance_of_its_module_only() -> None:
     w = mx.random.normal((8, 64), key=mx.random.key(1))
     importance = mx.random.uniform(0, 9, (64,), key=mx.random.key(2))

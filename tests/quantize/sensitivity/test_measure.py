@@ -43,7 +43,7 @@ def test_every_module_has_a_score_for_every_allowed_format(
     if name == "qwen3_moe":
         assert sum(row["role"] == "expert" for row in found["modules"]) == 6
     for row, m in zip(found["modules"], modules, strict=True):
-        assert row.keys() == {"path", "role", "unit", "block", "shape", "stock", "scores"}
+        assert row.keys() == {"path", "role", "unit", "block", "shape", "tied", "stock", "scores"}
         assert row["shape"] == list(m.shape)
         assert row["block"] == m.block
         assert list(row["scores"]) == [str(fmt) for fmt in allowed(m, MENU)]
