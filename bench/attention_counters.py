@@ -71,7 +71,7 @@ def ours(shape: Shape, k_bits: int, v_bits: int) -> Figures:
         size = (1, shape.kv_heads, shape.keys, one.size)
         records.append(mx.contiguous(mx.broadcast_to(one, size)))
     q = mx.random.normal((1, shape.heads, 1, shape.dim)).astype(mx.float16)
-    k, v = ((shape.dim, bits, 64) for bits in (k_bits, v_bits))
+    k, v = ((shape.dim, (64, bits)) for bits in (k_bits, v_bits))
     strides = [[shape.tokens * r.shape[3], shape.keys * r.shape[3], r.shape[3]] for r in records]
     sizes = (1, shape.heads, shape.kv_heads, 1, shape.keys)
     plan = plan_quantized_attention(

@@ -65,7 +65,7 @@ def ours(cases: Sequence[Product], transpose: bool = True) -> Figures:
     rows = cases[0].rows
     x = cases[0].activations(None if transpose else cases[0].out)
     outs = [c.out if transpose else c.inner for c in cases]
-    weights = [(out, c.bits, c.group_size) for out, c in zip(outs, cases, strict=True)]
+    weights = [(out, (c.group_size, c.bits)) for out, c in zip(outs, cases, strict=True)]
     plan = plan_quantized_matmul(rows, x.shape[-1], weights, transpose=transpose, gpu=GPU)
     inputs = [x, *(a for c in cases for a in c.quantized())]
     _, counters = run(plan, inputs, [((rows, out), x.dtype) for out in outs])
@@ -117,7 +117,7 @@ def experts(rows: int, of: int, width: int, bits: int) -> tuple[Figures, Figures
     x = case.activations()
     weight = [a.reshape(of, width, -1) for a in case.quantized()]
     which = np.random.default_rng(0).integers(0, of, rows).astype(np.uint32)
-    plan = plan_quantized_matmul(rows, width, [(width, bits, GROUP)], experts=of, gpu=GPU)
+    plan = plan_quantized_matmul(rows, width, [(width, (GROUP, bits))], experts=of, gpu=GPU)
     _, counters = run(plan, [x, *weight, mx.array(which)], [((rows, width), x.dtype)])
     here = gather(counters, [1], [2, 3], 0, [5])
 

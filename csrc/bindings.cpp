@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "cpu/pool.h"
+#include "format_caster.h"
 #include "launch/bindings.h"
 #include "ops/decoder_block_bindings.h"
 #include "ops/descend.h"
@@ -20,6 +21,9 @@
 
 namespace nb = nanobind;
 using namespace nb::literals;
+namespace mx = mlx::core;
+using mx::array;
+using optiq::AffineFormat;
 
 NB_MODULE(_ext, m) {
   m.doc() = "Native kernels of optiq as MLX primitives; use them through optiq.ops.";
@@ -27,11 +31,26 @@ NB_MODULE(_ext, m) {
   m.def("num_threads", &optiq::cpu::num_threads);
   m.def("linear", &optiq::linear, "x"_a, "w"_a, "transpose"_a = true, nb::kw_only(),
       "indices"_a = nb::none(), "stream"_a = nb::none());
-  m.def("quantized_matmul", &optiq::quantized_matmul, "x"_a, "w"_a, "scales"_a, "biases"_a,
-      "transpose"_a = true, "group_size"_a = 64, "bits"_a = 4, nb::kw_only(),
-      "indices"_a = nb::none(), "stream"_a = nb::none());
-  m.def("mixed_quantized_matmul", &optiq::mixed_quantized_matmul, "x"_a, "parts"_a, nb::kw_only(),
-      "stream"_a = nb::none());
+  m.def(
+      "quantized_matmul",
+      [](const array& x, const array& w, const array& scales, const array& biases, bool transpose,
+          int group_size, int bits, const std::optional<array>& indices, mx::StreamOrDevice s) {
+        AffineFormat format{.bits = bits, .group_size = group_size};
+        return optiq::quantized_matmul(x, {w, scales, biases, format}, transpose, indices, s);
+      },
+      "x"_a, "w"_a, "scales"_a, "biases"_a, "transpose"_a = true, "group_size"_a = 64, "bits"_a = 4,
+      nb::kw_only(), "indices"_a = nb::none(), "stream"_a = nb::none());
+  m.def(
+      "mixed_quantized_matmul",
+      [](const array& x, const std::vector<std::tuple<array, array, array, int, int>>& parts,
+          mx::StreamOrDevice s) {
+        std::vector<optiq::AffineWeight> weights;
+        for (const auto& [codes, scales, biases, group_size, bits] : parts) {
+          weights.push_back({codes, scales, biases, {.bits = bits, .group_size = group_size}});
+        }
+        return optiq::mixed_quantized_matmul(x, weights, s);
+      },
+      "x"_a, "parts"_a, nb::kw_only(), "stream"_a = nb::none());
   m.def("quantize", &optiq::quantize, "w"_a, "importance"_a = nb::none(), "group_size"_a = 64,
       "bits"_a = 4, nb::kw_only(), "stream"_a = nb::none());
   m.def("descend", &optiq::descend, "w"_a, "codes"_a, "scales"_a, "biases"_a, "hessian"_a,

@@ -87,8 +87,8 @@ template <int BITS, int ROWS>
 void multiply(const Tile& tile, const FixedRows& x, fw* out) {
   constexpr int chains = ROWS < 4 ? 4 / ROWS : 1; // sums in flight hide the latency of one
   const Weight& w = tile.w;
-  const int words = BITS * w.group_size / 32; // of a group
-  const int span = least_multiple_of_block(words), units = w.group_size / kUnit;
+  const int words = BITS * w.format.group_size / 32; // of a group
+  const int span = least_multiple_of_block(words), units = w.format.group_size / kUnit;
   const int groups = w.groups(), row_words = w.cols / 32 * BITS;
   uw transposed[kLongestSpan<BITS>];
   fw y[ROWS] = {};
@@ -221,7 +221,7 @@ fw multiply_one(const Tile& tile, const FixedRows& x) {
 
 template <int BITS>
 fw multiply_one(const Tile& tile, const FixedRows& x) {
-  switch (BITS * tile.w.group_size / 128) {
+  switch (BITS * tile.w.format.group_size / 128) {
     case 1:
       return multiply_one<BITS, 1>(tile, x);
     case 2:
@@ -266,8 +266,7 @@ void multiply(int rows, const Tile& tile, const FixedRows& x, fw* out) {
 class FixedMatrix {
  public:
   FixedMatrix(const float* x, int rows, const Weight& w)
-      : bits_(w.bits),
-        group_size_(w.group_size),
+      : format_(w.format),
         rows_(rows),
         cols_(w.cols),
         x_(x),
@@ -276,9 +275,9 @@ class FixedMatrix {
         step_(w.groups() * padded_),
         sum_(w.groups() * padded_) {
     auto fix = [this](int i) {
-      at_width(bits_, [&]<int BITS>(Width<BITS>) {
+      at_width(format_.bits, [&]<int BITS>(Width<BITS>) {
         fix_rows<BITS>(
-            x_ + size_t(i) * kMostRows * cols_, rows_in(i), cols_, group_size_, block(i));
+            x_ + size_t(i) * kMostRows * cols_, rows_in(i), cols_, format_.group_size, block(i));
       });
     };
     if (rows <= kMostRows) {
@@ -289,7 +288,7 @@ class FixedMatrix {
   }
 
   bool fits(const Weight& w) const {
-    return w.bits == bits_ && w.group_size == group_size_;
+    return w.format == format_;
   }
   int blocks() const {
     return (rows_ + kMostRows - 1) / kMostRows;
@@ -299,13 +298,14 @@ class FixedMatrix {
     return left < kMostRows ? left : kMostRows;
   }
   FixedRows block(int i) {
-    size_t before = size_t(i) * kMostRows, groups = cols_ / group_size_;
+    size_t before = size_t(i) * kMostRows, groups = cols_ / format_.group_size;
     return {pairs_ + FixedRows::pair_count(cols_, int(before)), step_ + groups * before,
         sum_ + groups * before, padded_rows(rows_in(i))};
   }
 
  private:
-  int bits_, group_size_, rows_, cols_;
+  AffineFormat format_;
+  int rows_, cols_;
   const float* x_;
   int padded_;
   Scratch<int32_t> pairs_;

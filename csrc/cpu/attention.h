@@ -166,7 +166,7 @@ struct AttentionTiles {
       std::memset(out, 0, sizeof(float) * n * stride);
     }
     if (uniform(t, begin, begin + n)) {
-      if (x.bits == 0 && x.type == Float::f32 && stride == size_t(dim)) {
+      if (x.format.dense() && x.type == Float::f32 && stride == size_t(dim)) {
         return {static_cast<const float*>(x.data) + place(t, x, begin), x.row};
       }
       decode(x, place(t, x, begin), n, dim, out);
@@ -184,13 +184,13 @@ struct AttentionTiles {
 
   // kWide keys or fewer, a key per column.
   void key_columns(const Tile& t, int begin, int n, const Room& room) const {
-    if (a.k.bits == 0 || !uniform(t, begin, begin + n)) {
+    if (a.k.format.dense() || !uniform(t, begin, begin + n)) {
       Chunk rows = vectors(t, a.k, a.first_k, a.recent_k, a.dim, begin, n, room.chunk);
       return transpose_rows(rows, n, a.dim, room.columns);
     }
-    at_width(a.k.bits, [&]<int BITS>(Width<BITS>) {
+    at_width(a.k.format.bits, [&]<int BITS>(Width<BITS>) {
       auto* records = static_cast<const uint32_t*>(a.k.data) + place(t, a.k, begin);
-      unpack_keys<BITS>(records, a.k.row, n, a.dim, a.k.group_size, room.columns);
+      unpack_keys<BITS>(records, a.k.row, n, a.dim, a.k.format.group_size, room.columns);
     });
   }
 

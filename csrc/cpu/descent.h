@@ -21,7 +21,7 @@ struct DescentRows {
   static constexpr int kRows = 32; // that share a reading of H
 
   explicit DescentRows(const Descent& a) : a(a), ones_(a.cols) {
-    const size_t g = a.group_size;
+    const size_t g = a.format.group_size;
     for (size_t i = 0; i < a.cols; i++) {
       const float* h = a.hessian + i * a.cols + i / g * g;
       f32x8 total{};
@@ -35,7 +35,7 @@ struct DescentRows {
   void operator()(int task) {
     const size_t first = size_t(task) * kRows;
     const int rows = int(first + kRows < a.rows ? kRows : a.rows - first);
-    const size_t groups = a.cols / a.group_size;
+    const size_t groups = a.cols / a.format.group_size;
     Tile tile(a.cols, groups);
     for (int r = 0; r < rows; r++) {
       read(first + r, r, tile);
@@ -43,8 +43,8 @@ struct DescentRows {
     // The slope of the start: as if all had just changed from the exact weights.
     for (size_t k = 0; k < groups; k++) {
       for (int r = 0; r < kRows; r++) {
-        std::memcpy(tile.change[r], &tile.error[r * a.cols + k * a.group_size],
-            sizeof(float) * a.group_size);
+        std::memcpy(tile.change[r], &tile.error[r * a.cols + k * a.format.group_size],
+            sizeof(float) * a.format.group_size);
       }
       spread(tile, k);
     }
@@ -92,16 +92,16 @@ struct DescentRows {
   };
 
   void read(size_t row, int r, Tile& tile) const {
-    const size_t groups = a.cols / a.group_size;
+    const size_t groups = a.cols / a.format.group_size;
     for (size_t k = 0; k < groups; k++) {
       tile.scale[r * groups + k] = load_one(a.scales, row * groups + k);
       tile.bias[r * groups + k] = load_one(a.biases, row * groups + k);
     }
-    const uint8_t* in = a.codes + row * (a.cols / 8) * a.bits;
-    at_width(a.bits, [&]<int BITS>(Width<BITS>) {
+    const uint8_t* in = a.codes + row * (a.cols / 8) * a.format.bits;
+    at_width(a.format.bits, [&]<int BITS>(Width<BITS>) {
       for (size_t i = 0; i < a.cols; i += 8, in += BITS) {
         f32x8 codes = decode_last_codes<BITS>(in);
-        size_t at = r * groups + i / a.group_size;
+        size_t at = r * groups + i / a.format.group_size;
         f32x8 w = load_float(a.w, a.type, row * a.cols + i);
         store(&tile.codes[r * a.cols + i], codes);
         store(&tile.error[r * a.cols + i], codes * tile.scale[at] + tile.bias[at] - w);
@@ -110,10 +110,10 @@ struct DescentRows {
   }
 
   void write(size_t row, int r, const Tile& tile) const {
-    const size_t groups = a.cols / a.group_size;
-    const Packer pack(a.bits);
-    uint8_t* out = a.codes + row * (a.cols / 8) * a.bits;
-    for (size_t i = 0; i < a.cols; i += 8, out += a.bits) {
+    const size_t groups = a.cols / a.format.group_size;
+    const Packer pack(a.format.bits);
+    uint8_t* out = a.codes + row * (a.cols / 8) * a.format.bits;
+    for (size_t i = 0; i < a.cols; i += 8, out += a.format.bits) {
       pack(load<f32x8>(&tile.codes[r * a.cols + i]), out);
     }
     for (size_t k = 0; k < groups; k++) {
@@ -129,7 +129,7 @@ struct DescentRows {
   // slope += change @ H, over the columns of group k.
   void spread(Tile& tile, size_t k) const {
     constexpr int kTogether = 8, kColumns = 2 * kWide; // groups are multiples of 32
-    const float* h = a.hessian + k * a.group_size * a.cols;
+    const float* h = a.hessian + k * a.format.group_size * a.cols;
     for (size_t c = 0; c < a.cols; c += kColumns) {
       for (int r = 0; r < kRows; r += kTogether) {
         fw low[kTogether], high[kTogether];
@@ -138,7 +138,7 @@ struct DescentRows {
           low[i] = load<fw>(slope);
           high[i] = load<fw>(slope + kWide);
         }
-        for (int j = 0; j < a.group_size; j++) {
+        for (int j = 0; j < a.format.group_size; j++) {
           fw h_low = load<fw>(h + j * a.cols + c), h_high = load<fw>(h + j * a.cols + c + kWide);
           for (int i = 0; i < kTogether; i++) {
             low[i] += tile.change[r + i][j] * h_low;
@@ -155,7 +155,7 @@ struct DescentRows {
   }
 
   bool improve(Tile& tile, int r, size_t k) const {
-    const size_t g = a.group_size, at = r * (a.cols / g) + k, start = r * a.cols + k * g;
+    const size_t g = a.format.group_size, at = r * (a.cols / g) + k, start = r * a.cols + k * g;
     const int vectors = int(g / 8);
     const float* block = a.hessian + k * g * a.cols + k * g;
     f32x8 by_codes[kMaxGroup / 8] = {}; // H q
@@ -206,9 +206,9 @@ struct DescentRows {
   // Scale and bias change by so much; then every code in turn moves to its best grid point.
   void move_codes(const Tile& tile, size_t start, size_t k, const f32x8* by_codes, float by_scale,
       float by_bias, Trial& t) const {
-    const size_t g = a.group_size;
+    const size_t g = a.format.group_size;
     const int vectors = int(g / 8);
-    const float top = float((1 << a.bits) - 1);
+    const float top = float((1 << a.format.bits) - 1);
     const float* block = a.hessian + k * g * a.cols + k * g;
     for (int i = 0; i < vectors; i++) {
       t.codes[i] = load<f32x8>(&tile.codes[start + 8 * i]);

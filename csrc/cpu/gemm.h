@@ -81,7 +81,7 @@ struct Reader {
         std::memcpy(last, codes, BITS);
         codes = last;
       }
-      size_t g = size_t(row) * w.groups() + col / w.group_size;
+      size_t g = size_t(row) * w.groups() + col / w.format.group_size;
       return decode_codes<BITS>(codes) * splat(scalar(w.scales, g)) + splat(scalar(w.biases, g));
     }
   }
@@ -196,7 +196,7 @@ void tiled(const Matmul& a) {
 }
 
 inline void tiled_matmul(const Matmul& a) {
-  at_width_or_dense(a.w.bits, [&]<int BITS>(Width<BITS>) { tiled<BITS>(a); });
+  at_width_or_dense(a.w.format.bits, [&]<int BITS>(Width<BITS>) { tiled<BITS>(a); });
 }
 
 } // namespace optiq::cpu::OPTIQ_ISA

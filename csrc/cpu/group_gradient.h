@@ -16,35 +16,36 @@ struct GroupGradientTiles {
   void operator()(int task) {
     const int first = task * kStrip;
     const int rows = first + kStrip < a.rows ? kStrip : a.rows - first;
-    const int groups = a.cols / a.group_size;
+    const int groups = a.cols / a.format.group_size;
     Scratch<float> out(size_t(kStrip) * a.m); // out[:, first:], transposed
     for (int t = 0; t < a.m; t++) {
       for (int r = 0; r < rows; r++) {
         out[size_t(r) * a.m + t] = a.out[size_t(t) * a.rows + first + r];
       }
     }
-    Scratch<float> tile(size_t(kStrip) * a.group_size); // of G
+    Scratch<float> tile(size_t(kStrip) * a.format.group_size); // of G
     for (int g = 0; g < groups; g++) {
-      for (int c = 0; c < a.group_size; c += kPanel) { // a group is one or more panels
-        const float* panel = a.in + size_t(g) * a.group_size + c;
+      for (int c = 0; c < a.format.group_size; c += kPanel) { // a group is one or more panels
+        const float* panel = a.in + size_t(g) * a.format.group_size + c;
         for (int r = 0; r < rows; r += kRows) {
           micro_kernel_edge(rows - r < kRows ? rows - r : kRows, out + size_t(r) * a.m, a.m, panel,
-              a.cols, a.m, tile + size_t(r) * a.group_size + c, a.group_size, kPanel, false);
+              a.cols, a.m, tile + size_t(r) * a.format.group_size + c, a.format.group_size, kPanel,
+              false);
         }
       }
       for (int r = 0; r < rows; r++) {
-        reduce(first + r, g, tile + size_t(r) * a.group_size);
+        reduce(first + r, g, tile + size_t(r) * a.format.group_size);
       }
     }
   }
 
  private:
   void reduce(int row, int g, const float* gradient) const {
-    const size_t at = size_t(row) * (a.cols / a.group_size) + g;
-    const uint8_t* codes = a.codes + at * (a.group_size / 8) * a.bits;
+    const size_t at = size_t(row) * (a.cols / a.format.group_size) + g;
+    const uint8_t* codes = a.codes + at * (a.format.group_size / 8) * a.format.bits;
     f32x8 by_codes{}, by_ones{};
-    at_width(a.bits, [&]<int BITS>(Width<BITS>) {
-      for (int i = 0; i < a.group_size; i += 8, codes += BITS) {
+    at_width(a.format.bits, [&]<int BITS>(Width<BITS>) {
+      for (int i = 0; i < a.format.group_size; i += 8, codes += BITS) {
         f32x8 v = load<f32x8>(gradient + i);
         by_codes += v * decode_last_codes<BITS>(codes);
         by_ones += v;

@@ -15,7 +15,7 @@ constexpr float kAbsent = -3e38f; // in place of the logits past the vocabulary
 template <template <int> class Pack>
 void pack(const Weight& w, int n0, int cols, int k0, int depth, float* panel) {
   at_width_or_dense(
-      w.bits, [&]<int BITS>(Width<BITS>) { Pack<BITS>{{w}}(n0, cols, k0, depth, panel); });
+      w.format.bits, [&]<int BITS>(Width<BITS>) { Pack<BITS>{{w}}(n0, cols, k0, depth, panel); });
 }
 
 // tanh with a relative error below 3e-7 (Cephes tanhf near zero, by the exponential beyond).
@@ -69,7 +69,7 @@ struct Side {
   double logit(int row, int token) const {
     const float* x = h + row * stride;
     auto affine = [&]<int BITS>(Width<BITS>) { return affine_logit<BITS>(x, token); };
-    double z = w.dense() ? dense_logit(x, token) : at_width(w.bits, affine);
+    double z = w.dense() ? dense_logit(x, token) : at_width(w.format.bits, affine);
     return cap != 0 ? cap * __builtin_tanh(z / cap) : z;
   }
 
@@ -107,7 +107,7 @@ struct Side {
     double total = 0;
     for (size_t g = 0; g < w.groups(); g++) {
       f64x8 dot = {}, ones = {};
-      for (int k = int(g) * w.group_size; k < int(g + 1) * w.group_size; k += 8) {
+      for (int k = int(g) * w.format.group_size; k < int(g + 1) * w.format.group_size; k += 8) {
         f64x8 xk = widen(load<f32x8>(x + k));
         dot += widen(decode_last_codes<BITS>(codes + k / 8 * BITS)) * xk;
         ones += xk;

@@ -20,17 +20,17 @@ struct Chunk {
 // `n` tokens of a head from the at-th element on, as floats padded(dim) apart.
 inline void decode(const Vectors& x, size_t at, int n, int dim, float* out) {
   size_t stride = padded(dim);
-  if (x.bits == 0) {
+  if (x.format.dense()) {
     for (int j = 0; j < n; j++) {
       widen(x.data, x.type, at + j * x.row, dim, out + j * stride);
     }
     return;
   }
-  int groups = (dim + x.group_size - 1) / x.group_size;
-  at_width(x.bits, [&]<int BITS>(Width<BITS>) {
+  int groups = (dim + x.format.group_size - 1) / x.format.group_size;
+  at_width(x.format.bits, [&]<int BITS>(Width<BITS>) {
     for (int j = 0; j < n; j++) {
       auto* record = static_cast<const uint32_t*>(x.data) + at + j * x.row;
-      decode_record<BITS>(record, dim, groups, x.group_size, out + j * stride);
+      decode_record<BITS>(record, dim, groups, x.format.group_size, out + j * stride);
     }
   });
 }

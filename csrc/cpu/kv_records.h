@@ -93,17 +93,17 @@ void for_records(const Records& a, F&& one) {
 // Scale and bias between the least and the largest value of a group, rounded to float16 before
 // the codes are derived from them.
 inline void quantize_kv(const Records& a) {
-  const int groups = (a.dim + a.group_size - 1) / a.group_size;
-  const int words = record_words(a.dim, a.bits, a.group_size);
-  const float top = float((1 << a.bits) - 1);
-  const Packer pack(a.bits);
+  const int groups = (a.dim + a.format.group_size - 1) / a.format.group_size;
+  const int words = record_words(a.dim, a.format);
+  const float top = float((1 << a.format.bits) - 1);
+  const Packer pack(a.format.bits);
   for_records(a, [&](size_t index) {
     uint32_t* record = a.words + index * words;
     record[words - 1] = 0; // its spare bits
     auto* codes = reinterpret_cast<uint8_t*>(record + groups);
     for (int g = 0; g < groups; g++) {
-      int begin = g * a.group_size, left = a.dim - begin;
-      int vectors = (left < a.group_size ? left : a.group_size) / 8;
+      int begin = g * a.format.group_size, left = a.dim - begin;
+      int vectors = (left < a.format.group_size ? left : a.format.group_size) / 8;
       f32x8 x[kMaxGroup / 8];
       for (int i = 0; i < vectors; i++) {
         x[i] = load_float(a.floats, a.type, index * a.dim + begin + 8 * i);
@@ -111,7 +111,7 @@ inline void quantize_kv(const Records& a) {
       Range r = range(x, vectors);
       record[g] = f32_to_f16((r.most - r.least) / top) | uint32_t(f32_to_f16(r.least)) << 16;
       Grid grid = record_grid(record[g]);
-      for (int i = 0; i < vectors; i++, codes += a.bits) {
+      for (int i = 0; i < vectors; i++, codes += a.format.bits) {
         f32x8 steps = round((x[i] - grid.bias) / grid.scale);
         pack(grid.scale == 0 ? f32x8{} : clamp(steps, top), codes);
       }
@@ -121,13 +121,13 @@ inline void quantize_kv(const Records& a) {
 
 // The floats that records stand for, in `type`.
 inline void dequantize_kv(const Records& a) {
-  const int groups = (a.dim + a.group_size - 1) / a.group_size;
-  const int words = record_words(a.dim, a.bits, a.group_size);
+  const int groups = (a.dim + a.format.group_size - 1) / a.format.group_size;
+  const int words = record_words(a.dim, a.format);
   auto* out = static_cast<char*>(const_cast<void*>(a.floats));
   for_records(a, [&](size_t index) {
     Scratch<float> values(a.dim);
-    at_width(a.bits, [&]<int BITS>(Width<BITS>) {
-      decode_record<BITS>(a.words + index * words, a.dim, groups, a.group_size, values);
+    at_width(a.format.bits, [&]<int BITS>(Width<BITS>) {
+      decode_record<BITS>(a.words + index * words, a.dim, groups, a.format.group_size, values);
     });
     narrow(values, a.dim, out + index * a.dim * size_of(a.type), a.type);
   });

@@ -38,7 +38,7 @@ struct AffineProducts {
     for (int i = 0; i < x.blocks(); i++) {
       FixedRows block = x.block(i);
       fw out[kMostRows];
-      at_width(tile.w.bits,
+      at_width(tile.w.format.bits,
           [&]<int BITS>(Width<BITS>) { multiply<BITS>(block.padded, tile, block, out); });
       for (int r = 0; r < x.rows_in(i); r++) {
         size_t row = size_t(i) * kMostRows + r;

@@ -23,11 +23,11 @@ struct SearchRows {
   void operator()(int task) {
     size_t begin = size_t(task) * kRowsPerTask;
     size_t end = begin + kRowsPerTask < a.rows ? begin + kRowsPerTask : a.rows;
-    size_t groups = a.cols / a.group_size;
+    size_t groups = a.cols / a.format.group_size;
     for (size_t row = begin; row < end; row++) {
       const float* importance = a.importance + row / a.rows_per_importance * a.cols;
       for (size_t g = 0; g < groups; g++) {
-        group(row * groups + g, importance + g * a.group_size);
+        group(row * groups + g, importance + g * a.format.group_size);
       }
     }
   }
@@ -46,16 +46,16 @@ struct SearchRows {
   };
 
   void group(size_t index, const float* importance) {
-    const int vectors = a.group_size / 8;
-    const float top = float((1 << a.bits) - 1);
+    const int vectors = a.format.group_size / 8;
+    const float top = float((1 << a.format.bits) - 1);
     Group in;
     f32x8 squares = {};
     for (int i = 0; i < vectors; i++) {
-      in.w[i] = load_float(a.w, a.type, index * a.group_size + 8 * i);
+      in.w[i] = load_float(a.w, a.type, index * a.format.group_size + 8 * i);
       squares += in.w[i] * in.w[i];
     }
     auto [least, most] = range(in.w, vectors);
-    float sigma = 2 * sum(squares) / float(a.group_size);
+    float sigma = 2 * sum(squares) / float(a.format.group_size);
     f32x8 sum_c = {}, sum_cw = {};
     for (int i = 0; i < vectors; i++) {
       f32x8 magnitude = in.w[i] * in.w[i] + sigma;
@@ -157,9 +157,9 @@ struct SearchRows {
   }
 
   void write(size_t index, int vectors, const Fit& fit) {
-    const Packer pack(a.bits);
-    uint8_t* out = a.codes + index * vectors * a.bits;
-    for (int i = 0; i < vectors; i++, out += a.bits) {
+    const Packer pack(a.format.bits);
+    uint8_t* out = a.codes + index * vectors * a.format.bits;
+    for (int i = 0; i < vectors; i++, out += a.format.bits) {
       pack(fit.codes[i], out);
     }
     store_float(a.scales, a.type, index, fit.scale);

@@ -14,7 +14,7 @@ struct MinMaxGroups {
 
   void operator()(int task) {
     size_t begin = size_t(task) * kGroupsPerTask, end = begin + kGroupsPerTask;
-    size_t groups = a.rows * (a.cols / a.group_size);
+    size_t groups = a.rows * (a.cols / a.format.group_size);
     end = end < groups ? end : groups;
     switch (a.type) {
       case Float::f32:
@@ -31,12 +31,12 @@ struct MinMaxGroups {
   void run(size_t begin, size_t end) const {
     constexpr float top = float((1 << BITS) - 1);
     const Packer pack(BITS);
-    const int vectors = a.group_size / 8;
+    const int vectors = a.format.group_size / 8;
     uint8_t* codes = a.codes + begin * vectors * BITS;
     for (size_t g = begin; g < end; g++) {
       f32x8 w[kMaxGroup / 8];
       for (int i = 0; i < vectors; i++) {
-        w[i] = load_float(a.w, TYPE, g * a.group_size + 8 * i);
+        w[i] = load_float(a.w, TYPE, g * a.format.group_size + 8 * i);
       }
       Grid grid = stock_grid(range(w, vectors), top);
       for (int i = 0; i < vectors; i++, codes += BITS) {
@@ -51,13 +51,13 @@ struct MinMaxGroups {
 template <int BITS>
 void minmax(const Quantize& a) {
   MinMaxGroups<BITS> body{a};
-  size_t groups = a.rows * (a.cols / a.group_size);
+  size_t groups = a.rows * (a.cols / a.format.group_size);
   constexpr size_t each = MinMaxGroups<BITS>::kGroupsPerTask;
   parallel_for(int((groups + each - 1) / each), body);
 }
 
 inline void quantize_minmax(const Quantize& a) {
-  at_width(a.bits, [&]<int BITS>(Width<BITS>) { minmax<BITS>(a); });
+  at_width(a.format.bits, [&]<int BITS>(Width<BITS>) { minmax<BITS>(a); });
 }
 
 } // namespace optiq::cpu::OPTIQ_ISA

@@ -7,7 +7,19 @@
 // The few symbols the extension takes from the kernel library; all others are hidden.
 #define OPTIQ_API __attribute__((visibility("default")))
 
-namespace optiq::cpu {
+namespace optiq {
+
+// Codes of so many bits, with a scale and a bias for each group of them; 0 bits: not quantized.
+struct AffineFormat {
+  int bits = 0, group_size = 0;
+
+  bool dense() const {
+    return bits == 0;
+  }
+  bool operator==(const AffineFormat&) const = default;
+};
+
+namespace cpu {
 
 enum class Float : uint8_t { f32, f16, bf16 };
 
@@ -22,20 +34,19 @@ struct Weight {
   const void* scales = nullptr; // [rows, cols / group_size]
   const void* biases = nullptr;
   Float type = Float::f32; // of the dense values, or of scales and biases
-  int bits = 0;            // 0: dense
-  int group_size = 0;
+  AffineFormat format = {};
   int rows = 0;
   int cols = 0;
   int stride = 0; // elements from one dense row to the next; 0: cols
 
   bool dense() const {
-    return bits == 0;
+    return format.dense();
   }
   size_t row_bytes() const {
-    return dense() ? (stride ? stride : cols) * size_of(type) : size_t(cols) * bits / 8;
+    return dense() ? (stride ? stride : cols) * size_of(type) : size_t(cols) * format.bits / 8;
   }
   size_t groups() const {
-    return dense() ? 0 : cols / group_size;
+    return dense() ? 0 : cols / format.group_size;
   }
   // The e-th of several equal matrices stored back to back.
   Weight expert(size_t e) const {
@@ -123,7 +134,7 @@ struct Quantize {
   uint8_t* codes;
   void *scales, *biases;
   size_t rows, cols, rows_per_importance;
-  int group_size, bits;
+  AffineFormat format;
   Float type;
 };
 
@@ -136,7 +147,8 @@ struct Descent {
   uint8_t* codes;
   void *scales, *biases;
   size_t rows, cols;
-  int group_size, bits, sweeps;
+  AffineFormat format;
+  int sweeps;
   Float type;
 };
 
@@ -146,7 +158,8 @@ struct GroupGradient {
   const float *out, *in;
   const uint8_t* codes;
   float *scales, *biases; // [rows, cols / group_size]
-  int m, rows, cols, group_size, bits;
+  int m, rows, cols;
+  AffineFormat format;
 };
 
 // y[r, :] = add[r, :] + gain * weight * x[r, :] / sqrt(mean(x[r, :]^2) + eps), rows contiguous.
@@ -186,8 +199,8 @@ enum class Masking : uint8_t { none, causal, boolean, additive };
 // words (kv_records.h).
 struct Vectors {
   const void* data;
-  Float type;           // of floats
-  int bits, group_size; // of records; 0 bits: floats
+  Float type;          // of floats
+  AffineFormat format; // of records; dense: floats
   size_t batch, head, row;
 };
 
@@ -220,11 +233,12 @@ struct Records {
   Float type;
   uint32_t* words;
   size_t count;
-  int dim, bits, group_size;
+  int dim;
+  AffineFormat format;
 };
 
-inline constexpr int record_words(int dim, int bits, int group_size) {
-  return (dim + group_size - 1) / group_size + (dim * bits + 31) / 32;
+inline constexpr int record_words(int dim, AffineFormat format) {
+  return (dim + format.group_size - 1) / format.group_size + (dim * format.bits + 31) / 32;
 }
 
 // y[r, i] = activation(gate[r, i] + gate_bias[i]) * (up[r, i] + up_bias[i])
@@ -263,4 +277,5 @@ struct Kernels {
 // The fastest set this processor runs; OPTIQ_ISA=scalar|avx2|avx512|neon overrides it.
 OPTIQ_API const Kernels& kernels();
 
-} // namespace optiq::cpu
+} // namespace cpu
+} // namespace optiq

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "../metal/kv_shape.h"
+#include "cpu/affine_format.h"
 #include "launch/instantiate.h"
 
 namespace optiq::launch {
@@ -24,16 +25,10 @@ constexpr int kDecodeRows = 32; // queries up to which the keys are split
   throw std::invalid_argument(std::string("[") + function + "] " + message);
 }
 
-void check_format(const char* function, const std::string& name, int dim, int bits, int group) {
+void check_dim(const char* function, const std::string& name, int dim) {
   if (dim < 8 || dim % 8 != 0 || dim > kMaxDim) {
     fail(function, name + "dim is " + std::to_string(dim) + "; it must be a multiple of 8 up to " +
                        std::to_string(kMaxDim));
-  }
-  if (bits < 3 || bits > 8 || bits == 7) {
-    fail(function, name + "bits is " + std::to_string(bits) + "; it must be 3, 4, 5, 6 or 8");
-  }
-  if (group != 32 && group != 64) {
-    fail(function, name + "group_size is " + std::to_string(group) + "; it must be 32 or 64");
   }
 }
 
@@ -43,10 +38,8 @@ int type_bytes(cpu::Float type) {
 
 // Bytes of one token's vector.
 double vector_bytes(const KvTensor& x, cpu::Float type) {
-  if (x.bits == 0) {
-    return double(x.dim) * type_bytes(type);
-  }
-  return 4.0 * (ceil_div(x.dim, x.group_size) + ceil_div(x.dim * x.bits, 32));
+  return x.format.dense() ? double(x.dim) * type_bytes(type)
+                          : 4.0 * cpu::record_words(x.dim, x.format);
 }
 
 // Simdgroups that share a tile, of 8 rows each: all rows at once, as far as the queries fit.
@@ -73,14 +66,17 @@ int split_keys(const QuantizedAttention& op, int tile_rows, const Tuning& t) {
 }
 
 std::vector<std::string> format(const KvTensor& x) {
-  return {std::to_string(x.bits ? x.bits : 16), std::to_string(x.bits ? x.group_size : 32)};
+  auto [bits, group_size] = x.format.dense() ? AffineFormat{16, 32} : x.format;
+  return {std::to_string(bits), std::to_string(group_size)};
 }
 
 void check(const QuantizedAttention& op) {
   constexpr const char* function = "plan_quantized_attention";
   for (auto [name, x] : {std::pair("k.", &op.k), std::pair("v.", &op.v)}) {
-    bool dense = x->bits == 0;
-    check_format(function, name, x->dim, dense ? 8 : x->bits, dense ? 32 : x->group_size);
+    check_dim(function, name, x->dim);
+    if (!x->format.dense()) {
+      check_format(function, name, x->format, Holds::keys_and_values);
+    }
   }
   if (op.kv_heads < 1 || op.heads < 1 || op.heads % op.kv_heads != 0) {
     fail(function, std::to_string(op.heads) + " heads are no multiple of " +
@@ -198,8 +194,9 @@ Plan plan_quantized_attention(const QuantizedAttention& op, const Tuning& t) {
 Plan plan_quantize_kv(const QuantizeKv& op) {
   constexpr const char* function = "plan_quantize_kv";
   constexpr size_t kThreads = 64;
-  check_format(function, "", op.dim, op.bits, op.group_size);
-  size_t groups = op.vectors * size_t(ceil_div(op.dim, op.group_size));
+  check_dim(function, "", op.dim);
+  check_format(function, "", op.format, Holds::keys_and_values);
+  size_t groups = op.vectors * size_t(ceil_div(op.dim, op.format.group_size));
   if (groups > 0xffffffffu - kThreads) { // counted in 32 bits by the kernel
     fail(function,
         std::to_string(op.vectors) + " vectors are too many; split them below 2^32 groups");
@@ -209,7 +206,7 @@ Plan plan_quantize_kv(const QuantizeKv& op) {
     return plan;
   }
   Launch quantize = instantiate("quantize_kv.metal", "quantize_kv",
-      {metal_name(op.type), std::to_string(op.bits), std::to_string(op.group_size)});
+      {metal_name(op.type), std::to_string(op.format.bits), std::to_string(op.format.group_size)});
   RecordShape shape{uint32_t(op.vectors), uint32_t(op.dim)};
   quantize.arguments = {{Kind::input, 0}, {Kind::output, 0}, constants(shape)};
   quantize.threads.x = kThreads;

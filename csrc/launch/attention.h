@@ -14,7 +14,7 @@ namespace optiq::launch {
 // Keys or values `[batch, kv_heads, keys, ...]`: records, or plain vectors of the queries' type.
 struct KvTensor {
   int dim = 0;                      // of the vectors it stands for
-  int bits = 0, group_size = 0;     // 0: plain
+  AffineFormat format = {};         // dense: plain vectors
   std::array<int64_t, 3> strides{}; // of batch entry, head and token, in items
 };
 
@@ -42,7 +42,7 @@ Plan plan_quantized_attention(const QuantizedAttention& op, const Tuning& tuning
 struct QuantizeKv {
   size_t vectors = 0;
   int dim = 0;
-  int bits = 0, group_size = 0;
+  AffineFormat format = {};
   cpu::Float type = cpu::Float::f32;
 };
 

@@ -13,6 +13,7 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include "format_caster.h"
 #include "launch/attention.h"
 #include "launch/copy.h"
 #include "launch/kl_divergence.h"
@@ -88,14 +89,14 @@ nb::dict to_python(const Plan& plan) {
   return out;
 }
 
-using Weight = std::tuple<int, int, int>; // out, bits, group_size
+// What Python gives together with a format.
+using Weight = std::pair<int, AffineFormat>;                  // columns of the result
+using Vectors = std::pair<int, AffineFormat>;                 // dim
+using TypedHead = std::tuple<int, std::string, AffineFormat>; // d, dtype
 
-// dim, bits (0: plain vectors), group_size
-using KvFormat = std::tuple<int, int, int>;
-
-KvTensor kv_tensor(const KvFormat& format, const std::array<int64_t, 3>& strides) {
-  auto [dim, bits, group_size] = format;
-  return {dim, bits, group_size, strides};
+KvTensor kv_tensor(const Vectors& vectors, const std::array<int64_t, 3>& strides) {
+  const auto& [dim, format] = vectors;
+  return {dim, format, strides};
 }
 
 } // namespace
@@ -115,10 +116,10 @@ void bind(nb::module_& m) {
           int experts, const std::string& gpu, std::optional<std::string> tune) {
         QuantizedMatmul op{rows, inner, float_named(x), {}, transpose, experts};
         for (size_t i = 0; i < weights.size(); i++) {
-          auto [out, bits, group_size] = weights[i];
+          const auto& [out, format] = weights[i];
           const auto* one = std::get_if<std::string>(&scales);
           const auto& type = one ? *one : std::get<1>(scales).at(i);
-          op.weights.push_back({out, bits, group_size, float_named(type)});
+          op.weights.push_back({out, format, float_named(type)});
         }
         Gpu chip = parse_gpu(gpu);
         return to_python(plan_quantized_matmul(op, tune ? tuning(chip, *tune) : tuning(chip)));
@@ -134,11 +135,10 @@ void bind(nb::module_& m) {
       "shape"_a, "strides"_a, "itemsize"_a);
   m.def(
       "plan_kl_divergence",
-      [](int tokens, int vocabulary, const std::tuple<int, std::string, int, int>& p,
-          const std::tuple<int, std::string, int, int>& q, float soft_cap) {
-        auto head = [](const auto& side) { // d, dtype, group_size, bits
-          auto [d, dtype, group_size, bits] = side;
-          return Head{d, float_named(dtype), group_size, bits};
+      [](int tokens, int vocabulary, const TypedHead& p, const TypedHead& q, float soft_cap) {
+        auto head = [](const TypedHead& side) {
+          const auto& [d, dtype, format] = side;
+          return Head{d, float_named(dtype), format};
         };
         return to_python(plan_kl_divergence({tokens, vocabulary, head(p), head(q), soft_cap}));
       },
@@ -147,14 +147,14 @@ void bind(nb::module_& m) {
       "plan_quantize",
       [](size_t rows, size_t cols, int group_size, int bits, const std::string& dtype,
           size_t rows_per_importance) {
-        return to_python(
-            plan_quantize({rows, cols, group_size, bits, float_named(dtype), rows_per_importance}));
+        return to_python(plan_quantize({rows, cols, {.bits = bits, .group_size = group_size},
+            float_named(dtype), rows_per_importance}));
       },
       "rows"_a, "cols"_a, "group_size"_a = 64, "bits"_a = 4, "dtype"_a = "float16",
       "rows_per_importance"_a = 0);
   m.def(
       "plan_quantized_attention",
-      [](const std::array<int, 5>& sizes, const KvFormat& k, const KvFormat& v,
+      [](const std::array<int, 5>& sizes, const Vectors& k, const Vectors& v,
           const std::array<int64_t, 3>& k_strides, const std::array<int64_t, 3>& v_strides,
           const std::string& dtype, float scale, bool causal, int window, float softcap,
           std::optional<std::array<int, 4>> mask, bool added, bool sinks, bool starts, int first,
@@ -184,11 +184,11 @@ void bind(nb::module_& m) {
       "first"_a = 0, "recent"_a = 0, "gpu"_a = "applegpu_g15s", "tune"_a = nb::none());
   m.def(
       "plan_quantize_kv",
-      [](size_t vectors, const KvFormat& format, const std::string& dtype) {
-        auto [dim, bits, group_size] = format;
-        return to_python(plan_quantize_kv({vectors, dim, bits, group_size, float_named(dtype)}));
+      [](size_t count, const Vectors& vectors, const std::string& dtype) {
+        const auto& [dim, format] = vectors;
+        return to_python(plan_quantize_kv({count, dim, format, float_named(dtype)}));
       },
-      "vectors"_a, "format"_a, "dtype"_a = "float16");
+      "count"_a, "vectors"_a, "dtype"_a = "float16");
 }
 
 } // namespace optiq::launch

@@ -24,18 +24,18 @@ void check(char side, const Head& head) {
   if (head.d < 1) {
     fail(name + ".d is " + std::to_string(head.d) + "; it must be at least 1");
   }
-  if (head.bits == 0) {
+  if (head.format.dense()) {
     return;
   }
-  cpu::check_affine_format("plan_kl_divergence", name + ".", head.bits, head.group_size);
-  if (head.d % head.group_size != 0) {
+  check_format("plan_kl_divergence", name + ".", head.format);
+  if (head.d % head.format.group_size != 0) {
     fail(name + ".d is " + std::to_string(head.d) + ", no multiple of " +
-         std::to_string(head.group_size));
+         std::to_string(head.format.group_size));
   }
 }
 
 int shift(const Head& head) {
-  return head.group_size == 32 ? 5 : head.group_size == 64 ? 6 : 7;
+  return head.format.group_size == 32 ? 5 : head.format.group_size == 64 ? 6 : 7;
 }
 
 } // namespace
@@ -67,11 +67,11 @@ Plan plan_kl_divergence(const KlDivergenceOp& op) {
   plan.temporaries = {size_t(shape.splits) * op.tokens * sizeof(KlPart)};
 
   Launch ranges = instantiate("kl_divergence.metal", "kl_ranges",
-      {metal_name(op.p.type), std::to_string(op.p.bits), metal_name(op.q.type),
-          std::to_string(op.q.bits)});
+      {metal_name(op.p.type), std::to_string(op.p.format.bits), metal_name(op.q.type),
+          std::to_string(op.q.format.bits)});
   int input = 2;
   for (int side = 0; side < 2; side++) {
-    bool dense = (side == 0 ? op.p : op.q).bits == 0;
+    bool dense = (side == 0 ? op.p : op.q).format.dense();
     ranges.arguments.push_back({Kind::input, side});
     for (int i = 0; i < 3; i++) { // a dense head in all three places, so that each is bound
       ranges.arguments.push_back({Kind::input, dense ? input : input + i});

@@ -9,7 +9,7 @@ namespace optiq::launch {
 struct Head {
   int d = 0;
   cpu::Float type = cpu::Float::f32; // of a dense head, or of scales and biases
-  int group_size = 0, bits = 0;      // 0: dense
+  AffineFormat format = {};
 };
 
 struct KlDivergenceOp {

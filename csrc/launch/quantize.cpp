@@ -14,10 +14,10 @@ Plan plan_quantize(const QuantizeOp& op) {
   auto fail = [](const std::string& message) {
     throw std::invalid_argument("[plan_quantize] " + message);
   };
-  cpu::check_affine_format("plan_quantize", "", op.bits, op.group_size);
-  if (op.cols % op.group_size != 0) {
-    fail(
-        "cols is " + std::to_string(op.cols) + ", no multiple of " + std::to_string(op.group_size));
+  check_format("plan_quantize", "", op.format);
+  if (op.cols % op.format.group_size != 0) {
+    fail("cols is " + std::to_string(op.cols) + ", no multiple of " +
+         std::to_string(op.format.group_size));
   }
   size_t octets = op.rows * op.cols / 8;
   if (octets > 0xffffffffu - kThreads) { // counted in 32 bits by the kernels
@@ -29,7 +29,7 @@ Plan plan_quantize(const QuantizeOp& op) {
   }
   bool search = op.rows_per_importance > 0;
   Launch launch = instantiate("quantize.metal", search ? "quantize_search" : "quantize_minmax",
-      {metal_name(op.type), std::to_string(op.bits), std::to_string(op.group_size)});
+      {metal_name(op.type), std::to_string(op.format.bits), std::to_string(op.format.group_size)});
   using Kind = Argument::Kind;
   launch.arguments = {{Kind::input, 0}};
   if (search) {

@@ -8,7 +8,7 @@ namespace optiq::launch {
 
 struct QuantizeOp {
   size_t rows = 0, cols = 0; // of the weight, leading axes counted as rows
-  int group_size = 64, bits = 4;
+  AffineFormat format = {.bits = 4, .group_size = 64};
   cpu::Float type = cpu::Float::f32; // of the weight, and so of scales and biases
   size_t rows_per_importance = 0;    // 0: min/max without importance
 };

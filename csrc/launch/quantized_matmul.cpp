@@ -37,7 +37,7 @@ struct Batch {
   std::vector<std::string> types() const {
     int widths = 0;
     for (size_t i = 0; i < size(); i++) {
-      widths |= 1 << (*this)[i].bits;
+      widths |= 1 << (*this)[i].format.bits;
     }
     return {metal_name(op.x), metal_name((*this)[0].scales), std::to_string(widths)};
   }
@@ -69,8 +69,8 @@ void finish(const Batch& batch, int tile, Launch& out) {
   int tiles = 0;
   for (size_t p = 0; p < batch.size(); p++) {
     const auto& w = batch[p];
-    int group_shift = w.group_size == 32 ? 5 : w.group_size == 64 ? 6 : 7;
-    shape.part[p] = {w.out, w.bits, group_shift, tiles};
+    int group_shift = w.format.group_size == 32 ? 5 : w.format.group_size == 64 ? 6 : 7;
+    shape.part[p] = {w.out, w.format.bits, group_shift, tiles};
     tiles += ceil_div(w.out, tile);
   }
   out.arguments.push_back(constants(shape));
@@ -157,10 +157,10 @@ Plan plan_quantized_matmul(const QuantizedMatmul& op, const Tuning& t) {
   std::vector<Batch> batches;
   for (size_t i = 0; i < op.weights.size(); i++) {
     const auto& w = op.weights[i];
-    cpu::check_affine_format("plan_quantized_matmul", "", w.bits, w.group_size);
+    check_format("plan_quantized_matmul", "", w.format);
     int grouped = op.transpose ? op.inner : w.out;
-    if (grouped % w.group_size != 0) {
-      fail("the weight's rows have ", grouped, " columns, no multiple of ", w.group_size);
+    if (grouped % w.format.group_size != 0) {
+      fail("the weight's rows have ", grouped, " columns, no multiple of ", w.format.group_size);
     }
     if (op.rows == 0 || w.out == 0) {
       continue; // an empty output

@@ -13,8 +13,7 @@ using cpu::Float;
 
 struct QuantizedWeight {
   int out = 0; // columns of the result
-  int bits = 0;
-  int group_size = 0;
+  AffineFormat format = {};
   Float scales = Float::f32; // and biases
 };
 

@@ -10,7 +10,7 @@
 namespace optiq {
 
 mx::Shape AffineWeight::shape(const char* op, const char* name) const {
-  cpu::check_affine_format(op, name, bits, group_size);
+  check_format(op, name, format);
   if (codes.dtype() != mx::uint32) {
     fail(op, name, "w is ", codes.dtype(), "; packed codes are uint32");
   }
@@ -23,14 +23,14 @@ mx::Shape AffineWeight::shape(const char* op, const char* name) const {
     fail(op, name, "w ", codes.shape(), " and scales ", scales.shape(),
         " must have the same two or three axes");
   }
-  int64_t cols = int64_t(scales.shape(-1)) * group_size;
+  int64_t cols = int64_t(scales.shape(-1)) * format.group_size;
   auto shape = scales.shape();
   shape.back() = int(cols);
   auto packed = shape;
-  packed.back() = int(cols * bits / 32);
+  packed.back() = int(cols * format.bits / 32);
   if (codes.shape() != packed) {
-    fail(op, name, "w is ", codes.shape(), " but scales ", scales.shape(), " at ", bits,
-        " bits and group size ", group_size, " need codes of shape ", packed);
+    fail(op, name, "w is ", codes.shape(), " but scales ", scales.shape(), " at ", format.bits,
+        " bits and group size ", format.group_size, " need codes of shape ", packed);
   }
   return shape;
 }
@@ -39,10 +39,9 @@ cpu::Weight AffineWeight::view() const {
   cpu::Weight w{
       .data = codes.data<char>(), .scales = scales.data<char>(), .biases = biases.data<char>()};
   w.type = float_type(scales.dtype());
-  w.bits = bits;
-  w.group_size = group_size;
+  w.format = format;
   w.rows = scales.shape(-2);
-  w.cols = scales.shape(-1) * group_size;
+  w.cols = scales.shape(-1) * format.group_size;
   return w;
 }
 

@@ -10,7 +10,7 @@ namespace optiq {
 /** A weight of scale * code + bias per group, as mx.quantize packs it. */
 struct AffineWeight {
   mlx::core::array codes, scales, biases; // uint32 [..., out, in * bits / 32]; [..., out, groups]
-  int group_size, bits;
+  AffineFormat format;
 
   /** [..., out, in]; throws where the arrays do not belong together, naming them `name`.w etc. */
   mlx::core::Shape shape(const char* op, const char* name = "") const;

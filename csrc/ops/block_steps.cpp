@@ -30,8 +30,8 @@ void quantize_rows(
   auto* words = static_cast<uint32_t*>(const_cast<void*>(cache.data));
   for (int i = 0; i < batch * heads; i++) {
     uint32_t* to = words + i / heads * cache.batch + i % heads * cache.head + start * cache.row;
-    cpu::kernels().quantize_kv({x + size_t(i) * rows * dim, cpu::Float::f32, to, size_t(rows), dim,
-        cache.bits, cache.group_size});
+    cpu::kernels().quantize_kv(
+        {x + size_t(i) * rows * dim, cpu::Float::f32, to, size_t(rows), dim, cache.format});
   }
 }
 
@@ -186,8 +186,8 @@ void BlockPrimitive::step(const std::vector<array>& inputs, std::vector<array>& 
       cpu::Vectors& x = *vectors[i];
       to[i] = heads_out(own.get() + q_size + i * kv_size, kv_heads, rows, dim);
       if (!cached) {
-        x = {to[i].data, cpu::Float::f32, 0, 0, to[i].batch, to[i].head, to[i].row};
-      } else if (x.bits == 0) {
+        x = {to[i].data, cpu::Float::f32, {}, to[i].batch, to[i].head, to[i].row};
+      } else if (x.format.dense()) {
         float* data = static_cast<float*>(const_cast<void*>(x.data));
         to[i] = {data + start * x.row, x.batch, x.head, x.row};
       }
@@ -195,7 +195,7 @@ void BlockPrimitive::step(const std::vector<array>& inputs, std::vector<array>& 
     std::vector<int64_t> starts(batch, offset);
     cpu::project(layer, hp, batch, rows, {starts.data()}, q, to[0], to[1]);
     for (int i = 0; cached && i < 2; i++) {
-      if (vectors[i]->bits) {
+      if (!vectors[i]->format.dense()) {
         quantize_rows(to[i].data, *vectors[i], batch, kv_heads, rows, dim, start);
       }
     }

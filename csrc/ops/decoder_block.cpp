@@ -2,7 +2,7 @@
 
 #include <mlx/ops.h>
 
-#include "cpu/affine_format.h"
+#include "ops/affine_weight.h"
 
 namespace optiq {
 
@@ -32,18 +32,13 @@ cpu::Projection DecoderBlock::projection(const char* name, const Matrix& m) {
   }
   p.w.rows = w.shape(0);
   if (scales) {
-    if (!biases || !cpu::affine_bits(bits) || !cpu::affine_group(group_size) ||
-        scales->ndim() != 2 || w.dtype() != mx::uint32 || scales->shape() != biases->shape() ||
-        scales->dtype() != biases->dtype() || scales->shape(0) != w.shape(0) ||
-        int64_t(scales->shape(1)) * group_size * bits != int64_t(w.shape(1)) * 32) {
-      fail_block(name, ": codes ", w.shape(), " and scales ", scales->shape(),
-          " are no affine weight of ", bits, " bits in groups of ", group_size);
+    if (!biases) {
+      fail_block(name, " has scales but no biases; it needs both");
     }
-    require_floating("decoder_block", name, *scales);
+    AffineWeight weight{w, *scales, *biases, {.bits = bits, .group_size = group_size}};
+    p.w.cols = weight.shape("decoder_block", (std::string(name) + ": ").c_str())[1];
     p.w.type = float_type(scales->dtype());
-    p.w.bits = bits;
-    p.w.group_size = group_size;
-    p.w.cols = scales->shape(1) * group_size;
+    p.w.format = weight.format;
     p.w.scales = keep(*scales);
     p.w.biases = keep(*biases);
   } else {

@@ -7,6 +7,7 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include "format_caster.h"
 #include "ops/block_steps.h"
 
 namespace nb = nanobind;
@@ -83,27 +84,27 @@ void bind_decoder_block(nb::module_& m) {
   m.def(
       "block_attend",
       [](const Handle& h, const array& x, const array& q, const array& k, const array& v,
-          const std::string& masking, const MaybeArray& mask, bool mlp, KvFormat k_format,
-          KvFormat v_format, int window, const MaybeArray& starts, const MaybePair& first,
+          const std::string& masking, const MaybeArray& mask, bool mlp, AffineFormat k_format,
+          AffineFormat v_format, int window, const MaybeArray& starts, const MaybePair& first,
           const MaybePair& recent, mx::StreamOrDevice s) {
         KeyValues kv{k_format, v_format, masking, mask, window, starts, first, recent};
         return block_attend(h.block, x, q, k, v, kv, mlp, s);
       },
       "block"_a, "h"_a, "q"_a, "k"_a, "v"_a, "masking"_a, "mask"_a = nb::none(), "mlp"_a = false,
-      "k_format"_a = KvFormat(0, 0), "v_format"_a = KvFormat(0, 0), "window"_a = 0,
+      "k_format"_a = AffineFormat{}, "v_format"_a = AffineFormat{}, "window"_a = 0,
       "starts"_a = nb::none(), "first"_a = nb::none(), "recent"_a = nb::none(), nb::kw_only(),
       "stream"_a = nb::none());
   m.def(
       "block_step",
       [](const Handle& h, const array& x, const MaybeArray& keys, const MaybeArray& values,
           int start, int length, int offset, const std::string& masking, const MaybeArray& mask,
-          bool mlp, KvFormat k_format, KvFormat v_format, mx::StreamOrDevice s) {
+          bool mlp, AffineFormat k_format, AffineFormat v_format, mx::StreamOrDevice s) {
         KeyValues kv{k_format, v_format, masking, mask, 0, {}, {}, {}};
         return block_step(h.block, x, keys, values, start, length, offset, kv, mlp, s);
       },
       "block"_a, "h"_a, "keys"_a, "values"_a, "start"_a, "length"_a, "offset"_a, "masking"_a,
-      "mask"_a = nb::none(), "mlp"_a = false, "k_format"_a = KvFormat(0, 0),
-      "v_format"_a = KvFormat(0, 0), nb::kw_only(), "stream"_a = nb::none());
+      "mask"_a = nb::none(), "mlp"_a = false, "k_format"_a = AffineFormat{},
+      "v_format"_a = AffineFormat{}, nb::kw_only(), "stream"_a = nb::none());
   m.def("block_mlp", with_handle(&block_mlp), "block"_a, "h"_a, nb::kw_only(),
       "stream"_a = nb::none());
 }

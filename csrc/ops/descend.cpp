@@ -13,7 +13,8 @@ namespace optiq {
 std::vector<array> descend(const array& w, const array& codes, const array& scales,
     const array& biases, const array& hessian, int group_size, int bits, int sweeps) {
   require_floating("descend", "w", w);
-  cpu::check_affine_format("descend", "", bits, group_size);
+  AffineFormat format{.bits = bits, .group_size = group_size};
+  check_format("descend", "", format);
   if (w.ndim() < 2 || w.shape(-1) % group_size != 0) {
     fail("descend", "w ", w.shape(), " must have two or more axes, the last a multiple of ",
         group_size);
@@ -40,7 +41,7 @@ std::vector<array> descend(const array& w, const array& codes, const array& scal
   }
   auto stream = mx::default_stream(mx::Device::cpu);
   return array::make_arrays({packed, groups, groups}, {mx::uint32, w.dtype(), w.dtype()},
-      std::make_shared<Descend>(stream, group_size, bits, sweeps),
+      std::make_shared<Descend>(stream, format, sweeps),
       {w, codes, scales, biases, mx::astype(hessian, mx::float32, stream)});
 }
 
@@ -57,8 +58,7 @@ void Descend::eval_cpu(const std::vector<array>& inputs, std::vector<array>& out
       .biases = outs[2].data<char>(),
       .rows = w.size() / w.shape(-1),
       .cols = size_t(w.shape(-1)),
-      .group_size = group_size_,
-      .bits = bits_,
+      .format = format_,
       .sweeps = sweeps_,
       .type = float_type(w.dtype())};
   struct Copy {
@@ -84,7 +84,7 @@ void Descend::eval_gpu(const std::vector<array>&, std::vector<array>&) {
 
 bool Descend::is_equivalent(const mx::Primitive& other) const {
   auto& o = static_cast<const Descend&>(other);
-  return group_size_ == o.group_size_ && bits_ == o.bits_ && sweeps_ == o.sweeps_;
+  return format_ == o.format_ && sweeps_ == o.sweeps_;
 }
 
 } // namespace optiq

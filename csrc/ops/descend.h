@@ -17,8 +17,8 @@ std::vector<mx::array> descend(const mx::array& w, const mx::array& codes, const
 
 class Descend : public mx::Primitive {
  public:
-  Descend(mx::Stream stream, int group_size, int bits, int sweeps)
-      : Primitive(stream), group_size_(group_size), bits_(bits), sweeps_(sweeps) {}
+  Descend(mx::Stream stream, AffineFormat format, int sweeps)
+      : Primitive(stream), format_(format), sweeps_(sweeps) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outs) override;
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outs) override;
@@ -27,8 +27,7 @@ class Descend : public mx::Primitive {
   bool is_equivalent(const mx::Primitive& other) const override;
 
  private:
-  int group_size_;
-  int bits_;
+  AffineFormat format_;
   int sweeps_;
 };
 

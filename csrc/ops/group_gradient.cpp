@@ -10,7 +10,7 @@ namespace optiq {
 using mx::array;
 
 std::vector<array> group_gradient(const array& out, const array& in, const array& codes, int groups,
-    int group_size, int bits, mx::Stream s) {
+    AffineFormat format, mx::Stream s) {
   auto rows = [&](const array& a) {
     return mx::astype(mx::reshape(a, {-1, a.shape(-1)}, s), mx::float32, s);
   };
@@ -18,12 +18,12 @@ std::vector<array> group_gradient(const array& out, const array& in, const array
   mx::Shape shape = {left.shape(1), groups};
   if (s.device == mx::Device::cpu) {
     return array::make_arrays({shape, shape}, {mx::float32, mx::float32},
-        std::make_shared<GroupGradient>(s, group_size, bits), {left, right, codes});
+        std::make_shared<GroupGradient>(s, format), {left, right, codes});
   }
-  auto split = [&](const array& a) { return mx::unflatten(a, -1, {groups, group_size}, s); };
+  auto split = [&](const array& a) { return mx::unflatten(a, -1, {groups, format.group_size}, s); };
   auto ones = mx::ones(shape, mx::float32, s), zeros = mx::zeros(shape, mx::float32, s);
-  auto q =
-      mx::dequantize(codes, ones, zeros, group_size, bits, "affine", std::nullopt, std::nullopt, s);
+  auto q = mx::dequantize(
+      codes, ones, zeros, format.group_size, format.bits, "affine", std::nullopt, std::nullopt, s);
   auto dw = split(mx::matmul(mx::transpose(left, s), right, s));
   return {mx::sum(mx::multiply(dw, split(q), s), -1, false, s), mx::sum(dw, -1, false, s)};
 }
@@ -38,8 +38,7 @@ void GroupGradient::eval_cpu(const std::vector<array>& inputs, std::vector<array
       .m = in[0].shape(0),
       .rows = in[0].shape(1),
       .cols = in[1].shape(1),
-      .group_size = group_size_,
-      .bits = bits_};
+      .format = format_};
   mx::cpu::get_command_encoder(stream()).dispatch(
       [work]() { cpu::kernels().group_gradient(work); });
 }
@@ -50,7 +49,7 @@ void GroupGradient::eval_gpu(const std::vector<array>&, std::vector<array>&) {
 
 bool GroupGradient::is_equivalent(const mx::Primitive& other) const {
   auto& o = static_cast<const GroupGradient&>(other);
-  return group_size_ == o.group_size_ && bits_ == o.bits_;
+  return format_ == o.format_;
 }
 
 } // namespace optiq

@@ -12,13 +12,12 @@ namespace optiq {
  * takes `in` [..., in] to results whose gradient is `out` [..., out].
  */
 std::vector<mx::array> group_gradient(const mx::array& out, const mx::array& in,
-    const mx::array& codes, int groups, int group_size, int bits, mx::Stream s);
+    const mx::array& codes, int groups, AffineFormat format, mx::Stream s);
 
 /** The same on a CPU, where the gradient at the dequantized weight is never held. */
 class GroupGradient : public mx::Primitive {
  public:
-  GroupGradient(mx::Stream stream, int group_size, int bits)
-      : Primitive(stream), group_size_(group_size), bits_(bits) {}
+  GroupGradient(mx::Stream stream, AffineFormat format) : Primitive(stream), format_(format) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outs) override;
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outs) override;
@@ -27,8 +26,7 @@ class GroupGradient : public mx::Primitive {
   bool is_equivalent(const mx::Primitive& other) const override;
 
  private:
-  int group_size_;
-  int bits_;
+  AffineFormat format_;
 };
 
 } // namespace optiq

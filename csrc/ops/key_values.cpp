@@ -9,12 +9,12 @@ namespace {
 
 // `tokens` < 0: any number but none.
 void check_vectors(const char* op, const char* name, const array& x, const AttentionShape& shape,
-    int dim, KvFormat format, int tokens = -1) {
-  bool records = format.second != 0;
+    int dim, AffineFormat format, int tokens = -1) {
+  bool records = !format.dense();
   if (records) {
-    check_kv_format(op, dim, format);
+    check_kv_format(op, std::string(name) + ": ", dim, format);
   }
-  int last = records ? record_words(dim, format) : dim;
+  int last = records ? cpu::record_words(dim, format) : dim;
   bool fits = x.ndim() == 4 && x.shape(0) == shape.batch && x.shape(1) == shape.kv_heads &&
               x.shape(3) == last && (tokens < 0 ? x.shape(2) > 0 : x.shape(2) == tokens);
   if (!fits || (records && x.dtype() != mx::uint32)) {
@@ -61,13 +61,13 @@ void set_mask(cpu::Attention& a, const array& mask) {
   }
 }
 
-cpu::Vectors vectors(const array& x, KvFormat format) {
-  return {x.data<char>(), format.second ? cpu::Float::f32 : float_type(x.dtype()), format.second,
-      format.first, size_t(x.strides()[0]), size_t(x.strides()[1]), size_t(x.strides()[2])};
+cpu::Vectors vectors(const array& x, AffineFormat format) {
+  return {x.data<char>(), format.dense() ? float_type(x.dtype()) : cpu::Float::f32, format,
+      size_t(x.strides()[0]), size_t(x.strides()[1]), size_t(x.strides()[2])};
 }
 
 // Only the last axis has to be dense.
-cpu::Vectors vectors(const array& x, KvFormat format, mx::Stream stream) {
+cpu::Vectors vectors(const array& x, AffineFormat format, mx::Stream stream) {
   return vectors(x.strides().back() == 1 ? x : row_contiguous(x, stream), format);
 }
 
@@ -93,8 +93,8 @@ KeyValueLayout KeyValues::check(const char* op, const AttentionShape& shape, int
   for (const auto* exact : {&first, &recent}) {
     if (*exact) {
       const auto& [own_k, own_v] = **exact;
-      check_vectors(op, "exact keys", own_k, shape, shape.dim, {0, 0});
-      check_vectors(op, "exact values", own_v, shape, shape.value_dim, {0, 0}, own_k.shape(2));
+      check_vectors(op, "exact keys", own_k, shape, shape.dim, {});
+      check_vectors(op, "exact values", own_v, shape, shape.value_dim, {}, own_k.shape(2));
     }
   }
   return layout;
@@ -131,8 +131,8 @@ void KeyValueLayout::set(
   }
   auto exact = [&](cpu::Vectors& own_k, cpu::Vectors& own_v, int& count) {
     count = in->shape(2);
-    own_k = vectors(*in++, {0, 0}, stream);
-    own_v = vectors(*in++, {0, 0}, stream);
+    own_k = vectors(*in++, {}, stream);
+    own_v = vectors(*in++, {}, stream);
   };
   if (first) {
     exact(a.first_k, a.first_v, a.first);

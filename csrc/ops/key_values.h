@@ -14,7 +14,7 @@ struct AttentionShape {
 
 // Which inputs there are, and their meaning.
 struct KeyValueLayout {
-  KvFormat k_format, v_format;
+  AffineFormat k_format, v_format; // dense: plain vectors
   cpu::Masking masking = cpu::Masking::none;
   int window = 0;
   bool mask = false, starts = false, first = false, recent = false;
@@ -30,8 +30,8 @@ struct KeyValueLayout {
 struct KeyValues {
   using Pair = std::pair<array, array>; // keys, values
 
-  KvFormat k_format = {0, 0}, v_format = {0, 0};
-  std::string masking; // "" or "causal"; ignored with a mask
+  AffineFormat k_format, v_format; // dense: plain vectors
+  std::string masking;             // "" or "causal"; ignored with a mask
   std::optional<array> mask;
   int window = 0; // 0: none
   std::optional<array> starts;

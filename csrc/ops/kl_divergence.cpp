@@ -21,15 +21,14 @@ namespace {
 constexpr const char* kName = "kl_divergence";
 
 // Checks one side and returns the size of its vocabulary.
-int check_side(char side, const array& h, const std::vector<array>& w, std::pair<int, int> format) {
-  auto [group_size, bits] = format;
+int check_side(char side, const array& h, const std::vector<array>& w, AffineFormat format) {
   std::string name = std::string("w_") + side;
   require_floating("kl_divergence", side == 'p' ? "h_p" : "h_q", h);
   if (h.ndim() == 0) {
     fail(kName, "h_", side, " has no axes; it must be [..., d]");
   }
   int cols = 0;
-  if (bits == 0) {
+  if (format.dense()) {
     if (w.size() != 1) {
       fail(kName, name, " has ", w.size(), " arrays; a dense head is one");
     }
@@ -42,8 +41,8 @@ int check_side(char side, const array& h, const std::vector<array>& w, std::pair
     if (w.size() != 3) {
       fail(kName, name, " has ", w.size(), " arrays; a quantized head is codes, scales and biases");
     }
-    auto shape = AffineWeight{w[0], w[1], w[2], group_size, bits}.shape(
-        "kl_divergence", (name + ".").c_str());
+    auto shape =
+        AffineWeight{w[0], w[1], w[2], format}.shape("kl_divergence", (name + ".").c_str());
     if (shape.size() != 2) {
       fail(kName, name, " is ", shape, "; a head is [vocab, d]");
     }
@@ -56,10 +55,9 @@ int check_side(char side, const array& h, const std::vector<array>& w, std::pair
   return w[0].shape(0);
 }
 
-cpu::Weight weight(const array* w, std::pair<int, int> format) {
-  auto [group_size, bits] = format;
-  if (bits) {
-    return AffineWeight{w[0], w[1], w[2], group_size, bits}.view();
+cpu::Weight weight(const array* w, AffineFormat format) {
+  if (!format.dense()) {
+    return AffineWeight{w[0], w[1], w[2], format}.view();
   }
   cpu::Weight out{.data = w[0].data<char>(), .type = float_type(w[0].dtype())};
   out.rows = w[0].shape(0);
@@ -97,8 +95,8 @@ void CompareLogits::eval_gpu(const std::vector<array>&, std::vector<array>&) {
 }
 
 std::vector<array> kl_divergence(const array& h_p, const std::vector<array>& w_p, const array& h_q,
-    const std::vector<array>& w_q, std::pair<int, int> format_p, std::pair<int, int> format_q,
-    float soft_cap, mx::StreamOrDevice s) {
+    const std::vector<array>& w_q, AffineFormat format_p, AffineFormat format_q, float soft_cap,
+    mx::StreamOrDevice s) {
   int vocabulary = check_side('p', h_p, w_p, format_p);
   if (check_side('q', h_q, w_q, format_q) != vocabulary || vocabulary == 0) {
     fail(kName, "w_p has ", vocabulary, " rows and w_q ", w_q[0].shape(0),
@@ -131,7 +129,7 @@ void KlDivergence::eval_cpu(const std::vector<array>& inputs, std::vector<array>
   cpu::HeadKl work{.h_p = in[0].data<float>(),
       .h_q = in[1].data<float>(),
       .w_p = weight(&in[2], format_p_),
-      .w_q = weight(&in[format_p_.second ? 5 : 3], format_q_),
+      .w_q = weight(&in[format_p_.dense() ? 3 : 5], format_q_),
       .cap = soft_cap_,
       .kl = outs[0].data<float>(),
       .agree = outs[1].data<bool>(),
@@ -142,13 +140,13 @@ void KlDivergence::eval_cpu(const std::vector<array>& inputs, std::vector<array>
 }
 
 void KlDivergence::eval_gpu(const std::vector<array>& inputs, std::vector<array>& outs) {
-  const array& w_p = inputs[format_p_.second ? 3 : 2]; // a dense head, or the scales
-  const array& w_q = inputs[(format_p_.second ? 5 : 3) + (format_q_.second ? 1 : 0)];
+  const array& w_p = inputs[format_p_.dense() ? 2 : 3]; // a dense head, or the scales
+  const array& w_q = inputs[(format_p_.dense() ? 3 : 5) + (format_q_.dense() ? 0 : 1)];
   launch::KlDivergenceOp op;
   op.tokens = int(outs[0].size());
   op.vocabulary = w_p.shape(0);
-  op.p = {inputs[0].shape(-1), float_type(w_p.dtype()), format_p_.first, format_p_.second};
-  op.q = {inputs[1].shape(-1), float_type(w_q.dtype()), format_q_.first, format_q_.second};
+  op.p = {inputs[0].shape(-1), float_type(w_p.dtype()), format_p_};
+  op.q = {inputs[1].shape(-1), float_type(w_q.dtype()), format_q_};
   op.soft_cap = soft_cap_;
   metal::run(launch::plan_kl_divergence(op), inputs, outs, stream());
 }
@@ -185,7 +183,7 @@ void KlDivergenceGradient::eval_cpu(const std::vector<array>& inputs, std::vecto
   cpu::HeadKlGradient work{.h_p = in[0].data<float>(),
       .h_q = in[1].data<float>(),
       .w_p = weight(&in[2], format_p_),
-      .w_q = weight(&in[format_p_.second ? 5 : 3], format_q_),
+      .w_q = weight(&in[format_p_.dense() ? 3 : 5], format_q_),
       .cap = soft_cap_,
       .lse_p = last[0].data<float>(),
       .lse_q = last[1].data<float>(),

@@ -1,7 +1,5 @@
 #pragma once
 
-#include <utility>
-
 #include "ops/matmul.h"
 
 #include <mlx/primitives.h>
@@ -19,12 +17,12 @@ std::vector<mx::array> compare_logits(
 /**
  * The same four of the logits cap * tanh(h @ w.T / cap), without storing them.
  *
- * h is [..., d], a head w is one dense array [vocab, d] with format {0, 0}, or codes, scales and
- * biases with {group size, bits}. A soft cap of 0 means none. Gradients exist at h_q.
+ * h is [..., d], a head w is one dense array [vocab, d] with a dense format, or codes, scales and
+ * biases. A soft cap of 0 means none. Gradients exist at h_q.
  */
 std::vector<mx::array> kl_divergence(const mx::array& h_p, const std::vector<mx::array>& w_p,
-    const mx::array& h_q, const std::vector<mx::array>& w_q, std::pair<int, int> format_p,
-    std::pair<int, int> format_q, float soft_cap, mx::StreamOrDevice s = {});
+    const mx::array& h_q, const std::vector<mx::array>& w_q, AffineFormat format_p,
+    AffineFormat format_q, float soft_cap, mx::StreamOrDevice s = {});
 
 class CompareLogits : public mx::Primitive {
  public:
@@ -40,14 +38,13 @@ class CompareLogits : public mx::Primitive {
 /** What both directions of the streamed KL share: inputs h_p, h_q, w_p..., w_q... */
 class HeadPrimitive : public mx::Primitive {
  public:
-  HeadPrimitive(
-      mx::Stream stream, std::pair<int, int> format_p, std::pair<int, int> format_q, float soft_cap)
+  HeadPrimitive(mx::Stream stream, AffineFormat format_p, AffineFormat format_q, float soft_cap)
       : Primitive(stream), format_p_(format_p), format_q_(format_q), soft_cap_(soft_cap) {}
 
   bool is_equivalent(const mx::Primitive& other) const override;
 
  protected:
-  std::pair<int, int> format_p_, format_q_; // group size and bits, or zeros
+  AffineFormat format_p_, format_q_;
   float soft_cap_;
 };
 

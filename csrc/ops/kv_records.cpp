@@ -2,19 +2,19 @@
 
 #include <mlx/backend/cpu/encoder.h>
 
+#include "cpu/affine_format.h"
 #include "launch/attention.h"
 #include "metal/encoder.h"
 #include "ops/fail.h"
 
 namespace optiq {
-void check_kv_format(const char* op, int dim, KvFormat format) {
-  auto [group_size, bits] = format;
-  if (bits < 3 || bits == 7 || bits > 8 || (group_size != 32 && group_size != 64)) {
-    fail(op, "keys and values have no records of ", bits, " bits in groups of ", group_size,
-        "; use 3, 4, 5, 6 or 8 bits in groups of 32 or 64");
-  }
+
+using cpu::record_words;
+
+void check_kv_format(const char* op, const std::string& name, int dim, AffineFormat format) {
+  check_format(op, name, format, Holds::keys_and_values);
   if (dim < 8 || dim % 8 != 0) {
-    fail(op, "vectors of ", dim, " elements cannot be quantized; use a multiple of 8");
+    fail(op, name, "vectors of ", dim, " elements cannot be quantized; use a multiple of 8");
   }
 }
 
@@ -24,8 +24,8 @@ array quantize_kv(const array& x, int group_size, int bits, mx::StreamOrDevice s
     fail("quantize_kv", "x has no axes; it must be [..., dim]");
   }
   int dim = x.shape(-1);
-  KvFormat format = {group_size, bits};
-  check_kv_format("quantize_kv", dim, format);
+  AffineFormat format{.bits = bits, .group_size = group_size};
+  check_kv_format("quantize_kv", "", dim, format);
   auto shape = x.shape();
   shape.back() = record_words(dim, format);
   return array(std::move(shape), mx::uint32,
@@ -34,8 +34,8 @@ array quantize_kv(const array& x, int group_size, int bits, mx::StreamOrDevice s
 
 array dequantize_kv(const array& records, int dim, int group_size, int bits, mx::Dtype dtype,
     mx::StreamOrDevice s) {
-  KvFormat format = {group_size, bits};
-  check_kv_format("dequantize_kv", dim, format);
+  AffineFormat format{.bits = bits, .group_size = group_size};
+  check_kv_format("dequantize_kv", "", dim, format);
   int words = record_words(dim, format);
   if (records.dtype() != mx::uint32 || records.ndim() == 0 || records.shape(-1) != words) {
     fail("dequantize_kv", "records ", records.shape(), " ", records.dtype(), " are not those of ",
@@ -56,7 +56,7 @@ void KvRecords::eval_cpu(const std::vector<array>& inputs, array& out) {
   const array& floats = quantize_ ? in : out;
   cpu::Records work{floats.data<char>(), float_type(floats.dtype()),
       const_cast<uint32_t*>((quantize_ ? out : in).data<uint32_t>()), floats.size() / dim_, dim_,
-      format_.second, format_.first};
+      format_};
   mx::cpu::get_command_encoder(stream()).dispatch([work, quantize = quantize_]() {
     quantize ? cpu::kernels().quantize_kv(work) : cpu::kernels().dequantize_kv(work);
   });
@@ -67,8 +67,7 @@ void KvRecords::eval_gpu(const std::vector<array>& inputs, array& out) {
     throw std::runtime_error("[dequantize_kv] has no GPU kernel; use the mx.* formula there");
   }
   const array& x = inputs[0];
-  metal::run(launch::plan_quantize_kv(
-                 {x.size() / dim_, dim_, format_.second, format_.first, float_type(x.dtype())}),
+  metal::run(launch::plan_quantize_kv({x.size() / dim_, dim_, format_, float_type(x.dtype())}),
       inputs, {out}, stream());
 }
 

@@ -8,14 +8,9 @@
 
 namespace optiq {
 
-using KvFormat = std::pair<int, int>; // (group size, bits); (0, 0): plain vectors
-
-// Throws std::invalid_argument("[op] ...") where vectors of `dim` have no records of this format.
-void check_kv_format(const char* op, int dim, KvFormat format);
-
-inline int record_words(int dim, KvFormat format) {
-  return cpu::record_words(dim, format.second, format.first);
-}
+// Throws std::invalid_argument("[op] name...") where vectors of `dim` have no records of this
+// format.
+void check_kv_format(const char* op, const std::string& name, int dim, AffineFormat format);
 
 /** Records uint32 [..., words] of x [..., dim], rounded by the range of each group. */
 mx::array quantize_kv(const mx::array& x, int group_size, int bits, mx::StreamOrDevice s = {});
@@ -27,7 +22,7 @@ mx::array dequantize_kv(const mx::array& records, int dim, int group_size, int b
 // One primitive for both directions.
 class KvRecords : public mx::UnaryPrimitive {
  public:
-  KvRecords(mx::Stream stream, bool quantize, int dim, KvFormat format)
+  KvRecords(mx::Stream stream, bool quantize, int dim, AffineFormat format)
       : UnaryPrimitive(stream), quantize_(quantize), dim_(dim), format_(format) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override;
@@ -39,7 +34,7 @@ class KvRecords : public mx::UnaryPrimitive {
  private:
   bool quantize_;
   int dim_;
-  KvFormat format_;
+  AffineFormat format_;
 };
 
 } // namespace optiq

@@ -22,38 +22,35 @@ constexpr const char* kName = "mixed_quantized_matmul";
 } // namespace
 
 std::vector<array> mixed_quantized_matmul(
-    const array& x, const std::vector<AffinePart>& parts, mx::StreamOrDevice s) {
+    const array& x, const std::vector<AffineWeight>& parts, mx::StreamOrDevice s) {
   require_floating(kName, "x", x);
   if (parts.empty()) {
     fail(kName, "parts is empty; it must hold at least one weight");
   }
   std::vector<array> inputs = {x};
-  std::vector<MixedQuantizedMatmul::Width> widths;
+  std::vector<AffineFormat> formats;
   std::vector<mx::Shape> shapes;
   std::vector<mx::Dtype> dtypes;
   for (size_t i = 0; i < parts.size(); i++) {
-    const auto& [codes, scales, biases, group_size, bits] = parts[i];
+    const AffineWeight& w = parts[i];
     std::string name = "parts[" + std::to_string(i) + "].";
-    AffineWeight weight{codes, scales, biases, group_size, bits};
-    shapes.push_back(matmul_shape(kName, x, weight.shape(kName, name.c_str()), true, std::nullopt));
-    dtypes.push_back(mx::promote_types(x.dtype(), scales.dtype()));
-    widths.push_back({group_size, bits});
-    inputs.insert(inputs.end(), {codes, scales, biases});
+    shapes.push_back(matmul_shape(kName, x, w.shape(kName, name.c_str()), true, std::nullopt));
+    dtypes.push_back(mx::promote_types(x.dtype(), w.scales.dtype()));
+    formats.push_back(w.format);
+    inputs.insert(inputs.end(), {w.codes, w.scales, w.biases});
   }
   return array::make_arrays(std::move(shapes), dtypes,
-      std::make_shared<MixedQuantizedMatmul>(mx::to_stream(s), std::move(widths)), inputs);
+      std::make_shared<MixedQuantizedMatmul>(mx::to_stream(s), std::move(formats)), inputs);
 }
 
 AffineWeight MixedQuantizedMatmul::part(const std::vector<array>& inputs, size_t i) const {
-  return {inputs[3 * i + 1], inputs[3 * i + 2], inputs[3 * i + 3], widths_[i].group_size,
-      widths_[i].bits};
+  return {inputs[3 * i + 1], inputs[3 * i + 2], inputs[3 * i + 3], formats_[i]};
 }
 
-std::vector<AffinePart> MixedQuantizedMatmul::parts(const std::vector<array>& inputs) const {
-  std::vector<AffinePart> all;
-  for (size_t i = 0; i < widths_.size(); i++) {
-    AffineWeight w = part(inputs, i);
-    all.emplace_back(w.codes, w.scales, w.biases, w.group_size, w.bits);
+std::vector<AffineWeight> MixedQuantizedMatmul::parts(const std::vector<array>& inputs) const {
+  std::vector<AffineWeight> all;
+  for (size_t i = 0; i < formats_.size(); i++) {
+    all.push_back(part(inputs, i));
   }
   return all;
 }
@@ -87,8 +84,7 @@ void MixedQuantizedMatmul::eval_gpu(const std::vector<array>& inputs, std::vecto
     const array& out = outs[i];
     int columns = out.shape(-1);
     op.rows = std::max(op.rows, columns == 0 ? 0 : int(out.size() / columns));
-    op.weights.push_back(
-        {columns, widths_[i].bits, widths_[i].group_size, float_type(inputs[3 * i + 2].dtype())});
+    op.weights.push_back({columns, formats_[i], float_type(inputs[3 * i + 2].dtype())});
   }
   metal::run(launch::plan_quantized_matmul(op, metal::tuning(stream())), inputs, outs, stream());
 }
@@ -110,10 +106,8 @@ std::vector<array> MixedQuantizedMatmul::vjp(const std::vector<array>& primals,
         "biases");
   }
   std::optional<array> dx;
-  for (size_t i = 0; i < widths_.size(); i++) {
-    AffineWeight w = part(primals, i);
-    auto term = quantized_matmul(cotangents[i], w.codes, w.scales, w.biases, false, w.group_size,
-        w.bits, std::nullopt, stream());
+  for (size_t i = 0; i < formats_.size(); i++) {
+    auto term = quantized_matmul(cotangents[i], part(primals, i), false, std::nullopt, stream());
     dx = dx ? mx::add(*dx, term, stream()) : term;
   }
   return {mx::astype(*dx, primals[0].dtype(), stream())};
@@ -127,16 +121,16 @@ std::pair<std::vector<array>, std::vector<int>> MixedQuantizedMatmul::vmap(
     }
   }
   auto x = mx::moveaxis(inputs[0], axes[0], 0, stream());
-  return {mixed_quantized_matmul(x, parts(inputs), stream()), std::vector<int>(widths_.size(), 0)};
+  return {mixed_quantized_matmul(x, parts(inputs), stream()), std::vector<int>(formats_.size(), 0)};
 }
 
 bool MixedQuantizedMatmul::is_equivalent(const mx::Primitive& other) const {
-  return widths_ == static_cast<const MixedQuantizedMatmul&>(other).widths_;
+  return formats_ == static_cast<const MixedQuantizedMatmul&>(other).formats_;
 }
 
 std::vector<mx::Shape> MixedQuantizedMatmul::output_shapes(const std::vector<array>& inputs) {
   std::vector<mx::Shape> shapes;
-  for (size_t i = 0; i < widths_.size(); i++) {
+  for (size_t i = 0; i < formats_.size(); i++) {
     auto shape = inputs[0].shape();
     shape.back() = inputs[3 * i + 2].shape(-2);
     shapes.push_back(std::move(shape));

@@ -1,6 +1,5 @@
 #pragma once
 
-#include <tuple>
 #include <vector>
 
 #include <mlx/primitives.h>
@@ -11,23 +10,14 @@
 
 namespace optiq {
 
-/** Codes, scales, biases, group size, bits. */
-using AffinePart = std::tuple<mx::array, mx::array, mx::array, int, int>;
-
 /** x @ dequantize(w).T for each of several weights, of any widths, in one launch. */
 std::vector<mx::array> mixed_quantized_matmul(
-    const mx::array& x, const std::vector<AffinePart>& parts, mx::StreamOrDevice s = {});
+    const mx::array& x, const std::vector<AffineWeight>& parts, mx::StreamOrDevice s = {});
 
 class MixedQuantizedMatmul : public mx::Primitive {
  public:
-  struct Width {
-    int group_size, bits;
-
-    bool operator==(const Width&) const = default;
-  };
-
-  MixedQuantizedMatmul(mx::Stream stream, std::vector<Width> widths)
-      : Primitive(stream), widths_(std::move(widths)) {}
+  MixedQuantizedMatmul(mx::Stream stream, std::vector<AffineFormat> formats)
+      : Primitive(stream), formats_(std::move(formats)) {}
 
   /** Inputs: x, then codes, scales and biases of each part. Outputs: one for each part. */
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outs) override;
@@ -41,9 +31,9 @@ class MixedQuantizedMatmul : public mx::Primitive {
 
  private:
   AffineWeight part(const std::vector<mx::array>& inputs, size_t i) const;
-  std::vector<AffinePart> parts(const std::vector<mx::array>& inputs) const;
+  std::vector<AffineWeight> parts(const std::vector<mx::array>& inputs) const;
 
-  std::vector<Width> widths_;
+  std::vector<AffineFormat> formats_;
 };
 
 } // namespace optiq

@@ -14,7 +14,8 @@ namespace optiq {
 std::vector<array> quantize(const array& w, const std::optional<array>& importance, int group_size,
     int bits, mx::StreamOrDevice s) {
   require_floating("quantize", "w", w);
-  cpu::check_affine_format("quantize", "", bits, group_size);
+  AffineFormat format{.bits = bits, .group_size = group_size};
+  check_format("quantize", "", format);
   if (w.ndim() < 2 || w.shape(-1) % group_size != 0) {
     fail("quantize", "w ", w.shape(), " must have two or more axes, the last a multiple of ",
         group_size);
@@ -32,7 +33,7 @@ std::vector<array> quantize(const array& w, const std::optional<array>& importan
   packed.back() = int(int64_t(w.shape(-1)) * bits / 32);
   groups.back() = w.shape(-1) / group_size;
   return array::make_arrays({packed, groups, groups}, {mx::uint32, w.dtype(), w.dtype()},
-      std::make_shared<Quantize>(mx::to_stream(s), group_size, bits), inputs);
+      std::make_shared<Quantize>(mx::to_stream(s), format), inputs);
 }
 
 void Quantize::eval_cpu(const std::vector<array>& inputs, std::vector<array>& outs) {
@@ -54,8 +55,7 @@ void Quantize::eval_cpu(const std::vector<array>& inputs, std::vector<array>& ou
       .rows = w.size() / w.shape(-1),
       .cols = size_t(w.shape(-1)),
       .rows_per_importance = 1,
-      .group_size = group_size_,
-      .bits = bits_,
+      .format = format_,
       .type = float_type(w.dtype())};
   if (inputs.size() == 2) {
     array importance = row_contiguous(inputs[1], stream());
@@ -72,8 +72,7 @@ void Quantize::eval_gpu(const std::vector<array>& inputs, std::vector<array>& ou
   launch::QuantizeOp op;
   op.cols = w.shape(-1);
   op.rows = op.cols == 0 ? 0 : w.size() / op.cols;
-  op.group_size = group_size_;
-  op.bits = bits_;
+  op.format = format_;
   op.type = float_type(w.dtype());
   if (inputs.size() == 2 && w.size() > 0) {
     op.rows_per_importance = op.rows / (inputs[1].size() / op.cols);
@@ -83,7 +82,7 @@ void Quantize::eval_gpu(const std::vector<array>& inputs, std::vector<array>& ou
 
 bool Quantize::is_equivalent(const mx::Primitive& other) const {
   auto& o = static_cast<const Quantize&>(other);
-  return group_size_ == o.group_size_ && bits_ == o.bits_;
+  return format_ == o.format_;
 }
 
 } // namespace optiq

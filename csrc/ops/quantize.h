@@ -17,8 +17,7 @@ std::vector<mx::array> quantize(const mx::array& w, const std::optional<mx::arra
 
 class Quantize : public mx::Primitive {
  public:
-  Quantize(mx::Stream stream, int group_size, int bits)
-      : Primitive(stream), group_size_(group_size), bits_(bits) {}
+  Quantize(mx::Stream stream, AffineFormat format) : Primitive(stream), format_(format) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outs) override;
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outs) override;
@@ -27,8 +26,7 @@ class Quantize : public mx::Primitive {
   bool is_equivalent(const mx::Primitive& other) const override;
 
  private:
-  int group_size_;
-  int bits_;
+  AffineFormat format_;
 };
 
 } // namespace optiq

@@ -17,8 +17,8 @@ constexpr const char* kName = "quantized_attention";
 
 // The kernels on a GPU read plain vectors in the type of the queries, and a mask to add in float32.
 void cast_for_gpu(array& k, array& v, KeyValues& kv, mx::Dtype type, mx::StreamOrDevice s) {
-  auto cast = [&](array& x, KvFormat format = {0, 0}) {
-    if (format.second == 0) {
+  auto cast = [&](array& x, AffineFormat format = {}) {
+    if (format.dense()) {
       x = mx::astype(x, type, s);
     }
   };
@@ -35,16 +35,16 @@ void cast_for_gpu(array& k, array& v, KeyValues& kv, mx::Dtype type, mx::StreamO
   }
 }
 
-launch::KvTensor kv_tensor(const array& x, int dim, KvFormat format) {
+launch::KvTensor kv_tensor(const array& x, int dim, AffineFormat format) {
   auto strides = metal::strides_handed_on(x);
-  return {dim, format.second, format.first, {strides[0], strides[1], strides[2]}};
+  return {dim, format, {strides[0], strides[1], strides[2]}};
 }
 
 } // namespace
 
-array quantized_attention(const array& q, const array& k, const array& v, KvFormat k_format,
-    KvFormat v_format, float scale, const std::string& masking, const std::optional<array>& mask,
-    int window, const std::optional<array>& sinks, float softcap,
+array quantized_attention(const array& q, const array& k, const array& v, AffineFormat k_format,
+    AffineFormat v_format, float scale, const std::string& masking,
+    const std::optional<array>& mask, int window, const std::optional<array>& sinks, float softcap,
     const std::optional<array>& starts, const std::optional<KeyValues::Pair>& first,
     const std::optional<KeyValues::Pair>& recent, int value_dim, mx::StreamOrDevice s) {
   require_floating(kName, "q", q);

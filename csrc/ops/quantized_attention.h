@@ -7,7 +7,7 @@ namespace optiq {
 /** Softmax attention of q [B, heads, L, dim] over keys and values that may be records,
  * [B, heads, L, value_dim] in the dtype of q; see python/optiq/ops/attention.py. */
 mx::array quantized_attention(const mx::array& q, const mx::array& k, const mx::array& v,
-    KvFormat k_format, KvFormat v_format, float scale, const std::string& masking,
+    AffineFormat k_format, AffineFormat v_format, float scale, const std::string& masking,
     const std::optional<mx::array>& mask, int window, const std::optional<mx::array>& sinks,
     float softcap, const std::optional<mx::array>& starts,
     const std::optional<KeyValues::Pair>& first, const std::optional<KeyValues::Pair>& recent,

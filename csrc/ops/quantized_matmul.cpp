@@ -4,7 +4,6 @@
 
 #include "launch/quantized_matmul.h"
 #include "metal/encoder.h"
-#include "ops/affine_weight.h"
 #include "ops/fail.h"
 #include "ops/group_gradient.h"
 
@@ -18,19 +17,16 @@ constexpr const char* kName = "quantized_matmul";
 
 } // namespace
 
-array quantized_matmul(const array& x, const array& w, const array& scales, const array& biases,
-    bool transpose, int group_size, int bits, const std::optional<array>& indices,
-    mx::StreamOrDevice s) {
-  require_floating("quantized_matmul", "x", x);
-  auto weight = AffineWeight{w, scales, biases, group_size, bits}.shape("quantized_matmul");
-  auto shape = matmul_shape("quantized_matmul", x, weight, transpose, indices);
-  std::vector<array> inputs = {x, w, scales, biases};
+array quantized_matmul(const array& x, const AffineWeight& w, bool transpose,
+    const std::optional<array>& indices, mx::StreamOrDevice s) {
+  require_floating(kName, "x", x);
+  auto shape = matmul_shape(kName, x, w.shape(kName), transpose, indices);
+  std::vector<array> inputs = {x, w.codes, w.scales, w.biases};
   if (indices) {
     inputs.push_back(*indices);
   }
-  return array(std::move(shape), mx::promote_types(x.dtype(), scales.dtype()),
-      std::make_shared<QuantizedMatmul>(mx::to_stream(s), transpose, group_size, bits),
-      std::move(inputs));
+  return array(std::move(shape), mx::promote_types(x.dtype(), w.scales.dtype()),
+      std::make_shared<QuantizedMatmul>(mx::to_stream(s), transpose, w.format), std::move(inputs));
 }
 
 void QuantizedMatmul::eval_cpu(const std::vector<array>& inputs, array& out) {
@@ -38,7 +34,7 @@ void QuantizedMatmul::eval_cpu(const std::vector<array>& inputs, array& out) {
   for (const auto& a : inputs) {
     in.push_back(row_contiguous(a, stream()));
   }
-  AffineWeight weight{in[1], in[2], in[3], group_size_, bits_};
+  AffineWeight weight{in[1], in[2], in[3], format_};
   std::optional<array> indices;
   if (in.size() == 5) {
     indices = in[4];
@@ -54,7 +50,7 @@ void QuantizedMatmul::eval_gpu(const std::vector<array>& inputs, array& out) {
   op.rows = columns == 0 ? 0 : int(out.size() / columns);
   op.inner = inputs[0].shape(-1);
   op.x = float_type(inputs[0].dtype());
-  op.weights = {{columns, bits_, group_size_, float_type(scales.dtype())}};
+  op.weights = {{columns, format_, float_type(scales.dtype())}};
   op.transpose = transpose_;
   op.experts = inputs.size() == 5 ? scales.shape(0) : 0;
   metal::run(launch::plan_quantized_matmul(op, metal::tuning(stream())), inputs, {out}, stream());
@@ -66,7 +62,7 @@ array QuantizedMatmul::apply(const std::vector<array>& inputs, const array& x, b
     indices = inputs[4];
   }
   return quantized_matmul(
-      x, inputs[1], inputs[2], inputs[3], transpose, group_size_, bits_, indices, stream());
+      x, {inputs[1], inputs[2], inputs[3], format_}, transpose, indices, stream());
 }
 
 std::vector<array> QuantizedMatmul::jvp(const std::vector<array>& primals,
@@ -95,7 +91,7 @@ std::vector<array> QuantizedMatmul::vjp(const std::vector<array>& primals,
     }
     if (!at_groups) {
       at_groups = group_gradient(transpose_ ? dy : x, transpose_ ? x : dy, primals[1],
-          primals[2].shape(-1), group_size_, bits_, stream());
+          primals[2].shape(-1), format_, stream());
     }
     grads.push_back(mx::astype((*at_groups)[arg - 2], primals[arg].dtype(), stream()));
   }
@@ -115,13 +111,13 @@ std::pair<std::vector<array>, std::vector<int>> QuantizedMatmul::vmap(
 
 bool QuantizedMatmul::is_equivalent(const mx::Primitive& other) const {
   auto& o = static_cast<const QuantizedMatmul&>(other);
-  return transpose_ == o.transpose_ && group_size_ == o.group_size_ && bits_ == o.bits_;
+  return transpose_ == o.transpose_ && format_ == o.format_;
 }
 
 std::vector<mx::Shape> QuantizedMatmul::output_shapes(const std::vector<array>& inputs) {
   auto shape = inputs[0].shape();
   const auto& scales = inputs[2];
-  shape.back() = transpose_ ? scales.shape(-2) : scales.shape(-1) * group_size_;
+  shape.back() = transpose_ ? scales.shape(-2) : scales.shape(-1) * format_.group_size;
   return {shape};
 }
 

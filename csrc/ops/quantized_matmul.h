@@ -1,5 +1,6 @@
 #pragma once
 
+#include "ops/affine_weight.h"
 #include "ops/matmul.h"
 
 #include <mlx/primitives.h>
@@ -8,14 +9,13 @@
 namespace optiq {
 
 /** x @ dequantize(w).T (or x @ dequantize(w)) for affine codes, accumulated in float32. */
-mx::array quantized_matmul(const mx::array& x, const mx::array& w, const mx::array& scales,
-    const mx::array& biases, bool transpose, int group_size, int bits,
+mx::array quantized_matmul(const mx::array& x, const AffineWeight& w, bool transpose,
     const std::optional<mx::array>& indices, mx::StreamOrDevice s = {});
 
 class QuantizedMatmul : public mx::UnaryPrimitive {
  public:
-  QuantizedMatmul(mx::Stream stream, bool transpose, int group_size, int bits)
-      : UnaryPrimitive(stream), transpose_(transpose), group_size_(group_size), bits_(bits) {}
+  QuantizedMatmul(mx::Stream stream, bool transpose, AffineFormat format)
+      : UnaryPrimitive(stream), transpose_(transpose), format_(format) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override;
   void eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) override;
@@ -30,8 +30,7 @@ class QuantizedMatmul : public mx::UnaryPrimitive {
   mx::array apply(const std::vector<mx::array>& inputs, const mx::array& x, bool transpose);
 
   bool transpose_;
-  int group_size_;
-  int bits_;
+  AffineFormat format_;
 };
 
 } // namespace optiq

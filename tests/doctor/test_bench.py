@@ -49,11 +49,11 @@ def test_the_knobs_are_what_the_plans_accept() -> None:
     for name, values in native.extension.tuning_knobs().items():
         for value in values:
             plan = native.extension.plan_quantized_matmul(
-                4, 512, [(64, 4, 64)], tune=bench.setting({name: value})
+                4, 512, [(64, (64, 4))], tune=bench.setting({name: value})
             )
             assert plan["launches"]
     with pytest.raises(ValueError, match="k_lanes=4"):
-        native.extension.plan_quantized_matmul(4, 512, [(64, 4, 64)], tune="k_lanes=3")
+        native.extension.plan_quantized_matmul(4, 512, [(64, (64, 4))], tune="k_lanes=3")
 
 
 def test_tune_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:

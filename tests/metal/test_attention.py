@@ -11,7 +11,7 @@ import pytest
 
 from optiq.formats import DENSE, Format
 from optiq.ops import reference
-from optiq.ops.attention import Exact
+from optiq.ops.attention import Exact, packing
 from optiq.ops.attention_cases import ATTENTION, Attention, attention, masks, normal
 from optiq.ops.cases import DTYPES
 from tests.msl.emulator import KernelError, Module, needs_emulator
@@ -22,11 +22,10 @@ from .launcher import NAMES, Plan, compile_together, plan_quantized_attention, r
 pytestmark = needs_emulator
 
 
-def described(x: mx.array, dim: int, fmt: Format) -> tuple[tuple[int, int, int], list[int]]:
-    """Format and strides of keys or values, row-major."""
+def described(x: mx.array, dim: int, fmt: Format) -> tuple[tuple[int, tuple[int, int]], list[int]]:
+    """Dim and format, and the strides, of keys or values, row-major."""
     _, heads, tokens, width = x.shape
-    bits, group = (0, 0) if fmt == DENSE else (fmt.bits, fmt.group_size)
-    return (dim, bits, group), [heads * tokens * width, tokens * width, width]
+    return (dim, packing(fmt)), [heads * tokens * width, tokens * width, width]
 
 
 def plan(q: mx.array, k: mx.array, v: mx.array, **given: Any) -> Plan:

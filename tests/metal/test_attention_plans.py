@@ -12,7 +12,7 @@ from optiq.ops.attention_cases import DIMS
 from .launcher import Plan, plan_quantized_attention
 
 SIZES = (1, 32, 8, 1, 8192)
-K8, V4 = (128, 8, 64), (128, 4, 64)
+K8, V4 = (128, (64, 8)), (128, (64, 4))
 
 
 def planned(sizes: tuple[int, ...] = SIZES, k: Any = K8, v: Any = V4, **options: Any) -> Plan:
@@ -21,7 +21,7 @@ def planned(sizes: tuple[int, ...] = SIZES, k: Any = K8, v: Any = V4, **options:
 
 def test_plans_keep_to_metals_limits() -> None:
     for dim, dtype, rows in product((*DIMS, 8), ("float16", "float32"), (1, 3, 40)):
-        form = (dim, 4, 32)
+        form = (dim, (32, 4))
         launch = planned((2, 32, 8, rows, 4000), form, form, dtype=dtype)["launches"][0]
         assert launch["threads"] == (128, 1, 1)
         share = int(launch["instantiation"].split(", ")[-2])
@@ -46,11 +46,11 @@ def test_a_window_bounds_the_keys_that_are_looked_at() -> None:
 
 def test_plans_refuse_what_no_kernel_does() -> None:
     for arguments, message in (
-        ({"k": (128, 7, 64)}, "k.bits is 7"),
-        ({"v": (128, 2, 64)}, "v.bits is 2"),
-        ({"v": (128, 4, 128)}, "v.group_size is 128"),
-        ({"k": (512, 8, 64)}, "k.dim is 512"),
-        ({"v": (100, 0, 0)}, "v.dim is 100"),
+        ({"k": (128, (64, 7))}, "k.bits is 7"),
+        ({"v": (128, (64, 2))}, "v.bits is 2"),
+        ({"v": (128, (128, 4))}, "v.group_size is 128"),
+        ({"k": (512, (64, 8))}, "k.dim is 512"),
+        ({"v": (100, (0, 0))}, "v.dim is 100"),
         ({"sizes": (1, 9, 2, 1, 8)}, "no multiple of 2"),
         ({"window": 4}, "causal"),
         ({"mask": (1, 1, 2, 8192)}, "axis 2 of the mask"),

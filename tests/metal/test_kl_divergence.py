@@ -17,13 +17,13 @@ from .launcher import NAMES, Plan, compile_together, run
 pytestmark = needs_emulator
 
 
-def described(w: Head) -> tuple[int, str, int, int]:
-    """d, dtype, group size, bits."""
+def described(w: Head) -> tuple[int, str, tuple[int, int]]:
+    """d, dtype, (group size, bits)."""
     a, group_size, bits = (
         (w.scales, w.group_size, w.bits) if isinstance(w, AffineWeight) else (w, 0, 0)
     )
     name = NAMES[next(k for k, v in DTYPES.items() if v == a.dtype)]
-    return w.shape[-1], name, group_size, bits
+    return w.shape[-1], name, (group_size, bits)
 
 
 def plan(tokens: int, w_p: Head, w_q: Head, soft_cap: float | None = None) -> Plan:
@@ -85,19 +85,19 @@ def test_the_text_for_metal_compiles() -> None:
 def test_plans() -> None:
     assert native.extension is not None, native.reason
     make = native.extension.plan_kl_divergence
-    dense = (640, "bfloat16", 0, 0)
-    big = make(512, 262_144, dense, (640, "bfloat16", 64, 4))
+    dense = (640, "bfloat16", (0, 0))
+    big = make(512, 262_144, dense, (640, "bfloat16", (64, 4)))
     assert sum(big["temporaries"]) <= 64 << 20
     groups = big["launches"][0]["threadgroups"]
     assert groups[0] * groups[1] >= 256
     assert make(0, 10, dense, dense)["launches"] == []
     for arguments, message in (
         ((4, 0, dense, dense), "vocabulary 0"),
-        ((4, 10, (0, "float32", 0, 0), dense), "p.d is 0"),
-        ((4, 10, dense, (640, "float32", 64, 7)), "q.bits is 7"),
-        ((4, 10, dense, (640, "float32", 16, 4)), "q.group_size is 16"),
-        ((4, 10, dense, (100, "float32", 64, 4)), "no multiple of 64"),
-        ((4, 10, dense, (640, "int32", 0, 0)), "dtype is 'int32'"),
+        ((4, 10, (0, "float32", (0, 0)), dense), "p.d is 0"),
+        ((4, 10, dense, (640, "float32", (64, 7))), "q.bits is 7"),
+        ((4, 10, dense, (640, "float32", (16, 4))), "q.group_size is 16"),
+        ((4, 10, dense, (100, "float32", (64, 4))), "no multiple of 64"),
+        ((4, 10, dense, (640, "int32", (0, 0))), "dtype is 'int32'"),
     ):
         with pytest.raises(ValueError, match=message):
             make(*arguments)

@@ -8,7 +8,7 @@ import pytest
 
 from .launcher import plan_quantized_matmul
 
-ONE = [(64, 4, 64)]
+ONE = [(64, (64, 4))]
 
 
 @pytest.mark.parametrize("gpu", ["applegpu_g13g", "applegpu_g16s", "applegpu_g14d", "unknown"])
@@ -31,7 +31,7 @@ def compiled_rows(launch: dict[str, str]) -> int:
 
 def test_tiles_of_mixed_weights_are_not_padded() -> None:
     """One grid of as many tiles as the weights have, none of them for nothing."""
-    weights = [(4096, 4, 64), (1024, 8, 64), (1000, 6, 32)]
+    weights = [(4096, (64, 4)), (1024, (64, 8)), (1000, (32, 6))]
     (launch,) = plan_quantized_matmul(1, 4096, weights, gpu="applegpu_g13g")["launches"]
     alone = 0
     for weight in weights:
@@ -66,7 +66,7 @@ def test_a_wrong_override_names_what_is_right(tune: str) -> None:
 
 @pytest.mark.parametrize("rows", [0, 1])
 def test_nothing_to_compute_is_no_launch(rows: int) -> None:
-    weights = [(0, 4, 64)] if rows else ONE
+    weights = [(0, (64, 4))] if rows else ONE
     assert plan_quantized_matmul(rows, 64, weights)["launches"] == []
 
 
@@ -74,9 +74,9 @@ def test_nothing_to_compute_is_no_launch(rows: int) -> None:
     ("arguments", "names"),
     [
         ((1, 64, []), "no weight"),
-        ((1, 64, [(8, 7, 64)]), "bits is 7"),
-        ((1, 64, [(8, 4, 48)]), "group_size is 48"),
-        ((1, 96, [(8, 4, 64)]), "no multiple of 64"),
+        ((1, 64, [(8, (64, 7))]), "bits is 7"),
+        ((1, 64, [(8, (48, 4))]), "group_size is 48"),
+        ((1, 96, [(8, (64, 4))]), "no multiple of 64"),
         ((1, 64, [*ONE, *ONE], "float16", "float16", False), "several weights"),
         ((1, 64, [*ONE, *ONE], "float16", "float16", True, 4), "several weights"),
         ((1, 64, ONE, "int8"), "dtype is 'int8'"),

@@ -26,7 +26,7 @@ def quantized(x: mx.array, form: Format) -> mx.array:
     dim = x.shape[-1]
     dtype = NAMES[next(n for n, d in DTYPES.items() if d == x.dtype)]
     the_plan = native.extension.plan_quantize_kv(
-        x.size // dim, (dim, form.bits, form.group_size), dtype
+        x.size // dim, (dim, (form.group_size, form.bits)), dtype
     )
     shape = (*x.shape[:-1], record_words(dim, form))
     return run(the_plan, [x], [(shape, mx.uint32)])[0][0]
@@ -46,8 +46,8 @@ def test_records_are_those_of_mlx_bit_for_bit(bits: int, group: int) -> None:
 def test_plans_of_records() -> None:
     assert native.extension is not None, native.reason
     make = native.extension.plan_quantize_kv
-    assert make(0, (64, 4, 32))["launches"] == []
+    assert make(0, (64, (32, 4)))["launches"] == []
     with pytest.raises(ValueError, match="dim is 60"):
-        make(1, (60, 4, 32))
+        make(1, (60, (32, 4)))
     with pytest.raises(ValueError, match="too many"):
-        make(2**32, (64, 4, 32))
+        make(2**32, (64, (32, 4)))

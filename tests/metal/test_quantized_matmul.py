@@ -24,7 +24,7 @@ CHIPS = ["applegpu_g13g", "applegpu_g15s", "applegpu_g14d"]
 def plan(case: Product, transpose: bool = True, gpu: str = CHIPS[0], tune: str = "") -> Plan:
     dtype = NAMES[case.dtype]
     out, inner = (case.out, case.inner) if transpose else (case.inner, case.out)
-    weights = [(out, case.bits, case.group_size)]
+    weights = [(out, (case.group_size, case.bits))]
     return plan_quantized_matmul(
         case.rows, inner, weights, dtype, dtype, transpose, gpu=gpu, tune=tune
     )
@@ -75,7 +75,7 @@ def test_scales_of_another_type(x: str, scales: str, rows: int) -> None:
     case = Product(rows, 40, 128, 5, 64, scales)
     left = case.activations().astype(DTYPES[x])
     dtype = mx.result_type(left, DTYPES[scales])
-    the_plan = plan_quantized_matmul(rows, 128, [(40, 5, 64)], NAMES[x], NAMES[scales])
+    the_plan = plan_quantized_matmul(rows, 128, [(40, (64, 5))], NAMES[x], NAMES[scales])
     (y,), _ = run(the_plan, [left, *case.quantized()], [((rows, 40), dtype)])
     name = next(k for k, v in DTYPES.items() if v == dtype)
     assert_product(y, f64(left), f64(case.affine()), name)
@@ -100,9 +100,9 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(gpu: str, bits: int, dtype:
 
 
 MIXES = {
-    "qkv": [(96, 4, 64), (32, 6, 64), (33, 8, 32)],
-    "gate and up": [(70, 3, 128), (70, 4, 64)],
-    "four": [(1, 2, 32), (64, 5, 64), (31, 4, 128), (100, 4, 32)],
+    "qkv": [(96, (64, 4)), (32, (64, 6)), (33, (32, 8))],
+    "gate and up": [(70, (128, 3)), (70, (64, 4))],
+    "four": [(1, (32, 2)), (64, (64, 5)), (31, (128, 4)), (100, (32, 4))],
 }
 
 
@@ -110,8 +110,8 @@ MIXES = {
 @pytest.mark.parametrize("name", MIXES)
 def test_several_weights_in_one_launch(name: str, rows: int) -> None:
     """Equal to the bit to each product alone, and one dispatch."""
-    cases = [Product(rows, out, 256, bits, g, "f16") for out, bits, g in MIXES[name]]
-    weights = [(c.out, c.bits, c.group_size) for c in cases]
+    cases = [Product(rows, out, 256, bits, g, "f16") for out, (g, bits) in MIXES[name]]
+    weights = [(c.out, (c.group_size, c.bits)) for c in cases]
     together = plan_quantized_matmul(rows, 256, weights)
     singles = [plan(c, gpu="applegpu_g15s") for c in cases]
     compile_together([together])
@@ -127,7 +127,7 @@ def test_several_weights_in_one_launch(name: str, rows: int) -> None:
 
 def test_more_weights_or_types_than_a_launch_takes() -> None:
     cases = [Product(2, 40 + i, 64, 4, 64, "bf16" if i % 2 else "f16") for i in range(7)]
-    weights = [(c.out, c.bits, c.group_size) for c in cases]
+    weights = [(c.out, (c.group_size, c.bits)) for c in cases]
     scales = [NAMES[c.dtype] for c in cases]
     the_plan = plan_quantized_matmul(2, 64, weights, "float16", scales)
     x = cases[0].activations()
@@ -149,7 +149,7 @@ def test_experts(bits: int, transpose: bool) -> None:
     x = mx.array(rng.standard_normal((7, inner), dtype=np.float32)).astype(mx.float16)
     which = np.array([4, 0, 3, 9, 3, 1, 0], np.uint32)  # one does not exist
     weight = mx.quantize(w, 32, bits)
-    the_plan = plan_quantized_matmul(7, inner, [(out, bits, 32)], transpose=transpose, experts=5)
+    the_plan = plan_quantized_matmul(7, inner, [(out, (32, bits))], transpose=transpose, experts=5)
     (y,), _ = run(the_plan, [x, *weight, mx.array(which)], [((7, out), x.dtype)])
     codes, scales, biases = weight
     full = reference.dequantize(np.array(codes), f64(scales), f64(biases), 32, bits)

@@ -64,7 +64,7 @@ def test_ascii_and_own_headers_only(path) -> None:  # type: ignore[no-untyped-de
 @pytest.mark.parametrize(("rows", "transpose"), [(1, True), (6, True), (40, True), (3, False)])
 def test_the_text_given_to_metal(rows: int, transpose: bool) -> None:
     """What the encoder hands over: one flattened text whose instantiation has the planned name."""
-    plan = plan_quantized_matmul(rows, 64, [(64, 4, 64)], transpose=transpose)
+    plan = plan_quantized_matmul(rows, 64, [(64, (64, 4))], transpose=transpose)
     (launch,) = plan["launches"]
     text = launch["library_source"]
     assert text.isascii()
@@ -78,6 +78,6 @@ def test_a_library_is_named_after_its_text() -> None:
     """MLX keeps libraries by name, so another text or another kernel must have another name."""
     names = set()
     for rows in (1, 2, 40):
-        (launch,) = plan_quantized_matmul(rows, 64, [(64, 4, 64)])["launches"]
+        (launch,) = plan_quantized_matmul(rows, 64, [(64, (64, 4))])["launches"]
         names.add(launch["library_name"])
     assert len(names) == 3

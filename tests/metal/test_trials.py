@@ -37,7 +37,7 @@ class Emulated:
         plan = plan_quantized_matmul(
             x.shape[0],
             x.shape[1],
-            [(out, bits, group_size)],
+            [(out, (group_size, bits))],
             name(x),
             name(arrays[1]),
             transpose,
@@ -46,9 +46,9 @@ class Emulated:
         return run(plan, inputs, [((x.shape[0], out), x.dtype)])[0][0]
 
     def mixed_quantized_matmul(self, x: mx.array, parts: list[Any]) -> list[mx.array]:
-        weights = [(p[1].shape[0], p[4], p[3]) for p in parts]
+        weights = [(p[1].shape[0], p[3:]) for p in parts]
         plan = plan_quantized_matmul(x.shape[0], x.shape[1], weights, name(x), name(parts[0][1]))
-        outputs = [((x.shape[0], out), x.dtype) for out, _, _ in weights]
+        outputs = [((x.shape[0], out), x.dtype) for out, _ in weights]
         return run(plan, [x, *(a for p in parts for a in p[:3])], outputs)[0]
 
     def quantize(

@@ -342,6 +342,12 @@ def test_records_with_starts_window_and_exact_vectors() -> None:
     close(got, layer.attend(h, q, *exact, mask=mask))
 
 
+def quantized_out(bits: int = 4, inner: int = 64) -> tuple[Any, ...]:
+    """An output projection of 4 bits from 64 values, which is also called one of other sizes."""
+    scales = mx.zeros((40, inner // 64))
+    return mx.zeros((40, 8), mx.uint32), scales, scales, 64, bits, None
+
+
 @pytest.mark.parametrize(
     ("change", "names"),
     [
@@ -352,7 +358,12 @@ def test_records_with_starts_window_and_exact_vectors() -> None:
         ({"rope": (4, False, [1.0], 1.0)}, "rotation of 4"),
         ({"sinks": mx.zeros(3)}, "sinks"),
         ({"qkv": [dense(np.zeros((8, 40), np.float32))]}, "projections have 8 rows"),
-        ({"out": (mx.zeros((40, 8), mx.uint32), mx.zeros((40, 1)), None, 64, 4, None)}, "affine"),
+        (
+            {"out": (mx.zeros((40, 8), mx.uint32), mx.zeros((40, 1)), None, 64, 4, None)},
+            "no biases",
+        ),
+        ({"out": quantized_out(bits=7)}, "the output projection: bits is 7"),
+        ({"out": quantized_out(inner=128)}, "the output projection: w is .* need codes"),
     ],
 )
 def test_wrong_weights_are_named(change: dict[str, Any], names: str) -> None:
@@ -388,7 +399,7 @@ def test_wrong_input_is_named() -> None:
         ext.block_step(block, h, k.astype(mx.float16), k.astype(mx.float16), 3, 5, 3, "")
     with pytest.raises(ValueError, match="in records of 5 words"):
         ext.block_step(block, h, keys, values, 3, 5, 3, "", None, False, (32, 8), (64, 4))
-    with pytest.raises(ValueError, match="no records of 7 bits"):
+    with pytest.raises(ValueError, match="keys: bits is 7"):
         ext.block_step(block, h, keys, values, 3, 5, 3, "", None, False, (32, 7), (64, 4))
     with pytest.raises(ValueError, match="no MLP"):
         ext.block_mlp(block, h)
