@@ -18,6 +18,14 @@ from .errors import UsageError
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
 
+KV_BITS, KV_GROUPS = (3, 4, 5, 6, 8), (32, 64)  # of keys and values in a cache
+NO_KV_FORMAT = "keys and values have no format {}; use 3, 4, 5, 6 or 8 bits in groups of 32 or 64"
+
+
+def is_kv_format(bits: int, group_size: int) -> bool:
+    """Whether there are keys and values of so many bits; where not, NO_KV_FORMAT says why."""
+    return bits in KV_BITS and group_size in KV_GROUPS
+
 
 @dataclass(frozen=True, order=True)
 class Format:

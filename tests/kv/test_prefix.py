@@ -147,5 +147,5 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert longer["prompt_tokens_from_cache"] >= first["prompt_tokens"]
     assert "another KV configuration" in run("one", "--prompt-cache", cache)
     assert "another KV configuration" in run("one", "--kv", "8/8", "--prompt-cache", cache)
-    assert "no 7 bits" in run("one", "--kv", "7/4")
+    assert "no format 7g" in run("one", "--kv", "7/4")
     assert "cannot be read" in run("one", "--kv", "kv_config.json")

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from optiq.formats import AFFINE_BITS, AFFINE_GROUPS
+from optiq.formats import AFFINE_BITS, AFFINE_GROUPS, KV_BITS, KV_GROUPS, is_kv_format
 from optiq.ops import native
 
 ALL = set(product(range(-1, 12), (-32, 0, 16, 32, 48, 64, 96, 128, 256)))
@@ -38,6 +38,7 @@ def test_formats() -> None:
     assert accepted(lambda g, b: ext.quantize(x, None, g, b)) == weights
     assert accepted(lambda g, b: ext.plan_quantize(768, 768, g, b)) == weights
     assert accepted(lambda g, b: ext.plan_quantized_matmul(1, 768, [(8, (g, b))])) == weights
-    kv = set(product((3, 4, 5, 6, 8), (32, 64)))
+    kv = set(product(KV_BITS, KV_GROUPS))
+    assert {fmt for fmt in ALL if is_kv_format(*fmt)} == kv
     assert accepted(lambda g, b: ext.quantize_kv(x, g, b)) == kv
     assert accepted(lambda g, b: ext.plan_quantize_kv(1, (64, (g, b)))) == kv

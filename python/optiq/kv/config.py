@@ -16,12 +16,11 @@ from typing import Any
 
 from ..base.files import whole
 from ..errors import KVError, UsageError
-from ..formats import DENSE, Format
+from ..formats import DENSE, NO_KV_FORMAT, Format, is_kv_format
 
 Json = dict[str, Any]
 
 KINDS = ("full", "sliding", "mla", "recurrent")
-BITS, GROUPS = (3, 4, 5, 6, 8), (32, 64)
 _WIDTHS = re.compile(r"k?(\d+)(?:g(\d+))?(?:[/v](\d+)(?:g(\d+))?)?")
 
 
@@ -252,13 +251,8 @@ def is_widths(text: str) -> bool:
 
 def check_format(fmt: Format) -> None:
     """Raise KVError for a format that keys and values do not have."""
-    if fmt != DENSE and (
-        fmt.mode != "affine" or fmt.bits not in BITS or fmt.group_size not in GROUPS
-    ):
-        raise KVError(
-            f"keys and values have no format {fmt}; use 3, 4, 5, 6, 8 or 16 bits, in groups of "
-            "32 or 64"
-        )
+    if fmt != DENSE and not is_kv_format(fmt.bits, fmt.group_size):
+        raise KVError(NO_KV_FORMAT.format(fmt) + ", or 16 bits")
 
 
 def group_for(dim: int) -> int:
@@ -282,11 +276,8 @@ def _fitting(bits: str, group: str | None, dim: int) -> Format:
 
 
 def _affine(bits: int, group: int) -> Format:
-    if bits not in BITS or group not in GROUPS:
-        raise KVError(
-            f"keys and values have no {bits} bits in groups of {group}; use 3, 4, 5, 6, 8 or 16 "
-            "bits, in groups of 32 or 64"
-        )
+    if not is_kv_format(bits, group):
+        raise KVError(NO_KV_FORMAT.format(f"{bits}g{group}") + ", or 16 bits")
     return Format("affine", bits, group)
 
 

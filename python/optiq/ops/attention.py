@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..formats import DENSE, Format
+from ..formats import DENSE, NO_KV_FORMAT, Format, is_kv_format
 from . import metal, native
 from .affine import pack
 
@@ -188,10 +188,8 @@ def _on_gpu(*dims: int) -> ModuleType | None:
 
 
 def _check(dim: int, fmt: Format) -> None:
-    if fmt.mode != "affine" or fmt.bits < 3 or fmt.group_size > 64:
-        raise ValueError(
-            f"keys and values have no format {fmt}; use 3, 4, 5, 6 or 8 bits in groups of 32 or 64"
-        )
+    if not is_kv_format(fmt.bits, fmt.group_size):
+        raise ValueError(NO_KV_FORMAT.format(fmt))
     if dim % 8:
         raise ValueError(f"vectors of {dim} elements cannot be quantized; use a multiple of 8")
 

@@ -183,7 +183,7 @@ def test_an_interrupted_run_goes_on_and_finds_the_same(
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"size": "7/4"}, OptiqError, "no 7 bits"),
+        ({"size": "7/4"}, OptiqError, "no format 7g"),
         ({"size": "big"}, UsageError, "not understood"),
         ({"size": "150%"}, UsageError, "not a share"),
         ({"size": "5%"}, BudgetError, "raise --size"),

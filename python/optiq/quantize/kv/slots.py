@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ...errors import UsageError
-from ...formats import DENSE, Format
-from ...kv.config import BITS, GROUPS, Entry, KVConfig, group_for, vector_bytes
+from ...formats import DENSE, NO_KV_FORMAT, Format, is_kv_format
+from ...kv.config import Entry, KVConfig, group_for, vector_bytes
 
 MENU = "3,4,5,6,8,bf16"
 
@@ -81,12 +81,8 @@ def parse_menu(text: str) -> tuple[Width, ...]:
     menu: list[Width] = []
     for item in filter(None, (part.strip() for part in text.split(","))):
         fmt = Format.parse(item)
-        known = fmt.mode == "affine" and fmt.bits in BITS and fmt.group_size in GROUPS
-        if not known and fmt != DENSE:
-            raise UsageError(
-                f"keys and values have no format {item}; use 3, 4, 5, 6 or 8 bits, in groups of "
-                "32 or 64 as in 4g32, or bf16"
-            )
+        if fmt != DENSE and not is_kv_format(fmt.bits, fmt.group_size):
+            raise UsageError(NO_KV_FORMAT.format(item) + ", as in 4g32, or bf16")
         menu.append(fmt if fmt == DENSE or "g" in item else fmt.bits)
     if all(fmt == DENSE for fmt in menu):
         raise UsageError(f"--formats {text!r} has no width; write for example {MENU}")
