@@ -28,6 +28,13 @@ using optiq::AffineFormat;
 NB_MODULE(_ext, m) {
   m.doc() = "Native kernels of optiq as MLX primitives; use them through optiq.ops.";
   m.def("isa", [] { return optiq::cpu::kernels().isa; });
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (const auto* kernels : optiq::cpu::usable_kernels()) {
+      names.push_back(kernels->isa);
+    }
+    return names;
+  });
   m.def("num_threads", &optiq::cpu::num_threads);
   m.def("linear", &optiq::linear, "x"_a, "w"_a, "transpose"_a = true, nb::kw_only(),
       "indices"_a = nb::none(), "stream"_a = nb::none());

@@ -1,5 +1,7 @@
 #include <cstdlib>
-#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <string_view>
 
 #include "types.h"
 
@@ -21,11 +23,8 @@ extern const Kernels table;
 }
 #endif
 
-namespace {
-
-const Kernels* choose() {
-  const Kernels* usable[3];
-  int n = 0;
+std::vector<const Kernels*> usable_kernels() {
+  std::vector<const Kernels*> usable;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   bool avx2_ok = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -33,23 +32,36 @@ const Kernels* choose() {
   // One set of 512-bit kernels, for the processors that also multiply 16-bit integers with it.
   if (avx2_ok && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512vnni")) {
-    usable[n++] = &avx512::table;
+    usable.push_back(&avx512::table);
   }
   if (avx2_ok) {
-    usable[n++] = &avx2::table;
+    usable.push_back(&avx2::table);
   }
 #elif defined(__aarch64__)
-  usable[n++] = &neon::table;
+  usable.push_back(&neon::table);
 #endif
-  usable[n++] = &scalar::table;
-  if (const char* asked = std::getenv("OPTIQ_ISA")) {
-    for (int i = 0; i < n; i++) {
-      if (std::strcmp(asked, usable[i]->isa) == 0) {
-        return usable[i];
-      }
-    }
+  usable.push_back(&scalar::table);
+  return usable;
+}
+
+namespace {
+
+const Kernels* choose() {
+  auto usable = usable_kernels();
+  const char* asked = std::getenv("OPTIQ_ISA");
+  if (!asked || !*asked) {
+    return usable[0];
   }
-  return usable[0];
+  std::string names;
+  for (const Kernels* one : usable) {
+    if (std::string_view(asked) == one->isa) {
+      return one;
+    }
+    names += (names.empty() ? "" : ", ") + std::string(one->isa);
+  }
+  throw std::invalid_argument("OPTIQ_ISA is '" + std::string(asked) +
+                              "', but this processor runs " + names +
+                              "; set it to one of these, or unset it");
 }
 
 } // namespace

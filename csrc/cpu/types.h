@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 // The few symbols the extension takes from the kernel library; all others are hidden.
 #define OPTIQ_API __attribute__((visibility("default")))
@@ -274,7 +275,11 @@ struct Kernels {
   void (*from_f32)(const float* in, Float type, void* out, size_t n);
 };
 
-// The fastest set this processor runs; OPTIQ_ISA=scalar|avx2|avx512|neon overrides it.
+// Those that this processor runs, the fastest first.
+OPTIQ_API std::vector<const Kernels*> usable_kernels();
+
+// The one that OPTIQ_ISA names (scalar, avx2, avx512 or neon), else the fastest. Throws
+// std::invalid_argument where OPTIQ_ISA names none that this processor runs.
 OPTIQ_API const Kernels& kernels();
 
 } // namespace cpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -12,7 +13,6 @@ import pytest
 
 from optiq.ops import native
 
-from . import processor
 
 PROBE = """
 import warnings
@@ -59,10 +59,55 @@ def run(**env: str) -> str:
     return result.stdout.strip()
 
 
+def isas() -> list[str]:
+    if native.extension is None:
+        pytest.skip(f"no native kernels: {native.reason}")
+    names: list[str] = native.extension.isas()
+    return names
+
+
+def skip_where_not_run(isa: str) -> None:
+    if isa not in isas():
+        pytest.skip(f"this processor runs {', '.join(isas())}, not {isa}")
+
+
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "neon"])
 def test_instruction_sets(isa: str) -> None:
-    processor.needs(isa)
+    skip_where_not_run(isa)
     assert run(OPTIQ_ISA=isa) == isa
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="x86 only")
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/cpuinfo is Linux's")
+def test_the_instruction_sets_are_those_the_kernel_reports() -> None:
+    line = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    assert line is not None
+    flags, avx2 = set(line[1].split()), {"avx2", "fma", "f16c"}
+    needed = {"avx512": avx2 | {"avx512bw", "avx512vl", "avx512_vnni"}, "avx2": avx2}
+    assert isas() == [*(isa for isa, flags_of in needed.items() if flags_of <= flags), "scalar"]
+    assert run(OPTIQ_ISA="") == isas()[0]  # set to nothing: the fastest
+
+
+def test_an_unusable_instruction_set_is_an_error() -> None:
+    """One line, wherever it shows first: in an op, in the doctor, in MLX's own matmul."""
+    other = next(isa for isa in ("neon", "avx512") if isa not in isas())
+    doctor = [sys.executable, "-c", "import optiq.cli; exit(optiq.cli.main(['doctor']))"]
+    multiply = "import optiq, mlx.core as mx; a = mx.ones((9, 9)); print((a @ a).sum())"
+    cases = [([sys.executable, "-c", "import optiq; optiq.ops"], 1), (doctor, 2)]
+    if sys.platform == "linux":  # elsewhere MLX has a matmul of its own
+        cases.append(([sys.executable, "-c", multiply], 1))
+    for command, code in cases:
+        got = subprocess.run(
+            command,
+            env=os.environ | {"OPTIQ_ISA": other},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        names = ", ".join(isas())
+        message = f"OPTIQ_ISA is '{other}', but this processor runs {names}; set it to one of these"
+        assert (got.returncode, got.stdout) == (code, ""), got
+        assert message in got.stderr.splitlines()[-1]
 
 
 def test_one_thread_and_many() -> None:

@@ -13,6 +13,8 @@ from types import ModuleType
 
 import mlx.core as mx
 
+from ..errors import UsageError
+
 # The release that pyproject.toml pins for the build.
 BUILT_FOR = "0.32.4"
 
@@ -27,9 +29,14 @@ def _load() -> tuple[ModuleType | None, str]:
             f"pip install mlx=={BUILT_FOR}"
         )
     try:
-        return importlib.import_module("optiq._ext"), ""
+        module = importlib.import_module("optiq._ext")
     except ImportError as error:
         return None, f"the native part does not load ({error}); reinstall optiq-mlx"
+    try:
+        module.isa()  # the choice of kernels, which OPTIQ_ISA may make impossible
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return module, ""
 
 
 extension, reason = _load()
