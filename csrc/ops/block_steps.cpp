@@ -1,8 +1,5 @@
 #include "ops/block_steps.h"
 
-#include <chrono>
-#include <thread>
-
 #include <mlx/allocator.h>
 #include <mlx/backend/cpu/encoder.h>
 #include <mlx/ops.h>
@@ -54,12 +51,8 @@ class BlockPrimitive : public mx::Primitive {
 
   template <class F>
   void dispatch(F&& work) {
-    block_->running++;
     mx::cpu::get_command_encoder(stream()).dispatch(
-        [block = block_, work = std::forward<F>(work)]() {
-          work(*block);
-          block->running--;
-        });
+        [block = block_, work = std::forward<F>(work)]() { work(*block); });
   }
 
   BlockPtr block_;
@@ -131,16 +124,15 @@ void BlockPrimitive::attend(const std::vector<array>& inputs, array& out) {
       });
 }
 
-// The new cache is the old one's memory if no other array shares it. An earlier step that is still
-// scheduled holds it, too: wait for that, it runs long before the step being scheduled here.
+// The new cache is the old one's memory if no other array shares it.
 void BlockPrimitive::cache(const array& in, array& out) {
-  using namespace std::chrono_literals;
-  for (int tries = 0; !in.is_donatable() && tries < 5000 && block_->running > 0; tries++) {
-    std::this_thread::sleep_for(20us);
-  }
-  for (int tries = 0; !in.is_donatable() && in.data_shared_ptr().use_count() > 1 && tries < 50;
-      tries++) { // done, but its references may be a moment behind
-    std::this_thread::yield();
+  // MLX holds what a step gave until the step is over, and with async_eval the next step is
+  // scheduled before that. This is no sharing: the next step runs later and holds the memory until
+  // it is over, too. So the memory moves to a reference of its own, and MLX keeps an empty one.
+  // Only in the moment after a step has ended and before MLX lets go, a cache is copied for
+  // nothing.
+  if (const auto& data = in.data_shared_ptr(); block_->given.to_one(data)) {
+    array(in).set_data(std::move(*data), in.data_size(), in.strides(), in.flags(), in.offset());
   }
   if (in.is_donatable() && in.flags().row_contiguous) {
     out.copy_shared_buffer(in);
@@ -174,8 +166,22 @@ void BlockPrimitive::step(const std::vector<array>& inputs, std::vector<array>& 
   }
   const array *in = inputs.data() + (cached ? 3 : 1), *kv = cached ? &out[1] : nullptr;
   args_.layout.set(given, kv, kv ? kv + 1 : nullptr, in, stream());
+  Given::Caches caches;
+  for (int i = 1; cached && i < 3; i++) {
+    if (&out[i].inputs() != &inputs) { // of all outputs MLX does not hold the one it evaluates
+      caches.push_back(out[i].data_shared_ptr().get());
+    }
+  }
+  block_->given.add(caches);
   dispatch([=, offset = args_.offset, start = args_.start, mlp = args_.mlp, hp = h.data<float>(),
-               y = out[0].data<float>()](const DecoderBlock& b) {
+               y = out[0].data<float>()](DecoderBlock& b) {
+    struct AtTheEnd {
+      Given& given;
+      const Given::Caches& caches;
+      ~AtTheEnd() {
+        given.remove(caches);
+      }
+    } at_the_end{b.given, caches};
     const auto& layer = *b.attention;
     cpu::Attention a = given;
     size_t m = size_t(batch) * rows, q_size = m * layer.heads * dim, kv_size = m * kv_heads * dim;

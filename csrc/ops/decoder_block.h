@@ -2,8 +2,9 @@
 // block costs one node of it.
 #pragma once
 
-#include <atomic>
 #include <memory>
+#include <mutex>
+#include <set>
 #include <string>
 #include <tuple>
 
@@ -17,6 +18,33 @@ template <class... Parts>
 [[noreturn]] void fail_block(Parts&&... parts) {
   fail("decoder_block", parts...);
 }
+
+/** The caches that steps give which are scheduled and not yet over. MLX holds them until then. */
+class Given {
+ public:
+  using Caches = std::vector<const array::Data*>;
+
+  void add(const Caches& caches) {
+    std::lock_guard lock(mutex_);
+    caches_.insert(caches.begin(), caches.end());
+  }
+  void remove(const Caches& caches) {
+    std::lock_guard lock(mutex_);
+    for (const auto* cache : caches) {
+      caches_.erase(cache);
+    }
+  }
+  /** Whether such a step gave it, and beside MLX one array holds it. The lock keeps the step from
+   * ending while references are counted. */
+  bool to_one(const std::shared_ptr<array::Data>& cache) const {
+    std::lock_guard lock(mutex_);
+    return caches_.count(cache.get()) && cache.use_count() == 2;
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  std::set<const array::Data*> caches_;
+};
 
 class DecoderBlock {
  public:
@@ -36,7 +64,7 @@ class DecoderBlock {
 
   std::optional<cpu::AttentionLayer> attention;
   std::optional<cpu::MlpLayer> mlp;
-  std::atomic<int> running{0}; // steps that are scheduled and not yet done
+  Given given;
 
  private:
   const void* keep(const array& a);

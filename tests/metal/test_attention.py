@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from optiq.formats import DENSE, Format
+from optiq.formats import Format
 from optiq.ops import reference
 from optiq.ops.attention import Exact, packing
 from optiq.ops.attention_cases import ATTENTION, Attention, attention, masks, normal

@@ -260,6 +260,52 @@ def test_a_cache_is_reused_unless_somebody_else_holds_it() -> None:
     assert np.array_equal(np.array(view), before[:, :, :4])
 
 
+def scheduled_behind(work: mx.array, h: mx.array) -> mx.array:
+    """`h`, which is not there before `work` is done."""
+    return h + 0.0 * work.sum()
+
+
+def test_a_cache_is_reused_while_the_step_that_gave_it_is_still_to_run() -> None:
+    """As in generation, where a token is scheduled before the last one is there."""
+    layer, r = Layer(4, 2, 16), rng(14)
+    h = mx.array(draw(r, 1, 1, 40))
+    keys, values = mx.zeros((1, 2, 100_000, 16)), mx.zeros((1, 2, 100_000, 16))
+    work = mx.array(draw(r, 1500, 1500))
+    mx.eval(h, keys, values, work)
+    held, nbytes = mx.get_active_memory(), keys.nbytes
+    mx.reset_peak_memory()
+    x, expected = scheduled_behind(work @ work, h), []
+    for i in range(6):
+        expected.append(ext.block_project(layer.block, x, i)[1])
+        x, keys, values = ext.block_step(layer.block, x, keys, values, i, i + 1, i, "")
+        mx.async_eval(x, expected[-1])
+    mx.eval(x)
+    assert mx.get_peak_memory() - held - 2 * work.nbytes < nbytes  # no copy of either
+    assert mx.array_equal(keys[:, :, :6], mx.concatenate(expected, axis=2))
+
+
+@pytest.mark.parametrize("holder", ["name", "view", "scheduled view"])
+def test_what_is_held_stays_while_the_step_that_gave_it_is_still_to_run(holder: str) -> None:
+    layer, r = Layer(4, 2, 16), rng(15)
+    h = mx.array(draw(r, 1, 1, 40))
+    keys, values = mx.zeros((1, 2, 8, 16)), mx.zeros((1, 2, 8, 16))
+    work = mx.array(draw(r, 1500, 1500))
+    mx.eval(h, keys, values, work)
+    expected = ext.block_project(layer.block, h, 3)[1]
+    x = scheduled_behind(work @ work, h)
+    x, keys, values = ext.block_step(layer.block, x, keys, values, 3, 4, 3, "")
+    mx.async_eval(x)
+    held = keys if holder == "name" else keys[:, :, :6]
+    if holder == "scheduled view":
+        mx.async_eval(held)
+    for i in (4, 5):
+        x, keys, values = ext.block_step(layer.block, x, keys, values, i, i + 1, i, "")
+        mx.async_eval(x)
+    assert mx.any(keys[:, :, 5])
+    assert mx.allclose(held[:, :, 3:4], expected)
+    assert not mx.any(held[:, :, 4:])
+
+
 K, V = Format("affine", 5, 32), Format("affine", 4, 64)
 PACKED = {"k_format": (32, 5), "v_format": (64, 4)}
 

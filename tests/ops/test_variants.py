@@ -13,7 +13,6 @@ import pytest
 
 from optiq.ops import native
 
-
 PROBE = """
 import warnings
 warnings.simplefilter("error")
