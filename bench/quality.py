@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,19 @@ from optiq.calibration.texts import CALIBRATION_TOKENS, SCORING_TOKENS, gather, 
 from optiq.formats import Format, parse_menu
 from optiq.models import stock
 from optiq.models.roles import is_head, quantizable
+from optiq.models.size import model_size
 from optiq.nn.accelerate import accelerate
 from optiq.planning.plan import Plan, build, uniform_plan
 from optiq.planning.proposals import propose
+from optiq.planning.size import Size
+from optiq.quantize.options import Options
 from optiq.quantize.prepare import choose_rounding
 from optiq.quantize.replay.replay import Replay
 from optiq.quantize.rounding.descent import descend
+from optiq.quantize.rounding.render import render_model
 from optiq.quantize.rounding.weights import MINMAX, Rounding
 from optiq.quantize.select import decide
-from optiq.quantize.sensitivity import measure as sensitivity
-from optiq.runtime import loading as runtime
+from optiq.quantize.sensitivity.measure import measure as measure_scores
 from optiq.sources import Source, load, resolve
 
 WINDOW, SCORED = 512, 256
@@ -112,7 +116,7 @@ class Protocol:
     def __call__(self, student: nn.Module) -> Json:
         means, top = [], []
         with Replay(student, self.modules) as replay:
-            head = replay.slot(self.head).get()
+            head = replay.place(self.head).get()
             for tape, tokens in zip(self.tapes, self.text, strict=True):
                 hidden = replay.record(tokens).hidden
                 kl, agree = [], []
@@ -156,27 +160,27 @@ def run(
 
     def judge_stored(label: str, student: nn.Module) -> Json:
         """Of a model as it came from its files: running it natively changes dtypes, so sizes."""
-        stored = runtime.size(student)
+        stored = model_size(student)
         accelerate(student)
-        return judge_model(label, student, stored)
+        return judge_model(label, student, stored._asdict())
 
     def judge(label: str, plan: Plan, rounding: Rounding = MINMAX) -> Json:
-        student = runtime.render(load(source), plan, rounding=rounding)
+        student = render_model(load(source), plan, rounding=rounding)
         return judge_model(label, student, {"nbytes": plan.nbytes, "bpw": plan.bpw})
 
+    options = Options.parse(
+        formats="3,4,5,6,8,bf16", sensitivity="fisher", reference="bf16", seed=seed, progress=False
+    )
     with timed("importance"):
-        search = choose_rounding("search", source, calibration, "bf16", progress=False)
+        search = choose_rounding(source, calibration, options)
     scoring = gather(loaded.tokenizer, None, "calibration", SCORING_TOKENS, seed)
-    common: Json = {"calibration": scoring, "reference": "bf16", "progress": False}
-    common |= {"method": "fisher", "seed": seed}
     with timed("fisher scores"):
-        scores = sensitivity.measure(
-            source, menu=parse_menu("3,4,5,6,8,bf16"), rounding=search, **common
-        )
+        scores = measure_scores(load(source), scoring, options, rounding=search)
     with timed("fisher scores, min/max, {4, 8}"):
-        peer = sensitivity.measure(source, menu=parse_menu("4g64,8g64"), **common)
+        two = replace(options, formats=parse_menu("4g64,8g64"))
+        peer = measure_scores(load(source), scoring, two)
 
-    model = scores["model"]
+    model = scores.model
     modules = quantizable(load(source, lazy=True).model)
     with timed("search of all modules and formats"):
         for m, weight in _weights(source):
@@ -189,12 +193,12 @@ def run(
             source, plan, calibration, rounding, reference="bf16", seed=seed, progress=False
         )
 
-    uniform4 = uniform_plan(modules, model)
+    uniform4 = uniform_plan(model, modules)
     judge("stock uniform 4-bit", uniform4)
     for bits, group in ((3, 64), (4, 32), (5, 64), (6, 64), (8, 64)):
         judge(
             f"stock uniform {bits}g{group}",
-            uniform_plan(modules, model, Format("affine", bits, group)),
+            uniform_plan(model, modules, Format("affine", bits, group)),
         )
     judge("uniform 4-bit, search", uniform4, search)
     with timed("descent"):
@@ -202,16 +206,16 @@ def run(
     judge("uniform 4-bit, descent", uniform4, fitted)
     stock_mixed = stock.quantize(load(source, lazy=True), recipe="mixed_4_6")
     mixed = judge_stored("mlx-lm mixed_4_6", stock_mixed)
-    judge("{4, 8} by scores, min/max, 5.0 bpw", build(peer, "5bpw"))
+    judge("{4, 8} by scores, min/max, 5.0 bpw", build(peer, Size.parse("5bpw")))
     sizes = {"4.5": "uniform4", "5.0": "5bpw", "6.0": "6bpw", "mixed_4_6": f"{mixed['bpw']:.6f}bpw"}
     for label in at:
-        size = sizes[label]
+        size = Size.parse(sizes[label])
         with timed(f"decision at {label} bpw"):
             plan, rounding = decide(
                 source, propose(scores, size, seed=seed), search, selecting, fit, progress=False
             )
         found = judge(f"optiq, {label} bpw", plan, rounding)
-        found["selection"] = plan.selection
+        found["selection"] = plan.selection and asdict(plan.selection)
     for label, other in also.items():
         judge_stored(label, load(resolve(other), allow_quantized=True).model)
     return {"seed": seed, "model": name, "seconds": times, "results": results}

@@ -186,8 +186,8 @@ def test_generate(optiq: Optiq, monkeypatch: pytest.MonkeyPatch) -> None:
     ("argv", "message"),
     [
         (["-p", " "], "the prompt is empty"),
-        (["-p", "x", "--temp=-1"], "--temp -1.0 is not a temperature"),
-        (["-p", "x", "--temp", "nan"], "--temp nan is not a temperature"),
+        (["-p", "x", "--temp=-1"], "a temperature of -1.0"),
+        (["-p", "x", "--temp", "nan"], "a temperature of nan"),
         (["-p", "x", "--raw", "--system", "s"], "--system needs a chat template"),
     ],
 )
@@ -233,7 +233,7 @@ def test_sensitivity_needs_a_file_to_write(
     optiq: Optiq, capsys: pytest.CaptureFixture[str], out: str
 ) -> None:
     assert main(["sensitivity", "model", "-o", out]) == 2
-    assert "is no plain file; name a new file" in capsys.readouterr().err
+    assert "is not a regular file; name a new file" in capsys.readouterr().err
     assert main(["sensitivity", "model", "-o", "model/config.json/x"]) == 1
     assert "cannot be written: Not a directory" in capsys.readouterr().err
 

@@ -8,16 +8,16 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
+from ..formats import UNIFORM4
+
+if TYPE_CHECKING:  # a plan is printed without MLX
     from ..cards import Card
     from ..evals.comparison import Compared, Comparison
-
-from ..formats import UNIFORM4
-from ..kv.report import KVReport
-from ..planning.pareto import Frontier
-from ..planning.plan import Plan, Selection
-from ..planning.scores import Scores
-from ..quality.results import Mean, Measured
+    from ..kv.report import KVReport
+    from ..planning.pareto import Frontier
+    from ..planning.plan import Plan, Selection
+    from ..planning.scores import Scores
+    from ..quality.results import Mean, Measured
 
 
 def grid(rows: Sequence[Sequence[str]], *, words: int = 0) -> str:

@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..models.places import Wrapper, slot_at
+from ..models.places import Wrapper, place_at
 from ..nn.layers import Adopting
 from .records import Handle, handing
 
@@ -48,23 +48,23 @@ def route(model: nn.Module) -> dict[str, str]:
         for path, module in model.named_modules()
         if (made := routed(module)) is not None
     }
-    slots = {path: slot_at(model, path) for path in taps}
+    places = {path: place_at(model, path) for path in taps}
     for path, tap in taps.items():
-        slots[path].set(tap)
+        places[path].set(tap)
     try:
         _run(model)
     finally:
         for path, tap in taps.items():
-            slots[path].set(tap.inner)
+            places[path].set(tap.inner)
     left = {path: reason for path, tap in taps.items() if (reason := tap.disagreement())}
     chosen = {path: tap.routed for path, tap in taps.items() if path not in left}
     for path, module in chosen.items():
-        slots[path].set(module)
+        places[path].set(module)
     try:
         _run(model)  # once more, as modules may hand each other what they read
     except Exception as error:
         for path in chosen:
-            slots[path].set(taps[path].inner)
+            places[path].set(taps[path].inner)
         return left | dict.fromkeys(chosen, f"routed together they raise {type(error).__name__}")
     return left
 

@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 
 @dataclass(frozen=True)
-class Slot:
+class Place:
     """The place of a module: `parent[key]`, where the parent is a module, dict or list."""
 
     parent: Any
@@ -35,13 +35,13 @@ class Slot:
             self.set(kept)
 
 
-def slot_at(model: nn.Module, path: str) -> Slot:
+def place_at(model: nn.Module, path: str) -> Place:
     """The place of the module at a dotted path such as "model.layers.3.mlp.up_proj"."""
     parent: Any = model
     *parents, last = path.split(".")
     for part in parents:
         parent = parent[int(part) if isinstance(parent, list) else part]
-    return Slot(parent, int(last) if isinstance(parent, list) else last)
+    return Place(parent, int(last) if isinstance(parent, list) else last)
 
 
 class Wrapper(nn.Module):

@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 
 from ..formats import AFFINE_BITS, AFFINE_GROUPS, Format
 from ..models.blocks import Unknown, describe
-from ..models.places import slot_at
+from ..models.places import place_at
 from ..models.roles import blocks as blocks_of
 from ..ops import metal, native
 from .blocks import Fused, fuse
@@ -78,7 +78,7 @@ def accelerate(model: nn.Module, *, blocks: bool = True) -> Accelerated:
             swaps.append((path, native_class.adopt(module)))
             report.swapped.append(path)
     for path, module in swaps:
-        slot_at(model, path).set(module)
+        place_at(model, path).set(module)
     if native.on_cpu():
         model.apply(_exact)
     if blocks and (native.on_cpu() or metal.proven("quantized_matmul")):
@@ -106,7 +106,7 @@ def _fuse_blocks(model: nn.Module, report: Accelerated) -> None:
         if verdicts[kind]:
             report.left[path] = verdicts[kind]
         else:
-            slot_at(model, path).set(fused)
+            place_at(model, path).set(fused)
             report.fused[path] = "attention and MLP" if anatomy.mlp else "attention"
 
 

@@ -150,7 +150,7 @@ def choose_rounding(source: Source, text: Calibration, options: Options) -> Roun
     open_reference(chosen, source, model, modules, MINMAX)
     accelerate(model, blocks=False)  # each layer is metered
     sequences = [sample.tokens for sample in text.sequences]
-    columns = importance.measure(model, modules, sequences, progress=options.progress)
+    columns = importance.column_squares(model, modules, sequences, progress=options.progress)
     return Rounding("search", columns)
 
 

@@ -60,7 +60,7 @@ class Judge:
         """KL of a student, which is a model of the same architecture, in nats per token."""
         totals: list[float] = []
         with Replay(student, self._modules) as replay:
-            head = replay.slot(self._head).get() if self._head else None
+            head = replay.place(self._head).get() if self._head else None
             for tape, sample in zip(self._tapes, self.sequences, strict=True):
                 hidden = replay.record(sample.tokens).hidden
                 totals += divergences(self._teacher, tape, (tape.hidden, None), [(hidden, head)])

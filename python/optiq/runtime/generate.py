@@ -47,7 +47,9 @@ class Request:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < inf:
-            raise UsageError(f"{self.temperature} is not a temperature; give 0 or more")
+            raise UsageError(
+                f"a temperature of {self.temperature} cannot be sampled with; give 0 or more"
+            )
         if self.max_tokens < 1:
             raise UsageError(f"max_tokens is {self.max_tokens}; give at least 1")
 

@@ -16,7 +16,7 @@ from mlx_lm.utils import load_model
 
 from optiq import ops
 from optiq.formats import DENSE, NVFP4, UNIFORM4, Format
-from optiq.models.places import slot_at
+from optiq.models.places import place_at
 from optiq.models.roles import Module, Role, is_head, quantizable
 from optiq.nn.accelerate import accelerate
 from optiq.planning.plan import Plan, uniform_plan
@@ -64,10 +64,10 @@ def brute_force(
     head = next(m for m in modules if is_head(m))
     paths = [m.path for m in modules if m.role is not Role.HEAD]
     lookups = {m.path for m in modules if m.role is Role.EMBEDDING}
-    originals = {path: slot_at(model, path).get() for path in paths}
+    originals = {path: place_at(model, path).get() for path in paths}
     probes = {path: Probe(inner) for path, inner in originals.items()}
     for path, probe in probes.items():
-        slot_at(model, path).set(probe)
+        place_at(model, path).set(probe)
     ids = mx.array([list(tokens)])
     logits = model(ids)
     inputs = {path: np.array(probe.input, dtype=np.float64)[0] for path, probe in probes.items()}
@@ -90,14 +90,14 @@ def brute_force(
             weights = np.square(g).mean(axis=-1)
             found[path] = np.einsum("t,ti,tj->ij", weights, inputs[path], inputs[path])
     for path, inner in originals.items():
-        slot_at(model, path).set(inner)
+        place_at(model, path).set(inner)
     found[head.path] = found.get(head.path, 0) + _head(model, head, tokens)
     return found
 
 
 def _head(model: nn.Module, head: Module, tokens: Sequence[int]) -> Floats:
     """The expectation over all labels, each in turn."""
-    slot, kept = slot_at(model, head.path), []
+    slot, kept = place_at(model, head.path), []
     layer: Any = slot.get()
     if head.tied:
         layer.as_linear = lambda x: kept.append(x) or type(layer).as_linear(layer, x)
@@ -305,7 +305,7 @@ def test_what_is_fitted_is_written_and_rendered(tmp_path: Path, name: str, dtype
 
 
 def _source_weight(source: Source, path: str) -> mx.array:
-    weight: mx.array = slot_at(load(source).model, path).get().weight
+    weight: mx.array = place_at(load(source).model, path).get().weight
     return weight
 
 

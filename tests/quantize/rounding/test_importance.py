@@ -25,7 +25,7 @@ def test_it_is_the_mean_square_of_the_inputs(tmp_path: Path, native: bool) -> No
     if native:
         optiq.accelerate(model)
     before = [id(m) for m in model.modules()]
-    found = importance.measure(model, modules, SEQUENCES, progress=False)
+    found = importance.column_squares(model, modules, SEQUENCES, progress=False)
     assert [id(m) for m in model.modules()] == before  # the meters are gone
     block = model.layers[0]
     rows = []
@@ -44,7 +44,7 @@ def test_it_is_the_mean_square_of_the_inputs(tmp_path: Path, native: bool) -> No
 
 def test_a_tied_embedding_is_weighed_as_the_head(tmp_path: Path) -> None:
     model = load(resolve(str(tiny_folder(tmp_path, kind="llama", tie_word_embeddings=True)))).model
-    found = importance.measure(model, quantizable(model), SEQUENCES, progress=False)
+    found = importance.column_squares(model, quantizable(model), SEQUENCES, progress=False)
     rows = [np.array(model.model(mx.array([tokens])))[0] for tokens in SEQUENCES]
     truth = np.mean(np.concatenate(rows).astype(np.float64) ** 2, axis=0)
     np.testing.assert_allclose(np.array(found["model.embed_tokens"]), truth, rtol=1e-4)
@@ -53,7 +53,7 @@ def test_a_tied_embedding_is_weighed_as_the_head(tmp_path: Path) -> None:
 def test_experts_are_weighed_by_what_is_routed_to_them(tmp_path: Path) -> None:
     model = load(resolve(str(tiny_folder(tmp_path, kind="qwen3_moe")))).model
     modules = quantizable(model)
-    found = importance.measure(model, modules, SEQUENCES, progress=False)
+    found = importance.column_squares(model, modules, SEQUENCES, progress=False)
     expert = next(m for m in modules if m.role is Role.EXPERT)
     experts, _, width = expert.shape
     squares, rows = np.zeros((experts, width)), np.zeros(experts)

@@ -11,7 +11,7 @@ import pytest
 
 from optiq.errors import UsageError
 from optiq.formats import DENSE, Format, parse_menu
-from optiq.models.places import slot_at
+from optiq.models.places import place_at
 from optiq.models.roles import Module, Role, fixed_bytes
 from optiq.planning.contested import contests
 from optiq.planning.scores import ModelInfo, Scores
@@ -164,7 +164,7 @@ def test_mixtures_of_experts(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     routed = 0
     for _, path, fmt, score in entries(found.fill(empty).to_json()):
         if modules[path].role in (Role.EXPERT, Role.ROUTER):
-            parsed, slot = Format.parse(fmt), slot_at(changed, path)
+            parsed, slot = Format.parse(fmt), place_at(changed, path)
             dense = slot.get()
             with slot.holding(dense.to_quantized(parsed.group_size, parsed.bits)):
                 exact = mean_kl(stock, changed, texts)

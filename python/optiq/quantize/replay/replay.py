@@ -19,7 +19,7 @@ from mlx.nn.utils import checkpoint
 from mlx.utils import tree_flatten, tree_map
 
 from ...errors import SensitivityError
-from ...models.places import Slot, Wrapper, slot_at
+from ...models.places import Place, Wrapper, place_at
 from ...models.roles import Module, Role
 
 ALL = range(1 << 30)  # every block call
@@ -91,8 +91,8 @@ class Replay:
         self._recompute = recompute
         self.order: list[int] = []  # block index of each block call of a forward pass
         self._model = model
-        self._slots = {m.path: slot_at(model, m.path) for m in modules}
-        self._wrapped: list[tuple[Slot, Wrapper]] = []
+        self._places = {m.path: place_at(model, m.path) for m in modules}
+        self._wrapped: list[tuple[Place, Wrapper]] = []
         self._head = next((m for m in modules if m.tied or m.role is Role.HEAD), None)
         self._live = range(0)
         self._outputs: Sequence[Any] = ()
@@ -104,25 +104,25 @@ class Replay:
     def __enter__(self) -> Replay:
         blocks = list(self._model.layers)
         homes = _homes(self._model, blocks)
-        for slot, index in homes:
-            self._wrap(slot, _Block(slot.get(), index, self))
+        for place, index in homes:
+            self._wrap(place, _Block(place.get(), index, self))
         if self._head is not None:
-            slot = self._slots[self._head.path]
-            wrapper = _Head(slot.get(), self._head.tied, self)
-            self._wrap(slot, wrapper)
-            self._slots[self._head.path] = Slot(wrapper, "inner")
+            place = self._places[self._head.path]
+            wrapper = _Head(place.get(), self._head.tied, self)
+            self._wrap(place, wrapper)
+            self._places[self._head.path] = Place(wrapper, "inner")
         return self
 
     def __exit__(self, *_: object) -> None:
-        for slot, wrapper in reversed(self._wrapped):
-            slot.set(wrapper.inner)
+        for place, wrapper in reversed(self._wrapped):
+            place.set(wrapper.inner)
         self._wrapped.clear()
         if self._head is not None:
-            self._slots[self._head.path] = slot_at(self._model, self._head.path)
+            self._places[self._head.path] = place_at(self._model, self._head.path)
 
-    def slot(self, path: str) -> Slot:
+    def place(self, path: str) -> Place:
         """Where the quantizable module `path` is while the blocks are wrapped."""
-        return self._slots[path]
+        return self._places[path]
 
     def record(self, tokens: Sequence[int], cache: list[Any] | None = None) -> Tape:
         """Run all blocks on one sequence and keep what they return."""
@@ -207,9 +207,9 @@ class Replay:
         self._ran: dict[int, Any] = {}
         self._hidden = None
 
-    def _wrap(self, slot: Slot, wrapper: Wrapper) -> None:
-        slot.set(wrapper)
-        self._wrapped.append((slot, wrapper))
+    def _wrap(self, place: Place, wrapper: Wrapper) -> None:
+        place.set(wrapper)
+        self._wrapped.append((place, wrapper))
 
 
 def arrays(tree: Any) -> list[mx.array]:
@@ -226,11 +226,11 @@ def handles(tree: Any) -> Any:
     return tree_map(lambda leaf: copy.copy(leaf) if isinstance(leaf, mx.array) else leaf, tree)
 
 
-def _homes(model: nn.Module, blocks: list[nn.Module]) -> list[tuple[Slot, int]]:
+def _homes(model: nn.Module, blocks: list[nn.Module]) -> list[tuple[Place, int]]:
     """Every list entry of the model that is one of `blocks`, with the block's index."""
     index = {id(block): i for i, block in enumerate(blocks)}
     homes = [
-        (Slot(value, position), index[id(entry)])
+        (Place(value, position), index[id(entry)])
         for module in model.modules()
         for value in module.values()
         if isinstance(value, list)

@@ -36,17 +36,17 @@ class Taps:
     """
 
     def __init__(self, replay: Replay, modules: Sequence[Module]) -> None:
-        self._slots = {m.path: replay.slot(m.path) for m in modules}
+        self._places = {m.path: replay.place(m.path) for m in modules}
         self.start(None)
 
     def __enter__(self) -> Taps:
-        for path, slot in self._slots.items():
-            slot.set(_Tap(slot.get(), path, self))
+        for path, place in self._places.items():
+            place.set(_Tap(place.get(), path, self))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for slot in self._slots.values():
-            slot.set(slot.get().inner)
+        for place in self._places.values():
+            place.set(place.get().inner)
 
     def start(self, deltas: Deltas | None) -> None:
         """Begin a new forward pass."""

@@ -34,7 +34,7 @@ from ...base.progress import Progress
 from ...calibration import Calibration
 from ...errors import ExportError, UsageError
 from ...formats import Format
-from ...models.places import slot_at
+from ...models.places import place_at
 from ...models.roles import is_head, quantizable
 from ...models.shapes import blocks_of, dense_bytes, embedding_shape, widest_block
 from ...nn.accelerate import accelerate
@@ -173,7 +173,7 @@ class _Teacher:
         with Replay(model, self.modules) as replay:
             self.hidden = [replay.record(tokens).hidden for tokens in sequences]
         self.head_path = next((m.path for m in self.modules if is_head(m)), None)
-        self.head = slot_at(model, self.head_path).get() if self.head_path else None
+        self.head = place_at(model, self.head_path).get() if self.head_path else None
 
 
 class _Student:
@@ -184,11 +184,11 @@ class _Student:
         model.freeze()
         self.teacher = teacher
         self.grids = [
-            Grid(p, slot_at(model, p.module.path).get()) for p in plan.modules if _is_trained(p)
+            Grid(p, place_at(model, p.module.path).get()) for p in plan.modules if _is_trained(p)
         ]
         self.replay = Replay(model, teacher.modules, recompute=True)
         head = teacher.head_path
-        self.head = slot_at(model, head).get() if head else nn.Module()
+        self.head = place_at(model, head).get() if head else nn.Module()
         self._total = sum(map(len, teacher.sequences)) / len(teacher.sequences)
 
     def digest(self) -> str:

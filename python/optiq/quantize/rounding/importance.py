@@ -6,23 +6,21 @@ column k by the second moment of x_k (the "importance matrix" of llama.cpp).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ...base.progress import Progress
-from ...models.places import Wrapper, slot_at
+from ...models.places import Wrapper, place_at
 from ...models.roles import Module, Role
 
 # Rows of evidence that the average over all experts counts as, for an expert seen less often.
 PRIOR_ROWS = 16
 
-Importance = Mapping[str, mx.array]
 
-
-def measure(
+def column_squares(
     model: nn.Module,
     modules: Sequence[Module],
     sequences: Sequence[Sequence[int]],
@@ -33,9 +31,9 @@ def measure(
 
     Modules whose weight multiplies nothing (an embedding that is only looked up) are left out.
     """
-    meters = {m.path: _Meter(slot_at(model, m.path).get(), m) for m in modules}
+    meters = {m.path: _Meter(place_at(model, m.path).get(), m) for m in modules}
     for path, meter in meters.items():
-        slot_at(model, path).set(meter)
+        place_at(model, path).set(meter)
     total = sum(len(tokens) for tokens in sequences)
     try:
         with Progress(total, "tokens weighed", enabled=progress) as bar:
@@ -45,7 +43,7 @@ def measure(
                 bar.step(len(tokens))
     finally:
         for path, meter in meters.items():
-            slot_at(model, path).set(meter.inner)
+            place_at(model, path).set(meter.inner)
     return {path: meter.mean() for path, meter in meters.items() if meter.seen}
 
 

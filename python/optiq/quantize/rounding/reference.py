@@ -17,7 +17,7 @@ import mlx.nn as nn
 from ...base.memory import available_memory
 from ...errors import SensitivityError
 from ...formats import DENSE, UNIFORM4, Format
-from ...models.places import slot_at
+from ...models.places import place_at
 from ...models.roles import Module, allowed
 from ...sources import Source
 from ..replay.replay import arrays
@@ -73,7 +73,7 @@ class Bf16:
     name = "bf16"
 
     def __init__(self, model: nn.Module, modules: Sequence[Module]) -> None:
-        self._modules = {m.path: slot_at(model, m.path).get() for m in modules}
+        self._modules = {m.path: place_at(model, m.path).get() for m in modules}
 
     def begin(self) -> None:
         pass
@@ -97,11 +97,11 @@ class Uniform4:
         self._formats = {m.path: allowed(m, _RUNNING)[0] for m in modules}
         self._fresh: nn.Module | None = None
         for path, fmt in self._formats.items():
-            slot = slot_at(model, path)
+            place = place_at(model, path)
             if fmt != DENSE:
-                quantized = render_layer(slot.get(), fmt, rounding, path)
+                quantized = render_layer(place.get(), fmt, rounding, path)
                 mx.eval(quantized.parameters())
-                slot.set(quantized)  # the dense weight is dropped here
+                place.set(quantized)  # the dense weight is dropped here
 
     def begin(self) -> None:
         """Map the files again: a weight that was used stays in memory as long as its array."""
@@ -115,9 +115,9 @@ class Uniform4:
     def dense(self, path: str) -> nn.Module:
         if self._fresh is None:
             raise SensitivityError("begin() must be called before a full-precision weight is read")
-        slot = slot_at(self._fresh, path)
-        module = slot.get()
-        slot.set(nn.Module())
+        place = place_at(self._fresh, path)
+        module = place.get()
+        place.set(nn.Module())
         return module
 
     def running(self, path: str) -> Format:

@@ -7,7 +7,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ...formats import DENSE, Format
-from ...models.places import slot_at
+from ...models.places import place_at
 from ...nn.accelerate import accelerate, quantized
 from ...planning.plan import Plan
 from ...sources import LoadedModel
@@ -38,6 +38,6 @@ def render_model(
             module = leaves.pop(path)
             layer = render_layer(module, fmt, rounding, path)
             mx.eval(layer.parameters())
-            slot_at(loaded.model, path).set(layer)
+            place_at(loaded.model, path).set(layer)
     accelerate(loaded.model, blocks=blocks)
     return loaded.model

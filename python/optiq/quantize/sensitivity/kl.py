@@ -91,7 +91,7 @@ def runs(job: Job, module: Module) -> int:
 def _probe(job: Job, replay: Replay, tapes: list[Tape], module: Module) -> dict[str, list[float]]:
     """Score one module in all its formats on one batch: by format, the total of each tape."""
     formats = job.rounded(module)
-    slot = replay.slot(module.path)
+    place = replay.place(module.path)
     dense = job.reference.dense(module.path)
     running = job.reference.running(module.path)
     own_head = is_head(module)
@@ -101,7 +101,7 @@ def _probe(job: Job, replay: Replay, tapes: list[Tape], module: Module) -> dict[
         head = layer if own_head else None
         if fmt == running:
             return [(tape.hidden, head) for tape in tapes]
-        with slot.holding(layer):
+        with place.holding(layer):
             return [(replay.final(tape, module), head) for tape in tapes]
 
     teachers = outputs(dense, DENSE)
