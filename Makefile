@@ -22,8 +22,9 @@ $(VENV)/.installed: pyproject.toml CMakeLists.txt cmake/embed_metal.cmake $(SOUR
 demo: $(VENV)/.installed
 	$(BIN)/optiq demo
 
+# A file of tests at a time in each process; `python -m pytest tests/planning` needs none of this.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest bench --benchmark-only
