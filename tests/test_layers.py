@@ -16,7 +16,7 @@ Floors = Sequence[Sequence[str]]  # bottom up, each with its rooms
 Imports = Mapping[str, set[str]]  # by module: the modules of optiq that it imports
 
 # A room may import from rooms on lower floors only, function-level imports included. "optiq" is
-# what lies at the root: errors, formats, blas, and __init__.py with the version.
+# what lies at the root: errors, formats, blas, version.
 FLOORS: Floors = (
     ("optiq",),
     ("base",),

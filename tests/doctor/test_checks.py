@@ -26,7 +26,7 @@ def findings() -> dict[str, doctor.Finding]:
 
 def test_versions_kernels_and_memory_are_listed() -> None:
     found = findings()
-    assert found["optiq"].value == optiq.__version__
+    assert found["optiq"].value == optiq.__version__ == version("optiq-mlx")
     assert found["mlx"].value == version("mlx")
     assert found["mlx-lm"].value == version("mlx-lm")
     assert found["python"].value == ".".join(map(str, sys.version_info[:3]))

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..version import __version__
+
 
 def machine() -> dict[str, str | int | None]:
     """What a reader needs to judge a time or a memory figure."""
@@ -25,8 +27,6 @@ def machine() -> dict[str, str | int | None]:
 
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
-    from .. import __version__
-
     found = {"optiq": __version__}
     for key, package in (("mlx", "mlx"), ("mlx_lm", "mlx-lm")):
         try:

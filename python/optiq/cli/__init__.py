@@ -14,8 +14,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import __version__
 from ..errors import OptiqError, UsageError
+from ..version import __version__
 
 COMMANDS = {
     "convert": "measure, plan, round and write a model",

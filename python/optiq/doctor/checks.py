@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .. import __version__, blas
+from .. import blas
+from ..version import __version__
 
 
 @dataclass(frozen=True)
