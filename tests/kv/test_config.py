@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from optiq.errors import KVError, UsageError
 from optiq.formats import DENSE, KV_BITS, KV_GROUPS, Format
 from optiq.kv import Entry, KVConfig
+from optiq.kv.config import Identity
 from optiq.ops.attention import record_words
 
 FORMATS = st.one_of(
@@ -32,10 +33,11 @@ ENTRIES = st.one_of(
     ),
     st.builds(Entry, st.just(()), st.just("recurrent")),
 )  # fmt: skip
-TEXT = st.dictionaries(st.sampled_from(("fingerprint", "tokenizer", "name")), st.text(min_size=1))
+TEXT = st.none() | st.text(min_size=1)
+IDENTITIES = st.builds(Identity, TEXT, TEXT, TEXT)
 CONFIGS = st.builds(
-    KVConfig, st.lists(ENTRIES, max_size=6).map(tuple), st.integers(0, 99), st.integers(0, 9), TEXT,
-    st.dictionaries(st.text(), st.floats(allow_nan=False)),
+    KVConfig, st.lists(ENTRIES, max_size=6).map(tuple), st.integers(0, 99), st.integers(0, 9),
+    IDENTITIES, st.dictionaries(st.text(), st.floats(allow_nan=False)),
 )  # fmt: skip
 FULL = Entry((0,), "full", kv_heads=2, k_dim=128, v_dim=96)
 STATE = Entry((1,), "recurrent")
@@ -57,7 +59,9 @@ def test_what_is_written_is_read(config: KVConfig) -> None:
 
 
 def test_files(tmp_path: Path) -> None:
-    config = replace(KVConfig.uniform(CACHES, "8/4"), fp_recent=32, model={"fingerprint": "ab"})
+    config = replace(
+        KVConfig.uniform(CACHES, "8/4"), fp_recent=32, model=Identity(fingerprint="ab")
+    )
     config.save(tmp_path / "kv_config.json")
     assert KVConfig.load(tmp_path / "kv_config.json") == config
     assert [p.name for p in tmp_path.iterdir()] == ["kv_config.json"]
@@ -137,12 +141,12 @@ def test_the_list_of_mlx_optiq() -> None:
 
 
 def test_another_model() -> None:
-    made = replace(KVConfig.uniform(CACHES, "8/4"), model={"fingerprint": "aa", "tokenizer": "t"})
-    made.check(CACHES, {"fingerprint": "aa", "tokenizer": "t"})
+    made = replace(KVConfig.uniform(CACHES, "8/4"), model=Identity(fingerprint="aa", tokenizer="t"))
+    made.check(CACHES, Identity(fingerprint="aa", tokenizer="t"))
     made.check(CACHES)
     for key in ("fingerprint", "tokenizer"):
         with pytest.raises(KVError, match=f"another model .{key}"):
-            made.check(CACHES, {**made.model, key: "zz"})
+            made.check(CACHES, replace(made.model, **{key: "zz"}))
     with pytest.raises(KVError, match="has 4 caches and the model 3"):
         made.check(CACHES[:3])
     for name, value in (("k_dim", 64), ("v_dim", 64), ("kv_heads", 4), ("kind", "mla")):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -95,19 +95,37 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Identity:
+    """What tells a model apart; None is unknown. Fingerprint and tokenizer are sha256."""
+
+    name: str | None = None
+    fingerprint: str | None = None
+    tokenizer: str | None = None
+
+    def to_json(self) -> Json:
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+    @classmethod
+    def from_json(cls, data: Json) -> Identity:
+        return cls(data.get("name"), data.get("fingerprint"), data.get("tokenizer"))
+
+
+UNKNOWN = Identity()
+
+
+@dataclass(frozen=True)
 class KVConfig:
     """Formats for all caches of a model, and which vectors are kept exact besides.
 
     `fp_recent` last and `fp_sink` first tokens of full-attention caches are read in full precision.
-    `model` identifies the model: any of "name", "fingerprint" and "tokenizer" (sha256 each).
     `provenance` says how the formats were chosen and what they cost, in any words of its maker.
     """
 
     entries: tuple[Entry, ...]
     fp_recent: int = 0
     fp_sink: int = 0
-    model: Json = field(default_factory=dict)
-    provenance: Json = field(default_factory=dict)
+    model: Identity = UNKNOWN
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("fp_recent", "fp_sink"):
@@ -156,13 +174,13 @@ class KVConfig:
         """Bytes of all caches after `tokens` tokens, without recurrent states and exact vectors."""
         return sum(e.nbytes(tokens) for e in self.entries)
 
-    def check(self, entries: Sequence[Entry], model: Json | None = None) -> None:
+    def check(self, entries: Sequence[Entry], model: Identity = UNKNOWN) -> None:
         """Whether this is for a model that has these caches and this identity.
 
         Raises KVError that names the first difference.
         """
         for key in ("fingerprint", "tokenizer"):
-            own, theirs = self.model.get(key), (model or {}).get(key)
+            own, theirs = getattr(self.model, key), getattr(model, key)
             if own and theirs and own != theirs:
                 raise KVError(
                     f"this KV configuration was made for another model ({key} {own[:12]}..., here "
@@ -186,12 +204,12 @@ class KVConfig:
         return {
             "format": "optiq.kv",
             "version": 1,
-            "model": self.model,
+            "model": self.model.to_json(),
             "fp_recent": self.fp_recent,
             "fp_sink": self.fp_sink,
             "bytes_per_token": self.bytes_per_token,
             "entries": [{"cache": i, **e.to_json()} for i, e in enumerate(self.entries)],
-            "provenance": self.provenance,
+            "provenance": dict(self.provenance),
         }
 
     @classmethod
@@ -217,7 +235,7 @@ class KVConfig:
                 entries=tuple(Entry.from_json(e) for e in data["entries"]),
                 fp_recent=int(data["fp_recent"]),
                 fp_sink=int(data["fp_sink"]),
-                model=dict(data["model"]),
+                model=Identity.from_json(data["model"]),
                 provenance=dict(data["provenance"]),
             )
         except (KeyError, TypeError, ValueError) as error:

@@ -16,7 +16,7 @@ from ..nn.layers import Adopting
 from ..sources import Source
 from ..sources.folder import TOKENIZER_FILES
 from .caches import records
-from .config import Entry, Json, KVConfig, is_widths
+from .config import UNKNOWN, Entry, Identity, KVConfig, is_widths
 from .records import Layout
 
 
@@ -74,7 +74,7 @@ def read(kv: KVConfig | Path | str, found: tuple[Entry, ...]) -> KVConfig:
     return KVConfig.load(kv, found)
 
 
-def attach(model: nn.Module, kv: KVConfig | Path | str, identity: Json | None = None) -> nn.Module:
+def attach(model: nn.Module, kv: KVConfig | Path | str, identity: Identity = UNKNOWN) -> nn.Module:
     """The same model, but `make_prompt_cache` of it gives caches as `kv` says (see `read`).
 
     It shares all its layers with `model`. Raises KVError when the two do not fit together, the
@@ -103,17 +103,13 @@ def digest(model: nn.Module) -> str:
     return model.kv_config.digest if isinstance(model, WithCache) else ""
 
 
-def identity(source: Source) -> Json:
+def identity(source: Source) -> Identity:
     """What tells a model apart: its name, fingerprint, and the sha256 of its tokenizer's files."""
     digest = hashlib.sha256()
     for pattern in TOKENIZER_FILES:
         for file in sorted(source.path.glob(pattern)):
             digest.update(file.name.encode() + file.read_bytes())
-    return {
-        "name": source.name,
-        "fingerprint": source.fingerprint,
-        "tokenizer": digest.hexdigest(),
-    }
+    return Identity(source.name, source.fingerprint, digest.hexdigest())
 
 
 class WithCache(Adopting):

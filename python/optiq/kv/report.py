@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import KVError
 from ..formats import Format
 from ..quality.results import Divergence
+from .config import Identity
 
 Json = dict[str, Any]
 
@@ -91,13 +92,10 @@ class Law:
 
 
 @dataclass(frozen=True)
-class KVModel:
+class KVModel(Identity):
     """What tells the model apart (see `kv.identity`), and its type."""
 
-    name: str
-    fingerprint: str
-    tokenizer: str
-    model_type: str
+    model_type: str | None = None
 
 
 @dataclass(frozen=True)

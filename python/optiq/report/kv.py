@@ -16,7 +16,7 @@ MARK = f'<meta name="generator" content="{KICKER}">'  # by which we know our own
 def kv_page(report: KVReport) -> str:
     """The page for a kv_config.report.json."""
     return document(
-        report.model.name,
+        report.model.name or "a model",
         KICKER,
         f"""<p>{_verdict(report)}</p>
 </header>

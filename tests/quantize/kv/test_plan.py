@@ -54,7 +54,7 @@ def test_it_writes_a_configuration_for_the_model_and_a_report(home: SimpleNamesp
     report = home.report
     config = KVConfig.load(home.out)
     model, _ = load_model(home.model)
-    config.check(entries(model), vars(report.model))
+    config.check(entries(model), report.model)
     assert config.nbytes(192) == report.nbytes <= report.budget
     assert report.budget == KVConfig.uniform(entries(model), "8/4").nbytes(192)
     for slot in report.scores:

@@ -77,7 +77,7 @@ def kv_plan(model: str | Path, out: str | Path, **options: Unpack[KVFields]) -> 
     points = _measure(job, scores, compared, job.contexts.held_out)
     config = configured(job.dense, formats)
     report = KVReport(
-        model=KVModel(**job.dense.model, model_type=job.loaded.config["model_type"]),
+        model=KVModel(**vars(job.dense.model), model_type=job.loaded.config["model_type"]),
         context=job.length,
         asked=wanted.size.text,
         budget=job.budget,
@@ -170,7 +170,7 @@ def _score(job: Job, checkpoint: Path) -> tuple[SlotScores, Law]:
         job.tail,
     )
     how = {
-        "model": job.dense.model["fingerprint"],
+        "model": job.dense.model.fingerprint,
         "text": token_hash(job.contexts.scoring),
         "tail": job.tail,
         "formats": [str(f) for f in job.options.formats],
