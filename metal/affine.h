@@ -18,11 +18,11 @@ using namespace metal;
   OPTIQ_WIDTH(WIDTHS, bits, CODE, 5)       \
   OPTIQ_WIDTH(WIDTHS, bits, CODE, 6)       \
   OPTIQ_WIDTH(WIDTHS, bits, CODE, 8)
-#define OPTIQ_WIDTH(WIDTHS, bits, CODE, BITS) \
-  if constexpr ((WIDTHS >> BITS) & 1) {       \
-    if ((bits) == BITS) {                     \
-      CODE(BITS);                             \
-    }                                         \
+#define OPTIQ_WIDTH(WIDTHS, bits, CODE, BITS)  \
+  if constexpr (((WIDTHS >> BITS) & 1) != 0) { \
+    if ((bits) == BITS) {                      \
+      CODE(BITS);                              \
+    }                                          \
   }
 
 // Codes k ... k + COUNT - 1 of a row, COUNT being 16 or 32 and k a multiple of it. Rows begin on

@@ -189,6 +189,14 @@ void bind(nb::module_& m) {
         return to_python(plan_quantize_kv({count, dim, format, float_named(dtype)}));
       },
       "count"_a, "vectors"_a, "dtype"_a = "float16");
+  m.def(
+      "require_threads",
+      [](const std::string& kernel, uint32_t threads, size_t allowed) {
+        Launch launch{.kernel = kernel, .threads = {threads}};
+        metal::require_threads(launch, allowed);
+      },
+      "kernel"_a, "threads"_a, "allowed"_a);
+  m.def("array_size", &metal::array_size, "bytes"_a);
 }
 
 } // namespace optiq::launch

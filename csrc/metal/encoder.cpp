@@ -1,7 +1,8 @@
-// The only part of the GPU path that no test reaches off a Mac, so it decides nothing: kernels,
-// arguments, grids and constants come from the plan.
+// The part under _METAL_ is the only one of the GPU path that no test reaches off a Mac, so it
+// decides nothing: kernels, arguments, grids and constants come from the plan.
 #include "metal/encoder.h"
 
+#include <limits>
 #include <stdexcept>
 
 #include "metal/source.h"
@@ -15,6 +16,23 @@ std::string library_source(const launch::Launch& launch) {
 
 std::string library_name(const launch::Launch& launch) {
   return "optiq_" + std::string(source_hash(launch.source)) + "_" + launch.kernel;
+}
+
+void require_threads(const launch::Launch& launch, size_t allowed) {
+  size_t asked = size_t(launch.threads.x) * launch.threads.y * launch.threads.z;
+  if (asked > allowed) { // registers decide, so only the compiled kernel knows
+    throw std::runtime_error("[optiq] " + launch.kernel + " asks for " + std::to_string(asked) +
+                             " threads in a threadgroup, but this GPU allows it " +
+                             std::to_string(allowed) + "; see OPTIQ_TUNE in docs/kernels.md");
+  }
+}
+
+int array_size(size_t bytes) {
+  if (bytes > size_t(std::numeric_limits<int>::max())) {
+    throw std::runtime_error("[optiq] a kernel asks for a temporary of " + std::to_string(bytes) +
+                             " bytes, but an array of MLX has less than 2^31; use smaller batches");
+  }
+  return int(bytes);
 }
 
 namespace {
@@ -52,7 +70,9 @@ namespace {
 
 MTL::ComputePipelineState* pipeline(mx::metal::Device& device, const launch::Launch& launch) {
   auto* library = device.get_library(library_name(launch), [&] { return library_source(launch); });
-  return device.get_kernel(launch.kernel, library);
+  auto* kernel = device.get_kernel(launch.kernel, library);
+  require_threads(launch, kernel->maxTotalThreadsPerThreadgroup());
+  return kernel;
 }
 
 MTL::Size size(const launch::Size& s) {
@@ -63,15 +83,20 @@ void encode(const launch::Plan& plan, const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs, mx::Stream stream) {
   auto& device = mx::metal::device(stream.device);
   auto& encoder = mx::metal::get_command_encoder(stream);
+  std::vector<MTL::ComputePipelineState*> pipelines; // all first: a failure leaves no half a plan
+  for (const auto& launch : plan.launches) {
+    pipelines.push_back(pipeline(device, launch));
+  }
   std::vector<mx::array> temporaries;
   for (size_t bytes : plan.temporaries) {
-    mx::array temporary({int(bytes)}, mx::uint8, nullptr, {});
+    mx::array temporary({array_size(bytes)}, mx::uint8, nullptr, {});
     temporary.set_data(mx::allocator::malloc(bytes));
     encoder.add_temporary(temporary); // lives until the GPU is done
     temporaries.push_back(temporary);
   }
-  for (const auto& launch : plan.launches) {
-    encoder.set_compute_pipeline_state(pipeline(device, launch));
+  for (size_t l = 0; l < plan.launches.size(); l++) {
+    const auto& launch = plan.launches[l];
+    encoder.set_compute_pipeline_state(pipelines[l]);
     for (size_t i = 0; i < launch.arguments.size(); i++) {
       const auto& argument = launch.arguments[i];
       switch (argument.kind) {

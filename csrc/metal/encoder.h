@@ -20,6 +20,12 @@ std::string library_source(const launch::Launch& launch);
 // MLX compiles a library once and keeps it by name for the process, hence the hash of the text.
 std::string library_name(const launch::Launch& launch);
 
+// Throws std::runtime_error where a compiled kernel takes fewer threads than the launch has.
+void require_threads(const launch::Launch& launch, size_t allowed);
+
+// Bytes of a temporary as the size of an array; throws std::runtime_error from 2^31 on.
+int array_size(size_t bytes);
+
 // Tile choices for the GPU of the stream, with OPTIQ_TUNE's changes.
 const launch::Tuning& tuning(mx::Stream stream);
 

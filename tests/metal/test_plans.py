@@ -6,6 +6,8 @@ from itertools import product
 
 import pytest
 
+from optiq.ops import native
+
 from .launcher import plan_quantized_matmul
 
 ONE = [(64, (64, 4))]
@@ -85,3 +87,18 @@ def test_nothing_to_compute_is_no_launch(rows: int) -> None:
 def test_what_no_kernel_does_is_an_error(arguments: tuple[object, ...], names: str) -> None:
     with pytest.raises(ValueError, match=names):
         plan_quantized_matmul(*arguments)
+
+
+def test_a_kernel_that_takes_fewer_threads_is_named() -> None:
+    assert native.extension is not None, native.reason
+    native.extension.require_threads("qmv_half", 896, 896)
+    with pytest.raises(RuntimeError, match=r"qmv_half asks for 1024 threads .* allows it 896"):
+        native.extension.require_threads("qmv_half", 1024, 896)
+
+
+def test_a_temporary_beyond_an_array_is_an_error() -> None:
+    assert native.extension is not None, native.reason
+    assert native.extension.array_size(2**31 - 1) == 2**31 - 1
+    for size in (2**31, 2**32 + 5):
+        with pytest.raises(RuntimeError, match=f"a temporary of {size} bytes"):
+            native.extension.array_size(size)
