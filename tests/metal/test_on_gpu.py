@@ -19,8 +19,9 @@ from optiq.doctor import selftest
 from optiq.ops import metal, native
 from optiq.ops.attention_cases import ATTENTION, Attention
 from optiq.ops.cases import DTYPES, LARGE_PAIRS, PAIRS, QUANTIZED, Pair, Product, f64
-from optiq.ops.trials import TRIALS
 from tests.tiny import tiny_folder
+
+from .test_trials import LAUNCHES
 
 pytestmark = pytest.mark.metal
 if not mx.metal.is_available():
@@ -115,9 +116,9 @@ def test_gradient() -> None:
     assert mx.allclose(mx.grad(ours)(x), mx.grad(stock)(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("op", TRIALS)
-def test_the_trial_of_an_op_passes(op: str) -> None:
-    assert metal.proven(op) is native.extension
+@pytest.mark.parametrize(("op", "launch"), LAUNCHES, ids=str)
+def test_trials_pass(op: str, launch: Any) -> None:
+    assert metal.proven(op, *launch) is native.extension
 
 
 def test_selftest() -> None:

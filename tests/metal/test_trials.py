@@ -1,4 +1,4 @@
-"""The Metal kernels, on the emulator, pass the trials on which a Mac decides to use them."""
+"""The Metal kernels, on the emulator, pass the trials on which a Mac decides to launch them."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ class Emulated:
 
     def quantized_attention(
         self, q: mx.array, k: mx.array, v: mx.array, k_format: Any, v_format: Any, scale: float,
-        mask: str, starts: mx.array,
+        mask: str, **options: Any,
     ) -> mx.array:  # fmt: skip
         forms = [Format("affine", bits, group) for group, bits in (k_format, v_format)]
         return test_attention.attend(
-            q, k, v, k_format=forms[0], v_format=forms[1], scale=scale, mask=mask, starts=starts
+            q, k, v, k_format=forms[0], v_format=forms[1], scale=scale, mask=mask, **options
         )[0]
 
 
@@ -83,6 +83,27 @@ def name(a: mx.array) -> str:
     return NAMES[next(k for k, v in DTYPES.items() if v == a.dtype)]
 
 
-@pytest.mark.parametrize("op", TRIALS)
-def test_the_kernels_pass(op: str) -> None:
-    assert passes(op, Emulated())
+F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16
+K8, V4 = Format("affine", 8, 64), Format("affine", 4, 32)
+LAUNCHES = [
+    ("quantized_matmul", ("one", F16, 1, (F16, 64, 4))),
+    ("quantized_matmul", ("one", BF16, 16, (BF16, 64, 4))),
+    ("quantized_matmul", ("not transposed", F32, 2, (F32, 64, 3))),
+    ("quantized_matmul", ("several", BF16, 1, (BF16, 64, 3), (BF16, 128, 6), (BF16, 32, 3))),
+    ("quantized_matmul", ("experts", F32, 2, (F32, 64, 3))),
+    ("quantize", ("min/max", F16, 64, 6)),
+    ("quantize", ("search", F16, 64, 6)),
+    ("kl_divergence", ((F16, 0, 0), (BF16, 64, 4))),
+    ("quantize_kv", (F16, 80, V4)),
+    ("quantized_attention", (F32, 64, 64, K8, V4, 8)),
+    ("quantized_attention", (F32, 64, 64, K8, V4, 0)),
+]
+
+
+@pytest.mark.parametrize(("op", "launch"), LAUNCHES, ids=str)
+def test_the_kernels_pass(op: str, launch: Any) -> None:
+    assert passes(Emulated(), op, launch)
+
+
+def test_every_op_is_here() -> None:
+    assert {op for op, _ in LAUNCHES} == set(TRIALS)

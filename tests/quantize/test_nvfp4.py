@@ -212,7 +212,7 @@ def test_on_a_gpu_stock_layers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Module()
     model.up = nn.Linear(64, 32).to_quantized(16, 4, "nvfp4")
     monkeypatch.setattr(native, "on_cpu", lambda: False)
-    monkeypatch.setattr(metal, "proven", lambda op: native.extension)
+    monkeypatch.setattr(metal, "enabled", lambda: native.extension)
     assert accelerate(model).left == {"up": "mode 'nvfp4' has no native kernel"}
 
 

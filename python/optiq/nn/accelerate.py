@@ -20,9 +20,9 @@ from ..formats import AFFINE_BITS, AFFINE_GROUPS, Format
 from ..models.blocks import Unknown, describe
 from ..models.places import place_at
 from ..models.roles import blocks as blocks_of
-from ..ops import metal, native
+from ..ops import AffineWeight, matmul, metal, native
 from .blocks import Fused, fuse
-from .check import disagreement
+from .check import disagreement, layer_disagreement
 from .layers import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -30,6 +30,8 @@ from .layers import (
     stock_classes,
 )
 from .parts import Description
+
+FAILED = "its Metal kernel does not run here, or not right"
 
 
 @dataclass
@@ -53,13 +55,15 @@ def accelerate(model: nn.Module, *, blocks: bool = True) -> Accelerated:
     nothing else had better leave `blocks` out. A kind of block is first compared with the original
     on random input, and left alone if the two disagree.
 
-    On a Metal GPU whose kernels pass a short trial, quantized linear layers and embeddings are
-    swapped, whose products are native for up to 16 rows, and blocks in which they share an input
-    run with one launch for it; all else stays stock. On other GPUs nothing is swapped.
-    What is native already is not in the report.
+    On a Metal GPU quantized linear layers and embeddings are swapped, whose products are native for
+    up to 16 rows, and blocks in which they share an input run with one launch for it; all else
+    stays stock. What an answer launches, token by token, is compiled and compared here, before the
+    first token; a layer or block whose kernels fail is left as it is, with one warning. On other
+    GPUs nothing is swapped. What is native already is not in the report.
     """
     report = Accelerated()
     swaps: list[tuple[str, nn.Module]] = []
+    failures: dict[Any, str] = {}  # on a GPU, of each kind of layer
     classes = stock_classes()
     leaves: dict[str, nn.Module] = dict(
         tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
@@ -75,13 +79,17 @@ def accelerate(model: nn.Module, *, blocks: bool = True) -> Accelerated:
         elif reason := _unsupported(module):
             report.left[path] = reason
         else:
-            swaps.append((path, native_class.adopt(module)))
-            report.swapped.append(path)
+            layer = native_class.adopt(module)
+            if reason := _failure(module, layer, failures):
+                report.left[path] = reason
+            else:
+                swaps.append((path, layer))
+                report.swapped.append(path)
     for path, module in swaps:
         place_at(model, path).set(module)
     if native.on_cpu():
         model.apply(_exact)
-    if blocks and (native.on_cpu() or metal.proven("quantized_matmul")):
+    if blocks and (native.on_cpu() or metal.enabled()):
         _fuse_blocks(model, report)
     return report
 
@@ -97,12 +105,25 @@ def _fuse_blocks(model: nn.Module, report: Accelerated) -> None:
         except Unknown as reason:
             report.left[path] = str(reason)
             continue
-        if not native.on_cpu() and not description.shares_launches():
-            report.left[path] = "no quantized projections share an input, so a GPU gains nothing"
-            continue
-        fused, kind = fuse(block, anatomy), (type(block), anatomy)
+        kind: tuple[Any, ...] = (type(block), anatomy)
+        dtype = mx.float32
+        if not native.on_cpu():
+            launches, dtype = description.launches(), _dtype(block)
+            if all(len(parts) == 1 for parts in launches):
+                report.left[path] = (
+                    "no quantized projections share an input, so a GPU gains nothing"
+                )
+                continue
+            named = [matmul.several(dtype, 1, parts) for parts in launches]
+            if not all(metal.proven(matmul.OP, *launch) for launch in named):
+                report.left[path] = FAILED
+                continue
+            kind = (*kind, *named)
+        fused = fuse(block, anatomy)
         if kind not in verdicts:
-            verdicts[kind] = disagreement(block, fused, description.width)
+            verdicts[kind] = disagreement(block, fused, description.width, dtype)
+            if verdicts[kind] and not native.on_cpu():
+                metal.warn(matmul.OP, (path,), verdicts[kind])
         if verdicts[kind]:
             report.left[path] = verdicts[kind]
         else:
@@ -135,6 +156,30 @@ def quantized(
     return out
 
 
+def _failure(module: nn.Module, layer: nn.Module, seen: dict[Any, str]) -> str:
+    """Why the Metal kernels cannot be trusted with the product of this layer at one row."""
+    if native.on_cpu():
+        return ""
+    weight = AffineWeight(
+        module["weight"], module["scales"], module["biases"], module.group_size, module.bits
+    )
+    launch = matmul.single(weight.scales.dtype, 1, weight)
+    kind = launch, weight.shape
+    if kind not in seen:
+        works = metal.proven(matmul.OP, *launch)
+        seen[kind] = layer_disagreement(module, layer) if works else FAILED
+        if seen[kind]:
+            metal.warn(matmul.OP, launch, seen[kind])  # unless its trial has
+    return seen[kind]
+
+
+def _dtype(block: nn.Module) -> mx.Dtype:
+    """Of the activations: what most of its scales and vectors have."""
+    arrays: dict[str, mx.array] = dict(tree_flatten(block.parameters()))
+    floating = [a.dtype for a in arrays.values() if mx.issubdtype(a.dtype, mx.floating)]
+    return max(floating, key=floating.count)
+
+
 def _exact(parameter: mx.array) -> mx.array:
     vector = parameter.ndim <= 1 and mx.issubdtype(parameter.dtype, mx.floating)
     return parameter.astype(mx.float32) if vector else parameter
@@ -142,7 +187,7 @@ def _exact(parameter: mx.array) -> mx.array:
 
 def _unsupported(module: nn.Module) -> str:
     if not native.on_cpu():
-        if metal.proven("quantized_matmul") is None:
+        if metal.enabled() is None:
             return "the default device is a GPU, where stock MLX runs it"
         if not isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
             return "on a GPU stock MLX runs dense layers and experts"

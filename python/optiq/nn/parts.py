@@ -16,6 +16,7 @@ import mlx.nn as nn
 from .. import ops
 from ..formats import DENSE, Format
 from ..models.blocks import Block, Unknown
+from ..ops import AffineWeight
 from ..ops.attention import capped_attention, masking, packing
 from .layers import Linear, QuantizedLinear
 
@@ -90,10 +91,11 @@ class Description:
                 "gain": anatomy.gain,
             }
 
-    def shares_launches(self) -> bool:
-        """Whether several quantized matrices have one input."""
-        several = [self.attention["qkv"], self.mlp["gate_up"] if self.mlp else []]
-        return any(len(parts) > 1 and _quantized(parts) for parts in several)
+    def launches(self) -> list[list[AffineWeight]]:
+        """The quantized matrices of each product with several of them, or one."""
+        a, m = self.attention, self.mlp
+        products = [a["qkv"], [a["out"]], *((m["gate_up"], [m["down"]]) if m else ())]
+        return [[AffineWeight(*w[:5]) for w in p] for p in products if _quantized(p)]
 
     def add_one(self) -> None:
         """To the weights of the norms."""
@@ -284,7 +286,7 @@ def _quantized(parts: list[tuple[Any, ...]]) -> bool:
 def _products(x: mx.array, parts: list[tuple[Any, ...]]) -> list[mx.array]:
     """One launch where all are quantized."""
     if _quantized(parts):
-        out = ops.mixed_quantized_matmul(x, [ops.AffineWeight(*part[:5]) for part in parts])
+        out = ops.mixed_quantized_matmul(x, [AffineWeight(*part[:5]) for part in parts])
     else:
         out = [_product(x, *part[:5]) for part in parts]
     return [y if p[5] is None else y + p[5] for y, p in zip(out, parts, strict=True)]

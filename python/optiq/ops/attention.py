@@ -53,9 +53,19 @@ def quantize_kv(x: mx.array, fmt: Format) -> mx.array:
         ValueError: A format or `dim` that has no records.
     """
     _check(x.shape[-1], fmt)
-    if ext := native.active() or metal.proven("quantize_kv"):
+
+    def native_records(ext: ModuleType) -> mx.array:
         records: mx.array = ext.quantize_kv(x, fmt.group_size, fmt.bits)
         return records
+
+    if ext := native.active():
+        return native_records(ext)
+    launch = x.dtype, x.shape[-1], fmt
+    return metal.run("quantize_kv", launch, native_records, lambda: _records(x, fmt))
+
+
+def _records(x: mx.array, fmt: Format) -> mx.array:
+    """The same in `mx.*`."""
     dim, size = x.shape[-1], fmt.group_size
     groups = -(-dim // size)
     columns = mx.unflatten(mx.arange(groups * size), 0, (groups, size))
@@ -146,7 +156,9 @@ def quantized_attention(
     if window is not None and window < 1:
         raise ValueError(f"[quantized_attention] window is {window}; it must be 1 or more")
     dim = q.shape[-1]
-    if ext := native.active() or _on_gpu(dim, value_dim or dim):
+    v_dim = value_dim or dim
+
+    def native_attention(ext: ModuleType) -> mx.array:
         out: mx.array = ext.quantized_attention(
             q,
             k,
@@ -161,30 +173,49 @@ def quantized_attention(
             starts,
             first,
             recent,
-            value_dim or 0,
+            v_dim,
         )
         return out
-    keys = _plain(k, dim, k_format, q.dtype)
-    values = _plain(v, value_dim or dim, v_format, q.dtype)
-    for exact, at in ((first, 0 if starts is None else starts), (recent, None)):
-        if exact is not None:
-            place = keys.shape[2] - exact.keys.shape[2] if at is None else at
-            keys, values = (
-                overlay(a, e.astype(q.dtype), place)
-                for a, e in zip((keys, values), exact, strict=True)
-            )
-    seen = _seen(mask, q.shape[2], keys.shape[2], window, starts)
-    if softcap:
-        return capped_attention(q * scale, keys, values, seen, softcap, sinks)
-    return mx.fast.scaled_dot_product_attention(
-        q, keys, values, scale=scale, mask=seen, sinks=sinks
-    )
+
+    def composed() -> mx.array:
+        keys = _plain(k, dim, k_format, q.dtype)
+        values = _plain(v, v_dim, v_format, q.dtype)
+        for exact, at in ((first, 0 if starts is None else starts), (recent, None)):
+            if exact is not None:
+                place = keys.shape[2] - exact.keys.shape[2] if at is None else at
+                keys, values = (
+                    overlay(a, e.astype(q.dtype), place)
+                    for a, e in zip((keys, values), exact, strict=True)
+                )
+        seen = _seen(mask, q.shape[2], keys.shape[2], window, starts)
+        if softcap:
+            return capped_attention(q * scale, keys, values, seen, softcap, sinks)
+        return mx.fast.scaled_dot_product_attention(
+            q, keys, values, scale=scale, mask=seen, sinks=sinks
+        )
+
+    if ext := native.active():
+        return native_attention(ext)
+    if native.on_cpu() or not _has_kernel(q, k, v_dim):
+        return composed()
+    launch = q.dtype, dim, v_dim, k_format, v_format, _tile(q, k)
+    return metal.run("quantized_attention", launch, native_attention, composed)
 
 
-def _on_gpu(*dims: int) -> ModuleType | None:
-    """The extension where its Metal kernels are trusted and take vectors of these dimensions."""
-    fits = all(dim % 8 == 0 and dim <= 256 for dim in dims)
-    return metal.proven("quantized_attention") if fits else None
+def _has_kernel(q: mx.array, k: mx.array, value_dim: int) -> bool:
+    """Whether the Metal kernels take these shapes: where the keys are split, each split of at least
+    128 writes all results to one array."""
+    dims = q.shape[-1], value_dim
+    splits = -(-k.shape[2] // 128) if _tile(q, k) else 0
+    results = 4 * q.size // q.shape[-1] * value_dim * splits
+    return all(dim % 8 == 0 and dim <= 256 for dim in dims) and results < 2**31
+
+
+def _tile(q: mx.array, k: mx.array) -> int:
+    """Queries that share a key head, in tiles as csrc/launch/attention.cpp makes them; 0 for so
+    many tokens that it does not split the keys."""
+    rows = q.shape[2] * q.shape[1] // k.shape[1]
+    return 0 if q.shape[2] > 32 else 8 if rows <= 8 else 16 if rows <= 16 else 32
 
 
 def _check(dim: int, fmt: Format) -> None:

@@ -115,6 +115,7 @@ class Attention:
     sinks: bool = False
     softcap: float = 0.0
     dtype: str = "f32"
+    value_dim: int = 0  # `dim` unless given
 
     def __str__(self) -> str:
         return (
@@ -130,10 +131,10 @@ class Attention:
         """Keys and values: records, or plain vectors."""
         shape, dtype = (2, 2, self.keys), DTYPES[self.dtype]
         k, v = (
-            normal(*shape, self.dim, seed=seed).astype(dtype)
+            normal(*shape, dim, seed=seed).astype(dtype)
             if fmt == DENSE
-            else any_records(shape, self.dim, fmt, seed)
-            for seed, fmt in ((1, self.k), (2, self.v))
+            else any_records(shape, dim, fmt, seed)
+            for seed, fmt, dim in ((1, self.k, self.dim), (2, self.v, self.value_dim or self.dim))
         )
         return k, v
 
@@ -152,8 +153,13 @@ class Attention:
         k, v = (
             f64(x)
             if fmt == DENSE
-            else reference.dequantize_kv(np.array(x), self.dim, fmt.group_size, fmt.bits)
-            for x, fmt in zip(self.stored(), (self.k, self.v), strict=True)
+            else reference.dequantize_kv(np.array(x), dim, fmt.group_size, fmt.bits)
+            for x, fmt, dim in zip(
+                self.stored(),
+                (self.k, self.v),
+                (self.dim, self.value_dim or self.dim),
+                strict=True,
+            )
         )
         _, mask = masks(self.mask, 2, self.rows, self.keys, self.padding)
         sinks = self._sinks()

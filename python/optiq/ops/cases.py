@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -56,7 +57,10 @@ def product_part(got: mx.array, x: Float64, w: Float64, dtype: str, group_size: 
 
 @dataclass(frozen=True)
 class Product:
-    """x [rows, in] @ W[out, in].T; bits 0 is a dense weight."""
+    """x [rows, in] @ W[out, in].T; bits 0 is a dense weight.
+
+    `weights` is the dtype of the weight, or of its scales, where it is not that of x.
+    """
 
     rows: int
     out: int
@@ -64,6 +68,7 @@ class Product:
     bits: int
     group_size: int = 64
     dtype: str = "f32"
+    weights: str = ""
 
     def __str__(self) -> str:
         weight = f"{self.bits}g{self.group_size}" if self.bits else "dense"
@@ -81,7 +86,7 @@ class Product:
     def weight(self) -> mx.array:
         rng = np.random.default_rng([1, self.out, self.inner])
         w = rng.standard_normal((self.out, self.inner), dtype=np.float32)
-        return mx.array(w).astype(DTYPES[self.dtype])
+        return mx.array(w).astype(DTYPES[self.weights or self.dtype])
 
     def quantized(self) -> tuple[mx.array, mx.array, mx.array]:
         codes, scales, biases = mx.quantize(self.weight(), self.group_size, self.bits)
@@ -95,8 +100,12 @@ class Product:
         x = f64(self.activations(None if transpose else self.out))
         w = f64(self.affine() if self.bits else self.weight())
         return product_part(
-            got, x, w if transpose else w.T, self.dtype, self.group_size if fixed else 0
+            got, x, w if transpose else w.T, self._result(), self.group_size if fixed else 0
         )
+
+    def _result(self) -> str:
+        """The dtype of the product: the wider one, or float32, which holds both 16-bit types."""
+        return self.dtype if self.weights in ("", self.dtype) else "f32"
 
 
 # Row counts around the switch from dot products to tiles; widths that leave tails everywhere.
@@ -161,7 +170,8 @@ ROUNDINGS = [Rounding(*case) for case in product(AFFINE_BITS, AFFINE_GROUPS, DTY
 @dataclass(frozen=True)
 class Pair:
     """Teacher and student over one vocabulary; `spread` is the deviation of the logits, `noise`
-    how far the student's hidden states are from the teacher's, bits 0 a dense head."""
+    how far the student's hidden states are from the teacher's, bits 0 a dense head. `group_q` and
+    `dtype_q` are those of the student where they are not the teacher's."""
 
     tokens: int
     vocabulary: int
@@ -174,6 +184,8 @@ class Pair:
     group_size: int = 32
     dtype: str = "f32"
     soft_cap: float | None = None
+    group_q: int = 0
+    dtype_q: str = ""
 
     def __str__(self) -> str:
         cap = f"-cap{self.soft_cap:g}" if self.soft_cap else ""
@@ -189,17 +201,16 @@ class Pair:
         noise = self.noise * rng.standard_normal((self.tokens, d), dtype=np.float32)
         w = rng.standard_normal((self.vocabulary, d), dtype=np.float32) * self.spread / d**0.5
 
-        def head(bits: int, cols: int) -> mx.array | AffineWeight:
-            dense = mx.array(w[:, :cols]).astype(DTYPES[self.dtype])
+        def side(h: Any, cols: int, bits: int, group: int, dtype: str) -> Any:
+            states, head = (mx.array(a[:, :cols]).astype(DTYPES[dtype]) for a in (h, w))
             if not bits:
-                return dense
-            return AffineWeight(*mx.quantize(dense, self.group_size, bits), self.group_size, bits)
+                return states, head
+            return states, AffineWeight(*mx.quantize(head, group, bits), group, bits)
 
-        h_p, h_q = (
-            mx.array(a).astype(DTYPES[self.dtype])
-            for a in (h[:, : self.d_p], (h + noise)[:, : self.d_q])
-        )
-        return h_p, head(self.bits_p, self.d_p), h_q, head(self.bits_q, self.d_q)
+        p = side(h, self.d_p, self.bits_p, self.group_size, self.dtype)
+        group_q, dtype_q = self.group_q or self.group_size, self.dtype_q or self.dtype
+        q = side(h + noise, self.d_q, self.bits_q, group_q, dtype_q)
+        return (*p, *q)
 
     def part(self, got: Sequence[mx.array], exact: bool = False) -> float:
         """Of a Comparison: 1e-6 where logits are `exact` (the CPU's kernels), else several errors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import NamedTuple, cast
 
 import mlx.core as mx
@@ -86,13 +87,19 @@ def kl_divergence(
     ]
     if ext := native.active():
         return Comparison(*ext.kl_divergence(h_p, sides[0], h_q, sides[1], *formats, cap))
-    if ext := metal.proven("kl_divergence"):
 
+    def on_metal(ext: ModuleType) -> Comparison:
         def streamed(h_p: mx.array, h_q: mx.array) -> Comparison:
             return Comparison(*ext.kl_divergence(h_p, sides[0], h_q, sides[1], *formats, cap))
 
         return _tiled(h_p, w_p, h_q, w_q, cap, streamed)
-    return _tiled(h_p, w_p, h_q, w_q, cap)
+
+    # scales of a quantized head, or the head
+    dtypes = [side[min(1, len(side) - 1)].dtype for side in sides]
+    launch = [(dtype, *fmt) for dtype, fmt in zip(dtypes, formats, strict=True)]
+    return metal.run(
+        "kl_divergence", tuple(launch), on_metal, lambda: _tiled(h_p, w_p, h_q, w_q, cap)
+    )
 
 
 def _arrays(w: Head) -> list[mx.array]:

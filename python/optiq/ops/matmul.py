@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
 
@@ -13,6 +14,7 @@ from .affine import AffineWeight
 # Of x, up to which the Metal kernels read each weight once. Above it stock MLX stays until ours
 # have been measured on a Mac.
 GPU_ROWS = 16
+OP = "quantized_matmul"  # the name of all these products to metal.py
 
 
 def linear(
@@ -67,25 +69,28 @@ def quantized_matmul(
     Returns:
         `[..., out]` in the wider dtype of `x` and `scales`.
     """
-    if ext := _extension(x):
+
+    def native_product(ext: ModuleType) -> mx.array:
         out: mx.array = ext.quantized_matmul(
             x, w, scales, biases, transpose, group_size, bits, indices=indices
         )
         return out
-    if indices is None:
-        return mx.quantized_matmul(
-            x, w, scales, biases, transpose=transpose, group_size=group_size, bits=bits
-        )
-    return mx.gather_qmm(
-        x[:, None, :],
-        w,
-        scales,
-        biases,
-        rhs_indices=indices,
-        transpose=transpose,
-        group_size=group_size,
-        bits=bits,
-    ).squeeze(-2)
+
+    def stock() -> mx.array:
+        weight = w, scales, biases
+        how: dict[str, Any] = {"transpose": transpose, "group_size": group_size, "bits": bits}
+        if indices is None:
+            return mx.quantized_matmul(x, *weight, **how)
+        return mx.gather_qmm(x[:, None, :], *weight, rhs_indices=indices, **how).squeeze(-2)
+
+    if ext := native.active():
+        return native_product(ext)
+    rows = _rows(x)
+    if not 0 < rows <= GPU_ROWS:
+        return stock()
+    kind = "experts" if indices is not None else "one" if transpose else "not transposed"
+    launch = kind, x.dtype, rows, (scales.dtype, group_size, bits)
+    return metal.run(OP, launch, native_product, stock)
 
 
 def mixed_quantized_matmul(x: mx.array, parts: Sequence[AffineWeight]) -> list[mx.array]:
@@ -102,17 +107,34 @@ def mixed_quantized_matmul(x: mx.array, parts: Sequence[AffineWeight]) -> list[m
         `[..., out_i]` for each part, in the wider dtype of `x` and its scales: what
         `quantized_matmul` gives for it alone, to the bit.
     """
-    if ext := _extension(x):
+
+    def native_products(ext: ModuleType) -> list[mx.array]:
         outs: list[mx.array] = ext.mixed_quantized_matmul(x, [tuple(part) for part in parts])
         return outs
-    return [
-        quantized_matmul(x, w.codes, w.scales, w.biases, group_size=w.group_size, bits=w.bits)
-        for w in parts
-    ]
 
+    def one_by_one() -> list[mx.array]:
+        return [
+            quantized_matmul(x, w.codes, w.scales, w.biases, group_size=w.group_size, bits=w.bits)
+            for w in parts
+        ]
 
-def _extension(x: mx.array) -> ModuleType | None:
-    """The extension if it should multiply `x [..., in]` with quantized weights, else None."""
     if native.on_cpu():
-        return native.extension
-    return metal.proven("quantized_matmul") if x.size <= GPU_ROWS * x.shape[-1] else None
+        return native_products(native.extension) if native.extension else one_by_one()
+    rows = _rows(x)
+    if not 0 < rows <= GPU_ROWS:
+        return one_by_one()
+    return metal.run(OP, several(x.dtype, rows, parts), native_products, one_by_one)
+
+
+def single(x: mx.Dtype, rows: int, part: AffineWeight) -> tuple[Hashable, ...]:
+    """The launch of a product on a Metal GPU, for `metal.proven`."""
+    return "one", x, rows, (part.scales.dtype, part.group_size, part.bits)
+
+
+def several(x: mx.Dtype, rows: int, parts: Sequence[AffineWeight]) -> tuple[Hashable, ...]:
+    """The same of `mixed_quantized_matmul`."""
+    return "several", x, rows, *((w.scales.dtype, w.group_size, w.bits) for w in parts)
+
+
+def _rows(x: mx.array) -> int:
+    return x.size // max(x.shape[-1], 1) if x.ndim else 0

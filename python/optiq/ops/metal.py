@@ -1,45 +1,85 @@
-"""Decides whether a GPU may use our Metal kernels for an op.
+"""Decides which launches of our Metal kernels a GPU may make.
 
-They are tested on emulated threads and have never run on a Mac, so the first use of an op in a
-process tries a few small cases.
+They are tested on emulated threads and have never run on a Mac. MLX compiles a kernel when a graph
+that holds it is evaluated, and what is thrown then ends an answer. So nothing enters a graph before
+it was evaluated once: each launch, which is what kernels are compiled for (dtypes, widths, rows),
+first computes a small case by itself. One that raises, there or when a graph is built, or is wrong
+is left to stock MLX from then on.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from functools import cache
+from collections.abc import Callable, Hashable
 from types import ModuleType
+from typing import TypeVar
 
 from . import native
 
+T = TypeVar("T")
 
-def proven(op: str) -> ModuleType | None:
-    """The extension on a Metal GPU where its kernels for `op` pass their trial, else None.
+# (extension, op, launch) -> whether it may run; (extension, op) of those that a warning has named.
+_verdicts: dict[tuple[ModuleType, str, tuple[Hashable, ...]], bool] = {}
+_warned: set[tuple[ModuleType, str]] = set()
 
-    OPTIQ_METAL=0 leaves them alone, without a trial.
-    """
-    extension = native.extension
-    if extension is None or native.device() != "metal" or os.environ.get("OPTIQ_METAL") == "0":
+
+def enabled() -> ModuleType | None:
+    """The extension on a Metal GPU, else None. OPTIQ_METAL=0 leaves its kernels alone."""
+    if native.device() != "metal" or os.environ.get("OPTIQ_METAL") == "0":
         return None
-    return extension if _tried(op, extension) else None
+    return native.extension
 
 
-@cache
-def _tried(op: str, extension: ModuleType) -> bool:
-    """Whether it passes; otherwise warns why not, once."""
-    from .trials import passes  # only a Metal GPU needs the cases
+def proven(op: str, *launch: Hashable) -> ModuleType | None:
+    """The extension on a Metal GPU where this launch of `op` passes its trial, else None.
 
+    What a launch of an op is made of is said in trials.py.
+    """
+    extension = enabled()
+    if extension is None:
+        return None
+    key = extension, op, launch
+    if key not in _verdicts:
+        from .trials import passes  # only a Metal GPU needs the cases
+
+        try:
+            _verdicts[key] = passes(extension, op, launch)
+            why = "it does not agree with float64"
+        except Exception as error:  # whatever a compiler, a driver or MLX raises
+            _verdicts[key] = False
+            why = f"it does not run ({error})"
+        if not _verdicts[key]:
+            warn(op, launch, why)
+    return extension if _verdicts[key] else None
+
+
+def run(
+    op: str, launch: tuple[Hashable, ...], ours: Callable[[ModuleType], T], stock: Callable[[], T]
+) -> T:
+    """`ours` where this launch is proven, else `stock`, also from the moment that `ours` raises."""
+    extension = proven(op, *launch)
+    if extension is None:
+        return stock()
     try:
-        if passes(op, extension):
-            return True
-        why = "it does not agree with float64"
-    except (RuntimeError, ValueError) as error:
-        why = f"it does not run ({error})"
+        return ours(extension)
+    except Exception as error:
+        out = stock()  # raises, too, where the arguments are at fault
+        _verdicts[extension, op, launch] = False
+        warn(op, launch, f"it does not run ({error})")
+        return out
+
+
+def warn(op: str, launch: tuple[Hashable, ...], why: str) -> None:
+    """One warning for an op; what else of it fails is left to stock MLX without a word."""
+    extension = native.extension
+    if extension is None or (extension, op) in _warned:
+        return
+    _warned.add((extension, op))
+    what = str(launch).replace("mlx.core.", "")
     warnings.warn(
-        f"optiq's Metal kernel for {op} is left alone: {why}; please report what "
+        f"optiq's Metal kernel for {op} is left alone, in {what}: {why}; please report what "
         "`optiq doctor --selftest` prints",
         RuntimeWarning,
         stacklevel=2,
     )
-    return False

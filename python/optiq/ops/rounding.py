@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import mlx.core as mx
 
 from ..formats import Format
@@ -11,6 +13,7 @@ from .affine import pack
 # As in csrc/cpu/quantize.h: grids from nine tenths of a step wider to as much narrower.
 STEPS = [-0.9 + 0.05 * i for i in range(37)]
 REFITS = 3
+GPU_ELEMENTS = 2**35 - 2**11  # the Metal kernels count octets in 32 bits
 
 Quantized = tuple[mx.array, mx.array, mx.array]
 
@@ -39,13 +42,24 @@ def quantize(w: mx.array, fmt: Format, importance: mx.array | None = None) -> Qu
         ValueError: Dtypes or shapes that do not fit, or a `fmt` that is not affine.
     """
     _check(w, fmt, importance)
-    if ext := native.active() or metal.proven("quantize"):
+
+    def native_rounding(ext: ModuleType) -> Quantized:
         codes, scales, biases = ext.quantize(w, importance, fmt.group_size, fmt.bits)
         return codes, scales, biases
-    if importance is None:
+
+    def in_mlx() -> Quantized:
+        if importance is not None:
+            return _search(w, fmt, importance)
         codes, scales, biases = mx.quantize(w, fmt.group_size, fmt.bits)
         return codes, scales, biases
-    return _search(w, fmt, importance)
+
+    if ext := native.active():
+        return native_rounding(ext)
+    if w.size >= GPU_ELEMENTS:
+        return in_mlx()
+    how = "min/max" if importance is None else "search"
+    launch = how, w.dtype, fmt.group_size, fmt.bits
+    return metal.run("quantize", launch, native_rounding, in_mlx)
 
 
 def _check(w: mx.array, fmt: Format, importance: mx.array | None) -> None:

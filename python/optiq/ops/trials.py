@@ -1,37 +1,48 @@
-"""Runs each op that has Metal kernels on a case: a few small ones are its trial (metal.py), all of
-them `optiq doctor --selftest`."""
+"""Runs each op that has Metal kernels on a case: a small one is the trial of a launch (metal.py),
+all of them `optiq doctor --selftest`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ..formats import Format
+from ..formats import DENSE, Format
 from .affine import AffineWeight
 from .attention_cases import Attention, Records
-from .cases import Pair, Product, Rounding
+from .cases import DTYPES, Pair, Product, Rounding
 
 # Each of these runs a case on the default device and returns the largest error as a part of its
 # bound. With `cpu`, the bound is that of the CPU's kernels, which round x to fixed point and
-# compute the logits that matter in double precision.
+# compute the logits that matter in double precision. What may come with strides in a model does so
+# here: the kernel that copies it is tried, too.
+
+
+def strided(a: mx.array) -> mx.array:
+    """The same values, every other one in memory."""
+    return mx.repeat(a, 2, axis=-1)[..., ::2]
 
 
 def multiply(ext: Any, case: Product, transpose: bool = True, cpu: bool = False) -> float:
-    x = case.activations(None if transpose else case.out)
+    x = strided(case.activations(None if transpose else case.out))
     y = ext.quantized_matmul(x, *case.quantized(), transpose, case.group_size, case.bits)
     return case.part(y, transpose, fixed=cpu and transpose)
 
 
 def multiply_mixed(ext: Any, case: Product, cpu: bool = False) -> float:
     """Beside a weight of another height."""
-    both = [case, replace(case, out=case.out // 2 + 1)]
-    ys = ext.mixed_quantized_matmul(case.activations(), [tuple(c.affine()) for c in both])
-    parts = [c.part(y, fixed=cpu) for c, y in zip(both, ys, strict=True)]
+    return multiply_several(ext, [case, replace(case, out=case.out // 2 + 1)], cpu)
+
+
+def multiply_several(ext: Any, cases: Sequence[Product], cpu: bool = False) -> float:
+    """Weights that share the x of the first."""
+    x = strided(cases[0].activations())
+    ys = ext.mixed_quantized_matmul(x, [tuple(c.affine()) for c in cases])
+    parts = [c.part(y, fixed=cpu) for c, y in zip(cases, ys, strict=True)]
     return float(np.max(parts))  # NaN if one is, unlike max()
 
 
@@ -41,7 +52,7 @@ def multiply_experts(ext: Any, case: Product, cpu: bool = False) -> float:
     stacked = [mx.stack([codes, codes]), *(mx.stack([2 * a, a]) for a in (scales, biases))]
     which = 1 - mx.arange(case.rows, dtype=mx.uint32) % 2
     y = ext.quantized_matmul(
-        case.activations(), *stacked, True, case.group_size, case.bits, indices=which
+        strided(case.activations()), *stacked, True, case.group_size, case.bits, indices=which
     )
     return case.part(mx.where(which[:, None] == 0, y / 2, y), fixed=cpu)
 
@@ -49,7 +60,7 @@ def multiply_experts(ext: Any, case: Product, cpu: bool = False) -> float:
 def round_minmax(ext: Any, case: Rounding) -> float:
     """Equal to MLX's on the same device to the bit, or infinitely far."""
     w, _ = case.inputs()
-    got = ext.quantize(w, None, case.group_size, case.bits)
+    got = ext.quantize(strided(w), None, case.group_size, case.bits)
     stock = mx.quantize(w, case.group_size, case.bits)
     equal = all(mx.array_equal(a, b).item() for a, b in zip(got, stock, strict=True))
     return 0.0 if equal else math.inf
@@ -68,50 +79,88 @@ def compare(ext: Any, case: Pair, cpu: bool = False) -> float:
 
 
 def store(ext: Any, case: Records) -> float:
-    return case.part(ext.quantize_kv(case.vectors(), case.group_size, case.bits))
+    return case.part(ext.quantize_kv(strided(case.vectors()), case.group_size, case.bits))
 
 
 def attend(ext: Any, case: Attention) -> float:
     """A padded batch over records."""
-    formats = [(fmt.group_size, fmt.bits) for fmt in (case.k, case.v)]
+    formats = [(0, 0) if f == DENSE else (f.group_size, f.bits) for f in (case.k, case.v)]
     given = case.arguments()
+    options = {"value_dim": case.value_dim} if case.value_dim else {}
     return case.part(
         ext.quantized_attention(
-            case.queries(), *case.stored(), *formats, given["scale"], "causal",
-            starts=given["starts"],
+            strided(case.queries()), *case.stored(), *formats, given["scale"], "causal",
+            starts=given["starts"], **options,
         )
     )  # fmt: skip
 
 
-def _split(rows: int) -> Attention:
-    """Attention over so many keys that two threadgroups share them."""
-    k, v = Format("affine", 8, 64), Format("affine", 4, 32)
-    return Attention(rows, 1100, 64, k, v, group=3, mask="starts", padding=70)
+# What follows is the trial of a launch, by op: its arguments are what kernels are compiled for.
+# Only gross faults show here, in milliseconds once the kernels are compiled.
 
 
-# Only gross faults show here, within a second.
-TRIALS: dict[str, tuple[Callable[[Any], float], ...]] = {
-    "quantized_matmul": (
-        lambda ext: multiply(ext, Product(1, 64, 256, 4, dtype="f16")),
-        lambda ext: multiply(ext, Product(16, 64, 256, 4, dtype="bf16")),
-        lambda ext: multiply(ext, Product(2, 64, 256, 3), transpose=False),
-        lambda ext: multiply_mixed(ext, Product(2, 64, 256, 3)),
-        lambda ext: multiply_experts(ext, Product(2, 64, 256, 3)),
-    ),
-    "quantize": (
-        lambda ext: round_minmax(ext, Rounding(6, 64, "f16")),
-        lambda ext: round_by_search(ext, Rounding(6, 64, "f16")),
-    ),
-    "kl_divergence": (
-        lambda ext: compare(ext, Pair(35, 300, 64, 64, bits_q=4, group_size=64, dtype="f16")),
-    ),
-    "quantize_kv": (lambda ext: store(ext, Records(5, 32, 80, "f16")),),
-    "quantized_attention": (  # a decode step, and a prefill
-        lambda ext: attend(ext, _split(1)),
-        lambda ext: attend(ext, _split(40)),
-    ),
+def _named(dtype: mx.Dtype) -> str:
+    return next(name for name, d in DTYPES.items() if d == dtype)
+
+
+def _products(
+    ext: Any, how: str, x: mx.Dtype, rows: int, *weights: tuple[mx.Dtype, int, int]
+) -> list[float]:
+    """Each weight: dtype of its scales, group size, bits. Some columns are a lane's second ones."""
+    cases = [
+        Product(rows, 64 + 8 * i, 1152, bits, group_size, _named(x), _named(scales))
+        for i, (scales, group_size, bits) in enumerate(weights)
+    ]
+    if how == "experts":
+        return [multiply_experts(ext, cases[0])]
+    if how == "several":
+        return [multiply_several(ext, cases)]
+    if how == "not transposed":
+        return [multiply(ext, replace(cases[0], out=128), transpose=False)]
+    return [multiply(ext, cases[0])]
+
+
+def _roundings(ext: Any, how: str, w: mx.Dtype, group_size: int, bits: int) -> list[float]:
+    case = Rounding(bits, group_size, _named(w))
+    return [round_by_search(ext, case) if how == "search" else round_minmax(ext, case)]
+
+
+def _comparisons(
+    ext: Any, p: tuple[mx.Dtype, int, int], q: tuple[mx.Dtype, int, int]
+) -> list[float]:
+    """Each head: dtype of its weight or scales, group size, bits."""
+    case = Pair(
+        35, 300, 128, 128, bits_p=p[2], bits_q=q[2], group_size=p[1], group_q=q[1],
+        dtype=_named(p[0]), dtype_q=_named(q[0]),
+    )  # fmt: skip
+    return [compare(ext, case)]
+
+
+def _records(ext: Any, x: mx.Dtype, dim: int, fmt: Format) -> list[float]:
+    return [store(ext, Records(fmt.bits, fmt.group_size, dim, _named(x)))]
+
+
+def _attentions(
+    ext: Any, q: mx.Dtype, dim: int, value_dim: int, k: Format, v: Format, tile: int
+) -> list[float]:
+    """Few keys and, but for many queries (tile 0), so many that threadgroups share them."""
+    rows = {8: 1, 16: 5, 32: 11, 0: 40}[tile]  # three query heads share a key head
+    case = Attention(
+        rows, 90, dim, k, v, group=3, mask="starts", padding=20, dtype=_named(q),
+        value_dim=value_dim,
+    )  # fmt: skip
+    long = [replace(case, keys=1100, padding=70)] if tile else []
+    return [attend(ext, c) for c in [case, *long]]
+
+
+TRIALS: dict[str, Callable[..., list[float]]] = {
+    "quantized_matmul": _products,
+    "quantize": _roundings,
+    "kl_divergence": _comparisons,
+    "quantize_kv": _records,
+    "quantized_attention": _attentions,
 }
 
 
-def passes(op: str, ext: Any) -> bool:
-    return all(trial(ext) <= 1 for trial in TRIALS[op])
+def passes(ext: Any, op: str, launch: tuple[Hashable, ...]) -> bool:
+    return all(part <= 1 for part in TRIALS[op](ext, *launch))
