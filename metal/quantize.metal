@@ -1,5 +1,6 @@
 // Codes, scale and bias for each group of a weight; the launches are planned in
-// csrc/launch/quantize.cpp, the maths is that of csrc/cpu/quantize*.h.
+// csrc/launch/quantize.cpp. The search is that of csrc/cpu/quantize*.h, min/max that of MLX's own
+// GPU kernel, which is not that of its CPU.
 //
 // A thread holds eight consecutive weights, whose codes fill as many bytes as a code has bits.
 // A group is GROUP / 8 neighbouring lanes, which share its sums by shuffles; all of them are in
@@ -40,14 +41,14 @@ METAL_FUNC float group_least(float x) {
 }
 
 // Scale and bias of mx.quantize, operation by operation: the edge of larger magnitude is hit
-// exactly, and zero is a code.
+// exactly, and zero is a code. On a GPU MLX rounds half away from zero, on a CPU half to even.
 METAL_FUNC Grid stock_grid(float least, float most, float top) {
   const bool negative = fabs(least) > fabs(most);
   float scale = (most - least) / top;
   scale = scale < 1e-7f ? 1e-7f : scale;
   scale = negative ? scale : -scale;
   const float edge = negative ? least : most;
-  const float steps = rint(edge / scale);
+  const float steps = round(edge / scale);
   Grid grid = {scale, 0.0f};
   if (steps != 0) {
     grid.scale = edge / steps;
@@ -94,7 +95,8 @@ METAL_FUNC void write_group(uint octet, thread const float* codes, Grid grid, de
   }
 }
 
-// Threads: 256, each eight weights.
+// mx.quantize as MLX's GPU kernel does it: the range of a group holds zero where all its weights
+// are negative. Threads: 256, each eight weights.
 template <typename T, int BITS, int GROUP>
 [[kernel]] void quantize_minmax(const device T* w [[buffer(0)]], device uchar* codes [[buffer(1)]],
     device T* scales [[buffer(2)]], device T* biases [[buffer(3)]],
@@ -103,12 +105,12 @@ template <typename T, int BITS, int GROUP>
   const bool inside = octet < shape.octets;
   float x[8];
   const float2 range = load_group<T, GROUP>(w + size_t(octet) * 8, inside, x);
-  const Grid grid = stock_grid(range.x, range.y, top);
+  const Grid grid = stock_grid(range.x, max(range.y, 0.0f), top);
   if (inside) {
     float q[8];
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      q[i] = clamp_code(rint((x[i] - grid.bias) / grid.scale), top);
+      q[i] = clamp_code(round((x[i] - grid.bias) / grid.scale), top);
     }
     write_group<T, BITS, GROUP>(octet, q, grid, codes, scales, biases);
   }

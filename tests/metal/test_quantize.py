@@ -1,5 +1,5 @@
-"""Rounding, launched as planned and run on the emulator: min/max bit for bit as mx.quantize, the
-search as good as the CPU's."""
+"""Rounding, launched as planned and run on the emulator: min/max bit for bit as MLX's own GPU
+kernel, the search as good as the CPU's."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from optiq.formats import AFFINE_BITS, AFFINE_GROUPS, Format
 from optiq.ops import native
 from optiq.ops.cases import DTYPES, Rounding
 from tests.msl.emulator import Module, needs_emulator
+from tests.msl.mlx_quantize import gpu_quantize
 from tests.ops.test_quantize_minmax import ODD, bits_of
 
 from .launcher import NAMES, Plan, compile_together, run
@@ -34,7 +35,7 @@ def plan(fmt: Format, dtype: str, rows: int, cols: int, rows_per_importance: int
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_together() -> None:
-    compile_together([plan(f, d, 4, 128) for f, d in CASES])
+    compile_together([plan(f, d, 4, 128) for f, d in product(FORMATS, DTYPES)])
     compile_together([plan(f, d, 4, 128, 4) for f, d in CASES])
 
 
@@ -55,15 +56,40 @@ def quantized(w: mx.array, fmt: Format, importance: mx.array | None = None) -> l
     return out
 
 
-@pytest.mark.parametrize(("fmt", "dtype"), CASES, ids=str)
-def test_minmax_is_stock(fmt: Format, dtype: str) -> None:
-    odd = np.stack(list(ODD.values()))
+def ties(bits: int) -> np.ndarray:
+    """Weights on and half way between the codes of a grid of step 1."""
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    w = np.random.default_rng(bits).integers(2 * low, 2 * high + 1, 128) / 2
+    w[::32], w[1::32] = low, high
+    return w
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_minmax_is_that_of_mlx_on_a_gpu(fmt: Format, dtype: str) -> None:
     rng = np.random.default_rng(0)
-    w = np.concatenate([rng.standard_t(3, (21, 384)), np.tile(odd, (1, 3))]).astype(np.float32)
-    x = mx.array(w).astype(DTYPES[dtype])
-    got = quantized(x, fmt)
-    for mine, theirs in zip(got, mx.quantize(x, fmt.group_size, fmt.bits), strict=True):
+    w = rng.standard_t(3, (12, 384)).astype(np.float32)
+    w[8:] = -np.abs(w[8:]) - 3
+    finite = [row for row in ODD.values() if np.abs(row).max() < 65000]
+    odd = np.stack([ties(fmt.bits), *finite])
+    x = mx.array(np.concatenate([w, np.tile(odd, (1, 3))])).astype(DTYPES[dtype])
+    got, expected = quantized(x, fmt), gpu_quantize(x, fmt.group_size, fmt.bits)
+    for mine, theirs in zip(got, expected, strict=True):
         assert (bits_of(mine) == bits_of(theirs)).all()
+    on_the_cpu = mx.quantize(x, fmt.group_size, fmt.bits)
+    assert not mx.array_equal(got[0], on_the_cpu[0])  # ties
+    assert not mx.array_equal(got[1][8:12], on_the_cpu[1][8:12])  # negative groups
+
+
+def test_nan_is_in_no_range_and_infinity_makes_the_scale_nan() -> None:
+    fmt = Format("affine", 4, 64)
+    w = np.tile(np.arange(-20, 44, dtype=np.float32), (3, 1))
+    whole = w.copy()
+    w[0, 5], w[1, :], w[2, 5] = np.nan, np.nan, np.inf
+    got, expected = quantized(mx.array(w), fmt), quantized(mx.array(whole), fmt)
+    assert mx.array_equal(got[1][0], expected[1][0])
+    assert got[0][0, 0].item() == expected[0][0, 0].item() & ~(15 << 20)  # code 5 becomes 0
+    assert mx.isnan(got[1][1:]).all()
 
 
 @pytest.mark.parametrize(("fmt", "dtype"), CASES, ids=str)

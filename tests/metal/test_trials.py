@@ -13,6 +13,7 @@ from optiq.ops.cases import DTYPES
 from optiq.ops.kl import Head
 from optiq.ops.trials import TRIALS, passes
 from tests.msl.emulator import needs_emulator
+from tests.msl.mlx_quantize import gpu_quantize
 
 from . import test_attention, test_kl_divergence, test_quantize, test_quantize_kv
 from .launcher import NAMES, plan_quantized_matmul, run
@@ -101,7 +102,9 @@ LAUNCHES = [
 
 
 @pytest.mark.parametrize(("op", "launch"), LAUNCHES, ids=str)
-def test_the_kernels_pass(op: str, launch: Any) -> None:
+def test_the_kernels_pass(op: str, launch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if launch[0] == "min/max":  # what a Mac compares with
+        monkeypatch.setattr(mx, "quantize", gpu_quantize)
     assert passes(Emulated(), op, launch)
 
 

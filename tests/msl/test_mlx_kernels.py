@@ -25,6 +25,7 @@ from .mlx_headers import (
     to_buffer,
     to_float64,
 )
+from .mlx_quantize import gpu_quantize
 
 pytestmark = needs_emulator
 
@@ -89,7 +90,6 @@ def quantized() -> Module:
             kernels[f"qmm_t_{key}_false"] = f"affine_qmm_t<{types}, false, false>"
     for bits in BITS:
         kernels[f"dequantize_{bits}"] = f"affine_dequantize<half, {GROUP}, {bits}>"
-        kernels[f"quantize_{bits}"] = f"affine_quantize<half, {GROUP}, {bits}>"
     return Module(source=QUANTIZED, kernels=kernels, include=[INCLUDE])
 
 
@@ -146,32 +146,38 @@ def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
     return np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
 
 
+def minmax(w: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes, scales and biases of float32 groups [..., group] as MLX's GPU kernel defines them: a
+    range that holds zero where all weights are negative, and ties that go away from zero."""
+
+    def away(x: np.ndarray) -> np.ndarray:
+        return np.trunc(x) + np.copysign(np.abs(x - np.trunc(x)) >= 0.5, x)
+
+    top = np.float32(2**bits - 1)
+    low, high = w.min(-1, keepdims=True), np.maximum(w.max(-1, keepdims=True), 0)
+    scale = np.maximum((high - low) / top, np.float32(1e-7))
+    negative = np.abs(low) > np.abs(high)
+    scale, edge = np.where(negative, scale, -scale), np.where(negative, low, high)
+    steps = away(edge / scale)
+    scale = np.divide(edge, steps, out=scale, where=steps != 0)
+    bias = np.where(steps == 0, 0, edge).astype(np.float32)
+    return np.minimum(away((w - bias) / scale), top), scale, bias
+
+
 @pytest.mark.parametrize("bits", BITS)
-def test_quantize_is_mlx_but_for_ties(quantized: Module, bits: int) -> None:
-    out, inner = 16, 256
-    weight = random("half", out, inner)
-    w, scales, biases = mx.quantize(weight, GROUP, bits)
-    packed = to_buffer(w).view(np.uint8)
-    parameters = {2: Out(scales.shape, np.float16), 3: Out(biases.shape, np.float16)}
-    (got, got_scales, got_biases), _ = quantized(
-        f"quantize_{bits}",
-        {0: to_buffer(weight), 1: Out(packed.shape, np.uint8), **parameters},
-        grid=(out * inner * 32 // GROUP, 1, 1),  # a simdgroup quantizes a group
-        threads=(64, 1, 1),
-        dispatch_threads=True,
-    )
-    assert (got_scales == to_buffer(scales)).all()
-    assert (got_biases == to_buffer(biases)).all()
-    codes, expected = unpack(got, bits).astype(int), unpack(packed, bits).astype(int)
-    # MLX on the CPU divides in another order, so a code may fall on the other side of a tie. The
-    # scale that was divided by differs from the stored one by half a unit in the last place.
-    step = np.repeat(to_float64(got_scales), GROUP, axis=1)
-    offset = np.repeat(to_float64(got_biases), GROUP, axis=1)
-    exact = np.clip((to_float64(to_buffer(weight)) - offset) / step, 0, 2**bits - 1)
-    unsure = exact * DTYPES["half"][1] + 2.0**-20
-    assert (np.abs(codes - exact) <= 0.5 + np.abs(unsure)).all()
-    tie = np.abs(np.abs(exact - np.floor(exact)) - 0.5) <= np.abs(unsure)
-    assert ((codes == expected) | (tie & (np.abs(codes - expected) == 1))).all()
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantize(kind: str, bits: int) -> None:
+    w = np.array(random("float", 8, GROUP))
+    w[0] = np.arange(GROUP) / 2 - 2 ** (bits - 1)  # with the edges below, steps of one: ties
+    w[0, -2:] = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    w[0] = np.clip(w[0], w[0, -2], w[0, -1])
+    w[6:] = -np.abs(w[6:]) - 1
+    given = mx.array(w).astype(DTYPES[kind][0])
+    codes, scales, biases = minmax(to_float64(to_buffer(given)).astype(np.float32), bits)
+    got = gpu_quantize(given, GROUP, bits)
+    assert (unpack(np.array(got[0]).view(np.uint8), bits) == codes).all()
+    for found, expected in zip(got[1:], (scales, biases), strict=True):
+        assert mx.array_equal(found, mx.array(expected).astype(found.dtype))
 
 
 @pytest.mark.parametrize("bits", BITS)
