@@ -127,7 +127,7 @@ def lm_eval(text: str, target: str) -> dict[str, bool]:
         "the answer is 18.",
         "#### 18",
         "\\boxed{18}",
-        "It is 18.0.",
+        "It is 18.5.",
         "18,",
         "$18",
         "He pays $1,018.50 on the 18.",
@@ -143,6 +143,28 @@ def test_gsm8k_scores_as_lm_eval_does(root: Path, answer: str, target: str) -> N
     item: Any = SimpleNamespace(data={"answer": target})
     task = Gsm8k(data.load("gsm8k", root), ["test/1"], chat=True)
     assert task.score(item, answer) == (lm_eval(answer, target), "")
+
+
+@pytest.mark.parametrize(
+    ("answer", "strict"),
+    [
+        ("The answer is 18. Great job...", True),
+        ("The answer is 18...", True),
+        ("The answer is 18.00.", True),
+        ("It is ...18.", False),
+        ("It costs $18.00.", False),
+        ("18, well done.,.", False),
+        ("It is 18.0", False),
+    ],
+)
+def test_gsm8k_scores_as_a_person_would_where_lm_eval_does_not(
+    root: Path, answer: str, strict: bool
+) -> None:
+    item: Any = SimpleNamespace(data={"answer": "9*2=18\n#### 18"})
+    task = Gsm8k(data.load("gsm8k", root), ["test/1"], chat=True)
+    assert task.score(item, answer) == ({"strict": strict, "flexible": True}, "")
+    assert lm_eval(answer, "#### 18") != task.score(item, answer)[0]
+    assert not task.score(item, answer.replace("18", "180"))[0]["flexible"]
 
 
 def test_gsm8k_prompt(engine: Engine, root: Path) -> None:
@@ -269,6 +291,20 @@ def test_humaneval(engine: Engine, root: Path) -> None:
         ("```python\ndef f(): 1\n```\n```python\nassert f() == 1\n```", "def f(): 1"),
         ("```python\nclass A:\n    def f(self): 1\n```", "class A:\n    def f(self): 1"),
         ("def f():\n    return '`'", "def f():\n    return '`'"),
+        ("1. So:\n\n   ```python\n   def f():\n       pass\n   ```\n", "def f():\n    pass"),
+        ("- So:\n\t```\n\tdef f():\n\t\tpass\n\t```\n", "def f():\n\tpass"),
+        ("```\n    def f():\n        pass\n```", "def f():\n    pass"),
+        ("   ```\n   def f():\n       '''\n  x'''\n   ```", "def f():\n    '''\nx'''"),
+        ("````\ndef f():\n    pass\n````", "def f():\n    pass"),
+        *(
+            (f"So:\n```python\n{code}\n```\nHere ``` is.", code)
+            for code in (
+                'def f():\n    """\n    ```\n    f()\n    ```\n    """\n    return 1',
+                "def f():\n    '''\n    ```python\n    f()\n    ```\n    '''\n    return 1",
+                'def f():\n    return \'"""\'  # it\'s """',
+            )
+        ),
+        ('```\ndef f():\n    """\n    pass\n```\nDone.', 'def f():\n    """\n    pass'),
         ("```python\ndef ff(): 1\n```", None),
         ("Use f().", None),
         ("```python\nf()\n```\ndef f", None),
@@ -277,6 +313,14 @@ def test_humaneval(engine: Engine, root: Path) -> None:
 )
 def test_code_of_an_answer(text: str, code: str | None) -> None:
     assert humaneval.extract(text, "f") == code
+
+
+def test_an_answer_goes_on_after_a_fence_in_a_docstring() -> None:
+    fence = "    ```\n"
+    code = f'def f():\n    """\n{fence}    f()\n{fence}    """\n    return 1\n'
+    whole = f"```python\n{code}```\n"
+    stops = [humaneval.instruct_stop(whole[:i], "f") for i in range(len(whole) + 1)]
+    assert stops == [None] * len(whole) + [len(whole) - 1]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Scoring of GSM8K, as lm-eval's `gsm8k_cot` does it: exact match of a number.
+"""Scoring of GSM8K by the filters of lm-eval's `gsm8k_cot`: exact match of a number.
+
+Unlike there, dots alone are no number, those around one are not part of it, and 29.00 is 29.
 
 Pure functions: no MLX, no files.
 """
@@ -9,7 +11,7 @@ import re
 
 # In lm-eval's configuration, too, the last full stop stands for any character.
 _STRICT = re.compile(r"The answer is (-?[0-9.,]+).")
-_NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
+_NUMBER = re.compile(r"-?[$.,]*[0-9][$0-9.,]*")
 
 
 def gold(answer: str) -> str:
@@ -30,5 +32,6 @@ def flexible(text: str) -> str | None:
 
 
 def _plain(number: str) -> str:
-    """Without thousands separators, dollar signs and a final full stop."""
-    return re.sub(r"[,$]", "", number).removesuffix(".").strip()
+    """Without thousands separators, dollar signs, dots around it and zeros after the point."""
+    bare = re.sub(r"^(-?)\.{2,}", r"\1", re.sub(r"[,$]", "", number).strip().rstrip("."))
+    return re.sub(r"\.0+$", "", bare)

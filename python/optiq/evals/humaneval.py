@@ -6,12 +6,51 @@ Pure functions: no MLX, no files; what runs the program is the sandbox.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from textwrap import dedent
+from typing import NamedTuple
 
 # Where a base model starts the next top-level statement (Chen et al., arXiv:2107.03374, section 2.2
 # but for comments: those may still belong to a function).
 STOPS = ("\nclass ", "\ndef ", "\nif ", "\nprint", "\n@", "\n```", "\nassert ")
 
-_BLOCK = re.compile(r"```[^\n`]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
+_FENCE = re.compile(r"([ \t]*)(`{3,})([^`\n]*)$", re.MULTILINE)
+# Group 2 is there where a triple-quoted string never ends.
+_STRING = re.compile(
+    r"(\"{3}|'{3})(?:\\.|.)*?(?:\1|(\Z))|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'|#[^\n]*",
+    re.DOTALL,
+)
+
+
+class Block(NamedTuple):
+    """The code of a fenced block, where the block ends in the text, and whether it is closed."""
+
+    code: str
+    end: int
+    closed: bool
+
+
+def blocks(text: str) -> Iterator[Block]:
+    """The fenced code blocks of an answer in Markdown, without the indentation of a list item.
+
+    A fence inside a docstring, as around an example, does not close a block.
+    """
+    fences = list(_FENCE.finditer(text))
+    while fences:
+        opening, *fences = fences
+        start = opening.end() + 1
+        ends = [f for f in fences if text[f.start() - 1] == "\n" and not f[3].strip()]
+        closing = next((f for f in ends if not _open_string(text[start : f.start()])), None)
+        last = closing or next(iter(ends), None)  # a string that never ends
+        code = text[start:] if last is None else text[start : max(start, last.start() - 1)]
+        end = len(text) if last is None else last.end()
+        code = re.sub(rf"^[ \t]{{0,{len(opening[1])}}}", "", code, flags=re.MULTILINE)
+        yield Block(dedent(code), end, closing is not None)
+        fences = [f for f in fences if f.start() >= end]
+
+
+def _open_string(code: str) -> bool:
+    return any(string[2] is not None for string in _STRING.finditer(code))
 
 
 def base_stop(text: str) -> int | None:
@@ -24,10 +63,9 @@ def instruct_stop(text: str, entry_point: str) -> int | None:
 
     Further blocks (usage, tests) would not be better answers.
     """
-    for block in _BLOCK.finditer(text):
-        closed = block[0].rstrip().endswith("```") and block.end() < len(text)
-        if closed and _defines(block[1], entry_point):
-            return block.end()
+    for block in blocks(text):
+        if block.closed and block.end < len(text) and _defines(block.code, entry_point):
+            return block.end
     return None
 
 
@@ -36,9 +74,9 @@ def extract(text: str, entry_point: str) -> str | None:
 
     Without any block, all of a text that defines it.
     """
-    blocks = [block for block in _BLOCK.findall(text) if _defines(block, entry_point)]
-    if blocks:
-        return str(blocks[-1])
+    defining = [block.code for block in blocks(text) if _defines(block.code, entry_point)]
+    if defining:
+        return defining[-1]
     return text if "```" not in text and _defines(text, entry_point) else None
 
 

@@ -43,7 +43,7 @@ class Gsm8k(Generation):
     def __init__(self, questions: Questions, ids: Sequence[str], *, chat: bool) -> None:
         super().__init__(questions, ids)
         style = "earlier turns" if chat else "text"
-        self.protocol = f"gsm8k/1: 3 CoT shots as {style}, greedy, at most {MAX_TOKENS} tokens"
+        self.protocol = f"gsm8k/2: 3 CoT shots as {style}, greedy, at most {MAX_TOKENS} tokens"
 
     def prompt(self, engine: Engine, item: Item) -> Prompt:
         question = f"Q: {item.data['question']}\nA:"

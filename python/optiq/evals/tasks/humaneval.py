@@ -52,7 +52,7 @@ class HumanEval(Generation):
         self._chat = chat
         self._run_program = run_program
         style = "instruction" if chat else "completion"
-        self.protocol = f"humaneval/1: {style}, greedy, at most {MAX_TOKENS} tokens, pass@1"
+        self.protocol = f"humaneval/2: {style}, greedy, at most {MAX_TOKENS} tokens, pass@1"
 
     def prompt(self, engine: Engine, item: Item) -> Prompt:
         prompt, entry_point = item.data["prompt"], item.data["entry_point"]
