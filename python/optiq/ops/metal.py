@@ -4,7 +4,8 @@ They are tested on emulated threads and have never run on a Mac. MLX compiles a 
 that holds it is evaluated, and what is thrown then ends an answer. So nothing enters a graph before
 it was evaluated once: each launch, which is what kernels are compiled for (dtypes, widths, rows),
 first computes a small case by itself. One that raises, there or when a graph is built, or is wrong
-is left to stock MLX from then on.
+is left to stock MLX from then on. Should a graph raise all the same, `give_up` is for who can start
+it again (runtime/generate.py).
 """
 
 from __future__ import annotations
@@ -22,13 +23,29 @@ T = TypeVar("T")
 # (extension, op, launch) -> whether it may run; (extension, op) of those that a warning has named.
 _verdicts: dict[tuple[ModuleType, str, tuple[Hashable, ...]], bool] = {}
 _warned: set[tuple[ModuleType, str]] = set()
+_given_up: set[ModuleType | None] = set()
 
 
 def enabled() -> ModuleType | None:
     """The extension on a Metal GPU, else None. OPTIQ_METAL=0 leaves its kernels alone."""
     if native.device() != "metal" or os.environ.get("OPTIQ_METAL") == "0":
         return None
-    return native.extension
+    return None if native.extension in _given_up else native.extension
+
+
+def give_up(why: Exception) -> bool:
+    """Leave all kernels alone after a graph with them raised; False where none is in use."""
+    extension = enabled()
+    if extension is None or not any(_verdicts[key] for key in _verdicts if key[0] is extension):
+        return False
+    _given_up.add(extension)
+    warnings.warn(
+        f"optiq's Metal kernels are left alone, since an answer raised ({why}); it goes on with "
+        "stock MLX; please report what `optiq doctor --selftest` prints",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return True
 
 
 def proven(op: str, *launch: Hashable) -> ModuleType | None:

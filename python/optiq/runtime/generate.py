@@ -17,6 +17,7 @@ from ..errors import UsageError
 from ..kv import KVConfig
 from ..kv.model import digest
 from ..kv.prefix import Key, PrefixFile
+from ..ops import metal
 from ..sources import resolve
 from .loading import open_source
 
@@ -59,7 +60,9 @@ def stream(
 ) -> Iterator[Any]:
     """mlx-lm's GenerationResponse for each piece of text, the last one with the counts.
 
-    What `prefix` holds of the prompt is not read again; afterwards it holds prompt and answer.
+    What `prefix` holds of the prompt is not read again; afterwards it holds prompt and answer. An
+    answer in which a Metal kernel of ours raises goes on with stock MLX: prompt and answer so far
+    are read again.
 
     Raises UsageError for an empty prompt, or a system message the model's template has no place
     for; KVError for a `prefix` of another model.
@@ -69,18 +72,31 @@ def stream(
 
     tokens = prompt_tokens(tokenizer, request)
     caches = prefix.start(model, tokens) if prefix else None
+    unread = tokens[prefix.reused if prefix else 0 :]
     mx.random.seed(request.seed)
-    pieces = stream_generate(
-        model,
-        tokenizer,
-        tokens[prefix.reused if prefix else 0 :],
-        max_tokens=request.max_tokens,
-        sampler=make_sampler(temp=request.temperature),
-        prompt_cache=caches,
-    )
-    for piece in pieces:
-        tokens.append(piece.token)
-        yield piece
+    answered = before = 0
+    while True:
+        pieces = stream_generate(
+            model,
+            tokenizer,
+            unread,
+            max_tokens=request.max_tokens - answered,
+            sampler=make_sampler(temp=request.temperature),
+            prompt_cache=caches,
+        )
+        try:
+            for piece in pieces:
+                tokens.append(piece.token)
+                answered += 1
+                piece.prompt_tokens -= before
+                piece.generation_tokens += before
+                yield piece
+            break
+        except (RuntimeError, ValueError) as error:
+            if not metal.give_up(error):
+                raise
+            # What is in the caches was perhaps never computed.
+            unread, caches, before = tokens, None, answered
     if prefix and caches:
         prefix.store(caches, tokens)
 
