@@ -13,6 +13,7 @@ import pytest
 from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 
+from optiq.kv.model import attach
 from optiq.models.roles import blocks
 from optiq.nn.accelerate import accelerate
 from optiq.ops import native
@@ -70,6 +71,27 @@ def test_a_token_takes_four_products_a_block(
     assert kernels.calls == {
         "mixed_quantized_matmul": 4 * len(model.layers),
         "quantized_matmul": 1,
+    }
+
+
+def test_a_token_is_rehearsed_with_the_dtypes_and_the_cache_that_it_meets(
+    tmp_path: Path, kernels: Extension
+) -> None:
+    """A norm in float32 makes the activations after it float32."""
+    model = attach(quantized(tmp_path, dtype=mx.float16), "8/4")
+    norm = model.layers[1].post_attention_layernorm
+    norm.weight = norm.weight.astype(mx.float32)
+    accelerate(model)
+    cache = make_prompt_cache(model)
+    mx.eval(model(TOKENS[:, :17], cache=cache))
+    kernels.calls.clear()
+    mx.eval(model(TOKENS[:, 17:18], cache=cache))
+    layers = len(model.layers)
+    assert kernels.calls == {
+        "mixed_quantized_matmul": 4 * layers,
+        "quantized_matmul": 1,
+        "quantized_attention": layers,
+        "quantize_kv": 2 * layers,
     }
 
 

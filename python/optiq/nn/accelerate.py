@@ -9,12 +9,14 @@ all dtypes stay.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
 
 from ..formats import AFFINE_BITS, AFFINE_GROUPS, Format
 from ..models.blocks import Unknown, describe
@@ -91,7 +93,16 @@ def accelerate(model: nn.Module, *, blocks: bool = True) -> Accelerated:
         model.apply(_exact)
     if blocks and (native.on_cpu() or metal.enabled()):
         _fuse_blocks(model, report)
+    if metal.enabled():
+        _rehearse(model)
     return report
+
+
+def _rehearse(model: nn.Module) -> None:
+    """Build the graph of one token, so that all it launches is tried: with the dtypes that reach
+    each layer, and the kernels of the model's own cache."""
+    with suppress(Exception):  # what is no language model is tried as it goes
+        model(mx.zeros((1, 1), dtype=mx.int32), cache=make_prompt_cache(model))
 
 
 def _fuse_blocks(model: nn.Module, report: Accelerated) -> None:
