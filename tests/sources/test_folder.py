@@ -15,7 +15,7 @@ import pytest
 from optiq.errors import SourceError
 from optiq.sources import resolve
 from optiq.sources.folder import SAMPLE, SAMPLES
-from optiq.sources.safetensors import read_header
+from optiq.sources.safetensors import DTYPE_BITS, read_header
 from tests.tiny import KINDS, tiny_folder
 
 
@@ -68,6 +68,12 @@ def _move_weights(folder: Path, name: str) -> None:
     (folder / "model.safetensors").rename(folder / name)
 
 
+def _only_gguf(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
+
+
 FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
@@ -79,6 +85,8 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "download the weights"),
     "a GGUF": (lambda f: _move_weights(f, "m.gguf"), "m.gguf: give the .gguf file itself"),
     "PyTorch": (lambda f: _move_weights(f, "model.bin"), "convert the PyTorch weights"),
+    "a GGUF alone": (_only_gguf, "model-Q4_K_M.gguf: give the .gguf file itself"),
+    "Mistral's names": (lambda f: _move_weights(f, "consolidated.safetensors"), "download model*"),
     "other name": (lambda f: _move_weights(f, "w.safetensors"), "w.safetensors: rename"),
     "cut weights": (lambda f: os.truncate(f / "model.safetensors", 9000), "corrupt or truncated"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer"),
@@ -91,6 +99,21 @@ def test_each_fault_of_a_folder_is_one_clear_line(tmp_path: Path, fault: str) ->
     break_, message = FAULTS[fault]
     break_(folder)
     assert message in refused(folder)
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F8_E4M3FNUZ", "F64", "F3_NEXT"])
+def test_a_dtype_that_mlx_does_not_read_is_no_damage(tmp_path: Path, dtype: str) -> None:
+    folder = tiny_folder(tmp_path)
+    name = "model.layers.0.self_attn.q_proj.weight_packed"
+    entry = {"dtype": dtype, "shape": [8], "data_offsets": [0, DTYPE_BITS.get(dtype, 3)]}
+    header = json.dumps({name: entry}).encode()
+    data = len(header).to_bytes(8, "little") + header + bytes(entry["data_offsets"][1])
+    (folder / "model-extra.safetensors").write_bytes(data)
+    message = refused(folder)
+    assert f"{name!r} has the" in message
+    assert dtype in message
+    assert "give the model with float32, float16 or bfloat16 weights" in message
+    assert "corrupt" not in message
 
 
 SHARD = "model-00002-of-00003.safetensors"

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..base.text import one_line
 from ..errors import SourceError
-from .safetensors import TensorInfo, read_header
+from .safetensors import UNREADABLE, TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model*.safetensors"  # what mlx_lm.load reads
@@ -43,6 +43,8 @@ def check_folder(path: Path) -> Folder:
     if not files:
         raise SourceError(f"{path} has no {WEIGHTS}; {_other_weights(path)}")
     _check_index(path, files)
+    _check_once(path, files)
+    _check_readable(path, files)
     if not any(any(path.glob(pattern)) for pattern in TOKENIZER_FILES):
         raise SourceError(
             f"{path} has no tokenizer (one of {', '.join(TOKENIZER_FILES)}); "
@@ -55,7 +57,10 @@ def read_config(path: Path) -> dict[str, Any]:
     """config.json as a dict, or a SourceError."""
     file = path / "config.json"
     if not file.is_file():
-        raise SourceError(f"{path} has no config.json; give a Hugging Face or mlx-lm model folder")
+        fix = "give a Hugging Face or mlx-lm model folder"
+        if found := sorted(path.glob("*.gguf")):
+            fix = f"it has {found[0].name}: give the .gguf file itself"
+        raise SourceError(f"{path} has no config.json; {fix}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -142,9 +147,45 @@ def _check_index(path: Path, files: dict[str, dict[str, TensorInfo]]) -> None:
             )
 
 
+def _check_once(path: Path, files: dict[str, dict[str, TensorInfo]]) -> None:
+    """Raise SourceError for a tensor in two files: which one is loaded would be chance."""
+    where: dict[str, str] = {}
+    for file, tensors in files.items():
+        for name in tensors:
+            if other := where.get(name):
+                raise SourceError(
+                    f"{path} has the tensor {name!r} in {other} and in {file}; remove the file "
+                    f"that is left of another download{_not_indexed(path, (other, file))}"
+                )
+            where[name] = file
+
+
+def _not_indexed(path: Path, files: tuple[str, str]) -> str:
+    index = path / INDEX
+    if not index.is_file():
+        return ""
+    indexed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    left = [file for file in files if file not in indexed]
+    return f": {left[0]} is not in {INDEX}" if left else ""
+
+
+def _check_readable(path: Path, files: dict[str, dict[str, TensorInfo]]) -> None:
+    for file, tensors in files.items():
+        for name, tensor in tensors.items():
+            if tensor.dtype in UNREADABLE:
+                raise SourceError(
+                    f"{path / file}: tensor {name!r} has the dtype {tensor.dtype}, which MLX does "
+                    "not read; give the model with float32, float16 or bfloat16 weights"
+                )
+
+
 def _other_weights(path: Path) -> str:
     for pattern, fix in (
         ("*.gguf", "give the .gguf file itself"),
+        (
+            "consolidated*.safetensors",
+            f"these are named as Mistral's own code does; download {WEIGHTS} of the same model",
+        ),
         ("*.safetensors", "rename the weights to model.safetensors"),
         ("*.bin", "convert the PyTorch weights to safetensors"),
     ):

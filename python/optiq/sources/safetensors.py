@@ -22,11 +22,14 @@ MAX_HEADER_BYTES = 100_000_000
 
 # bits per element
 DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "BOOL": 8, "U8": 8, "I8": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
     "U32": 32, "I32": 32, "F32": 32,
     "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
+# of these, what MLX does not load
+UNREADABLE = {"F64", "F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,11 @@ class TensorInfo:
     shape: tuple[int, ...]
     begin: int
     end: int
+
+    @property
+    def floating(self) -> bool:
+        """Whether it holds plain floating point numbers, and not a packed format."""
+        return self.dtype in ("F64", "F32", "F16", "BF16")
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -90,8 +98,13 @@ def _tensor(path: Path, name: str, entry: object) -> TensorInfo:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise _damaged(path, f"tensor {name!r} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str):
         raise _damaged(path, f"tensor {name!r} has the unknown dtype {dtype!r}")
+    if dtype not in DTYPE_BITS:
+        raise SourceError(
+            f"{path}: tensor {name!r} has the unknown dtype {dtype[:40]!r}; give the model with "
+            "float32, float16 or bfloat16 weights"
+        )
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
         raise _damaged(path, f"tensor {name!r} has a malformed shape or data_offsets")
     begin, end = offsets
