@@ -83,6 +83,17 @@ def test_defaults_where_the_file_says_nothing(tmp_path: Path) -> None:
         assert from_gguf(path, tmp_path).encode("a").ids == ids
 
 
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+@pytest.mark.parametrize("pre", [None, "", "default", "rocket"])
+def test_a_file_that_does_not_say_how_words_are_cut(
+    tmp_path: Path, arch: str, pre: str | None
+) -> None:
+    drop = ("tokenizer.ggml.pre",) if pre is None else ()
+    path = write_gguf(tiny_folder(tmp_path, arch), tmp_path / "m.gguf", drop=drop, pre=pre or "")
+    with pytest.raises(SourceError, match=r"pre-tokenizer .*give the original"):
+        from_gguf(path, tmp_path)
+
+
 def test_llama3_takes_whole_words_before_merging(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path, vocab_size=385)
     set_ = with_tokens(folder, ["Ġqqq"], [NORMAL])

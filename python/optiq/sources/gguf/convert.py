@@ -26,7 +26,7 @@ from .config import Mapped, build_config, map_tensors
 from .file import GgufFile, read_gguf, read_rows
 from .tokenizer import write_tokenizer
 
-CONVERTER = 1  # part of the cache key: raise it when the same GGUF gives another folder
+CONVERTER = 2  # part of the cache key: raise it when the same GGUF gives another folder
 # float32 values in memory at once; dequantizing them takes about six times as much
 CHUNK_ELEMENTS = 1 << 20
 SAME_MATRIX_COSINE = 0.9

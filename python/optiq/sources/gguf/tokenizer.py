@@ -1,7 +1,7 @@
 """tokenizer.json from a GGUF's vocabulary: byte-level BPE ("gpt2") or SentencePiece BPE ("llama").
 
 The pre-tokenizers are those of the models' own tokenizer.json, chosen by `tokenizer.ggml.pre`, and
-the defaults where a key is missing are llama.cpp's (src/llama-vocab.cpp).
+the defaults where another key is missing are llama.cpp's (src/llama-vocab.cpp).
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# tokenizer.ggml.pre -> the family's rule for cutting text into words
+# tokenizer.ggml.pre -> the family's rule for cutting text into words. A file without it, or with
+# "default", does not say how: older converters wrote so for Llama 3 and Qwen, too.
 PRE_TOKENIZERS = {
-    "default": "gpt2",
     "gpt-2": "gpt2",
     "phi-2": "gpt2",
     "mpt": "gpt2",
@@ -160,10 +160,16 @@ def write_tokenizer(gguf: GgufFile, folder: Path) -> dict[str, Any]:
 
 
 def _byte_level(v: Vocabulary) -> tuple[Tokenizer, bool]:
-    pre = v.get("pre", str) or "default"
-    family = PRE_TOKENIZERS.get(pre)
+    pre = v.get("pre", str)
+    family = PRE_TOKENIZERS.get(pre or "")
     if family is None:
-        raise v.error(f"the pre-tokenizer {pre!r} is none of {', '.join(PRE_TOKENIZERS)}")
+        missing = pre in (None, "", "default")
+        what = (
+            "the file does not name its pre-tokenizer (tokenizer.ggml.pre); optiq knows"
+            if missing
+            else (f"the pre-tokenizer {pre!r} is none of")
+        )
+        raise v.error(f"{what} {', '.join(PRE_TOKENIZERS)}")
     last = max((i for i, kind in enumerate(v.types) if kind != UNUSED), default=0)
     vocab = {token: i for i, token in enumerate(v.tokens[: last + 1])}  # drops padding at the end
     pairs = []
