@@ -349,6 +349,17 @@ def test_base_model_on_disk(front: Card, tmp_path: Path, model: Path) -> None:
     assert "license" not in front(str(base))
 
 
+@pytest.mark.parametrize("said", ["[en, no]", "\n- en\n- no", "[en, 'no']"])
+def test_languages_are_read_as_the_hub_reads_them(front: Card, tmp_path: Path, said: str) -> None:
+    """YAML 1.2: no is Norwegian."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text(f"---\nlicense: mit\nlanguage: {said}\n---\n")
+    assert front(str(base))["language"] == ["en", "no"]
+    (base / "README.md").write_text("---\nlanguage: no\ngated: true\n---\n")
+    assert front(str(base))["language"] == "no"
+
+
 def test_base_model_on_the_hub(front: Card, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = front("org/base")
     assert found["base_model"] == "org/base"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,13 +42,25 @@ def describe(source: str, hub_id: str | None = None, license: str | None = None)
 
 def _local_card(folder: Path) -> Mapping[str, Any]:
     """The front matter of a folder's README.md, if it has one."""
-    from huggingface_hub import ModelCard
+    import yaml
 
+    # YAML 1.2 as the hub reads it: only true and false are booleans, so `no` is Norwegian.
+    boolean = "tag:yaml.org,2002:bool"
+    loader: Any = type("HubLoader", (yaml.SafeLoader,), {})
+    loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in pairs if tag != boolean]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    loader.add_implicit_resolver(
+        boolean, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+    )
     try:
-        card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
-    except Exception:  # no such file, or front matter that is not YAML
+        text = (folder / "README.md").read_text(encoding="utf-8-sig")
+        match = re.match(r"\s*---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+        said = yaml.load(match[1], Loader=loader) if match else None  # a safe loader
+    except (OSError, ValueError, yaml.YAMLError):  # no such file, or front matter that is not YAML
         return {}
-    return dict(vars(card.data))
+    return said if isinstance(said, dict) else {}
 
 
 def _hub_card(hub_id: str) -> Mapping[str, Any]:
