@@ -14,7 +14,7 @@ from ..models.roles import allowed, quantizable
 from ..planning.files import read_scores
 from ..planning.plan import parameters, uniform_plan
 from ..planning.size import Size
-from ..sources import LoadedModel, Source, check_finite
+from ..sources import LoadedModel, Source, check_finite, open_model
 from .describe import describe_model
 
 
@@ -53,9 +53,7 @@ def check_budget(loaded: LoadedModel, size: Size, menu: Sequence[Format]) -> int
 
 def check_weights(source: Source) -> None:
     """Raise SourceError naming a weight that is not finite; they are read one after the other."""
-    from mlx_lm.utils import load_model  # here: it imports transformers, about two seconds
-
-    model, _ = load_model(source.path, lazy=True)
+    model, _ = open_model(source)
     weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     model.update(tree_map(lambda _: mx.array([]), model.parameters()))  # it would keep them
     while weights:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import SourceError
+from .check import check
 from .folder import check_folder, fingerprint
-from .loading import LoadedModel, Source, check_finite, load
+from .loading import LoadedModel, Source, check_finite, load, open_model
 
-__all__ = ["LoadedModel", "Source", "check_finite", "load", "resolve"]
+__all__ = ["LoadedModel", "Source", "check_finite", "load", "open_model", "resolve"]
 
 
 def resolve(name: str, *, revision: str | None = None, cache_dir: Path | None = None) -> Source:
-    """Find the model `name`, fetch or convert it if need be, and check all but the weights' values.
+    """Find the model `name`, fetch or convert it if need be, and check all but the weights' values:
+    what the files say is what mlx-lm's model will hold (see check.py).
 
     `name` is a folder, a .gguf file, or "organisation/model" on the hub (then `revision` may be a
     branch, tag or commit). A GGUF file is converted once into `cache_dir` (default: OPTIQ_CACHE,
@@ -45,4 +47,4 @@ def resolve(name: str, *, revision: str | None = None, cache_dir: Path | None = 
     elif kind == "hub":
         path, commit = hub.download(name, revision)
     folder = check_folder(path)
-    return Source(name, kind, path, commit, fingerprint(folder))
+    return Source(name, kind, path, commit, fingerprint(folder), check(folder).settings)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +15,18 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..base.notice import notice
 from ..base.text import one_line
 from ..errors import SourceError
 from .folder import WEIGHTS, mlx_lm_version, read_config
 from .safetensors import read_header
+from .tokens import check_tokens, refusal
+
+# The end of the name of what packed weights have beside them, in any of the usual formats.
+_SCALES = re.compile(
+    r"(scales?|scale_inv|biases|qweight|qzeros|g_idx|packed|blocks|absmax|quant_map|SCB|W_q"
+    r"|quant_state[\w.]*)$"
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,8 @@ class Source:
     path: Path  # a local Hugging Face or mlx-lm folder
     revision: str | None  # the hub's commit hash
     fingerprint: str  # sha256, see folder.fingerprint
+    # What is added to config.json for mlx-lm, see check.py; nothing where the folder is stock's.
+    settings: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -45,13 +59,21 @@ def load(source: Source, *, lazy: bool = True, allow_quantized: bool = False) ->
     Raises SourceError when mlx-lm cannot load the model or the tokenizer, and for an already
     quantized model unless `allow_quantized`.
     """
-    from mlx_lm.utils import load_model, load_tokenizer  # here: two seconds of transformers
+    from mlx_lm.utils import load_tokenizer  # here: two seconds of transformers
 
     # Some architectures dequantize fp8 weights in mlx-lm's own code; of the others it says so.
     if not allow_quantized and (how := quantization(source.path)) not in (None, "fp8"):
-        raise _already_quantized(source, how)
+        # A bitnet model of plain weights still rounds them while it runs.
+        if how == "bitnet" or not _is_dense(source.path):
+            raise _already_quantized(source, how)
+        notice(
+            f"{source.name}: config.json says {how}, but the weights are plain floating point "
+            "numbers; they are taken as they are"
+        )
     try:
-        model, config = load_model(source.path, lazy=lazy)
+        model, config = open_model(source, dense=not allow_quantized)
+        if not lazy:
+            mx.eval(model.parameters())
     except Exception as error:
         if not allow_quantized and (how := quantization(source.path) or _packing(source.path)):
             raise _already_quantized(source, how) from error
@@ -63,7 +85,46 @@ def load(source: Source, *, lazy: bool = True, allow_quantized: bool = False) ->
             raise _already_quantized(source, quantization(source.path))
         _check_dense(source, model)
     tokenizer = _load_tokenizer(load_tokenizer, source, config)
+    check_tokens(source.name, source.path, model, tokenizer, config)
     return LoadedModel(source, model, tokenizer, config, _main_dtype(source, model))
+
+
+def open_model(source: Source, *, dense: bool = True) -> tuple[nn.Module, dict[str, Any]]:
+    """mlx-lm's model of `source` and its config; no weight is read.
+
+    With `dense` a quantization that config.json names is not applied where the weights are plain.
+    """
+    from mlx_lm.utils import load_model
+
+    settings = dict(source.settings)
+    if dense and quantization(source.path) not in (None, "bitnet") and _is_dense(source.path):
+        settings |= dict.fromkeys(("quantization", "quantization_config"))
+    with _plain_path(source.path) as path:
+        opened: tuple[nn.Module, dict[str, Any]] = load_model(
+            path, lazy=True, model_config=settings
+        )
+    return opened
+
+
+@contextmanager
+def _plain_path(path: Path) -> Iterator[Path]:
+    """The folder under a path that mlx-lm does not take for a pattern."""
+    if not re.search(r"[*?\[]", str(path)):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="optiq-") as folder:
+        link = Path(folder) / "model"
+        link.symlink_to(path.absolute(), target_is_directory=True)
+        yield link
+
+
+def _is_dense(path: Path) -> bool:
+    """Whether all matrices of the folder are plain floating point numbers, without scales."""
+    tensors = {n: t for file in path.glob(WEIGHTS) for n, t in read_header(file).items()}
+    return not any(
+        _SCALES.search(name) or (name.endswith("weight") and not tensor.floating)
+        for name, tensor in tensors.items()
+    )
 
 
 def quantization(path: Path) -> str | None:
@@ -126,10 +187,7 @@ def _load_tokenizer(load_tokenizer: Any, source: Source, config: dict[str, Any])
             eos_token_ids=config.get("eos_token_id"),
         )
     except Exception as error:
-        raise SourceError(
-            f"the tokenizer of {source.name} cannot be loaded: {one_line(error)}; "
-            "copy the model's tokenizer files again"
-        ) from error
+        raise SourceError(refusal(source.name, source.path, error)) from error
 
 
 def _main_dtype(source: Source, model: nn.Module) -> mx.Dtype:

@@ -19,7 +19,7 @@ from ...errors import SensitivityError
 from ...formats import DENSE, UNIFORM4, Format
 from ...models.places import place_at
 from ...models.roles import Module, allowed
-from ...sources import Source
+from ...sources import Source, open_model
 from ..replay.replay import arrays
 from .render import render_layer
 from .weights import Rounding
@@ -105,11 +105,9 @@ class Uniform4:
 
     def begin(self) -> None:
         """Map the files again: a weight that was used stays in memory as long as its array."""
-        from mlx_lm.utils import load_model
-
         from ...nn.accelerate import accelerate
 
-        self._fresh, _ = load_model(self._source.path, lazy=True)
+        self._fresh, _ = open_model(self._source)
         accelerate(self._fresh, blocks=False)
 
     def dense(self, path: str) -> nn.Module:

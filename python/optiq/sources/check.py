@@ -1,0 +1,117 @@
+"""What the files say against what mlx-lm's model holds, before anything is measured.
+
+Two promises: each value of config.json that changes the forward pass is read by the model file, and
+each tensor of the files is part of the model, or dropped for a reason that is named. Nothing is
+read of the weights but a head that a tied model would drop.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import SourceError
+from .config import Json, handed_on, holders
+from .folder import Folder, mlx_lm_version
+from .reading import names_read
+from .tensors import HEAD, dropped, head_apart, reasons
+from .values import lost
+
+
+@dataclass(frozen=True)
+class Checked:
+    """`settings` is what optiq adds to config.json, `dropped` the tensors without use, by reason.
+
+    `traced` is False for a model file that cannot be followed without its weights.
+    """
+
+    settings: Json = field(default_factory=dict)
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    tensors: int = 0
+    traced: bool = False
+
+
+def check(folder: Folder) -> Checked:
+    """Compare `folder` with the model that mlx-lm makes of it; SourceError where they differ.
+
+    What mlx-lm refuses itself is left to loading, which says why.
+    """
+    try:
+        settings = handed_on(folder.config)
+    except SourceError as error:
+        raise SourceError(f"{folder.path}: {error}") from error
+    apart = head_apart(folder)
+    if apart and all(h.get("tie_word_embeddings") is not False for _, h in holders(folder.config)):
+        settings = _untied(folder.config, settings)
+    model = _build(folder.config | settings)
+    if model is None:
+        return Checked(settings)
+    names = names_read(model)
+    config = folder.config | settings
+    for path, holder in holders(config):
+        if reason := lost(holder, model, names):
+            key, value, fix = reason
+            raise SourceError(
+                f"{folder.path}/config.json: {path}{key} {value} changes the model, and mlx-lm "
+                f"{mlx_lm_version()} does not read it for {config['model_type']}; {fix}"
+            )
+    settings = _only(settings, folder.config, names)
+    weights = _lazy(folder)
+    unused = dropped(model, weights) if weights else None
+    if unused is None:
+        return Checked(settings, {}, sum(map(len, folder.files.values())))
+    found: dict[str, int] = {}
+    for name, why in reasons(unused, config).items():
+        if why is None and name.endswith(HEAD) and not apart:
+            why = "a head equal to the embedding"
+        if why is None:
+            raise SourceError(
+                f"{folder.path}: the tensor {name} is in the files, but mlx-lm "
+                f"{mlx_lm_version()} drops it from {config['model_type']}, which gives another "
+                "model; remove it if it is not part of the model"
+            )
+        found[why] = found.get(why, 0) + 1
+    return Checked(settings, found, len(weights), True)
+
+
+def _untied(config: Json, settings: Json) -> Json:
+    """`settings` with a head of its own, wherever the config of the language model lies."""
+    for key in [path.removesuffix(".") for path, _ in holders(config) if path]:
+        settings = {**settings, key: {**config[key], **settings.get(key, {})}}
+        settings[key]["tie_word_embeddings"] = False
+    return {**settings, "tie_word_embeddings": False}
+
+
+def _only(settings: Json, config: Json, names: frozenset[str]) -> Json:
+    """What of `settings` the model files read; that of a nested config is whole again."""
+    kept: Json = {}
+    for key, value in settings.items():
+        if isinstance(config.get(key), dict) and isinstance(value, dict):
+            inner = {k: v for k, v in value.items() if config[key].get(k) != v}
+            if inner := {k: v for k, v in inner.items() if k in names}:
+                kept[key] = config[key] | inner
+        elif key in names:
+            kept[key] = value
+    return kept
+
+
+def _build(config: Json) -> nn.Module | None:
+    from mlx_lm.utils import _get_classes
+
+    try:
+        model_class, args_class = _get_classes(config)
+        model: nn.Module = model_class(args_class.from_dict(copy.deepcopy(config)))
+    except Exception:  # whatever a model file raises; loading will say it
+        return None
+    return model
+
+
+def _lazy(folder: Folder) -> dict[str, mx.array]:
+    weights: dict[str, mx.array] = {}
+    for file in folder.files:
+        weights.update(mx.load(str(folder.path / file)))  # type: ignore[arg-type]
+    return weights

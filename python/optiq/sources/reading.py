@@ -1,0 +1,46 @@
+"""Which names of config.json a model file of mlx-lm reads, found in its source."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from collections.abc import Iterator
+from functools import cache
+
+import mlx.nn as nn
+
+
+def names_read(model: nn.Module) -> frozenset[str]:
+    """The attributes and keys that the model files of `model` read anywhere but in a check."""
+    files = {
+        base.__module__
+        for module in model.modules()
+        for base in type(module).__mro__
+        if base.__module__.startswith("mlx_lm.models.")
+        and hasattr(sys.modules[base.__module__], "ModelArgs")
+    }
+    return frozenset().union(*(_names(file) for file in files))
+
+
+@cache
+def _names(module: str) -> frozenset[str]:
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return frozenset(_read(tree))
+
+
+def _read(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+        yield node.attr
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    if isinstance(node, ast.ClassDef) and any(
+        "dataclass" in ast.dump(d) for d in node.decorator_list
+    ):
+        # The arguments themselves often check a value that nobody uses: there it must be passed on.
+        for part in ast.walk(node):
+            if isinstance(part, (ast.Assign, ast.Return)) and part.value is not None:
+                yield from _read(part.value)
+        return
+    for child in ast.iter_child_nodes(node):
+        yield from _read(child)

@@ -1,0 +1,118 @@
+"""Values of config.json that change the forward pass, and when they do not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import mlx.nn as nn
+
+from .config import ALIASES, LOCAL_THETAS, Json, rope, scaling
+
+Lost = tuple[str, Any, str]  # key, value, fix
+
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
+DEFAULT_EPSILON = 1e-5  # of MLX's norms
+_REMOVE = "take it out of config.json to convert the model without it, or use a newer mlx-lm"
+_WINDOW = "set it to null to convert the model with full attention, or use a newer mlx-lm"
+
+
+def _off(value: Any) -> bool:
+    return value in (None, False, 0)
+
+
+def _one(value: Any) -> bool:
+    return value in (None, 1)
+
+
+# Values of these keys that change nothing; a key that is not read must have one.
+NEUTRAL: dict[str, Callable[[Any], bool]] = {
+    "partial_rotary_factor": _one,
+    "attn_logit_softcapping": _off,
+    "final_logit_softcapping": _off,
+    "logits_soft_cap": _off,
+    "clip_qkv": _off,
+    "alibi": _off,
+    "scale_attn_by_inverse_layer_idx": _off,
+    **dict.fromkeys(
+        ("embedding_multiplier", "residual_multiplier", "lm_head_multiplier", "key_multiplier",
+         "attention_in_multiplier", "attention_out_multiplier", "logits_scaling", "logit_scale",
+         "scale_emb", "routed_scaling_factor"),
+        _one,
+    ),
+}  # fmt: skip
+
+
+def lost(config: Json, model: nn.Module, names: frozenset[str]) -> Lost | None:
+    """The first value of `config` that the model files, which read `names`, do not use."""
+    return (
+        _rope(config, model, names)
+        or _window(config, names)
+        or _scales(config, names)
+        or _epsilon(config, names)
+    )
+
+
+def _read(key: str, names: frozenset[str]) -> bool:
+    return not names.isdisjoint((key, *ALIASES.get(key, ())))
+
+
+def _rope(config: Json, model: nn.Module, names: frozenset[str]) -> Lost | None:
+    if not any("rope" in name.lower() for name in names):
+        return None  # no rotary embedding at all
+    theta = config.get("rope_theta")
+    if theta is not None and not _read("rope_theta", names) and theta != 10000:
+        return "rope_theta", theta, _REMOVE
+    scaled = config.get("rope_scaling")
+    if isinstance(scaled, dict) and scaling(scaled):
+        arguments = [a for a in _arguments(model) if hasattr(a, "rope_scaling")]
+        ignored = "rope_scaling" not in names and "rope_parameters" not in names
+        if ignored or (arguments and all(a.rope_scaling is None for a in arguments)):
+            return "rope_scaling", scaling(scaled), _REMOVE
+    full, sliding = rope(config)
+    if sliding and "rope_parameters" not in names:
+        apart = sliding.get("rope_theta") not in (None, full.get("rope_theta"))
+        if (apart and names.isdisjoint(LOCAL_THETAS)) or scaling(sliding):
+            return "rope_parameters.sliding_attention", sliding, _REMOVE
+    return None
+
+
+def _window(config: Json, names: frozenset[str]) -> Lost | None:
+    window, types = config.get("sliding_window"), config.get("layer_types")
+    length = config.get("max_position_embeddings")
+    if _off(window) or config.get("use_sliding_window") is False:
+        return None
+    if isinstance(types, list):
+        if "sliding_attention" not in types:
+            return None
+        periodic = config.get("sliding_window_pattern") and "sliding_window_pattern" in names
+        if "layer_types" not in names and not periodic:
+            return "layer_types", types, _REMOVE
+    elif isinstance(window, int) and isinstance(length, int) and window >= length:
+        return None
+    elif config.get("model_type") == "mistral":
+        return "sliding_window", window, _WINDOW  # all its layers; the file wants one without
+    return None if "sliding_window" in names else ("sliding_window", window, _WINDOW)
+
+
+def _scales(config: Json, names: frozenset[str]) -> Lost | None:
+    for key, changes_nothing in NEUTRAL.items():
+        if not changes_nothing(config.get(key)) and not _read(key, names):
+            return key, config[key], _REMOVE
+    return None
+
+
+def _epsilon(config: Json, names: frozenset[str]) -> Lost | None:
+    said = {key: config[key] for key in _EPSILONS if isinstance(config.get(key), float)}
+    if said and names.isdisjoint(said) and DEFAULT_EPSILON not in said.values():
+        key = next(iter(said))
+        return key, said[key], _REMOVE
+    return None
+
+
+def _arguments(model: nn.Module) -> list[Any]:
+    """The dataclasses that the modules keep their arguments in."""
+    found = {id(v): v for m in model.modules() for v in vars(m).values()
+             if dataclasses.is_dataclass(v)}  # fmt: skip
+    return list(found.values())

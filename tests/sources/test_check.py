@@ -1,0 +1,277 @@
+"""What the files say is what the model holds: handed on to mlx-lm, or refused in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.utils import load_model
+
+from optiq.errors import SourceError
+from optiq.sources import load, resolve
+from optiq.sources.check import check
+from optiq.sources.folder import check_folder
+from tests.tiny import random_weights, tiny_folder
+
+TOKENS = mx.array([list(range(5, 40))])
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    """Change config.json; a value of ... takes the key out."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+
+def logits(folder: Path) -> mx.array:
+    return load(resolve(str(folder))).model(TOKENS)
+
+
+def stock(folder: Path) -> mx.array:
+    return load_model(folder)[0](TOKENS)
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(SourceError) as caught:
+        load(resolve(str(folder)))
+    text = str(caught.value)
+    assert "\n" not in text
+    assert str(folder) in text
+    return text
+
+
+def family(parent: Path, model_type: str, **changes: Any) -> Path:
+    """A tiny folder of a family with the llama's sizes."""
+    folder = tiny_folder(parent, tie_word_embeddings=False)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": model_type, "architectures": [], **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = random_weights(config, "float32", 0)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    return folder
+
+
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "mixtral": MOE,
+    "gpt_oss": {**MOE, "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": {"original_max_position_embeddings": 512},
+    "starcoder2": {"norm_epsilon": 1e-5},
+    "olmo2": {},
+    "granite": {
+        "logits_scaling": 2.0,
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.5,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_theta_is_handed_on_from_the_spelling_of_transformers_5(
+    tmp_path: Path, model_type: str
+) -> None:
+    folder = family(tmp_path, model_type, rope_theta=77777.0, **FAMILIES[model_type])
+    want = stock(folder)
+    edit(folder, rope_theta=..., rope_parameters={"rope_theta": 77777.0, "rope_type": "default"})
+    source = resolve(str(folder))
+    assert source.settings["rope_theta"] == 77777.0
+    np.testing.assert_array_equal(load(source).model(TOKENS), want)
+
+
+@pytest.mark.parametrize(
+    "scaled",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "llama3", **LLAMA3},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    ],
+)
+def test_scaling_is_handed_on(tmp_path: Path, scaled: dict[str, Any]) -> None:
+    folder = tiny_folder(tmp_path, rope_theta=5000.0, rope_scaling=scaled)
+    want = stock(folder)
+    edit(folder, rope_theta=..., rope_scaling=..., rope_parameters={"rope_theta": 5000.0, **scaled})
+    np.testing.assert_array_equal(logits(folder), want)
+
+
+def test_the_types_of_layers_have_their_own_theta(tmp_path: Path) -> None:
+    changes = {"rope_theta": 70000.0, "rope_local_base_freq": 7000.0}
+    folder = tiny_folder(tmp_path, "gemma3_text", **changes)
+    linear = {"rope_type": "linear", "factor": 8.0}
+    edit(folder, rope_scaling=linear)
+    want = stock(folder)
+    edit(
+        folder,
+        rope_theta=...,
+        rope_local_base_freq=...,
+        rope_scaling=...,
+        sliding_window_pattern=...,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 7000.0},
+            "full_attention": {"rope_theta": 70000.0, **linear},
+        },
+    )
+    np.testing.assert_array_equal(logits(folder), want)
+
+
+def test_the_config_of_a_language_model_inside_another(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, tie_word_embeddings=False, rope_theta=5000.0)
+    want = stock(folder)
+    config = json.loads((folder / "config.json").read_text())
+    theta = {"rope_theta": config.pop("rope_theta"), "rope_type": "default"}
+    edit(
+        folder,
+        model_type="mistral3",
+        rope_theta=...,
+        text_config={**config, "model_type": "mistral", "rope_parameters": theta},
+    )
+    source = resolve(str(folder))
+    assert source.settings["text_config"]["rope_theta"] == 5000.0
+    np.testing.assert_array_equal(load(source).model(TOKENS), want)
+
+
+def test_two_spellings_that_differ_are_refused(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, rope_parameters={"rope_theta": 500.0, "rope_type": "default"})
+    assert "rope_theta 10000.0 and in rope_parameters 500.0" in refused(folder)
+    edit(folder, rope_theta=500.0)
+    logits(folder)
+    edit(folder, rope_scaling={"type": "linear", "factor": 2.0})
+    logits(folder)
+    edit(folder, rope_parameters={"rope_theta": 500.0, "rope_type": "linear", "factor": 4.0})
+    assert "rope_scaling" in refused(folder)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+UNREAD: dict[str, tuple[str, dict[str, Any], str]] = {
+    "scaling of mixtral": ("mixtral", {**MOE, "rope_scaling": YARN}, "rope_scaling"),
+    "scaling that phi3 drops": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 512,
+            "rope_scaling": {**YARN, "type": "yarn", "long_factor": [1.0]},
+        },
+        "rope_scaling",
+    ),
+    "window": ("starcoder2", {"norm_epsilon": 1e-5, "sliding_window": 64}, "sliding_window 64"),
+    "window of mistral": ("mistral", {"sliding_window": 64}, "sliding_window 64"),
+    "window of some layers": (
+        "qwen2",
+        {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
+        "layer_types",
+    ),
+    "softcap": ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
+    "multiplier": ("llama", {"embedding_multiplier": 12.0}, "embedding_multiplier 12.0"),
+    "part of a head": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+}
+
+
+@pytest.mark.parametrize("what", UNREAD)
+def test_a_value_that_the_model_file_does_not_read_is_refused(tmp_path: Path, what: str) -> None:
+    model_type, changes, said = UNREAD[what]
+    folder = family(tmp_path, model_type, **changes)
+    message = refused(folder)
+    assert said in message
+    assert "does not read it" in message
+
+
+def test_values_that_change_nothing_are_taken(tmp_path: Path) -> None:
+    nothing = {
+        "sliding_window": 4096,
+        "final_logit_softcapping": None,
+        "embedding_multiplier": 1.0,
+        "partial_rotary_factor": 1.0,
+        "rope_scaling": {"rope_type": "default"},
+        "layer_norm_eps": 1e-12,
+    }
+    folder = family(tmp_path, "qwen2", **nothing)
+    logits(folder)
+    edit(folder, sliding_window=64, use_sliding_window=False)
+    logits(folder)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("said", [..., None, True])
+def test_a_head_of_its_own_is_kept(tmp_path: Path, kind: str, said: Any) -> None:
+    folder = tiny_folder(tmp_path, kind, tie_word_embeddings=False)
+    want = stock(folder)
+    edit(folder, tie_word_embeddings=said)
+    source = resolve(str(folder))
+    assert source.settings == {"tie_word_embeddings": False}
+    if said is not None:  # transformers takes no null, so there is no tokenizer
+        np.testing.assert_array_equal(load(source).model(TOKENS), want)
+
+
+def test_a_head_that_differs_in_one_value_is_kept(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, tie_word_embeddings=True)
+    want = stock(folder)
+    path = str(folder / "model.safetensors")
+    weights = dict(mx.load(path))
+    mx.eval(weights)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * 1
+    mx.save_safetensors(path, weights)
+    assert check(check_folder(folder)).dropped == {"a head equal to the embedding": 1}
+    np.testing.assert_array_equal(logits(folder), want)
+    weights["lm_head.weight"][-1, -1] += 1
+    mx.save_safetensors(path, weights)
+    assert mx.abs(logits(folder) - want).max().item() > 1e-3
+
+
+def test_what_is_dropped_is_named(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path)
+    path = str(folder / "model.safetensors")
+    weights = dict(mx.load(path))
+    mx.eval(weights)
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = mx.ones(8)
+    mx.save_safetensors(path, weights)
+    checked = check(check_folder(folder))
+    assert checked.dropped == {"computed by the model itself": 1}
+    assert checked.tensors == len(weights)
+
+
+def test_a_tensor_without_use_is_refused(tmp_path: Path) -> None:
+    """bitnet's file drops nothing but a head, so the case needs a family that drops more."""
+    folder = family(tmp_path, "mixtral", **MOE)
+    path = str(folder / "model.safetensors")
+    weights = dict(mx.load(path))
+    mx.eval(weights)
+    # mixtral's file stacks four experts; a fifth stays beside them, and nothing takes it.
+    for name in list(weights):
+        if "switch_mlp" in name:
+            old = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}[name.split(".")[-2]]
+            for i, expert in enumerate(weights.pop(name)):
+                prefix = name.split("switch_mlp")[0]
+                weights[f"{prefix}experts.{i}.{old}.weight"] = expert
+    mx.save_safetensors(path, weights)
+    assert check(check_folder(folder)).traced
+    logits(folder)
+    weights[f"{prefix}experts.4.w1.weight"] = mx.ones((128, 64))
+    mx.save_safetensors(path, weights)
+    assert "experts.4.w1.weight" in refused(folder)
+
+
+def test_a_tensor_in_two_files_is_refused_in_either_order(tmp_path: Path) -> None:
+    for name, number in (("model.safetensors", 1), ("model-00003-of-00003.safetensors", 2)):
+        folder = tiny_folder(tmp_path, shards=2, name=f"m{number}")
+        stale = tiny_folder(tmp_path, seed=1, name=f"stale{number}")
+        (stale / "model.safetensors").rename(folder / name)
+        message = refused(folder)
+        assert f"in {name}" in message or f"and in {name}" in message
+        assert f"{name} is not in model.safetensors.index.json" in message
+        (folder / "model.safetensors.index.json").unlink()
+        assert "remove the file that is left" in refused(folder)
