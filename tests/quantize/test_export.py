@@ -149,6 +149,60 @@ def test_an_empty_folder_is_taken_and_parents_are_made(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "b" / "config.json").exists()
 
 
+def test_a_folder_that_is_there_is_filled(tmp_path: Path) -> None:
+    """Somebody may stand in it."""
+    source = source_of(tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    before = out.stat().st_ino
+    export(source, uniform(source), out)
+    assert out.stat().st_ino == before
+    assert leftovers(tmp_path) == ["out"]
+    assert not [p for p in out.iterdir() if p.name.startswith(".")]
+    load_model(out)
+
+
+@pytest.mark.parametrize("name", ["out [v2]", "out?", "a*b"])
+def test_a_target_that_looks_like_a_pattern(tmp_path: Path, name: str) -> None:
+    source = source_of(tmp_path)
+    export(source, uniform(source), tmp_path / name)
+    assert (tmp_path / name / "model.safetensors").exists()
+
+
+def test_what_belongs_to_the_model_comes_with_it(tmp_path: Path) -> None:
+    source = source_of(tmp_path)
+    path = source.path / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    (source.path / "chat_template.jinja").write_text(config.pop("chat_template"))
+    path.write_text(json.dumps(config))
+    templates = source.path / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("{{ tools | tojson }}")
+    for name in ("LICENSE", "LICENCE.md", "NOTICE", "USE_POLICY.md", "modeling_own.py"):
+        (source.path / name).write_text(name)
+    export(source, uniform(source), tmp_path / "out")
+    got, want = (stock_load(str(p))[1].chat_template for p in (tmp_path / "out", source.path))
+    assert got == want
+    assert list(got) == ["default", "tool_use"]
+    assert (tmp_path / "out/LICENCE.md").read_text() == "LICENCE.md"
+    assert (tmp_path / "out/modeling_own.py").exists()
+
+
+def test_stock_reads_what_was_handed_on(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, name="source", rope_theta=5000.0, tie_word_embeddings=False)
+    want, _ = load_model(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"] = {"rope_theta": config.pop("rope_theta"), "rope_type": "default"}
+    del config["tie_word_embeddings"]
+    path.write_text(json.dumps(config))
+    source = resolve(str(folder))
+    export(source, uniform(source), tmp_path / "out")
+    nn.quantize(want, 64, 4)
+    got, _ = load_model(tmp_path / "out")
+    assert mx.array_equal(got(TOKENS), want(TOKENS))
+
+
 def test_weights_are_released_one_by_one(tmp_path: Path) -> None:
     """Peak memory grows with the largest tensor, not with the model."""
     folder = tiny_folder(tmp_path, name="source", num_hidden_layers=24, intermediate_size=512)

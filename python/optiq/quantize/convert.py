@@ -8,7 +8,6 @@ an interrupted run goes on with `resume=True`, and a failure after measuring cos
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from ..quality import divergence
 from ..quality.results import Measured
 from ..runtime.loading import load as load_native
 from ..sources import LoadedModel, Source, load, resolve
-from .export import check_target, export
+from .export import check_target, clear, export
 from .options import Options
 from .preflight import check_budget
 from .prepare import CHECKPOINT, prepare, remove_work, texts_of, work_folder
@@ -104,6 +103,7 @@ def convert(
         plan = build(scores, chosen.size, chosen.formats, seed=chosen.seed, command=command)
         return Result(plan, scores, None)
     plan, rounding = ready.best(chosen.size, command, refine=refine)
+    stood = out.is_dir()
     try:
         export(source, plan, out, scores=scores, rounding=rounding)
     except ExportError as error:
@@ -114,7 +114,7 @@ def convert(
         write_json(out / "optiq" / "plan.json", plan.to_json())
         report.write(plan, scores, out / "optiq" / "report.html")
     except BaseException:  # also Ctrl-C: what is there is whole, or not there
-        shutil.rmtree(out)
+        clear(out, keep=stood)
         raise
     remove_work(work, distill.CHECKPOINT)
     return Result(plan, scores, out)

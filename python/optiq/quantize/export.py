@@ -26,14 +26,17 @@ from ..models.roles import fixed_bytes, quantizable
 from ..planning.plan import Plan
 from ..planning.scores import Scores
 from ..sources import LoadedModel, Source, check_finite, load
-from ..sources.folder import read_config
+from ..sources.check import check
+from ..sources.folder import check_folder, read_config
 from ..sources.shards import SHARD_BYTES, Spec, checksum, write_shards
 from .rounding.weights import MINMAX, Rounding, round_weight
 
-# What the tokenizers and generation settings of Hugging Face models are made of.
+# What the tokenizers and generation settings of Hugging Face models are made of, and what belongs
+# to the model beside its weights.
 COPIED = (
-    "tokenizer*", "vocab*", "merges.txt", "*.tiktoken", "special_tokens_map.json",
-    "added_tokens.json", "chat_template*", "*.jinja", "generation_config.json",
+    "tokenizer*", "vocab*", "merges.txt", "*.tiktoken", "*.model", "special_tokens_map.json",
+    "added_tokens.json", "chat_template*", "*.jinja", "additional_chat_templates/*.jinja",
+    "generation_config.json", "*.py", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 
 
@@ -53,13 +56,15 @@ def export(
     written differs from the plan; SourceError for a weight that is not finite. After any failure
     nothing is left behind.
     """
-    partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
+    # A folder that is there is filled: somebody may stand in it, or a disk be mounted there.
+    place = out if out.is_dir() else out.parent
+    partial = place / f".{out.name}.{secrets.token_hex(4)}.partial"
     try:
         check_target(out)
         loaded = load(source, lazy=True)
         _check_plan(plan, source, loaded)
         out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
+        free = shutil.disk_usage(partial.parent).free
         if free < plan.nbytes:
             raise ExportError(
                 f"{out} needs {plan.nbytes:,} bytes but only {free:,} are free on its disk; "
@@ -75,7 +80,7 @@ def export(
                 partial, layout, tensors, parameters=parameters, shard_bytes=shard_bytes
             )
         _verify(partial, plan, layout, checksums)
-        partial.rename(out)
+        _move(partial, out)
     except (OSError, RuntimeError) as error:  # MLX raises RuntimeError when a read fails
         raise ExportError(
             f"{out} cannot be written ({one_line(error)}); free space or choose a folder you may "
@@ -84,6 +89,30 @@ def export(
     finally:
         # Also after Ctrl-C; when the move succeeded there is nothing to remove.
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def clear(out: Path, *, keep: bool) -> None:
+    """Remove the folder `out` that was written, or with `keep` only what lies in it."""
+    if not keep:
+        shutil.rmtree(out)
+        return
+    for entry in out.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _move(partial: Path, out: Path) -> None:
+    if not out.is_dir():
+        partial.rename(out)
+        return
+    try:  # the config comes last: without it there is no model
+        for entry in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+            entry.rename(out / entry.name)
+    except BaseException:
+        clear(out, keep=True)
+        raise
 
 
 def check_target(out: Path) -> None:
@@ -195,7 +224,7 @@ def _write_texts(
     scores: Scores | None,
 ) -> None:
     """config.json, the tokenizer's files and optiq/."""
-    config = read_config(source.path)
+    config = read_config(source.path) | source.settings
     config.pop("_name_or_path", None)
     # As mlx-lm's own converter: most of its models drop the vision tower of the source.
     if "vision_tower" not in getattr(model, "model", {}):
@@ -209,7 +238,9 @@ def _write_texts(
         texts["optiq/sensitivity.json"] = json.dumps(scores.to_json(), indent=2)
     for pattern in COPIED:
         for file in filter(Path.is_file, source.path.glob(pattern)):
-            shutil.copyfile(file, folder / file.name)
+            copy = folder / file.relative_to(source.path)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
@@ -221,6 +252,8 @@ def _verify(
     """Load the folder with stock mlx-lm and raise ExportError where it differs from the plan."""
     try:
         loaded = load(Source("the folder", "folder", folder, None, ""), allow_quantized=True)
+        if added := check(check_folder(folder)).settings:
+            raise SourceError(f"mlx-lm does not read {sorted(added)[0]} of its config.json")
     except SourceError as error:
         raise _mismatch(f"it does not load ({error})") from error
     parameters = _parameters(loaded.model)
