@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from ..errors import UsageError
 from . import options
 
 if TYPE_CHECKING:
@@ -18,6 +19,12 @@ MOST_FAILURES = 10  # shown of each op
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="check this model instead: what its files say against what mlx-lm makes of them",
+    )
+    parser.add_argument(
         "--selftest",
         action="store_true",
         help="run the kernels against float64: on the GPU where there is one, else on the CPU",
@@ -27,10 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.selftest:
+        if args.model is not None:
+            raise UsageError("--selftest takes no MODEL; run the two one after the other")
         return _selftest(args.json)
     from ..doctor.checks import examine
+    from ..doctor.model import examine_model
 
-    findings = examine()
+    findings = examine() if args.model is None else examine_model(args.model)
     if args.json:
         print(json.dumps([asdict(f) for f in findings], indent=1))
         return 0
