@@ -40,10 +40,10 @@ def test_what_is_handed_on_and_dropped(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_a_refusal_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tiny_folder(tmp_path, final_logit_softcapping=30.0)
+    folder = tiny_folder(tmp_path, "qwen2", sliding_window=64, use_sliding_window=True)
     assert main(["doctor", str(folder)]) == 1
     said = capsys.readouterr()
     assert not said.out
     assert len(said.err.strip().splitlines()) == 1
-    assert "final_logit_softcapping 30.0" in said.err
+    assert "sliding_window 64" in said.err
     assert main(["doctor", str(folder), "--selftest"]) == 2

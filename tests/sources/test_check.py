@@ -172,12 +172,25 @@ UNREAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "window of mistral": ("mistral", {"sliding_window": 64}, "sliding_window 64"),
     "window of some layers": (
         "qwen2",
-        {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
+        {
+            "sliding_window": 64,
+            "use_sliding_window": True,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
         "layer_types",
     ),
-    "softcap": ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
-    "multiplier": ("llama", {"embedding_multiplier": 12.0}, "embedding_multiplier 12.0"),
-    "part of a head": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+    "softcap": ("nanochat", {"final_logit_softcapping": 20.0}, "final_logit_softcapping 20.0"),
+    "multiplier": (
+        "internlm2",  # of which transformers knows nothing
+        {"bias": False, "embedding_multiplier": 12.0},
+        "embedding_multiplier 12.0",
+    ),
+    "part of a head": (
+        "glm",
+        {"head_dim": 16, "attention_bias": False, "partial_rotary_factor": 0.5},
+        "partial_rotary_factor 0.5",
+    ),
+    "epsilon": ("nanochat", {"rms_norm_eps": 1e-3}, "rms_norm_eps 0.001"),
 }
 
 
@@ -202,6 +215,8 @@ def test_values_that_change_nothing_are_taken(tmp_path: Path) -> None:
     folder = family(tmp_path, "qwen2", **nothing)
     logits(folder)
     edit(folder, sliding_window=64, use_sliding_window=False)
+    logits(folder)
+    edit(folder, use_sliding_window=..., embedding_multiplier=3.0)  # no word of qwen2's
     logits(folder)
 
 

@@ -8,6 +8,7 @@ read of the weights but a head that a tied model would drop.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -17,9 +18,9 @@ import mlx.nn as nn
 from ..errors import SourceError
 from .config import Json, handed_on, holders
 from .folder import Folder, mlx_lm_version
-from .reading import names_read
+from .reading import Read, names_read
 from .tensors import HEAD, dropped, head_apart, reasons
-from .values import lost
+from .values import arguments, lost
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def check(folder: Folder) -> Checked:
                 f"{folder.path}/config.json: {path}{key} {value} changes the model, and mlx-lm "
                 f"{mlx_lm_version()} does not read it for {config['model_type']}; {fix}"
             )
-    settings = _only(settings, folder.config, names)
+    settings = _only(settings, folder.config, _taken(model, names))
     weights = _lazy(folder)
     unused = dropped(model, weights) if weights else None
     if unused is None:
@@ -86,15 +87,25 @@ def _untied(config: Json, settings: Json) -> Json:
     return {**settings, "tie_word_embeddings": False}
 
 
-def _only(settings: Json, config: Json, names: frozenset[str]) -> Json:
-    """What of `settings` the model files read; that of a nested config is whole again."""
+def _taken(model: nn.Module, names: Read) -> dict[str, bool]:
+    """The arguments of the model that its files read, and whether each has to be given."""
+    return {
+        f.name: f.default is f.default_factory is dataclasses.MISSING
+        for held in arguments(model)
+        for f in dataclasses.fields(held)
+        if f.name in names
+    }
+
+
+def _only(settings: Json, config: Json, taken: dict[str, bool]) -> Json:
+    """What of `settings` the model takes, a null only where it must; a nested config is whole."""
     kept: Json = {}
     for key, value in settings.items():
         if isinstance(config.get(key), dict) and isinstance(value, dict):
-            inner = {k: v for k, v in value.items() if config[key].get(k) != v}
-            if inner := {k: v for k, v in inner.items() if k in names}:
+            inner = {k: v for k, v in value.items() if k not in config[key] or config[key][k] != v}
+            if inner := _only(inner, config[key], taken):
                 kept[key] = config[key] | inner
-        elif key in names:
+        elif key in taken and (value is not None or taken[key]):
             kept[key] = value
     return kept
 
@@ -105,7 +116,7 @@ def _build(config: Json) -> nn.Module | None:
     try:
         model_class, args_class = _get_classes(config)
         model: nn.Module = model_class(args_class.from_dict(copy.deepcopy(config)))
-    except Exception:  # whatever a model file raises; loading will say it
+    except (Exception, SystemExit):  # whatever a model file raises; loading will say it
         return None
     return model
 

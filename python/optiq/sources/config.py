@@ -69,22 +69,28 @@ def _rope(config: Json) -> Json:
     wanted: Json = {key: full[key] for key in _NOT_SCALING if full.get(key) is not None}
     for key, names in ALIASES.items():
         wanted |= {name: wanted[key] for name in names if key in wanted}
-    if (scaled := scaling(full)) is not None:
-        wanted["rope_scaling"] = scaled
-        if original := scaled.get("original_max_position_embeddings"):
+    if full:
+        wanted["rope_scaling"] = scaled = scaling(full)
+        if original := (scaled or {}).get("original_max_position_embeddings"):
             wanted["original_max_position_embeddings"] = original
     if sliding.get("rope_theta") is not None:
         wanted |= dict.fromkeys(LOCAL_THETAS, sliding["rope_theta"])
     for key, value in wanted.items():
         written = config.get(key)
-        if isinstance(written, dict) and isinstance(value, dict):
+        if key == "rope_scaling" and isinstance(written, dict):
+            if value is None:
+                continue  # as transformers, which takes what somebody added
             written, value = _plain(scaling(written)), _plain(value)
         if written is not None and written != value:
             raise SourceError(
                 f"config.json says {key} {written} and in rope_parameters {value}; remove the "
                 "one that is wrong"
             )
-    return {key: value for key, value in wanted.items() if config.get(key) is None}
+    return {
+        key: value
+        for key, value in wanted.items()
+        if config.get(key) is None and not (value is None and key in config)
+    }
 
 
 def _plain(scaled: Json | None) -> Json:

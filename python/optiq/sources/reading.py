@@ -1,4 +1,4 @@
-"""Which names of config.json a model file of mlx-lm reads, found in its source."""
+"""Which names of config.json a model file of mlx-lm reads, and which numbers it writes out."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from functools import cache
 
 import mlx.nn as nn
 
+Read = frozenset[str | float]
 
-def names_read(model: nn.Module) -> frozenset[str]:
-    """The attributes and keys that the model files of `model` read anywhere but in a check."""
+
+def names_read(model: nn.Module) -> Read:
+    """The attributes and keys that the model files of `model` read anywhere but in a check, and the
+    numbers that are written out in them."""
     files = {
         base.__module__
         for module in model.modules()
@@ -24,15 +27,24 @@ def names_read(model: nn.Module) -> frozenset[str]:
 
 
 @cache
-def _names(module: str) -> frozenset[str]:
+def _names(module: str) -> Read:
     tree = ast.parse(inspect.getsource(sys.modules[module]))
     return frozenset(_read(tree))
 
 
-def _read(node: ast.AST) -> Iterator[str]:
+def _read(node: ast.AST) -> Iterator[str | float]:
     if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
         yield node.attr
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+    if isinstance(node, ast.UnaryOp) and isinstance(node.operand, ast.Constant):
+        return  # head_dim ** -0.5
+    if (
+        isinstance(node, ast.BinOp)
+        and isinstance(node.op, ast.FloorDiv)
+        and isinstance(node.right, ast.Constant)
+        and isinstance(node.right.value, int)
+    ):
+        yield 1 / node.right.value  # head_dim // 2
+    if isinstance(node, ast.Constant) and isinstance(node.value, (str, int, float)):
         yield node.value
     if isinstance(node, ast.ClassDef) and any(
         "dataclass" in ast.dump(d) for d in node.decorator_list

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import mlx.nn as nn
 
 from .config import ALIASES, LOCAL_THETAS, Json, rope, scaling
+from .reading import Read
 
 Lost = tuple[str, Any, str]  # key, value, fix
 
@@ -44,8 +47,12 @@ NEUTRAL: dict[str, Callable[[Any], bool]] = {
 }  # fmt: skip
 
 
-def lost(config: Json, model: nn.Module, names: frozenset[str]) -> Lost | None:
-    """The first value of `config` that the model files, which read `names`, do not use."""
+def lost(config: Json, model: nn.Module, names: Read) -> Lost | None:
+    """The first value of `config` that the model files, which read `names`, do not use.
+
+    A key that transformers' own class of the family does not have changes nothing there, either.
+    """
+    config = {key: value for key, value in config.items() if _known(config, key)}
     return (
         _rope(config, model, names)
         or _window(config, names)
@@ -54,21 +61,45 @@ def lost(config: Json, model: nn.Module, names: frozenset[str]) -> Lost | None:
     )
 
 
-def _read(key: str, names: frozenset[str]) -> bool:
+def _read(key: str, names: Read) -> bool:
     return not names.isdisjoint((key, *ALIASES.get(key, ())))
 
 
-def _rope(config: Json, model: nn.Module, names: frozenset[str]) -> Lost | None:
-    if not any("rope" in name.lower() for name in names):
+def _known(config: Json, key: str) -> bool:
+    """Whether the family's class in transformers, if there is one, has `key`."""
+    if key not in NEUTRAL and key != "sliding_window":
+        return True
+    family, said = _family(config), config.get("rope_parameters")
+    if family is None or (isinstance(said, dict) and key in said):
+        return True
+    # This one is taken from what is left over, and moved into the rotary parameters.
+    moved = key == "partial_rotary_factor"
+    return hasattr(family, key) or (
+        moved and key in inspect.getsource(sys.modules[family.__module__])
+    )
+
+
+def _family(config: Json) -> Any:
+    """The class of transformers for `config`, or None."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[config["model_type"]]
+    except (KeyError, ImportError):
+        return None
+
+
+def _rope(config: Json, model: nn.Module, names: Read) -> Lost | None:
+    if not any("rope" in str(name).lower() for name in names):
         return None  # no rotary embedding at all
     theta = config.get("rope_theta")
-    if theta is not None and not _read("rope_theta", names) and theta != 10000:
+    if theta is not None and not _read("rope_theta", names) and theta not in {10000, *names}:
         return "rope_theta", theta, _REMOVE
     scaled = config.get("rope_scaling")
     if isinstance(scaled, dict) and scaling(scaled):
-        arguments = [a for a in _arguments(model) if hasattr(a, "rope_scaling")]
+        held = [a for a in arguments(model) if hasattr(a, "rope_scaling")]
         ignored = "rope_scaling" not in names and "rope_parameters" not in names
-        if ignored or (arguments and all(a.rope_scaling is None for a in arguments)):
+        if ignored or (held and all(a.rope_scaling is None for a in held)):
             return "rope_scaling", scaling(scaled), _REMOVE
     full, sliding = rope(config)
     if sliding and "rope_parameters" not in names:
@@ -78,10 +109,11 @@ def _rope(config: Json, model: nn.Module, names: frozenset[str]) -> Lost | None:
     return None
 
 
-def _window(config: Json, names: frozenset[str]) -> Lost | None:
+def _window(config: Json, names: Read) -> Lost | None:
     window, types = config.get("sliding_window"), config.get("layer_types")
     length = config.get("max_position_embeddings")
-    if _off(window) or config.get("use_sliding_window") is False:
+    usual = getattr(_family(config), "use_sliding_window", None)
+    if _off(window) or config.get("use_sliding_window", usual) is False:
         return None
     if isinstance(types, list):
         if "sliding_attention" not in types:
@@ -96,14 +128,19 @@ def _window(config: Json, names: frozenset[str]) -> Lost | None:
     return None if "sliding_window" in names else ("sliding_window", window, _WINDOW)
 
 
-def _scales(config: Json, names: frozenset[str]) -> Lost | None:
+def _scales(config: Json, names: Read) -> Lost | None:
     for key, changes_nothing in NEUTRAL.items():
-        if not changes_nothing(config.get(key)) and not _read(key, names):
+        value = config.get(key)
+        if key == "partial_rotary_factor" and not {"qk_rope_head_dim", "rotary_dim"}.isdisjoint(
+            config
+        ):
+            continue  # the width itself is told
+        if not changes_nothing(value) and value not in names and not _read(key, names):
             return key, config[key], _REMOVE
     return None
 
 
-def _epsilon(config: Json, names: frozenset[str]) -> Lost | None:
+def _epsilon(config: Json, names: Read) -> Lost | None:
     said = {key: config[key] for key in _EPSILONS if isinstance(config.get(key), float)}
     if said and names.isdisjoint(said) and DEFAULT_EPSILON not in said.values():
         key = next(iter(said))
@@ -111,7 +148,7 @@ def _epsilon(config: Json, names: frozenset[str]) -> Lost | None:
     return None
 
 
-def _arguments(model: nn.Module) -> list[Any]:
+def arguments(model: nn.Module) -> list[Any]:
     """The dataclasses that the modules keep their arguments in."""
     found = {id(v): v for m in model.modules() for v in vars(m).values()
              if dataclasses.is_dataclass(v)}  # fmt: skip
