@@ -69,7 +69,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": MOE,
     "gpt_oss": {**MOE, "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]},
     "phi3": {"original_max_position_embeddings": 512},
-    "starcoder2": {"norm_epsilon": 1e-5},
+    "starcoder2": {"norm_epsilon": 1e-5, "hidden_act": "gelu_pytorch_tanh"},
     "olmo2": {},
     "granite": {
         "logits_scaling": 2.0,
@@ -177,7 +177,7 @@ UNREAD: dict[str, tuple[str, dict[str, Any], str]] = {
             "use_sliding_window": True,
             "layer_types": ["sliding_attention", "full_attention"],
         },
-        "layer_types",
+        "sliding_window 64",
     ),
     "softcap": ("nanochat", {"final_logit_softcapping": 20.0}, "final_logit_softcapping 20.0"),
     "multiplier": (
@@ -190,6 +190,12 @@ UNREAD: dict[str, tuple[str, dict[str, Any], str]] = {
         {"head_dim": 16, "attention_bias": False, "partial_rotary_factor": 0.5},
         "partial_rotary_factor 0.5",
     ),
+    "factor of attention": (
+        "llama",
+        {"rope_scaling": {**YARN, "attention_factor": 1.5}},
+        "rope_scaling.attention_factor 1.5",
+    ),
+    "activation": ("llama", {"hidden_act": "gelu"}, "hidden_act gelu"),
     "epsilon": ("nanochat", {"rms_norm_eps": 1e-3}, "rms_norm_eps 0.001"),
 }
 

@@ -35,6 +35,8 @@ def _names(module: str) -> Read:
 def _read(node: ast.AST) -> Iterator[str | float]:
     if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
         yield node.attr
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        yield node.func.id  # swiglu(gate, up)
     if isinstance(node, ast.UnaryOp) and isinstance(node.operand, ast.Constant):
         return  # head_dim ** -0.5
     if (

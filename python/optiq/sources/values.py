@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,15 @@ def _off(value: Any) -> bool:
 def _one(value: Any) -> bool:
     return value in (None, 1)
 
+
+_ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
+# How names of functions begin, and what a model file that has one calls it.
+_ACTIVATIONS = {
+    "silu": ("silu", "swiglu", "swish", "switchglu"),
+    "swish": ("silu", "swiglu", "swish", "switchglu"),
+    "gelu": ("gelu", "geglu"),
+    "relu": ("relu",),
+}
 
 # Values of these keys that change nothing; a key that is not read must have one.
 NEUTRAL: dict[str, Callable[[Any], bool]] = {
@@ -58,6 +68,7 @@ def lost(config: Json, model: nn.Module, names: Read) -> Lost | None:
         or _window(config, names)
         or _scales(config, names)
         or _epsilon(config, names)
+        or _activation(config, names)
     )
 
 
@@ -67,7 +78,7 @@ def _read(key: str, names: Read) -> bool:
 
 def _known(config: Json, key: str) -> bool:
     """Whether the family's class in transformers, if there is one, has `key`."""
-    if key not in NEUTRAL and key != "sliding_window":
+    if key not in (*NEUTRAL, *_ACTIVATION_KEYS, "sliding_window"):
         return True
     family, said = _family(config), config.get("rope_parameters")
     if family is None or (isinstance(said, dict) and key in said):
@@ -97,6 +108,10 @@ def _rope(config: Json, model: nn.Module, names: Read) -> Lost | None:
         return "rope_theta", theta, _REMOVE
     scaled = config.get("rope_scaling")
     if isinstance(scaled, dict) and scaling(scaled):
+        factor, usual = scaled.get("attention_factor"), _yarn_factor(scaled)
+        unusual = factor is not None and (usual is None or abs(factor - usual) > 1e-3)
+        if unusual and "attention_factor" not in names:
+            return "rope_scaling.attention_factor", factor, _REMOVE
         held = [a for a in arguments(model) if hasattr(a, "rope_scaling")]
         ignored = "rope_scaling" not in names and "rope_parameters" not in names
         if ignored or (held and all(a.rope_scaling is None for a in held)):
@@ -107,6 +122,14 @@ def _rope(config: Json, model: nn.Module, names: Read) -> Lost | None:
         if (apart and names.isdisjoint(LOCAL_THETAS)) or scaling(sliding):
             return "rope_parameters.sliding_attention", sliding, _REMOVE
     return None
+
+
+def _yarn_factor(scaled: Json) -> float | None:
+    """What yarn scales attention by where no attention_factor is given."""
+    kind, factor = scaled.get("rope_type") or scaled.get("type"), scaled.get("factor")
+    if kind != "yarn" or not isinstance(factor, (int, float)) or factor <= 1:
+        return None
+    return 0.1 * math.log(factor) + 1
 
 
 def _window(config: Json, names: Read) -> Lost | None:
@@ -120,7 +143,7 @@ def _window(config: Json, names: Read) -> Lost | None:
             return None
         periodic = config.get("sliding_window_pattern") and "sliding_window_pattern" in names
         if "layer_types" not in names and not periodic:
-            return "layer_types", types, _REMOVE
+            return "sliding_window", window, _WINDOW
     elif isinstance(window, int) and isinstance(length, int) and window >= length:
         return None
     elif config.get("model_type") == "mistral":
@@ -145,6 +168,19 @@ def _epsilon(config: Json, names: Read) -> Lost | None:
     if said and names.isdisjoint(said) and DEFAULT_EPSILON not in said.values():
         key = next(iter(said))
         return key, said[key], _REMOVE
+    return None
+
+
+def _activation(config: Json, names: Read) -> Lost | None:
+    if _family(config) is None:
+        return None  # its configs may name a function that nothing reads
+    for key in _ACTIVATION_KEYS:
+        value = str(config.get(key)).lower()
+        for stem, forms in _ACTIVATIONS.items():
+            if value.startswith(stem):
+                if key not in names and not any(f in str(n).lower() for f in forms for n in names):
+                    return key, config[key], "its model file computes another function"
+                return None
     return None
 
 
