@@ -52,6 +52,23 @@ _BIASED = {
     "qwen3": (),
     "gemma3": (),
 }
+# Keys of other writers that change the forward pass, with the values that do not.
+_UNREAD: dict[str, tuple[float, ...]] = {
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "embedding_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "attention.scale": (0,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "use_parallel_residual": (0,),
+    "rope.scaling.attn_factor": (0, 1),
+    "rope.scaling.yarn_attn_factor": (1,),
+    "rope.scaling.yarn_beta_fast": (32,),
+    "rope.scaling.yarn_beta_slow": (1,),
+    "rope.scaling.yarn_log_multiplier": (0,),
+}
 GEMMA_PERIOD = 6  # llama.cpp: every sixth layer sees everything, where the file does not say
 GEMMA_27B_BLOCKS = 62
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -130,6 +147,14 @@ def build_config(gguf: GgufFile) -> dict[str, Any]:
             raise f.error(f"{f.arch}.{key} {f.get(key)} differs from the head size {head_dim}")
     if f.arch == "qwen2" and head_dim * heads != hidden:
         raise f.error(f"qwen2 needs heads of {hidden}/{heads}, this file has {head_dim}")
+    for key, neutral in _UNREAD.items():
+        if f.get(key) not in (None, *neutral):
+            raise f.error(
+                f"{f.arch}.{key} {f.get(key)} changes the model, and optiq does not read it"
+            )
+    window = f.get("attention.sliding_window")
+    if f.arch != "gemma3" and window and window < f.integer("context_length"):
+        raise f.error(f"{f.arch} with a window of {window} tokens is not supported")
     model_type, class_name = CLASSES[f.arch]
     config: dict[str, Any] = {
         "model_type": model_type,
