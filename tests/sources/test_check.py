@@ -15,6 +15,7 @@ from optiq.errors import SourceError
 from optiq.sources import load, resolve
 from optiq.sources.check import check
 from optiq.sources.folder import check_folder
+from optiq.sources.tensors import reasons
 from tests.tiny import random_weights, tiny_folder
 
 TOKENS = mx.array([list(range(5, 40))])
@@ -296,3 +297,13 @@ def test_a_tensor_in_two_files_is_refused_in_either_order(tmp_path: Path) -> Non
         assert f"{name} is not in model.safetensors.index.json" in message
         (folder / "model.safetensors.index.json").unlink()
         assert "remove the file that is left" in refused(folder)
+
+
+def test_layers_behind_the_last_are_known_where_they_can_be(tmp_path: Path) -> None:
+    names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in (3, 4, 5, 6)]
+    why = "of the prediction of several tokens"
+    config = {"num_hidden_layers": 4}
+    assert list(reasons(names, config).values()) == [None, why, None, None]
+    config["num_nextn_predict_layers"] = 2
+    assert list(reasons(names, config).values()) == [None, why, why, None]
+    assert list(reasons(names, {"text_config": config}).values()) == [None, why, why, None]

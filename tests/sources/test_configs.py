@@ -57,8 +57,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granite": {"logits_scaling": 2.0, "embedding_multiplier": 3.0, "attention_multiplier": 0.3},
     "olmo2": {},
     "starcoder2": {"sliding_window": None},
+    "stablelm": {},
+    "glm4": {"attention_bias": False},
 }
-IGNORING = ("mixtral", "starcoder2")  # their files in mlx-lm know no scaling
+EPSILONS = {"starcoder2": "norm_epsilon", "stablelm": "layer_norm_eps"}
+PARTIAL = ("stablelm", "glm4")
+IGNORING = (
+    "mixtral",
+    "starcoder2",
+    "stablelm",
+    "nemotron",
+    "glm4",
+)  # their files in mlx-lm know no scaling
 
 
 @st.composite
@@ -72,10 +82,12 @@ def configs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
         **FAMILIES[family],
         "tie_word_embeddings": draw(st.booleans()),
     }
-    epsilon = "norm_epsilon" if family == "starcoder2" else "rms_norm_eps"
-    said[epsilon] = draw(st.sampled_from([1e-5, 1e-6, 1e-3]))
+    said[EPSILONS.get(family, "rms_norm_eps")] = draw(st.sampled_from([1e-5, 1e-6, 1e-3]))
     rope = {"rope_theta": theta, **(scaled or {"rope_type": "default"})}
     plain = {**said, "rope_theta": theta}
+    if family in PARTIAL:
+        part = draw(st.sampled_from([0.25, 0.5, 1.0]))
+        rope["partial_rotary_factor"] = plain["partial_rotary_factor"] = part
     if scaled:
         plain["rope_scaling"] = {**scaled, "type": scaled["rope_type"]}
     return {"model_type": family, **said, "rope_parameters": rope}, {"model_type": family, **plain}

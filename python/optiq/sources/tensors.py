@@ -70,13 +70,19 @@ def _reason(name: str, config: Json) -> str | None:
         layer = int(match[1])
         for _, holder in holders(config):
             blocks = holder.get("num_hidden_layers")
-            if isinstance(blocks, int) and layer >= blocks:
+            if isinstance(blocks, int) and blocks <= layer < blocks + _ahead(holder):
                 return "of the prediction of several tokens"
             shared = holder.get("num_kv_shared_layers") or 0
             sharing = isinstance(blocks, int) and shared and layer >= blocks - shared
             if sharing and re.search(r"self_attn\.[kv]_(proj|norm)\.", name):
                 return "of layers that share keys and values"
     return None
+
+
+def _ahead(config: Json) -> int:
+    """Layers behind the last that predict further tokens: as many as config.json says, or one."""
+    said = [v for k, v in config.items() if ("nextn" in k or "mtp" in k) and isinstance(v, int)]
+    return max(1, *said) if said else 1
 
 
 def head_apart(folder: Folder) -> bool:
