@@ -131,9 +131,8 @@ def test_the_types_of_layers_have_their_own_theta(tmp_path: Path) -> None:
     np.testing.assert_array_equal(logits(folder), want)
 
 
-def test_the_config_of_a_language_model_inside_another(tmp_path: Path) -> None:
-    folder = tiny_folder(tmp_path, tie_word_embeddings=False, rope_theta=5000.0)
-    want = stock(folder)
+def inside_another(folder: Path) -> None:
+    """Make the folder of a llama that of a model with pictures, whose language model it is."""
     config = json.loads((folder / "config.json").read_text())
     theta = {"rope_theta": config.pop("rope_theta"), "rope_type": "default"}
     edit(
@@ -142,6 +141,12 @@ def test_the_config_of_a_language_model_inside_another(tmp_path: Path) -> None:
         rope_theta=...,
         text_config={**config, "model_type": "mistral", "rope_parameters": theta},
     )
+
+
+def test_the_config_of_a_language_model_inside_another(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, tie_word_embeddings=False, rope_theta=5000.0)
+    want = stock(folder)
+    inside_another(folder)
     source = resolve(str(folder))
     assert source.settings["text_config"]["rope_theta"] == 5000.0
     np.testing.assert_array_equal(load(source).model(TOKENS), want)
@@ -285,6 +290,19 @@ def test_a_tensor_without_use_is_refused(tmp_path: Path) -> None:
     weights[f"{prefix}experts.4.w1.weight"] = mx.ones((128, 64))
     mx.save_safetensors(path, weights)
     assert "experts.4.w1.weight" in refused(folder)
+
+
+def test_two_tensors_for_one_place_are_refused(tmp_path: Path) -> None:
+    """mlx-lm gives both the same name, and the later one wins."""
+    folder = tiny_folder(tmp_path, tie_word_embeddings=False)
+    inside_another(folder)
+    path = str(folder / "model.safetensors")
+    weights = dict(mx.load(path))
+    mx.eval(weights)
+    mx.save_safetensors(path, {**weights, "vision_tower.patch.weight": mx.ones((4, 4))})
+    assert check(check_folder(folder)).dropped == {"of other media than text": 1}
+    mx.save_safetensors(path, {**weights, "model.language_model.norm.weight": mx.ones(64)})
+    assert "drops it from mistral3, which gives another model" in refused(folder)
 
 
 def test_a_tensor_in_two_files_is_refused_in_either_order(tmp_path: Path) -> None:
