@@ -9,13 +9,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from mlx_lm.utils import load_model
 
 from optiq.errors import SourceError
 from optiq.sources import load, resolve
 from optiq.sources.check import check
-from optiq.sources.folder import check_folder
+from optiq.sources.folder import Folder, check_folder
 from optiq.sources.tensors import reasons
+from optiq.sources.values import NEUTRAL
 from tests.tiny import random_weights, tiny_folder
 
 TOKENS = mx.array([list(range(5, 40))])
@@ -201,7 +204,7 @@ UNREAD: dict[str, tuple[str, dict[str, Any], str]] = {
         {"rope_scaling": {**YARN, "attention_factor": 1.5}},
         "rope_scaling.attention_factor 1.5",
     ),
-    "activation": ("llama", {"hidden_act": "gelu"}, "hidden_act gelu"),
+    "activation": ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     "epsilon": ("nanochat", {"rms_norm_eps": 1e-3}, "rms_norm_eps 0.001"),
 }
 
@@ -325,3 +328,52 @@ def test_layers_behind_the_last_are_known_where_they_can_be(tmp_path: Path) -> N
     config["num_nextn_predict_layers"] = 2
     assert list(reasons(names, config).values()) == [None, why, why, None]
     assert list(reasons(names, {"text_config": config}).values()) == [None, why, why, None]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["rope_theta", "rope_type", "type", "factor", "full_attention"]), inner
+        )
+    ),
+    max_leaves=6,
+)
+KEYS = [
+    *NEUTRAL,
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "sliding_window",
+    "layer_types",
+    "max_position_embeddings",
+    "use_sliding_window",
+    "tie_word_embeddings",
+    "hidden_act",
+    "rms_norm_eps",
+    "num_hidden_layers",
+    "text_config",
+    "architectures",
+]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from(["llama", "qwen2", "mixtral", "mistral3"]),
+    st.dictionaries(st.sampled_from(KEYS), JSON),
+)
+@example("llama", {"hidden_act": "gelu\n"})
+def test_whatever_stands_in_a_config_is_one_line_or_a_model(
+    model_type: str, said: dict[str, Any]
+) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 64}
+    heads = {"num_attention_heads": 4, "rms_norm_eps": 1e-5, "vocab_size": 9}
+    said["num_hidden_layers"] = 2  # a large one would be made
+    config = {"model_type": model_type, **sizes, **heads, **said}
+    said_of_it = ""
+    try:
+        check(Folder(Path("here"), config, {}))
+    except SourceError as error:
+        said_of_it = str(error)
+    assert "\n" not in said_of_it

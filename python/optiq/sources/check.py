@@ -57,7 +57,7 @@ def check(folder: Folder) -> Checked:
         if reason := lost(holder, model, names):
             key, value, fix = reason
             raise SourceError(
-                f"{folder.path}/config.json: {path}{key} {value} changes the model, and mlx-lm "
+                f"{folder.path}/config.json: {path}{key} {value!r} changes the model, and mlx-lm "
                 f"{mlx_lm_version()} does not read it for {config['model_type']}; {fix}"
             )
     settings = _only(settings, folder.config, _taken(model, names))

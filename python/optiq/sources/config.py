@@ -51,7 +51,8 @@ def rope(config: Json) -> tuple[Json, Json]:
         return {}, {}
     if not any(isinstance(value, dict) for value in said.values()):
         return said, {}
-    full, sliding = (said.get(name) or {} for name in _LAYERS)
+    kinds = {name: value for name, value in said.items() if isinstance(value, dict)}
+    full, sliding = (kinds.get(name, {}) for name in _LAYERS)
     return full or sliding, sliding
 
 
@@ -83,7 +84,7 @@ def _rope(config: Json) -> Json:
             written, value = _plain(scaling(written)), _plain(value)
         if written is not None and written != value:
             raise SourceError(
-                f"config.json says {key} {written} and in rope_parameters {value}; remove the "
+                f"config.json says {key} {written!r} and in rope_parameters {value!r}; remove the "
                 "one that is wrong"
             )
     return {

@@ -39,6 +39,10 @@ _ACTIVATIONS = {
     "relu": ("relu",),
 }
 
+# Some model files write these values out.
+_WRITTEN_OUT = (
+    "partial_rotary_factor", "attn_logit_softcapping", "final_logit_softcapping", "logits_soft_cap",
+)  # fmt: skip
 # Values of these keys that change nothing; a key that is not read must have one.
 NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "partial_rotary_factor": _one,
@@ -76,6 +80,10 @@ def _read(key: str, names: Read) -> bool:
     return not names.isdisjoint((key, *ALIASES.get(key, ())))
 
 
+def _written_out(value: Any, names: Read) -> bool:
+    return isinstance(value, (int, float)) and value in names
+
+
 def _known(config: Json, key: str) -> bool:
     """Whether the family's class in transformers, if there is one, has `key`."""
     if key not in (*NEUTRAL, *_ACTIVATION_KEYS, "sliding_window"):
@@ -104,12 +112,18 @@ def _rope(config: Json, model: nn.Module, names: Read) -> Lost | None:
     if not any("rope" in str(name).lower() for name in names):
         return None  # no rotary embedding at all
     theta = config.get("rope_theta")
-    if theta is not None and not _read("rope_theta", names) and theta not in {10000, *names}:
+    usual_theta = theta in (None, 10000) or _written_out(theta, names)
+    if not usual_theta and not _read("rope_theta", names):
         return "rope_theta", theta, _REMOVE
     scaled = config.get("rope_scaling")
     if isinstance(scaled, dict) and scaling(scaled):
         factor, usual = scaled.get("attention_factor"), _yarn_factor(scaled)
-        unusual = factor is not None and (usual is None or abs(factor - usual) > 1e-3)
+        same = (
+            isinstance(factor, (int, float))
+            and usual is not None
+            and math.isclose(factor, usual, rel_tol=1e-3)
+        )
+        unusual = factor is not None and not same
         if unusual and "attention_factor" not in names:
             return "rope_scaling.attention_factor", factor, _REMOVE
         held = [a for a in arguments(model) if hasattr(a, "rope_scaling")]
@@ -158,14 +172,17 @@ def _scales(config: Json, names: Read) -> Lost | None:
             config
         ):
             continue  # the width itself is told
-        if not changes_nothing(value) and value not in names and not _read(key, names):
-            return key, config[key], _REMOVE
+        if key in _WRITTEN_OUT and _written_out(value, names):
+            continue
+        if not changes_nothing(value) and not _read(key, names):
+            return key, value, _REMOVE
     return None
 
 
 def _epsilon(config: Json, names: Read) -> Lost | None:
     said = {key: config[key] for key in _EPSILONS if isinstance(config.get(key), float)}
-    if said and names.isdisjoint(said) and DEFAULT_EPSILON not in said.values():
+    used = any(_written_out(value, names) for value in said.values())
+    if said and names.isdisjoint(said) and DEFAULT_EPSILON not in said.values() and not used:
         key = next(iter(said))
         return key, said[key], _REMOVE
     return None
