@@ -39,11 +39,19 @@ def test_what_is_handed_on_and_dropped(tmp_path: Path, capsys: pytest.CaptureFix
     assert "rope_theta 10000.0" in said
 
 
-def test_a_refusal_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_window_that_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tiny_folder(tmp_path, "qwen2", sliding_window=64, use_sliding_window=True)
+    assert main(["doctor", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "window left out by mlx-lm" in said
+    assert "64 tokens" in said
+
+
+def test_a_refusal_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_folder(tmp_path, hidden_act="gelu")
     assert main(["doctor", str(folder)]) == 1
     said = capsys.readouterr()
     assert not said.out
     assert len(said.err.strip().splitlines()) == 1
-    assert "sliding_window 64" in said.err
+    assert "hidden_act 'gelu'" in said.err
     assert main(["doctor", str(folder), "--selftest"]) == 2

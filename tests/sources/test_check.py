@@ -177,17 +177,6 @@ UNREAD: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         "rope_scaling",
     ),
-    "window": ("starcoder2", {"norm_epsilon": 1e-5, "sliding_window": 64}, "sliding_window 64"),
-    "window of mistral": ("mistral", {"sliding_window": 64}, "sliding_window 64"),
-    "window of some layers": (
-        "qwen2",
-        {
-            "sliding_window": 64,
-            "use_sliding_window": True,
-            "layer_types": ["sliding_attention", "full_attention"],
-        },
-        "sliding_window 64",
-    ),
     "softcap": ("nanochat", {"final_logit_softcapping": 20.0}, "final_logit_softcapping 20.0"),
     "multiplier": (
         "internlm2",  # of which transformers knows nothing
@@ -216,6 +205,32 @@ def test_a_value_that_the_model_file_does_not_read_is_refused(tmp_path: Path, wh
     message = refused(folder)
     assert said in message
     assert "does not read it" in message
+
+
+WINDOWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "all layers": ("starcoder2", {"norm_epsilon": 1e-5, "hidden_act": "gelu_pytorch_tanh"}),
+    "all layers of mistral": ("mistral", {}),
+    "some layers": (
+        "qwen2",
+        {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WINDOWS)
+def test_a_window_that_the_model_file_leaves_out_is_told(
+    tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model is the same for shorter texts, so it is taken."""
+    model_type, changes = WINDOWS[what]
+    folder = family(tmp_path, model_type, sliding_window=64, **changes)
+    resolve(str(folder))
+    said = capsys.readouterr().err
+    assert "without its attention window of 64 tokens; for longer texts it is not the ori" in said
+    edit(folder, sliding_window=4096)  # no text is that long
+    resolve(str(folder))
+    quiet = "layer_types" not in changes
+    assert (capsys.readouterr().err == "") is quiet
 
 
 def test_values_that_change_nothing_are_taken(tmp_path: Path) -> None:

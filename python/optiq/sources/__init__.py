@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..base.notice import notice
 from ..errors import SourceError
 from .check import check
 from .folder import check_folder, fingerprint
@@ -47,4 +48,10 @@ def resolve(name: str, *, revision: str | None = None, cache_dir: Path | None = 
     elif kind == "hub":
         path, commit = hub.download(name, revision)
     folder = check_folder(path)
-    return Source(name, kind, path, commit, fingerprint(folder), check(folder).settings)
+    checked = check(folder)
+    if checked.window is not None:
+        notice(
+            f"mlx-lm runs {name} without its attention window of {checked.window} tokens; for "
+            "longer texts it is not the original model"
+        )
+    return Source(name, kind, path, commit, fingerprint(folder), checked.settings)

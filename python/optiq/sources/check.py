@@ -20,20 +20,22 @@ from .config import Json, handed_on, holders
 from .folder import Folder, mlx_lm_version
 from .reading import Read, names_read
 from .tensors import HEAD, dropped, head_apart, reasons
-from .values import arguments, lost
+from .values import arguments, lost, unread_window
 
 
 @dataclass(frozen=True)
 class Checked:
     """`settings` is what optiq adds to config.json, `dropped` the tensors without use, by reason.
 
-    `traced` is False for a model file that cannot be followed without its weights.
+    `traced` is False for a model file that cannot be followed without its weights. `window` is the
+    window of attention that mlx-lm leaves out: the model is another one for longer texts.
     """
 
     settings: Json = field(default_factory=dict)
     dropped: Mapping[str, int] = field(default_factory=dict)
     tensors: int = 0
     traced: bool = False
+    window: int | None = None
 
 
 def check(folder: Folder) -> Checked:
@@ -53,7 +55,9 @@ def check(folder: Folder) -> Checked:
         return Checked(settings)
     names = names_read(model)
     config = folder.config | settings
+    window = None
     for path, holder in holders(config):
+        window = unread_window(holder, names) or window
         if reason := lost(holder, model, names):
             key, value, fix = reason
             raise SourceError(
@@ -64,7 +68,7 @@ def check(folder: Folder) -> Checked:
     weights = _lazy(folder)
     unused = dropped(model, weights) if weights else None
     if unused is None:
-        return Checked(settings, {}, sum(map(len, folder.files.values())))
+        return Checked(settings, {}, sum(map(len, folder.files.values())), window=window)
     found: dict[str, int] = {}
     for name, why in reasons(unused, config).items():
         if why is None and name.endswith(HEAD) and not apart:
@@ -76,7 +80,7 @@ def check(folder: Folder) -> Checked:
                 "model; remove it if it is not part of the model"
             )
         found[why] = found.get(why, 0) + 1
-    return Checked(settings, found, len(weights), True)
+    return Checked(settings, found, len(weights), True, window)
 
 
 def _untied(config: Json, settings: Json) -> Json:

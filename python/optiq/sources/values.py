@@ -19,7 +19,6 @@ Lost = tuple[str, Any, str]  # key, value, fix
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 DEFAULT_EPSILON = 1e-5  # of MLX's norms
 _REMOVE = "take it out of config.json to convert the model without it, or use a newer mlx-lm"
-_WINDOW = "set it to null to convert the model with full attention, or use a newer mlx-lm"
 
 
 def _off(value: Any) -> bool:
@@ -69,11 +68,35 @@ def lost(config: Json, model: nn.Module, names: Read) -> Lost | None:
     config = {key: value for key, value in config.items() if _known(config, key)}
     return (
         _rope(config, model, names)
-        or _window(config, names)
         or _scales(config, names)
         or _epsilon(config, names)
         or _activation(config, names)
     )
+
+
+def unread_window(config: Json, names: Read) -> int | None:
+    """The window of attention that the model files, which read `names`, leave out, if any.
+
+    Up to that many tokens the model is the same without it.
+    """
+    window, types = config.get("sliding_window"), config.get("layer_types")
+    length = config.get("max_position_embeddings")
+    usual = getattr(_family(config), "use_sliding_window", None)
+    if not _known(config, "sliding_window") or not isinstance(window, int) or window <= 0:
+        return None
+    if config.get("use_sliding_window", usual) is False:
+        return None
+    if isinstance(types, list):
+        if "sliding_attention" not in types:
+            return None
+        periodic = config.get("sliding_window_pattern") and "sliding_window_pattern" in names
+        if "layer_types" not in names and not periodic:
+            return window
+    elif isinstance(length, int) and window >= length:
+        return None
+    elif config.get("model_type") == "mistral":
+        return window  # all its layers have one; the model file wants a layer without
+    return None if "sliding_window" in names else window
 
 
 def _read(key: str, names: Read) -> bool:
@@ -144,25 +167,6 @@ def _yarn_factor(scaled: Json) -> float | None:
     if kind != "yarn" or not isinstance(factor, (int, float)) or factor <= 1:
         return None
     return 0.1 * math.log(factor) + 1
-
-
-def _window(config: Json, names: Read) -> Lost | None:
-    window, types = config.get("sliding_window"), config.get("layer_types")
-    length = config.get("max_position_embeddings")
-    usual = getattr(_family(config), "use_sliding_window", None)
-    if _off(window) or config.get("use_sliding_window", usual) is False:
-        return None
-    if isinstance(types, list):
-        if "sliding_attention" not in types:
-            return None
-        periodic = config.get("sliding_window_pattern") and "sliding_window_pattern" in names
-        if "layer_types" not in names and not periodic:
-            return "sliding_window", window, _WINDOW
-    elif isinstance(window, int) and isinstance(length, int) and window >= length:
-        return None
-    elif config.get("model_type") == "mistral":
-        return "sliding_window", window, _WINDOW  # all its layers; the file wants one without
-    return None if "sliding_window" in names else ("sliding_window", window, _WINDOW)
 
 
 def _scales(config: Json, names: Read) -> Lost | None:
