@@ -225,6 +225,24 @@ def _file(block: nn.Module) -> str:
     return name if package == "mlx_lm.models" else type(block).__module__
 
 
+_CACHE_OF_LAYER = "layer_idx_to_cache_idx"
+
+
+def whole_text_caches(model: nn.Module) -> list[Any] | None:
+    """Empty caches for a run of a whole text; None where the model is the same without.
+
+    In Gemma 3n and AFM late layers read keys and values from the cache of an earlier one. Without
+    caches those of Gemma 3n make their own, which is not what decoding does.
+    """
+    from mlx_lm.models.cache import make_prompt_cache
+
+    reading = (_CACHE_OF_LAYER, "kv_reuse_layers")
+    if not any(hasattr(module, name) for module in model.modules() for name in reading):
+        return None
+    caches: list[Any] = make_prompt_cache(model)
+    return caches
+
+
 def cache_readers(model: nn.Module, caches: int) -> tuple[tuple[int, ...], ...]:
     """Indices in `model.layers` of the layers that read each cache, () where that is not known.
 
@@ -233,7 +251,7 @@ def cache_readers(model: nn.Module, caches: int) -> tuple[tuple[int, ...], ...]:
     layers = len(model.layers)
     source = list(range(layers))
     for _, module in model.named_modules():
-        for name in ("layer_idx_to_cache_idx", "previous_kvs"):
+        for name in (_CACHE_OF_LAYER, "previous_kvs"):
             source = list(getattr(module, name, source))
     if caches != layers and source == list(range(layers)):
         return ((),) * caches

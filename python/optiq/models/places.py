@@ -57,6 +57,12 @@ class Wrapper(nn.Module):
         value = self.get(key)
         return value if value is not None else getattr(self.get("inner"), key)
 
+    def __setattr__(self, key: str, value: Any) -> None:
+        """Model files assign to the parameters of their layers, too (Gemma 3n)."""
+        inner = self.get("inner")
+        target = inner if inner is not None and key in inner and key not in self else super()
+        target.__setattr__(key, value)
+
     # Model files ask isinstance(layer, ...) to choose a layer's mask.
     @property  # type: ignore[misc]
     def __class__(self) -> type:

@@ -11,16 +11,18 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from optiq.errors import SensitivityError
 from optiq.formats import Format
 from optiq.models.roles import Module, Role, quantizable
 from optiq.quantize.sensitivity import fisher
-from optiq.quantize.sensitivity.fisher import score_by_fisher
+from optiq.quantize.sensitivity.fisher import scorable, score_by_fisher
 from optiq.quantize.sensitivity.job import Job
 from optiq.quantize.sensitivity.kl import score_by_kl
 from tests.architectures import construct
+from tests.families.table import family_folder
 from tests.quantize.replay.test_replay import Toy
 from tests.quantize.sensitivity.cases import (
     MODELS,
@@ -38,10 +40,11 @@ TEXT = sequences(24)[0]
 G32 = [Format("affine", 8, 32)]
 
 
-def log_likelihood(model: nn.Module, tokens: list[int], seed: int) -> mx.array:
+def log_likelihood(model: nn.Module, tokens: list[int], seed: int, cached: bool) -> mx.array:
     """sum_t log p(y_t) with the very labels that the score of sequence 0 draws."""
     _, draw = mx.random.split(mx.random.split(mx.random.key(seed), 1)[0])
-    logits = model(mx.array([tokens]))[0].astype(mx.float32)
+    cache = {"cache": make_prompt_cache(model)} if cached else {}
+    logits = model(mx.array([tokens]), **cache)[0].astype(mx.float32)
     labels = mx.random.categorical(mx.stop_gradient(logits), key=draw)
     picked = mx.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
     return mx.sum(picked - mx.logsumexp(logits, axis=-1))
@@ -70,23 +73,31 @@ def check_against_autodiff(
     build: Callable[[], nn.Module],
     monkeypatch: pytest.MonkeyPatch,
     text: list[int] = TEXT,
+    cached: bool = False,
 ) -> None:
     stock = build()
     paths = [m.path for m in quantizable(stock) if m.role is not Role.HEAD]
 
     def likelihood(weights: dict[str, Any]) -> mx.array:
         stock.update(weights)
-        return log_likelihood(stock, text, seed=5)
+        return log_likelihood(stock, text, 5, cached)
 
     parameters = dict(tree_flatten(stock.parameters()))
     picked = {f"{path}.weight": parameters[f"{path}.weight"] for path in paths}
     gradients = dict(tree_flatten(mx.grad(likelihood)(tree_unflatten(list(picked.items())))))
 
     work = job(build(), [text], G32, seed=5)
+    called = scorable(work)
+    work.formats = {path: formats for path, formats in work.formats.items() if path in called}
     found = found_gradients(work, monkeypatch)
-    assert found.keys() >= set(paths)
+    scored = {m.path for m in work.modules if work.rounded(m)}
+    assert found.keys() >= scored & set(paths)
+    for path in set(paths) - called:
+        assert not mx.any(gradients[f"{path}.weight"])
     for m in work.modules:
         if m.role is Role.HEAD or m.tied:  # the head's own part is scored exactly
+            continue
+        if m.path not in scored:
             continue
         expected = np.array(gradients[f"{m.path}.weight"])
         scale = np.abs(expected).max()
@@ -106,6 +117,14 @@ def test_gradients_equal_whole_model_autodiff(
 )
 def test_gradients_in_other_architectures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check_against_autodiff(lambda: randomized(lambda: construct(name)), monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "afm7"])
+def test_gradients_through_the_cache_of_another_block(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = family_folder(tmp_path, name)
+    check_against_autodiff(lambda: load_model(path)[0], monkeypatch, cached=True)
 
 
 def test_gradients_of_looped_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,12 +45,13 @@ class Decoder(Replay):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, heads(model))
-        self.model = model
         self.owners: dict[int, int] = {}
         self._caches: Sequence[Any] = ()
 
     def __enter__(self) -> Decoder:
         super().__enter__()
+        self._caches = make_prompt_cache(self.model)
+        self.run(mx.array([[0]]), (), ALL, list(self._caches))  # for `owners`; nothing is computed
         return self
 
     def read(self, tokens: Sequence[int], tail: int, *, step: int = CHUNK) -> Context:

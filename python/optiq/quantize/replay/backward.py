@@ -16,11 +16,37 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 
+from ...base.text import one_line
 from ...models.roles import Module, Role
 from .gradients import Call, add_calls
 from .logits import LOGITS_BYTES
-from .replay import Pass, Replay, Tape, arrays
-from .taps import Taps
+from .replay import ALL, Pass, Replay, Tape, arrays
+from .taps import Deltas, Taps
+
+
+def survey(
+    replay: Replay, tokens: Sequence[int], modules: Sequence[Module]
+) -> tuple[set[str], str]:
+    """Paths of the modules that a run calls as layers; and why it has no gradients, if it has none.
+
+    A block that reads the keys and values of another has weights for its own all the same. In
+    some model files gradients reach indices, where MLX has none. Only graphs are built.
+    """
+    ids = mx.array([list(tokens)])
+    with Taps(replay, modules) as taps:
+        replay.run(ids, (), ALL)
+        called = set(taps.outputs)
+
+        def last(deltas: Deltas) -> mx.array:
+            taps.start(deltas)
+            return mx.sum(replay.run(ids, (), ALL).hidden)
+
+        try:
+            mx.grad(last)(tree_map(mx.zeros_like, taps.outputs))
+        except ValueError as error:  # MLX's, of the model file
+            name = type(replay.model).__module__
+            return called, f"{name} has no gradients ({one_line(error)})"
+    return called, ""
 
 
 class Backward:

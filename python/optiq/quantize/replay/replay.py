@@ -4,6 +4,9 @@ The entries of `model.layers` are replaced by wrappers for the length of a with 
 whose block need not run returns the recorded output instead, whatever its structure; everything
 between the blocks (masks, norms, scalings, logit caps) stays the model's own code. MLX is lazy, so
 what only the skipped blocks would have needed is never computed.
+
+Where later blocks read what a block writes to its cache, that is part of what the block returns:
+it is recorded, and written again in the block's place.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +22,7 @@ from mlx.nn.utils import checkpoint
 from mlx.utils import tree_flatten, tree_map
 
 from ...errors import SensitivityError
+from ...models.blocks import whole_text_caches
 from ...models.places import Place, Wrapper, place_at
 from ...models.roles import Module, Role
 
@@ -90,7 +94,7 @@ class Replay:
         self.executions = 0
         self._recompute = recompute
         self.order: list[int] = []  # block index of each block call of a forward pass
-        self._model = model
+        self.model = model
         self._places = {m.path: place_at(model, m.path) for m in modules}
         self._wrapped: list[tuple[Place, Wrapper]] = []
         self._head = next((m for m in modules if m.tied or m.role is Role.HEAD), None)
@@ -99,11 +103,12 @@ class Replay:
         self._rows: mx.array | None = None
         self._rows_head: nn.Module | None = None
         self._hidden: mx.array | None = None
+        self._shared: list[Any] | None = None
         self._begin()
 
     def __enter__(self) -> Replay:
-        blocks = list(self._model.layers)
-        homes = _homes(self._model, blocks)
+        blocks = list(self.model.layers)
+        homes = _homes(self.model, blocks)
         for place, index in homes:
             self._wrap(place, _Block(place.get(), index, self))
         if self._head is not None:
@@ -118,7 +123,7 @@ class Replay:
             place.set(wrapper.inner)
         self._wrapped.clear()
         if self._head is not None:
-            self._places[self._head.path] = place_at(self._model, self._head.path)
+            self._places[self._head.path] = place_at(self.model, self._head.path)
 
     def place(self, path: str) -> Place:
         """Where the quantizable module `path` is while the blocks are wrapped."""
@@ -171,7 +176,9 @@ class Replay:
         """
         self._begin()
         self._live, self._outputs = live, outputs
-        logits = self._model(tokens) if cache is None else self._model(tokens, cache=cache)
+        if cache is None:
+            cache = self._shared = whole_text_caches(self.model)
+        logits = self.model(tokens) if cache is None else self.model(tokens, cache=cache)
         # A model that multiplies by its head's weight itself: its logits stand for the input of
         # the head, which is then the identity.
         if self._hidden is None:
@@ -184,13 +191,18 @@ class Replay:
         """A block's call: run it or give what is recorded."""
         n = self._call
         self._call += 1
+        given = {id(value) for value in (*args, *kwargs.values())}
+        cache = next((c for c in self._shared or () if id(c) in given), None)
         if n not in self._live:
-            return handles(self._outputs[n])
+            return _written(handles(self._outputs[n]), cache)
         if n == len(self.order):
             self.order.append(index)
         self.executions += 1
-        out = (checkpoint(inner) if self._recompute else inner)(*args, **kwargs)
-        self._ran[n] = handles(out)
+        empty = cache is not None and cache.offset == 0
+        # Run again, a block would write to its cache again.
+        recompute = self._recompute and cache is None
+        out = (checkpoint(inner) if recompute else inner)(*args, **kwargs)
+        self._ran[n] = handles(_Writing(out, cache.state) if cache is not None and empty else out)
         return out
 
     def project(self, inner: Any, x: mx.array) -> mx.array:
@@ -206,10 +218,26 @@ class Replay:
         self._call = 0
         self._ran: dict[int, Any] = {}
         self._hidden = None
+        self._shared = None
 
     def _wrap(self, place: Place, wrapper: Wrapper) -> None:
         place.set(wrapper)
         self._wrapped.append((place, wrapper))
+
+
+class _Writing(NamedTuple):
+    """What a block returns that writes to a cache for later blocks, and what is in that then."""
+
+    out: Any
+    state: Any
+
+
+def _written(recorded: Any, cache: Any) -> Any:
+    """What a block returned; its cache is as it left it."""
+    if not isinstance(recorded, _Writing):
+        return recorded
+    cache.state = recorded.state
+    return recorded.out
 
 
 def arrays(tree: Any) -> list[mx.array]:

@@ -40,6 +40,7 @@ from ...models.shapes import blocks_of, dense_bytes, embedding_shape, widest_blo
 from ...nn.accelerate import accelerate
 from ...planning.plan import Plan, Planned
 from ...sources import Source, load
+from ..replay.backward import survey
 from ..replay.logits import LOGITS_BYTES
 from ..replay.replay import Replay, Tape
 from .grid import Grid
@@ -92,6 +93,9 @@ def refine(
     """
     _check_memory(memory(plan, text), progress)
     teacher = _Teacher(source, [s.tokens for s in text.sequences])
+    if teacher.no_gradients:
+        Progress(0, "", enabled=progress).say(f"nothing is refined: {teacher.no_gradients}")
+        return rounding
     student = _Student(source, plan, rounding, teacher)
     identity = {
         "source": source.fingerprint,
@@ -171,6 +175,7 @@ class _Teacher:
         accelerate(model)
         self.sequences = sequences
         with Replay(model, self.modules) as replay:
+            _, self.no_gradients = survey(replay, sequences[0], self.modules)
             self.hidden = [replay.record(tokens).hidden for tokens in sequences]
         self.head_path = next((m.path for m in self.modules if is_head(m)), None)
         self.head = place_at(model, self.head_path).get() if self.head_path else None

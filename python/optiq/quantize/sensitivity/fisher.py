@@ -38,7 +38,7 @@ from ...base.progress import Progress
 from ...errors import SensitivityError
 from ...models.roles import Module, Role, is_head
 from ...nn.layers import dequantized
-from ..replay.backward import Backward
+from ..replay.backward import Backward, survey
 from ..replay.gradients import Call, looked_up, weight_gradient
 from ..replay.logits import divergences
 from ..replay.replay import Replay
@@ -68,9 +68,24 @@ def score_by_fisher(job: Job) -> None:
             enabled=job.progress,
         ) as progress,
     ):
+        _, reason = survey(replay, job.sequences[0], work)
+        if reason:
+            raise SensitivityError(f"no Fisher scores: {reason}; use --sensitivity kl")
         for b, step in share:
             job.reference.begin()
             job.save((b, step), _Batch(job, replay, batches[b], work, progress).score())
+
+
+def scorable(job: Job) -> set[str]:
+    """Paths of the modules that have Fisher scores: a run calls them as layers, and has gradients.
+
+    All others are to be measured.
+    """
+    with Replay(job.model, job.modules) as replay:
+        called, reason = survey(replay, job.sequences[0], job.modules)
+    if reason:
+        Progress(0, "", enabled=job.progress).say(f"no Fisher scores: {reason}")
+    return set() if reason else called
 
 
 class _Batch:
@@ -105,7 +120,7 @@ class _Batch:
     def _score_module(self, module: Module, calls: Sequence[list[Call]]) -> None:
         """Add to `totals` the scores of one module, whose `calls` are given by tape."""
         job = self.job
-        if module.role is not Role.HEAD and not all(calls):
+        if module.role is not Role.HEAD and not any(calls):
             raise SensitivityError(
                 f"the model never calls {module.path} as a layer, so it has no Fisher score; "
                 "use --sensitivity kl"

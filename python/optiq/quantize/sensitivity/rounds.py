@@ -14,7 +14,7 @@ from ...planning.contested import Contest, contests
 from ...planning.scores import Score, Scored, Scores, Settled
 from ...planning.size import Size
 from ...quality.statistics import mean_per_token
-from .fisher import score_by_fisher
+from .fisher import scorable, score_by_fisher
 from .job import Job
 from .kl import runs, score_by_kl
 
@@ -89,8 +89,10 @@ def measure_auto(rounds: Rounds, scores: Scores, size: Size) -> Settled:
     `scores` is all that is known but the modules.
     """
     job = rounds.job
-    rounds.run("fisher", rounds.of(smooth))
-    rounds.run("kl", rounds.of(lambda m: not smooth(m)))
+    called = scorable(job)
+    estimated = rounds.of(lambda m: smooth(m) and m.path in called)
+    rounds.run("fisher", estimated)
+    rounds.run("kl", rounds.of(lambda m: m.path not in estimated))
     full = rounds.cost(rounds.of(lambda m: smooth(m) and m.role is not Role.HEAD))
     say = Progress(0, "", enabled=job.progress).say
     spent, measured = 0, set[str]()
