@@ -75,6 +75,7 @@ FUSED = dict.fromkeys(
     ("llama", "qwen2", "qwen3", "gemma3_text", "phi3", "mistral", "olmo2"), "attention and MLP"
 ) | dict.fromkeys(("qwen3_moe", "gpt_oss"), "attention")
 SWAPPED = (
+    "mlx_lm.models.mla",
     "mlx.nn.layers.linear",
     "mlx.nn.layers.embedding",
     "mlx.nn.layers.quantized",

@@ -6,8 +6,10 @@
 from .layers import (
     Embedding,
     Linear,
+    MultiLinear,
     QuantizedEmbedding,
     QuantizedLinear,
+    QuantizedMultiLinear,
     QuantizedSwitchLinear,
     SwitchLinear,
 )
@@ -15,8 +17,10 @@ from .layers import (
 __all__ = [
     "Embedding",
     "Linear",
+    "MultiLinear",
     "QuantizedEmbedding",
     "QuantizedLinear",
+    "QuantizedMultiLinear",
     "QuantizedSwitchLinear",
     "SwitchLinear",
 ]

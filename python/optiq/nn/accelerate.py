@@ -20,6 +20,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..formats import AFFINE_BITS, AFFINE_GROUPS, Format
 from ..models.blocks import Unknown, describe
+from ..models.kinds import Kind, kind_of
 from ..models.places import place_at
 from ..models.roles import blocks as blocks_of
 from ..ops import AffineWeight, matmul, metal, native
@@ -28,6 +29,7 @@ from .check import disagreement, layer_disagreement
 from .layers import (
     QuantizedEmbedding,
     QuantizedLinear,
+    QuantizedMultiLinear,
     QuantizedSwitchLinear,
     stock_classes,
 )
@@ -147,7 +149,8 @@ def quantized(
 ) -> nn.Module:
     """The native quantized layer that `module` becomes with its weight rounded to `fmt`.
 
-    `module` is a Linear, Embedding or SwitchLinear, stock or native; its bias is carried over.
+    `module` is a Linear, Embedding, SwitchLinear or MultiLinear, stock or native; its bias is
+    carried over.
     """
     out: nn.Module
     if isinstance(module, nn.Linear):
@@ -156,6 +159,8 @@ def quantized(
         out = QuantizedEmbedding.empty()
         rows, dims = module.weight.shape
         out.num_embeddings, out.dims = rows, dims
+    elif kind_of(module) is Kind.HEADS:
+        out = QuantizedMultiLinear.empty()
     else:
         out = QuantizedSwitchLinear.empty()
         out.global_scale = None

@@ -6,7 +6,8 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import switch_layers
+import numpy as np
+from mlx_lm.models import mla, switch_layers
 
 from .. import ops
 from ..ops import native
@@ -75,16 +76,33 @@ class QuantizedEmbedding(Adopting, nn.QuantizedEmbedding):
 
 class SwitchLinear(Adopting, switch_layers.SwitchLinear):  # type: ignore[misc]
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        rows, experts, shape = _expert_rows(x, indices)
+        rows, experts, shape = expert_rows(x, indices)
         y = ops.linear(rows, self["weight"], indices=experts).reshape(*shape, -1)
         return _expert_bias(self, y, indices)
 
 
 class QuantizedSwitchLinear(Adopting, switch_layers.QuantizedSwitchLinear):  # type: ignore[misc]
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        rows, experts, shape = _expert_rows(x, indices)
+        rows, experts, shape = expert_rows(x, indices)
         y = _product(self, rows, indices=experts).reshape(*shape, -1)
         return _expert_bias(self, y, indices)
+
+
+class MultiLinear(Adopting, mla.MultiLinear):  # type: ignore[misc]
+    def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
+        if not native.active():
+            return super().__call__(_activation(x), transpose)  # type: ignore[no-any-return]
+        rows, heads, shape = _head_rows(x, self["weight"].shape[0])
+        y = ops.linear(rows, self["weight"], transpose=transpose, indices=heads)
+        return y.reshape(*shape, -1)
+
+
+class QuantizedMultiLinear(Adopting, mla.QuantizedMultiLinear):  # type: ignore[misc]
+    def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
+        if self.mode != "affine" or not native.active():
+            return super().__call__(_activation(x), transpose)  # type: ignore[no-any-return]
+        rows, heads, shape = _head_rows(x, self["weight"].shape[0])
+        return _product(self, rows, indices=heads, transpose=transpose).reshape(*shape, -1)
 
 
 def stock_classes() -> dict[type[nn.Module], type[Adopting]]:
@@ -96,6 +114,8 @@ def stock_classes() -> dict[type[nn.Module], type[Adopting]]:
         nn.QuantizedEmbedding: QuantizedEmbedding,
         switch_layers.SwitchLinear: SwitchLinear,
         switch_layers.QuantizedSwitchLinear: QuantizedSwitchLinear,
+        mla.MultiLinear: MultiLinear,
+        mla.QuantizedMultiLinear: QuantizedMultiLinear,
     }
 
 
@@ -110,7 +130,9 @@ def dequantized(layer: Any, rows: Any = ...) -> mx.array:
     )
 
 
-def _product(layer: Any, x: mx.array, indices: mx.array | None = None) -> mx.array:
+def _product(
+    layer: Any, x: mx.array, indices: mx.array | None = None, transpose: bool = True
+) -> mx.array:
     if layer.mode == "nvfp4":
         return _nvfp4_product(layer, x, indices)
     return ops.quantized_matmul(
@@ -118,6 +140,7 @@ def _product(layer: Any, x: mx.array, indices: mx.array | None = None) -> mx.arr
         layer["weight"],
         layer["scales"],
         layer["biases"],
+        transpose,
         group_size=layer.group_size,
         bits=layer.bits,
         indices=indices,
@@ -139,15 +162,28 @@ def _nvfp4_product(layer: Any, x: mx.array, indices: mx.array | None) -> mx.arra
     return mx.quantized_matmul(x, *weight, **options)
 
 
-def _expert_rows(x: mx.array, indices: mx.array) -> tuple[mx.array, mx.array, tuple[int, ...]]:
-    """Lay `x [..., 1, in]`, broadcast over `indices [...]`, out as one row per index."""
-    rows = mx.broadcast_to(x, (*indices.shape, *x.shape[-2:]))
+Rows = tuple[mx.array, mx.array, tuple[int, ...]]
+
+
+def expert_rows(x: mx.array, indices: mx.array) -> Rows:
+    """Lay `x [..., n, in]` and `indices [...]`, broadcast together, out as one row per index.
+
+    Returns the rows, the expert of each, and the shape that they had.
+    """
+    batch = np.broadcast_shapes(x.shape[:-2], indices.shape)
+    return _laid_out(mx.broadcast_to(x, (*batch, *x.shape[-2:])), indices[..., None])
+
+
+def _head_rows(x: mx.array, heads: int) -> Rows:
+    """Lay `x [..., heads or 1, n, in]` out as one row for each head, as `expert_rows` does."""
+    rows = mx.broadcast_to(x, (*x.shape[:-3], heads, *x.shape[-2:]))
+    return _laid_out(rows, mx.arange(heads)[:, None])
+
+
+def _laid_out(rows: mx.array, of: mx.array) -> Rows:
     shape = tuple(rows.shape[:-1])
-    per_index = rows.shape[-2]
-    experts = indices.flatten().astype(mx.uint32)
-    if per_index > 1:
-        experts = mx.repeat(experts, per_index)
-    return rows.reshape(-1, x.shape[-1]), experts, shape
+    numbers = mx.broadcast_to(of.astype(mx.uint32), shape).flatten()
+    return rows.reshape(-1, rows.shape[-1]), numbers, shape
 
 
 def _expert_bias(layer: nn.Module, y: mx.array, indices: mx.array) -> mx.array:

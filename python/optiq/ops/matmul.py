@@ -31,6 +31,8 @@ def linear(
     Returns:
         `[..., out]` in the wider dtype of `x` and `w`.
     """
+    if x.ndim == 1:  # the native gradients are of rows
+        return linear(x[None], w, transpose=transpose)[0]
     if ext := native.active():
         out: mx.array = ext.linear(x, w, transpose, indices=indices)
         return out
@@ -69,6 +71,8 @@ def quantized_matmul(
     Returns:
         `[..., out]` in the wider dtype of `x` and `scales`.
     """
+    if x.ndim == 1:
+        return quantized_matmul(x[None], w, scales, biases, transpose, group_size, bits)[0]
 
     def native_product(ext: ModuleType) -> mx.array:
         out: mx.array = ext.quantized_matmul(

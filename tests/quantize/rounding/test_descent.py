@@ -352,3 +352,36 @@ def test_no_more_is_recorded_than_there_is_room(
         monkeypatch.setattr(descent, "TAPE_BYTES", int(room * one))
         tapes = descent._record(replay, texts)
     assert [tape.tokens.tolist()[0] for tape in tapes] == texts[:used]
+
+
+@pytest.mark.parametrize("transpose", [True, False])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_moments_of_heads_are_what_the_output_error_says(transpose: bool, heads: int) -> None:
+    """For one change of a row, (v - w)' H (v - w) summed over rows, against each token's own."""
+    size, out, tokens = 8, 4, 5
+    keys = mx.random.split(mx.random.key(3), 3)
+    x = mx.random.normal((2, heads, tokens, size if transpose else out), key=keys[0])
+    g = mx.random.normal((2, 3, tokens, out if transpose else size), key=keys[1])
+    calls = ((x,), {"transpose": transpose}, g)
+    found = descent._sum([False, True], [[descent._of_heads(calls)], []]).fit
+    inputs, outputs = (x, g) if transpose else (g, x)
+    a, b = (
+        np.broadcast_to(np.array(v, np.float64), (2, 3, *v.shape[2:])) for v in (inputs, outputs)
+    )
+    expected = np.einsum("bht,bhti,bhtj->hij", np.square(b).mean(-1), a, a)
+    np.testing.assert_allclose(np.array(found), expected, 1e-4, 1e-5)
+
+
+def test_each_head_is_rounded_as_it_would_be_alone() -> None:
+    fmt = Format("affine", 3, 32)
+    w = mx.random.normal((3, 16, 64), key=mx.random.key(0))
+    x = mx.random.normal((2, 3, 100, 64), key=mx.random.key(1)) * mx.arange(1, 65) / 64
+    hessians = x.swapaxes(-1, -2) @ x
+    moments = Moments(hessians[0], hessians[1])
+    _, found = descent.best_of_each(w, fmt, moments)
+    for h in range(3):
+        _, alone = best(w[h], fmt, Moments(moments.fit[h], moments.judge[h]))
+        for part, other in zip(found, alone, strict=True):
+            assert part is not None
+            assert other is not None
+            assert mx.array_equal(part[h], other)

@@ -8,11 +8,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_lm.models.mla import MultiLinear
 
 import optiq
-from optiq.models.roles import Role, quantizable
+from optiq.models.roles import Module, Role, quantizable
 from optiq.quantize.rounding import importance
 from optiq.sources import load, resolve
+from tests.architectures import construct
 from tests.tiny import tiny_folder
 
 SEQUENCES = [[5, 9, 200, 31, 7], [80, 3, 3, 41, 12, 99, 150, 2]]
@@ -48,6 +50,24 @@ def test_a_tied_embedding_is_weighed_as_the_head(tmp_path: Path) -> None:
     rows = [np.array(model.model(mx.array([tokens])))[0] for tokens in SEQUENCES]
     truth = np.mean(np.concatenate(rows).astype(np.float64) ** 2, axis=0)
     np.testing.assert_allclose(np.array(found["model.embed_tokens"]), truth, rtol=1e-4)
+
+
+def test_each_head_is_weighed_by_itself() -> None:
+    model = construct("deepseek_v3")
+    modules = quantizable(model)
+    found = importance.column_squares(model, modules, SEQUENCES, progress=False)
+    layer = MultiLinear(8, 4, 3)
+    x = mx.random.normal((2, 3, 5, 8), key=mx.random.key(0))
+    meter = importance._Meter(layer, Module("", Role.ATTENTION, "", (3, 4, 8), 0))
+    meter(x)
+    meter(mx.ones((2, 1, 5, 4)), transpose=False)  # runs backwards: its columns multiply nothing
+    truth = np.square(np.array(x, np.float64)).mean(axis=(0, 2))
+    overall = truth.mean(axis=0)
+    weighed = (10 * truth + importance.PRIOR_ROWS * overall) / (10 + importance.PRIOR_ROWS)
+    np.testing.assert_allclose(np.array(meter.mean()), weighed, rtol=1e-4)
+    at = "model.layers.0.self_attn"
+    assert found[f"{at}.unembed_out"].shape == (4, 32)
+    assert f"{at}.embed_q" not in found
 
 
 def test_experts_are_weighed_by_what_is_routed_to_them(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.switch_layers import SwitchLinear
+
+from ...models.kinds import stock_class
 
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 # One call of a module: its args and kwargs, and the gradient at its output.
@@ -35,7 +36,7 @@ def looked_up(layer: nn.Module, calls: Sequence[list[Call]]) -> tuple[Any, Seque
 
 
 def weight_gradient(layer: nn.Module, calls: Sequence[Call]) -> FloatArray:
-    """Gradient at the weight of a linear layer, lookup or expert layer, summed over its calls."""
+    """Gradient at the weight of a linear, stacked or looked up layer, summed over its calls."""
     linear: Any = copy.copy(layer)
     linear.pop("bias", None)
     zeros = mx.zeros(layer.weight.shape)
@@ -44,11 +45,7 @@ def weight_gradient(layer: nn.Module, calls: Sequence[Call]) -> FloatArray:
 
         def apply(weight: mx.array, args: Any = args, kwargs: Any = kwargs) -> mx.array:
             linear.weight = weight
-            # The native expert product has no gradient at the weight.
-            call = (
-                SwitchLinear.__call__ if isinstance(linear, SwitchLinear) else type(linear).__call__
-            )
-            out: mx.array = call(linear, *args, **kwargs)
+            out: mx.array = stock_class(linear).__call__(linear, *args, **kwargs)
             return out
 
         total = total + mx.vjp(apply, [zeros], [gradient])[1][0]

@@ -29,11 +29,13 @@ from ... import ops
 from ...base.progress import Progress
 from ...calibration import Calibration
 from ...formats import DENSE, NVFP4, Format
+from ...models.kinds import Kind, kind_of
+from ...models.places import place_at
 from ...models.roles import Module, Role, is_head, quantizable
 from ...nn.accelerate import accelerate
-from ...planning.plan import Plan, Planned
+from ...planning.plan import Plan
 from ...sources import Source, load
-from ..replay.backward import Backward
+from ..replay.backward import Backward, survey
 from ..replay.gradients import Call
 from ..replay.logits import LOGITS_BYTES
 from ..replay.replay import Replay, Tape
@@ -52,7 +54,10 @@ TAPE_BYTES = 4 << 30
 
 @dataclass(frozen=True)
 class Moments:
-    """H, `[in, in]` float32, of the sequences that are fitted to and of those that judge."""
+    """H, `[in, in]` float32, of the sequences that are fitted to and of those that judge.
+
+    Of a weight for each head there is one for each: `[heads, in, in]`.
+    """
 
     fit: mx.array
     judge: mx.array
@@ -71,11 +76,16 @@ def descend(
     """`rounding` with the modules of `plan` fitted to the sequences of `text`.
 
     Experts and modules in nvfp4 stay as they were, and all where there are fewer than two
-    sequences. `reference` is that of the scores.
+    sequences, or no gradients. `reference` is that of the scores.
     """
     loaded = load(source)
     model, modules = loaded.model, quantizable(loaded.model)
-    work = {p.module.path: p for p in plan.modules if _is_fitted(p)}
+    work = {
+        p.module.path: p
+        for p in plan.modules
+        if p.format not in (DENSE, NVFP4)
+        and kind_of(place_at(model, p.module.path).get()) is not Kind.EXPERTS
+    }
     chosen, _ = choose(reference, weight_bytes(model))
     running = open_reference(chosen, source, model, modules, MINMAX)
     accelerate(model, blocks=False)
@@ -87,14 +97,18 @@ def descend(
     ):
         tapes = _record(replay, [s.tokens for s in text.sequences])
         running.begin()
-        if len(tapes) < 2:
+        _, reason = survey(replay, text.sequences[0].tokens, [p.module for p in work.values()])
+        if reason:
+            bar.say(f"nothing is fitted: {reason}")
+        if reason or len(tapes) < 2:
             return rounding
         for module, moments in _moments(
             replay, tapes, [m for m in modules if m.path in work], seed
         ):
             path, fmt = module.path, work[module.path].format
             weight = running.dense(path).weight.astype(loaded.dtype)
-            way, fitted[path, fmt] = best(weight, fmt, moments)
+            fit = best if weight.ndim == 2 else best_of_each
+            way, fitted[path, fmt] = fit(weight, fmt, moments)
             mx.eval(fitted[path, fmt])
             ways[way] += 1
             bar.step(note=path)
@@ -120,14 +134,18 @@ def best(w: mx.array, fmt: Format, moments: Moments) -> tuple[str, Rounded]:
     return name, candidates[name][:3]
 
 
+def best_of_each(w: mx.array, fmt: Format, moments: Moments) -> tuple[str, Rounded]:
+    """`best` of each of `w` `[heads, out, in]`, and the way that most of them take."""
+    each = zip(w, moments.fit, moments.judge, strict=True)
+    found = [best(one, fmt, Moments(fit, judge)) for one, fit, judge in each]
+    ways, rounded = zip(*found, strict=True)
+    codes, scales, biases = (mx.stack(list(parts)) for parts in zip(*rounded, strict=True))
+    return Counter(ways).most_common(1)[0][0], (codes, scales, biases)
+
+
 def _error(w: mx.array, v: ops.AffineWeight, hessian: mx.array) -> float:
     change = v.dequantized() - w.astype(mx.float32)
     return float(np.asarray(mx.sum((change @ hessian) * change)))
-
-
-def _is_fitted(planned: Planned) -> bool:
-    """Whether it is one matrix in an affine format."""
-    return planned.format not in (DENSE, NVFP4) and len(planned.module.shape) == 2
 
 
 def _record(replay: Replay, sequences: Sequence[Sequence[int]]) -> list[Tape]:
@@ -153,7 +171,8 @@ def _moments(
     layers = [m for m in modules if m.role is not Role.HEAD]
     for module, calls in Backward(replay, tapes, keys).calls(layers):
         if all(calls):
-            row = _lookup if module.role is Role.EMBEDDING else _call
+            of_heads = kind_of(replay.place(module.path).get()) is Kind.HEADS
+            row = _lookup if module.role is Role.EMBEDDING else _of_heads if of_heads else _call
             rows = [[row(call) for call in of] for of in calls]
             if is_head(module):
                 rows = [of + _head_rows(replay, tape) for of, tape in zip(rows, tapes, strict=True)]
@@ -163,13 +182,25 @@ def _moments(
             yield module, _sum(judges, [_head_rows(replay, tape) for tape in tapes])
 
 
-Rows = tuple[mx.array, mx.array]  # inputs [n, in] and how much each counts [n]
+Rows = tuple[mx.array, mx.array]  # inputs [..., n, in] and how much each counts [..., n]
 
 
 def _call(call: Call) -> Rows:
     (x, *_), _, gradient = call
     weights = mx.mean(mx.square(gradient.astype(mx.float32)), axis=-1)
     return x.reshape(-1, x.shape[-1]).astype(mx.float32), weights.flatten()
+
+
+def _of_heads(call: Call) -> Rows:
+    """Rows of each head. Run backwards, the gradient is to a row what else the input is."""
+    (x, *transpose), named, gradient = call
+    forwards = named.get("transpose", all(transpose))
+    inputs, outputs = (x, gradient) if forwards else (gradient, x)
+    weights = mx.mean(mx.square(outputs.astype(mx.float32)), axis=-1)
+    shape = gradient.shape[:-1]  # [batch, heads, n]
+    rows = mx.broadcast_to(inputs.astype(mx.float32), (*shape, inputs.shape[-1]))
+    by_head = rows.swapaxes(0, 1).flatten(1, 2)
+    return by_head, mx.broadcast_to(weights, shape).swapaxes(0, 1).flatten(1)
 
 
 def _lookup(call: Call) -> Rows:
@@ -192,10 +223,10 @@ def _head_rows(replay: Replay, tape: Tape) -> list[Rows]:
 
 
 def _sum(judges: Sequence[bool], rows: Sequence[Sequence[Rows]]) -> Moments:
-    size = rows[0][0][0].shape[-1]
-    sums = [mx.zeros((size, size)), mx.zeros((size, size))]
+    *heads, _, size = rows[0][0][0].shape
+    sums = [mx.zeros((*heads, size, size)) for _ in range(2)]
     for judge, of in zip(judges, rows, strict=True):
         for x, weights in of:
-            sums[judge] = sums[judge] + (x * weights[:, None]).T @ x
+            sums[judge] = sums[judge] + (x * weights[..., None]).swapaxes(-1, -2) @ x
         mx.eval(sums)
     return Moments(*sums)

@@ -13,10 +13,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...base.progress import Progress
+from ...models.blocks import whole_text_caches
+from ...models.kinds import Kind, kind_of
 from ...models.places import Wrapper, place_at
-from ...models.roles import Module, Role
+from ...models.roles import Module
+from ...nn.layers import expert_rows
 
-# Rows of evidence that the average over all experts counts as, for an expert seen less often.
+# Rows of evidence that the average over all experts or heads counts as, for one seen less often.
 PRIOR_ROWS = 16
 
 
@@ -27,9 +30,10 @@ def column_squares(
     *,
     progress: bool = True,
 ) -> dict[str, mx.array]:
-    """Mean square of each input column, float32 `[in]` or `[experts, in]`, by module path.
+    """Mean square of each input column, float32 `[in]`, `[experts, in]` or `[heads, in]`, by path.
 
-    Modules whose weight multiplies nothing (an embedding that is only looked up) are left out.
+    Modules whose columns multiply nothing are left out: an embedding that is only looked up, and
+    a latent projection that is only run backwards, from the latent to keys.
     """
     meters = {m.path: _Meter(place_at(model, m.path).get(), m) for m in modules}
     for path, meter in meters.items():
@@ -38,7 +42,8 @@ def column_squares(
     try:
         with Progress(total, "tokens weighed", enabled=progress) as bar:
             for tokens in sequences:
-                model(mx.array([list(tokens)]))
+                caches = whole_text_caches(model)
+                model(mx.array([list(tokens)]), **({"cache": caches} if caches else {}))
                 mx.eval([(m.squares, m.rows) for m in meters.values()])
                 bar.step(len(tokens))
     finally:
@@ -52,14 +57,18 @@ class _Meter(Wrapper):
 
     def __init__(self, inner: nn.Module, module: Module) -> None:
         super().__init__(inner)
-        outer = module.shape[:1] if module.role is Role.EXPERT else ()
+        self.kind = kind_of(inner)
+        outer = () if self.kind is Kind.MATRIX else module.shape[:1]
         self.squares = mx.zeros((*outer, module.shape[-1]))
         self.rows = mx.zeros(outer)
         self.seen = False
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        if self.rows.ndim:
+        if self.kind is Kind.EXPERTS:
             self._add_experts(x, args[0])
+        elif self.kind is Kind.HEADS:
+            if kwargs.get("transpose", True) and all(args):
+                self._add_heads(x)
         elif mx.issubdtype(x.dtype, mx.floating):  # not the token ids of a lookup
             self._add(x)
         out: mx.array = self.inner(x, *args, **kwargs)
@@ -77,11 +86,16 @@ class _Meter(Wrapper):
         self.seen = True
 
     def _add_experts(self, x: mx.array, indices: mx.array) -> None:
-        rows = mx.broadcast_to(x, (*indices.shape, *x.shape[-2:]))
-        rows = mx.square(rows.reshape(-1, x.shape[-1]).astype(mx.float32))
-        experts = mx.repeat(indices.flatten(), x.shape[-2])
-        self.squares = self.squares.at[experts].add(rows)
+        rows, experts, _ = expert_rows(x, indices)
+        self.squares = self.squares.at[experts].add(mx.square(rows.astype(mx.float32)))
         self.rows = self.rows.at[experts].add(1.0)
+        self.seen = True
+
+    def _add_heads(self, x: mx.array) -> None:
+        """Of `x [..., heads or 1, n, in]`."""
+        rows = mx.square(x.reshape(-1, *x.shape[-3:]).astype(mx.float32))
+        self.squares = self.squares + mx.sum(rows, axis=(0, 2))
+        self.rows = self.rows + rows.shape[0] * rows.shape[2]
         self.seen = True
 
     def mean(self) -> mx.array:
