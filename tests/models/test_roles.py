@@ -23,7 +23,9 @@ from optiq.models.roles import (
     role_of,
     unit_of,
 )
+from optiq.models.shapes import embedding_shape
 from tests.architectures import construct
+from tests.families.table import family_folder
 from tests.tiny import KINDS, tiny_folder
 
 
@@ -264,3 +266,27 @@ def test_reads_no_weight(tmp_path: Path) -> None:
     assert fixed_bytes(model, modules) == 5 * 64 * 4
     with pytest.raises(RuntimeError):
         mx.eval(model.parameters())
+
+
+def test_a_width_without_a_group_size_is_stocks() -> None:
+    model = construct("phi3")
+    type(model).quant_predicate = property(lambda self: lambda path, module: {"bits": 8})
+    try:
+        assert {m.stock for m in quantizable(model)} == {Format("affine", 8, 64)}
+    finally:
+        del type(model).quant_predicate
+
+
+def test_a_head_that_is_no_module_leaves_the_embedding_untied(tmp_path: Path) -> None:
+    model, _ = load_model(family_folder(tmp_path, "talkie"))
+    modules = quantizable(model)
+    assert [m.role for m in modules if m.block is None] == [Role.EMBEDDING]
+    assert not any(m.tied for m in modules)
+
+
+def test_an_embedding_that_may_not_be_quantized(tmp_path: Path) -> None:
+    modules = quantizable(load_model(family_folder(tmp_path, "bailing_moe_v3"))[0])
+    assert all(m.block is not None for m in modules)
+    rows, width = embedding_shape(modules)
+    assert rows >= 384
+    assert width >= 64

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from ..formats import DENSE, Format
+from ..formats import DENSE, UNIFORM4, Format
 
 if TYPE_CHECKING:  # a plan needs floors, not MLX
     import mlx.nn as nn
@@ -155,7 +155,7 @@ def quantizable(model: nn.Module) -> list[Module]:
         unit = unit_of(path)
         unit = unit if units[unit] > 1 else path
         modules.append(Module(path, role, unit, shape, block, stock=insisted.get(path)))
-    if embeddings and all(m.role is not Role.HEAD for m in modules):
+    if embeddings and not _has_head(model, modules):
         modules = [replace(m, tied=m.path == embeddings[0]) for m in modules]
     return _flow_order(modules)
 
@@ -173,6 +173,16 @@ def fixed_bytes(model: nn.Module, modules: Sequence[Module]) -> int:
     weights = {f"{m.path}.weight" for m in modules}
     tensors: dict[str, Any] = dict(tree_flatten(model.parameters()))
     return sum(array.nbytes for name, array in tensors.items() if name not in weights)
+
+
+def _has_head(model: nn.Module, modules: Sequence[Module]) -> bool:
+    """Whether other weights than the embedding's make the logits, quantizable or not."""
+    from mlx.utils import tree_flatten
+
+    names: dict[str, Any] = dict(tree_flatten(model.parameters()))
+    return any(m.role is Role.HEAD for m in modules) or any(
+        not _HEADS.isdisjoint(name.split(".")) for name in names
+    )
 
 
 def _candidates(model: nn.Module) -> dict[str, Any]:
@@ -197,7 +207,7 @@ def _stock_formats(model: nn.Module, found: dict[str, Any]) -> dict[str, Format]
     predicate = getattr(model, "quant_predicate", None) or (lambda path, module: True)
     fixed = {path: predicate(path, m) for path, m in found.items()}
     return {
-        path: Format("affine", params["bits"], params["group_size"])
+        path: Format("affine", params["bits"], params.get("group_size", UNIFORM4.group_size))
         for path, params in fixed.items()
         if isinstance(params, dict) and params.get("mode", "affine") == "affine"
     }

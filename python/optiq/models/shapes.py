@@ -8,6 +8,8 @@ from math import prod
 
 from .roles import Module, Role
 
+_ROWS = 1 << 18  # a vocabulary as large as any
+
 
 def dense_bytes(modules: Iterable[Module], itemsize: int) -> int:
     """Bytes of the modules' weights at full precision."""
@@ -15,8 +17,13 @@ def dense_bytes(modules: Iterable[Module], itemsize: int) -> int:
 
 
 def embedding_shape(modules: Iterable[Module]) -> tuple[int, int]:
-    """Rows of the vocabulary and width of the hidden states."""
-    rows, width = next(m.shape for m in modules if m.role is Role.EMBEDDING)
+    """Rows of the vocabulary and width of the hidden states.
+
+    At most, where the model file excludes its embedding from what can be quantized.
+    """
+    modules = list(modules)
+    widest = max((m.shape[-1] for m in modules), default=0)
+    rows, width = next((m.shape for m in modules if m.role is Role.EMBEDDING), (_ROWS, widest))
     return rows, width
 
 
