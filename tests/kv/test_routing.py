@@ -106,6 +106,22 @@ def test_attention_that_another_method_calls_is_not_touched() -> None:
     assert all(type(layer.self_attn) is Elsewhere for layer in model.layers)
 
 
+class Own(Through):
+    """Calls an attribute of the name, which is none of its file."""
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        q, k, v = self.fetched(x, cache)
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask)
+        return self.o_proj(y.swapaxes(1, 2).reshape(*x.shape[:2], -1))
+
+
+def test_an_attribute_of_that_name_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(globals(), "scaled_dot_product_attention")
+    model = model_with(Own)
+    assert kv.route(model) == {}
+    assert all(type(layer.self_attn) is Own for layer in model.layers)
+
+
 def test_a_routed_module_without_a_cache_is_the_original() -> None:
     model = kv.attach(model_of("mistral"), "8/4")
     before = model(mx.array([[5, 6, 7, 8]]))

@@ -77,7 +77,12 @@ def routed(module: nn.Module) -> nn.Module | None:
     if cls not in _routed_classes:
         call = cls.__call__
         made = None
-        if isinstance(call, FunctionType) and ATTENTION in call.__code__.co_names:
+        # Some files call an attribute of that name, `mx.fast.scaled_dot_product_attention`.
+        if (
+            isinstance(call, FunctionType)
+            and ATTENTION in call.__globals__
+            and (ATTENTION in call.__code__.co_names)
+        ):
             made = type(f"Routed{cls.__name__}", (Routed, cls), {"rerouted": _rerouted(call)})
         _routed_classes[cls] = made
     made = _routed_classes[cls]

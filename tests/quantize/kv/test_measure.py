@@ -13,13 +13,14 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from optiq.calibration import Sample
-from optiq.errors import CheckpointError
+from optiq.errors import CheckpointError, KVError
 from optiq.formats import DENSE, Format
 from optiq.kv import KVConfig, entries, make_cache
 from optiq.quantize.kv import measure as module
 from optiq.quantize.kv.measure import Scoring, by_law, chunk, complete, measure_slots, to_measure
 from optiq.quantize.kv.slots import Slot, configured, parse_menu, slots_of
 from optiq.quantize.sensitivity.checkpoint import Checkpoint
+from tests.families.table import family_folder
 from tests.tiny import tiny_folder
 
 MENU = parse_menu("3,4,5,6,8,bf16")
@@ -109,6 +110,12 @@ def test_a_score_is_the_kl_of_the_tail(model: nn.Module) -> None:
         assert scores[name][fmt].kl == pytest.approx(np.mean(means), rel=1e-3)
         spread = abs(means[0] - means[1]) / 2  # two contexts of one length
         assert scores[name][fmt].se == pytest.approx(spread, rel=1e-2)
+
+
+def test_caches_that_no_block_is_given_are_refused(tmp_path: Path) -> None:
+    looped, _ = load_model(family_folder(tmp_path, "iquestloopcoder"))
+    with pytest.raises(KVError, match="iquestloopcoder does not hand its caches to its blocks"):
+        run(looped)
 
 
 def test_it_is_deterministic_and_goes_on_from_what_is_done(

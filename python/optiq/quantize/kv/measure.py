@@ -19,7 +19,7 @@ import mlx.nn as nn
 
 from ...base.progress import Progress
 from ...calibration import Sample
-from ...errors import SensitivityError
+from ...errors import KVError, SensitivityError
 from ...formats import DENSE, Format
 from ...kv.config import KVConfig
 from ...kv.model import make_cache
@@ -101,6 +101,11 @@ def _run(
         Decoder(job.model) as decoder,
         Progress(len(units), "caches scored", done=len(done), enabled=progress) as bar,
     ):
+        if not by_cache.keys() <= decoder.owners.keys():
+            raise KVError(
+                f"mlx-lm's {type(job.model).__module__} does not hand its caches to its blocks, so "
+                "they cannot be measured one by one; name the widths yourself, as in --kv 8/4"
+            )
         for c, sample in enumerate(job.contexts):
             missing = [cache for cache in by_cache if f"{c}/{cache}" not in done]
             if not missing:
