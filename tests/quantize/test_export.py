@@ -120,9 +120,12 @@ def test_shards_are_within_the_limit(tmp_path: Path) -> None:
     assert mx.array_equal(got(TOKENS), by_hand(source, plan)(TOKENS))
 
 
-def test_tensors_of_another_dtype(tmp_path: Path) -> None:
-    """Unquantized tensors keep their own dtype; planned weights take the model's."""
+@pytest.mark.parametrize("named", ["bfloat16", None])
+def test_tensors_of_another_dtype(tmp_path: Path, named: str | None) -> None:
+    """Planned weights take the model's dtype; others, too, where config.json names it."""
     source = source_of(tmp_path, "llama-bf16")
+    config = source.path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "torch_dtype": named}))
     file = source.path / "model.safetensors"
     weights = mx.load(str(file))
     for name in ("model.norm.weight", "model.layers.0.self_attn.q_proj.weight"):
@@ -132,7 +135,7 @@ def test_tensors_of_another_dtype(tmp_path: Path) -> None:
     source = resolve(str(source.path))
     export(source, uniform(source), tmp_path / "out")
     stored = mx.load(str(tmp_path / "out" / "model.safetensors"))
-    assert stored["model.norm.weight"].dtype == mx.float32
+    assert stored["model.norm.weight"].dtype == (mx.bfloat16 if named else mx.float32)
     q = "model.layers.0.self_attn.q_proj"
     expected = mx.quantize(weights[f"{q}.weight"].astype(mx.bfloat16), 64, 4)
     for part, array in zip(("weight", "scales", "biases"), expected, strict=True):

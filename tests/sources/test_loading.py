@@ -10,10 +10,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
+from mlx_lm import convert as stock_convert
 from mlx_lm.utils import load_model, quantize_model, save_model
 
 from optiq.errors import SourceError
 from optiq.sources import check_finite, load, resolve
+from tests.families.table import family_folder
 from tests.tiny import BOS, EOS, KINDS, tiny_folder, write_tokenizer
 
 TOKENS = mx.array([[1, 40, 300, 77, 12]])
@@ -49,6 +52,38 @@ def test_dtype_is_that_of_most_bytes(tmp_path: Path) -> None:
     norms = {n: w.astype(mx.float32) for n, w in weights.items() if "norm" in n}
     mx.save_safetensors(path, {**weights, **norms})
     assert load(resolve(str(folder))).dtype == mx.bfloat16
+
+
+@pytest.mark.parametrize("named", ["bfloat16", "float16", "float32", None])
+def test_what_is_converted_has_the_dtype_that_mlx_lm_gives_it(
+    tmp_path: Path, named: str | None
+) -> None:
+    folder = tiny_folder(tmp_path, name="source", torch_dtype=named)
+    source = resolve(str(folder))
+    stock_convert(str(folder), str(tmp_path / "stock"))
+    stock, _ = load_model(tmp_path / "stock")
+    ours = dict(tree_flatten(load(source).model.parameters()))
+    for name, array in tree_flatten(stock.parameters()):
+        assert ours[name].dtype == array.dtype
+        assert mx.array_equal(ours[name], array)
+    kept = load(source, allow_quantized=True).model.parameters()
+    assert {array.dtype for _, array in tree_flatten(kept)} == {mx.float32}  # what runs as it is
+
+
+def test_a_model_file_that_exits_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_folder(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "olmo"}))
+    assert "To run olmo install ai2-olmo" in refused(folder)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_model_file_that_skips_the_constructor_can_be_frozen(tmp_path: Path) -> None:
+    model = load(resolve(str(family_folder(tmp_path, "recurrent_gemma")))).model
+    model.freeze()
+    assert tree_flatten(model.trainable_parameters()) == []
 
 
 def test_weights_stay_on_disk_until_used(tmp_path: Path) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map_with_path
 
 from ..base.notice import notice
 from ..base.text import one_line
@@ -56,8 +57,9 @@ class LoadedModel:
 def load(source: Source, *, lazy: bool = True, allow_quantized: bool = False) -> LoadedModel:
     """Load `source` with mlx-lm's own classes; with `lazy` no weight is read before it is used.
 
-    Raises SourceError when mlx-lm cannot load the model or the tokenizer, and for an already
-    quantized model unless `allow_quantized`.
+    Unless `allow_quantized`, weights have the dtype that mlx-lm's converter gives them. Raises
+    SourceError when mlx-lm cannot load the model or the tokenizer, and for an already quantized
+    model unless `allow_quantized`.
     """
     from mlx_lm.utils import load_tokenizer  # here: two seconds of transformers
 
@@ -71,7 +73,7 @@ def load(source: Source, *, lazy: bool = True, allow_quantized: bool = False) ->
             "numbers; they are taken as they are"
         )
     try:
-        model, config = open_model(source, dense=not allow_quantized)
+        model, config = open_model(source, converting=not allow_quantized)
         if not lazy:
             mx.eval(model.parameters())
     except Exception as error:
@@ -89,21 +91,31 @@ def load(source: Source, *, lazy: bool = True, allow_quantized: bool = False) ->
     return LoadedModel(source, model, tokenizer, config, _main_dtype(source, model))
 
 
-def open_model(source: Source, *, dense: bool = True) -> tuple[nn.Module, dict[str, Any]]:
-    """mlx-lm's model of `source` and its config; no weight is read.
+def open_model(source: Source, *, converting: bool = True) -> tuple[nn.Module, dict[str, Any]]:
+    """mlx-lm's model of `source` and its config; no weight is read. Raises what mlx-lm raises.
 
-    With `dense` a quantization that config.json names is not applied where the weights are plain.
+    With `converting`, weights have the dtype that mlx-lm's converter gives them, and a
+    quantization that config.json names is not applied where the weights are plain.
     """
     from mlx_lm.utils import load_model
 
     settings = dict(source.settings)
-    if dense and quantization(source.path) not in (None, "bitnet") and _is_dense(source.path):
+    if converting and quantization(source.path) not in (None, "bitnet") and _is_dense(source.path):
         settings |= dict.fromkeys(("quantization", "quantization_config"))
-    with _plain_path(source.path) as path:
-        opened: tuple[nn.Module, dict[str, Any]] = load_model(
-            path, lazy=True, model_config=settings
-        )
-    return opened
+    printed = io.StringIO()
+    model: nn.Module
+    config: dict[str, Any]
+    try:
+        with redirect_stdout(printed), _plain_path(source.path) as path:
+            model, config = load_model(path, lazy=True, model_config=settings)
+    except SystemExit as error:  # a model file that lacks a package prints so and exits
+        raise RuntimeError(printed.getvalue() or "its model file exits") from error
+    for module in model.modules():
+        if not hasattr(module, "_no_grad"):  # recurrent_gemma leaves it out
+            nn.Module.__init__(module)
+    if converting and not config.get("quantization"):
+        _cast(model, config)
+    return model, config
 
 
 @contextmanager
@@ -125,6 +137,21 @@ def _is_dense(path: Path) -> bool:
         _SCALES.search(name) or (name.endswith("weight") and not tensor.floating)
         for name, tensor in tensors.items()
     )
+
+
+def _cast(model: nn.Module, config: dict[str, Any]) -> None:
+    """Cast weights, lazily, as `mlx_lm.convert` does before it quantizes."""
+    text_config = config.get("text_config")
+    dtype = config.get("torch_dtype") or (text_config or {}).get("dtype")
+    if dtype not in ("float16", "bfloat16", "float32"):
+        return
+    wanted: Callable[[str], bool] = getattr(model, "cast_predicate", lambda _: True)
+
+    def cast(name: str, array: mx.array) -> mx.array:
+        floating = mx.issubdtype(array.dtype, mx.floating)
+        return array.astype(getattr(mx, dtype)) if floating and wanted(name) else array
+
+    model.update(tree_map_with_path(cast, model.parameters()))
 
 
 def quantization(path: Path) -> str | None:
