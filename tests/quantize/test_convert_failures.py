@@ -130,6 +130,49 @@ def test_a_budget_below_the_smallest_possible(model: Path, refused: Callable[...
     refused("raise --size", "model", "-o", "out", "--size", "5bpw", "--formats", "6,8")
 
 
+def test_rows_that_do_not_divide_into_groups_of_64(
+    tmp_path: Path,
+    refused: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}
+    tiny_folder(tmp_path, name="narrow", hidden_size=96, intermediate_size=224, **heads)
+    refused("raise --size or add 4g32 to --formats", "narrow", "-o", "out", "--size", "5bpw")
+    monkeypatch.setenv("OPTIQ_PROGRESS", "1")
+    assert main(["convert", *QUICK, "narrow", "-o", "out"]) == 1  # only to measure is left
+    assert "15 modules stay unquantized: their rows do not divide" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scale", [28, 200])
+def test_float16_that_overflows(
+    model: Path, refused: Callable[..., None], scale: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With 28 a few tokens overflow, with 200 all."""
+
+    def enlarge(weights: dict[str, mx.array]) -> None:
+        for name, weight in weights.items():
+            factor = scale if ".0.mlp." in name else 1
+            weights[name] = (weight * factor).astype(mx.float16)
+
+    configure(model, torch_dtype="float16")
+    rewrite(model, enlarge)
+    refused("overflows float16 at model.layers.0", "model", "-o", "out")
+    configure(model, torch_dtype="bfloat16")
+    assert main(["convert", *QUICK, "model", "-o", "out"]) == 1
+    assert "measured in vain" in capsys.readouterr().err
+
+
+def test_a_model_that_mlx_lm_cannot_run_here(
+    model: Path, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise ValueError("[metal_kernel] Only available with Metal.")
+
+    monkeypatch.setattr("mlx_lm.models.llama.MLP.__call__", call)
+    refused("cannot run model: [metal_kernel] Only available with Metal", "model", "-o", "out")
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [

@@ -1,21 +1,31 @@
-"""What can be found wrong before hours of measuring: the target, the budget, the space, weights."""
+"""What can be found wrong before hours of measuring: target, budget, weights, the model itself."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from ..errors import BudgetError, SensitivityError, UsageError
-from ..formats import Format
-from ..models.roles import allowed, quantizable
+from ..base.text import one_line
+from ..errors import BudgetError, SensitivityError, SourceError, UsageError
+from ..formats import DENSE, Format
+from ..models.places import Wrapper, place_at
+from ..models.roles import Module, allowed, blocks, quantizable
 from ..planning.files import read_scores
 from ..planning.plan import parameters, uniform_plan
 from ..planning.size import Size
 from ..sources import LoadedModel, Source, check_finite, open_model
+from ..sources.folder import mlx_lm_version
 from .describe import describe_model
+from .replay.replay import arrays
+from .rounding.reference import choose, weight_bytes
+
+# Tokens that a float16 model is run on: products of stock MLX in 16 bits are slow on the CPU.
+OVERFLOW_TOKENS = 512
 
 
 def check_replaceable(path: Path) -> None:
@@ -46,9 +56,91 @@ def check_budget(loaded: LoadedModel, size: Size, menu: Sequence[Format]) -> int
         raise BudgetError(
             f"--size {size} is {budget:,} bytes, but the smallest possible with these formats is "
             f"{least:,} bytes ({8 * least / params:.2f} bits per weight); raise --size or add "
-            "narrower --formats (embeddings and heads take 4 bits or more, routers 8)"
+            f"{_narrower(modules, menu)}"
         )
     return min(budget, model.fixed_bytes + sum(map(max, sizes)))
+
+
+def _narrower(modules: Sequence[Module], menu: Sequence[Format]) -> str:
+    """The formats that a smaller model would take."""
+    if undivided(modules, menu):
+        return "4g32 to --formats (its rows do not divide into groups of 64)"
+    return "narrower --formats (embeddings and heads take 4 bits or more, routers 8)"
+
+
+def undivided(modules: Sequence[Module], menu: Sequence[Format]) -> int:
+    """How many modules stay dense because their rows divide into groups of 32 but no larger."""
+    return sum(
+        allowed(m, menu) == (DENSE,) and Format("affine", 8, 32).fits(m.shape) for m in modules
+    )
+
+
+def check_runs(loaded: LoadedModel, sequences: Sequence[Sequence[int]]) -> None:
+    """Raise SourceError unless mlx-lm itself runs the model; in float16, to finite numbers.
+
+    Only float16 ends so early that a sound model leaves it. A model that does not fit the memory
+    is not tried.
+    """
+    name = f"mlx-lm {mlx_lm_version()}"
+    model, _ = open_model(loaded.source)  # of its own: a run may change weights (Gemma 3n)
+    try:
+        _run(model, (0, 1, 2, 3))  # the graph; nothing is computed
+        fits = choose("auto", weight_bytes(model))[0] == "bf16"
+        if loaded.dtype != mx.float16 or not fits:
+            return
+        where = _overflow(model, sequences)
+    except Exception as error:  # whatever a model file raises
+        raise SourceError(f"{name} cannot run {loaded.source.name}: {one_line(error)}") from error
+    if where:
+        raise SourceError(
+            f"{loaded.source.name} overflows float16 at {where}, where {name} gives infinite or "
+            'NaN values; write "torch_dtype": "bfloat16" into its config.json'
+        )
+
+
+def _run(model: nn.Module, tokens: Sequence[int]) -> mx.array:
+    from mlx_lm.models.cache import make_prompt_cache
+
+    logits: mx.array = model(mx.array([list(tokens)]), cache=make_prompt_cache(model))
+    return logits
+
+
+def _overflow(model: nn.Module, sequences: Sequence[Sequence[int]]) -> str:
+    """The first layer or block that gives infinite values or NaN in the model's dtype, if any."""
+    notes: list[tuple[str, mx.array]] = []
+    paths = [*blocks(model), *(m.path for m in quantizable(model))]
+    places = [(place_at(model, path), path) for path in paths]
+    for place, path in places:
+        place.set(_Watch(place.get(), path, notes))
+    left = OVERFLOW_TOKENS
+    try:
+        for tokens in sequences:
+            notes.clear()
+            logits = _run(model, tokens[:left])
+            notes.append(("its logits", mx.all(mx.isfinite(logits))))
+            mx.eval([finite for _, finite in notes])
+            if wrong := [path for path, finite in notes if not finite.item()]:
+                return wrong[0]
+            left -= len(tokens)
+            if left <= 0:
+                break
+    finally:
+        for place, _ in places:
+            place.set(place.get().inner)
+    return ""
+
+
+class _Watch(Wrapper):
+    """Notes whether what `inner` returns is finite."""
+
+    def __init__(self, inner: nn.Module, path: str, notes: list[tuple[str, mx.array]]) -> None:
+        super().__init__(inner)
+        self.__dict__.update(path=path, notes=notes)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.inner(*args, **kwargs)
+        self.notes.extend((self.path, mx.all(mx.isfinite(array))) for array in arrays(out))
+        return out
 
 
 def check_weights(source: Source) -> None:

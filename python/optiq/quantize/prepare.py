@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..base.progress import Progress
 from ..calibration import (
     CALIBRATION_TOKENS,
     HELD_OUT_TOKENS,
@@ -30,7 +31,7 @@ from ..planning.size import Size
 from ..sources import LoadedModel, Source, load
 from .describe import describe_model
 from .options import Options
-from .preflight import check_weights
+from .preflight import check_runs, check_weights, undivided
 from .rounding import importance
 from .rounding.descent import descend
 from .rounding.reference import choose, open_reference, weight_bytes
@@ -117,6 +118,12 @@ def prepare(
             kept = saved_reference(work / CHECKPOINT)
             options = replace(options, reference=kept or options.reference)
         check_weights(source)
+        check_runs(loaded, [s.tokens for s in texts.scoring.sequences])
+        if narrow := undivided(quantizable(loaded.model), options.menu):
+            Progress(0, "", enabled=options.progress).say(
+                f"{narrow} modules stay unquantized: their rows do not divide into groups "
+                "of 64; add for example 4g32 to --formats"
+            )
         options = replace(options, rounding=options.rounding or "descent")
         how = choose_rounding(source, text, options)
         checkpoint = work / CHECKPOINT

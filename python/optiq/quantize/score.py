@@ -13,7 +13,7 @@ from ..distributed.ranks import World, world
 from ..planning.scores import Scores
 from ..sources import load, resolve
 from .options import Options
-from .preflight import check_budget, check_replaceable, check_weights
+from .preflight import check_budget, check_replaceable, check_runs, check_weights
 from .prepare import choose_rounding
 from .sensitivity.checkpoint import existing
 from .sensitivity.measure import measure
@@ -60,6 +60,7 @@ def score(model: str, out: Path | None, ranks: World, **options: Unpack[OptionFi
     tokens = chosen.tokens or SCORING_TOKENS
     text = gather(loaded.tokenizer, chosen.calibration, "calibration", tokens, chosen.seed)
     check_weights(source)
+    check_runs(loaded, [s.tokens for s in text.sequences])
     rounding = choose_rounding(source, text, chosen)
     scores = measure(loaded, text, chosen, rounding=rounding, checkpoint=checkpoint, world=ranks)
     if out is not None and checkpoint is not None:
