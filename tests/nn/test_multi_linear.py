@@ -72,3 +72,16 @@ def test_indices_and_inputs_of_experts_broadcast(
     got = layers.SwitchLinear.adopt(layer)(inputs, chosen)
     assert got.shape == expected.shape
     np.testing.assert_allclose(np.array(got), np.array(expected), 1e-4, 1e-4)
+
+
+def test_a_single_vector_has_gradients_at_the_weight() -> None:
+    """DBRX gives its experts one token at a time."""
+    layer = layers.Linear.adopt(nn.Linear(IN, OUT, bias=False))
+    x = mx.random.normal((IN,), key=mx.random.key(0))
+
+    def total(weight: mx.array) -> mx.array:
+        layer.weight = weight
+        return mx.sum(layer(x))
+
+    gradient = mx.grad(total)(layer.weight)
+    np.testing.assert_allclose(np.array(gradient), np.tile(np.array(x), (OUT, 1)), 1e-5)

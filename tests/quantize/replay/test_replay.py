@@ -13,12 +13,16 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from optiq.errors import SensitivityError
+from optiq.formats import Format
+from optiq.models.places import Wrapper
 from optiq.models.roles import Module, Role, quantizable
+from optiq.quantize.replay.backward import survey
 from optiq.quantize.replay.replay import Replay, arrays
+from optiq.quantize.sensitivity.fisher import scorable, score_by_fisher
 from tests.architectures import MODELS as ARCHITECTURES
 from tests.architectures import construct
 from tests.families.table import family_folder
-from tests.quantize.sensitivity.cases import MODELS, randomized, sequences, tiny_source
+from tests.quantize.sensitivity.cases import MODELS, job, randomized, sequences, tiny_source
 
 TOKENS = sequences(20)[0]
 
@@ -133,3 +137,43 @@ def test_blocks_that_are_in_no_list_are_refused() -> None:
     model = Toy(filtered=True)
     with pytest.raises(SensitivityError, match="one by one"):
         Replay(model, quantizable(model)).__enter__()
+
+
+class Sorting(Residual):
+    """Its indices are traced, and MLX has no gradients at those."""
+
+    def __call__(self, h: mx.array, state: mx.array) -> tuple[mx.array, list[Any], None]:
+        h, rest, nothing = super().__call__(h, state)
+        return mx.take_along_axis(h, mx.argsort(h, axis=-1), axis=-1), rest, nothing
+
+
+def test_a_survey_names_what_is_called_and_what_has_no_gradients() -> None:
+    tokens = [t % 64 for t in TOKENS]
+    for block, said in ((Residual, ""), (Sorting, "has no gradients")):
+        model = Toy()
+        model.blocks[:2] = [block(), block()]
+        model.blocks[2].spare = nn.Linear(32, 32)
+        modules = quantizable(model)
+        with Replay(model, modules) as replay:
+            called, reason = survey(replay, tokens, modules)
+        assert {m.path for m in modules} - called == {"blocks.2.spare"}
+        assert said in reason
+        assert bool(said) == bool(reason)
+
+
+def test_without_gradients_auto_measures_everything() -> None:
+    model = Toy()
+    model.blocks[0] = Sorting()
+    work = job(model, [[t % 64 for t in TOKENS]], [Format("affine", 4, 32)])
+    assert scorable(work) == set()
+    with pytest.raises(SensitivityError, match=r"has no gradients .*; use --sensitivity kl"):
+        score_by_fisher(work)
+
+
+def test_parameters_that_a_model_assigns_reach_the_layer() -> None:
+    layer = nn.Linear(4, 4)
+    wrapper = Wrapper(layer)
+    wrapper.weight = mx.ones((4, 4))
+    assert mx.array_equal(layer.weight, mx.ones((4, 4)))
+    wrapper.own = mx.zeros(3)
+    assert "own" not in layer
