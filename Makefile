@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc metal -name '*.cpp' -o -name '*.h' -o -name '*.metal')
 
-.PHONY: demo test fuzz bench lint format clean wheel-macos wheel-linux test-aarch64 evidence
+.PHONY: demo test families fuzz bench lint format clean wheel-macos wheel-linux test-aarch64 evidence
 
 # A changed kernel, binding or dependency reinstalls the package; Python files are used in place.
 $(VENV)/.installed: pyproject.toml CMakeLists.txt cmake/embed_metal.cmake $(SOURCES)
@@ -25,6 +25,10 @@ demo: $(VENV)/.installed
 # A file of tests at a time in each process; `python -m pytest tests/planning` needs none of this.
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# A tiny model of every model file of mlx-lm; writes docs/families.md.
+families: $(VENV)/.installed
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m families tests/families
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest bench --benchmark-only
