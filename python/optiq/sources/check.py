@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -118,8 +120,9 @@ def _build(config: Json) -> nn.Module | None:
     from mlx_lm.utils import _get_classes
 
     try:
-        model_class, args_class = _get_classes(config)
-        model: nn.Module = model_class(args_class.from_dict(copy.deepcopy(config)))
+        with redirect_stdout(io.StringIO()):  # one that lacks a package prints so and exits
+            model_class, args_class = _get_classes(config)
+            model: nn.Module = model_class(args_class.from_dict(copy.deepcopy(config)))
     except (Exception, SystemExit):  # whatever a model file raises; loading will say it
         return None
     return model
