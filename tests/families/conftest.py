@@ -17,10 +17,10 @@ HEADER = """# Families
 
 Every model file of mlx-lm {version}, as a tiny model with random weights: converted with the usual
 settings, loaded by stock mlx-lm and by `optiq.load`, and both run on the same tokens with caches.
-{converts} of {all} convert; of each other one the page says why not.
-`make families` writes this page from what happened.
+{converts} of {all} convert. For each of the others, the table says why not.
+`make families` runs them and writes this page.
 
-| architecture | what happened |
+| architecture | result |
 |---|---|
 """
 _found: dict[str, str] = {}
