@@ -127,10 +127,10 @@ void BlockPrimitive::attend(const std::vector<array>& inputs, array& out) {
 // The new cache is the old one's memory if no other array shares it.
 void BlockPrimitive::cache(const array& in, array& out) {
   // MLX holds what a step gave until the step is over, and with async_eval the next step is
-  // scheduled before that. This is no sharing: the next step runs later and holds the memory until
-  // it is over, too. So the memory moves to a reference of its own, and MLX keeps an empty one.
-  // Only in the moment after a step has ended and before MLX lets go, a cache is copied for
-  // nothing.
+  // scheduled before that. That does not count as sharing: the next step runs later and also holds
+  // the memory until it is over. So the memory moves to a reference of its own, and MLX keeps an
+  // empty one. A cache is copied without need only in the moment after a step has ended and before
+  // MLX lets go.
   if (const auto& data = in.data_shared_ptr(); block_->given.to_one(data)) {
     array(in).set_data(std::move(*data), in.data_size(), in.strides(), in.flags(), in.offset());
   }

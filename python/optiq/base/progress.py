@@ -100,6 +100,11 @@ class Progress:
         return ", ".join([*parts, note] if note else parts)
 
 
+def tell(text: str, *, enabled: bool = True) -> None:
+    """Print a whole line where progress is printed, between two pieces of work."""
+    Progress(0, "", enabled=enabled).say(text)
+
+
 def duration(seconds: float) -> str:
     """ "45 s", "12 min", "3 h 20 min"."""
     if seconds < 90:

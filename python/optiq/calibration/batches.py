@@ -38,7 +38,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Sequences whose every prefix is balanced, too; `note` says what fell short, or is empty.
+    """Sequences of which every prefix is also balanced; `note` says what fell short, or is empty.
 
     `source` is what a plan calls the file of the rows.
     """

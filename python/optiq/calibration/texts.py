@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..base.progress import Progress
+from ..base.progress import tell
 from ..chat.template import Tokenizer
 from ..errors import CalibrationError
 from .batches import Calibration, Sample, TooLittleText, batches
@@ -74,7 +74,7 @@ def gather(
         )
     found = batches(rows, tokenizer, tokens=tokens, seed=seed)
     if found.note:
-        Progress(0, "").say(f"{which} text of {text_name(path)}: {found.note}")
+        tell(f"{which} text of {text_name(path)}: {found.note}")
     return replace(found, source=text_name(path))
 
 
@@ -84,7 +84,5 @@ def gather_selection(tokenizer: Tokenizer, path: Path | None, seed: int) -> list
     try:
         return batches(rows, tokenizer, tokens=SELECTION_TOKENS, seed=seed).sequences
     except TooLittleText as error:
-        Progress(0, "").say(
-            f"selection text of {text_name(path)}: none, plans are not compared ({error})"
-        )
+        tell(f"selection text of {text_name(path)}: none, plans are not compared ({error})")
         return []

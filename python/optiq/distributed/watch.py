@@ -25,7 +25,7 @@ class Watch:
     """Tells the peers of this rank that it lives, and calls `end` with a reason if one does not.
 
     `peers` are connections by rank: on rank 0 those to all others, elsewhere that to rank 0. As a
-    context manager it tells them, too, how the block ended. `end` gets None for a reason where
+    context manager it also tells them how the block ended. The reason that `end` gets is None where
     another rank says it, or has said it.
     """
 

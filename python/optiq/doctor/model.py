@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..base.text import dtype_name
 from ..sources import load, resolve
 from ..sources.check import check
 from ..sources.folder import check_folder
@@ -21,7 +22,7 @@ def examine_model(name: str) -> list[Finding]:
         Finding("model", str(source.path)),
         Finding("fingerprint", source.fingerprint),
         Finding("architecture", str(folder.config["model_type"])),
-        Finding("weights", _weights(source.path, str(loaded.dtype).removeprefix("mlx.core."))),
+        Finding("weights", _weights(source.path, dtype_name(loaded.dtype))),
         Finding("files", f"{len(folder.files)}, {checked.tensors} tensors, none of them twice"),
     ]
     if not checked.traced:

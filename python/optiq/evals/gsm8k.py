@@ -1,6 +1,7 @@
 """Scoring of GSM8K by the filters of lm-eval's `gsm8k_cot`: exact match of a number.
 
-Unlike there, dots alone are no number, those around one are not part of it, and 29.00 is 29.
+It differs in three points: dots alone are not a number, dots around a number are not part of it,
+and 29.00 is 29.
 
 Pure functions: no MLX, no files.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-# In lm-eval's configuration, too, the last full stop stands for any character.
+# The last full stop stands for any character, as it does in lm-eval's configuration.
 _STRICT = re.compile(r"The answer is (-?[0-9.,]+).")
 _NUMBER = re.compile(r"-?[$.,]*[0-9][$0-9.,]*")
 

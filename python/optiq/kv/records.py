@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 
+from ..base.text import dtype_name
 from ..errors import KVError
 from ..formats import DENSE, Format
 from ..ops.attention import Mask, dequantize_kv, quantize_kv, quantized_attention
@@ -53,7 +54,7 @@ class Vector(NamedTuple):
 
     @classmethod
     def of(cls, x: mx.array) -> Vector:
-        return cls(x.shape[-1], str(x.dtype).removeprefix("mlx.core."))
+        return cls(x.shape[-1], dtype_name(x.dtype))
 
     @property
     def dtype(self) -> mx.Dtype:

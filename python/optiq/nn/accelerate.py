@@ -3,7 +3,7 @@
 Each layer is its stock counterpart with the same parameters; only the product differs. On the
 CPU activations are float32: the kernels accumulate in it anyway, and 16-bit activations would
 only cost accuracy and conversions. So that nothing else is rounded to 16 bits on the way (as the
-`1 + weight` of Gemma's norms would be), vectors such as norm weights become float32, too. On a GPU
+`1 + weight` of Gemma's norms would be), vectors such as norm weights also become float32. On a GPU
 all dtypes stay.
 """
 
@@ -54,10 +54,10 @@ class Accelerated:
 def accelerate(model: nn.Module, *, blocks: bool = True) -> Accelerated:
     """Swap linear, embedding and expert layers of an mlx-lm model for native ones, in place.
 
-    With `blocks`, decoder blocks of a known kind run as a whole, too. Where their layers are
-    replaced, tapped or differentiated later, such a block runs layer by layer again; who does
-    nothing else had better leave `blocks` out. A kind of block is first compared with the original
-    on random input, and left alone if the two disagree.
+    With `blocks`, decoder blocks of a known kind also run as a whole. Where the layers of a block
+    are replaced, tapped or differentiated later, it runs layer by layer again; if that is all that
+    you do, pass `blocks=False`. A kind of block is first compared with the original on random
+    input, and left alone if the two disagree.
 
     On a Metal GPU quantized linear layers and embeddings are swapped, whose products are native for
     up to 16 rows, and blocks in which they share an input run with one launch for it; all else

@@ -81,7 +81,7 @@ def run(
     try:
         return ours(extension)
     except Exception as error:
-        out = stock()  # raises, too, where the arguments are at fault
+        out = stock()  # also raises where the arguments are at fault
         _verdicts[extension, op, launch] = False
         warn(op, launch, f"it does not run ({error})")
         return out

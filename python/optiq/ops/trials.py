@@ -19,7 +19,7 @@ from .cases import DTYPES, Pair, Product, Rounding
 # Each of these runs a case on the default device and returns the largest error as a part of its
 # bound. With `cpu`, the bound is that of the CPU's kernels, which round x to fixed point and
 # compute the logits that matter in double precision. What may come with strides in a model does so
-# here: the kernel that copies it is tried, too.
+# here: the kernel that copies it is also tried.
 
 
 def strided(a: mx.array) -> mx.array:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ..base.text import dtype_name
 from ..models.roles import Module, fixed_bytes
 from ..planning.scores import ModelInfo
 from ..sources import LoadedModel
@@ -21,7 +22,7 @@ def describe_model(loaded: LoadedModel, modules: Sequence[Module]) -> ModelInfo:
         name=loaded.source.name,
         fingerprint=loaded.source.fingerprint,
         model_type=loaded.config["model_type"],
-        dtype=str(loaded.dtype).removeprefix("mlx.core."),
+        dtype=dtype_name(loaded.dtype),
         itemsize=loaded.dtype.size,
         fixed_bytes=fixed_bytes(loaded.model, modules),
         header_bytes=header_bound(shapes, {f"{m.path}.weight" for m in modules}),

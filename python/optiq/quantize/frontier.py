@@ -24,7 +24,7 @@ from ..base.command import command_line
 from ..base.files import check_writable
 from ..base.machine import machine, versions
 from ..base.memory import Needs, available_memory
-from ..base.progress import Progress
+from ..base.progress import Progress, tell
 from ..calibration import token_hash
 from ..errors import BudgetError, OptiqError, UsageError
 from ..formats import Format
@@ -209,7 +209,7 @@ def _point(ready: Prepared, candidate: Candidate) -> Point:
 def _check_memory(ready: Prepared, sizes: Sequence[Size]) -> None:
     """State what will be held together at most; OptiqError where two models do not fit."""
     needs, available = memory(ready, sizes), available_memory()
-    Progress(0, "", enabled=ready.options.progress).say(f"memory: {needs}")
+    tell(f"memory: {needs}", enabled=ready.options.progress)
     two = needs.parts["source"] + needs.parts["model"]
     if two > available:
         raise OptiqError(

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..base.progress import Progress
+from ..base.progress import tell
 from ..calibration import (
     CALIBRATION_TOKENS,
     HELD_OUT_TOKENS,
@@ -120,9 +120,10 @@ def prepare(
         check_weights(source)
         check_runs(loaded, [s.tokens for s in texts.scoring.sequences])
         if narrow := undivided(quantizable(loaded.model), options.menu):
-            Progress(0, "", enabled=options.progress).say(
+            tell(
                 f"{narrow} modules stay unquantized: their rows do not divide into groups "
-                "of 64; add for example 4g32 to --formats"
+                "of 64; add for example 4g32 to --formats",
+                enabled=options.progress,
             )
         options = replace(options, rounding=options.rounding or "descent")
         how = choose_rounding(source, text, options)

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from ..base.memory import available_memory
-from ..base.progress import Progress
+from ..base.progress import Progress, tell
 from ..calibration import Sample, token_hash
 from ..errors import UsageError
 from ..models.roles import is_head, quantizable
@@ -148,7 +148,7 @@ def _trust(candidates: Sequence[Candidate], chosen: str) -> tuple[float | None, 
     ratio = measured / predicted if predicted else None
     low, high = USUAL_RATIO
     if ratio is not None and not low <= ratio <= high:
-        Progress(0, "").say(
+        tell(
             f"the chosen plan's KL is {ratio:.2g} times what its scores predict; usual is {low} to "
             f"{high}: more calibration --tokens or --sensitivity kl may find a better one"
         )

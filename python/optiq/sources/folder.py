@@ -14,7 +14,7 @@ from typing import Any
 
 from ..base.text import one_line
 from ..errors import SourceError
-from .safetensors import UNREADABLE, TensorInfo, read_header
+from .safetensors import UNREADABLE, TensorInfo, data_start, read_header
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model*.safetensors"  # what mlx_lm.load reads
@@ -42,8 +42,7 @@ def check_folder(path: Path) -> Folder:
     files = {file.name: read_header(file) for file in sorted(path.glob(WEIGHTS))}
     if not files:
         raise SourceError(f"{path} has no {WEIGHTS}; {_other_weights(path)}")
-    _check_index(path, files)
-    _check_once(path, files)
+    _check_once(path, files, _check_index(path, files))
     _check_readable(path, files)
     if not any(any(path.glob(pattern)) for pattern in TOKENIZER_FILES):
         raise SourceError(
@@ -115,7 +114,7 @@ def fingerprint(folder: Folder) -> str:
 
 def _pieces(path: Path, tensors: Collection[TensorInfo], samples: int) -> Iterator[bytes]:
     """Up to `samples` pieces of the bytes of each tensor, or all of a small one."""
-    base = path.stat().st_size - max((t.end for t in tensors), default=0)
+    base = data_start(path, tensors)
     with path.open("rb") as file:
         for t in tensors:
             for start in range(t.begin, t.end, max(SAMPLE, (t.end - t.begin) // samples)):
@@ -128,16 +127,18 @@ def mlx_lm_version() -> str:
     return importlib.metadata.version("mlx-lm")
 
 
-def _check_index(path: Path, files: dict[str, dict[str, TensorInfo]]) -> None:
+def _check_index(path: Path, files: dict[str, dict[str, TensorInfo]]) -> set[str]:
+    """The files that the shard index names; none without an index."""
     index = path / INDEX
     if not index.is_file():
-        return
+        return set()
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         rows = [(str(name), str(file)) for name, file in weight_map.items()]
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{index} cannot be read: {one_line(error)}") from error
-    for file in sorted({file for _, file in rows}):
+    indexed = {file for _, file in rows}
+    for file in sorted(indexed):
         if file not in files:
             raise SourceError(f"{path} lacks the shard {file} named in {INDEX}; download it again")
     for name, file in rows:
@@ -145,28 +146,22 @@ def _check_index(path: Path, files: dict[str, dict[str, TensorInfo]]) -> None:
             raise SourceError(
                 f"{path / file} lacks tensor {name!r} named in {INDEX}; download both again"
             )
+    return indexed
 
 
-def _check_once(path: Path, files: dict[str, dict[str, TensorInfo]]) -> None:
+def _check_once(path: Path, files: dict[str, dict[str, TensorInfo]], indexed: set[str]) -> None:
     """Raise SourceError for a tensor in two files: which one is loaded would be chance."""
     where: dict[str, str] = {}
     for file, tensors in files.items():
         for name in tensors:
             if other := where.get(name):
+                left = [f for f in (other, file) if f not in indexed] if indexed else []
+                which = f": {left[0]} is not in {INDEX}" if left else ""
                 raise SourceError(
                     f"{path} has the tensor {name!r} in {other} and in {file}; remove the file "
-                    f"that is left of another download{_not_indexed(path, (other, file))}"
+                    f"that is left of another download{which}"
                 )
             where[name] = file
-
-
-def _not_indexed(path: Path, files: tuple[str, str]) -> str:
-    index = path / INDEX
-    if not index.is_file():
-        return ""
-    indexed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    left = [file for file in files if file not in indexed]
-    return f": {left[0]} is not in {INDEX}" if left else ""
 
 
 def _check_readable(path: Path, files: dict[str, dict[str, TensorInfo]]) -> None:

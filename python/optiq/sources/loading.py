@@ -17,8 +17,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from ..base.notice import notice
-from ..base.text import one_line
+from ..base.text import dtype_name, one_line
 from ..errors import SourceError
+from .config import holders
 from .folder import WEIGHTS, mlx_lm_version, read_config
 from .safetensors import read_header
 from .tokens import check_tokens, refusal
@@ -161,8 +162,7 @@ def quantization(path: Path) -> str | None:
         if not isinstance(params, dict):
             return str(params)
         return f"{params.get('mode', 'affine')} {params.get('bits')}-bit"
-    text_config = config.get("text_config")
-    for holder in (config, text_config if isinstance(text_config, dict) else {}):
+    for _, holder in holders(config):
         if params := holder.get("quantization_config"):
             method = params.get("quant_method") if isinstance(params, dict) else None
             return str(method or "by an unnamed method")
@@ -198,7 +198,7 @@ def _check_dense(source: Source, model: nn.Module) -> None:
     layers: Any = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
     for path, layer in layers:
         if hasattr(layer, "to_quantized") and not mx.issubdtype(layer.weight.dtype, mx.floating):
-            dtype = str(layer.weight.dtype).removeprefix("mlx.core.")
+            dtype = dtype_name(layer.weight.dtype)
             raise SourceError(
                 f"the weight {path}.weight of {source.name} holds {dtype}, no floating point "
                 "numbers; give the unquantized original model"

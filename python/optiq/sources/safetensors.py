@@ -9,7 +9,7 @@ each other without holes or overlaps and end with the file
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -77,6 +77,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if position != size - 8 - length:
         raise _damaged(path, f"its tensors need {position} bytes, it has {size - 8 - length}")
     return tensors
+
+
+def data_start(path: Path, tensors: Iterable[TensorInfo]) -> int:
+    """Where the bytes of `tensors`, all of the file `path`, begin in it."""
+    return path.stat().st_size - max((t.end for t in tensors), default=0)
 
 
 def encode_header(

@@ -12,7 +12,7 @@ import numpy as np
 
 from .config import Json, holders
 from .folder import Folder
-from .safetensors import TensorInfo
+from .safetensors import TensorInfo, data_start
 
 HEAD = "lm_head.weight"
 CHUNK = 1 << 20  # bytes compared at a time
@@ -112,6 +112,6 @@ def _same(folder: Folder, a: tuple[str, TensorInfo], b: tuple[str, TensorInfo]) 
 
 def _bytes(folder: Folder, file: str, info: TensorInfo) -> np.memmap[Any, Any]:
     path = folder.path / file
-    base = path.stat().st_size - max(t.end for t in folder.files[file].values())
+    base = data_start(path, folder.files[file].values())
     size = info.end - info.begin
     return np.memmap(path, np.uint8, "r", offset=base + info.begin, shape=(size,))

@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from ..base.text import one_line
 from ..errors import SourceError
+from .config import holders
 
 _ROLES = ("bos", "eos", "pad", "unk")
 
@@ -60,8 +61,7 @@ def _rows(model: nn.Module, config: dict[str, Any]) -> int | None:
         for module in model.modules()
         if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding))
     }
-    text = config.get("text_config")
-    for holder in (config, text if isinstance(text, dict) else {}):
+    for _, holder in holders(config):
         if holder.get("vocab_size") in found:
             return int(holder["vocab_size"])
     return max(found, default=None)

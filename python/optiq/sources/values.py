@@ -139,8 +139,8 @@ def _rope(config: Json, model: nn.Module, names: Read) -> Lost | None:
     if not usual_theta and not _read("rope_theta", names):
         return "rope_theta", theta, _REMOVE
     scaled = config.get("rope_scaling")
-    if isinstance(scaled, dict) and scaling(scaled):
-        factor, usual = scaled.get("attention_factor"), _yarn_factor(scaled)
+    if isinstance(scaled, dict) and (said := scaling(scaled)):
+        factor, usual = scaled.get("attention_factor"), _yarn_factor(said)
         same = (
             isinstance(factor, (int, float))
             and usual is not None
@@ -152,7 +152,7 @@ def _rope(config: Json, model: nn.Module, names: Read) -> Lost | None:
         held = [a for a in arguments(model) if hasattr(a, "rope_scaling")]
         ignored = "rope_scaling" not in names and "rope_parameters" not in names
         if ignored or (held and all(a.rope_scaling is None for a in held)):
-            return "rope_scaling", scaling(scaled), _REMOVE
+            return "rope_scaling", said, _REMOVE
     full, sliding = rope(config)
     if sliding and "rope_parameters" not in names:
         apart = sliding.get("rope_theta") not in (None, full.get("rope_theta"))
@@ -163,8 +163,8 @@ def _rope(config: Json, model: nn.Module, names: Read) -> Lost | None:
 
 def _yarn_factor(scaled: Json) -> float | None:
     """What yarn scales attention by where no attention_factor is given."""
-    kind, factor = scaled.get("rope_type") or scaled.get("type"), scaled.get("factor")
-    if kind != "yarn" or not isinstance(factor, (int, float)) or factor <= 1:
+    factor = scaled.get("factor")
+    if scaled["rope_type"] != "yarn" or not isinstance(factor, (int, float)) or factor <= 1:
         return None
     return 0.1 * math.log(factor) + 1
 

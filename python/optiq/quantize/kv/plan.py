@@ -26,6 +26,7 @@ from ...kv.report import (
 from ...nn.accelerate import accelerate
 from ...quality.statistics import rank_correlation
 from ...sources import LoadedModel, load, resolve
+from ...sources.config import holders
 from ..sensitivity.checkpoint import Checkpoint
 from . import choose
 from .configs import measure_configs
@@ -149,10 +150,10 @@ def _prepare(model: str, options: KVOptions) -> Job:
     return Job(options, loaded, dense, slots, length, budget, contexts)
 
 
-def _length(asked: int | None, config: Mapping[str, Any]) -> int:
+def _length(asked: int | None, config: dict[str, Any]) -> int:
     """Tokens of a context: what was asked for, or the usual number as far as the model allows."""
-    text_config = config.get("text_config") or {}
-    most = config.get("max_position_embeddings") or text_config.get("max_position_embeddings")
+    said = (holder.get("max_position_embeddings") for _, holder in holders(config))
+    most = next(filter(None, said), None)
     if asked is None:
         return min(CONTEXT, most or CONTEXT)
     if most and asked > most:

@@ -30,7 +30,7 @@ from ... import ops
 from ...base.checkpoint import Identity, check_identity, damaged
 from ...base.files import whole
 from ...base.memory import Needs, available_memory
-from ...base.progress import Progress
+from ...base.progress import Progress, tell
 from ...calibration import Calibration
 from ...errors import ExportError, UsageError
 from ...formats import Format
@@ -94,7 +94,7 @@ def refine(
     _check_memory(memory(plan, text), progress)
     teacher = _Teacher(source, [s.tokens for s in text.sequences])
     if teacher.no_gradients:
-        Progress(0, "", enabled=progress).say(f"nothing is refined: {teacher.no_gradients}")
+        tell(f"nothing is refined: {teacher.no_gradients}", enabled=progress)
         return rounding
     student = _Student(source, plan, rounding, teacher)
     identity = {
@@ -153,7 +153,7 @@ def memory(plan: Plan, text: Calibration) -> Needs:
 def _check_memory(needs: Needs, progress: bool) -> None:
     if needs.total > available_memory():
         raise UsageError(f"memory: refining takes {needs}: leave out --refine, or free memory")
-    Progress(0, "", enabled=progress).say(f"memory: refining takes {needs}")
+    tell(f"memory: refining takes {needs}", enabled=progress)
 
 
 def _is_trained(planned: Planned) -> bool:

@@ -34,7 +34,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from ...base.progress import Progress
+from ...base.progress import Progress, tell
 from ...errors import SensitivityError
 from ...models.roles import Module, Role, is_head
 from ...nn.layers import dequantized
@@ -84,7 +84,7 @@ def scorable(job: Job) -> set[str]:
     with Replay(job.model, job.modules) as replay:
         called, reason = survey(replay, job.sequences[0], job.modules)
     if reason:
-        Progress(0, "", enabled=job.progress).say(f"no Fisher scores: {reason}")
+        tell(f"no Fisher scores: {reason}", enabled=job.progress)
     return set() if reason else called
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ...base.machine import machine, versions
-from ...base.progress import Progress
+from ...base.progress import tell
 from ...calibration import Calibration
 from ...distributed.ranks import ALONE, World
 from ...models.roles import allowed, quantizable
@@ -51,11 +51,10 @@ def measure(
     modules = quantizable(model)
     described = describe_model(loaded, modules)
     progress = options.progress and world.rank == 0
-    say = Progress(0, "", enabled=progress).say
     nbytes = weight_bytes(model)
     reference, why = _reference(options, nbytes, checkpoint, world)
     shared = f", shared by {world.size} ranks" if world.size > 1 else ""
-    say(f"reference {reference}: {why}; method {options.sensitivity}{shared}")
+    tell(f"reference {reference}: {why}; method {options.sensitivity}{shared}", enabled=progress)
     identity = {
         "model": source.fingerprint,
         "calibration": text.sha256,
@@ -86,7 +85,7 @@ def measure(
     method = options.sensitivity
     estimated = [m for m in modules if method == "fisher" or (method == "auto" and smooth(m))]
     needs = estimate(job, nbytes, described.itemsize, estimated)
-    say(f"memory: {needs}")
+    tell(f"memory: {needs}", enabled=progress)
     mx.reset_peak_memory()
 
     rounds = Rounds(job)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from math import fsum
 
-from ...base.progress import Progress
+from ...base.progress import tell
 from ...errors import BudgetError
 from ...formats import DENSE, Format
 from ...models.roles import Module, Role
@@ -94,7 +95,7 @@ def measure_auto(rounds: Rounds, scores: Scores, size: Size) -> Settled:
     rounds.run("fisher", estimated)
     rounds.run("kl", rounds.of(lambda m: m.path not in estimated))
     full = rounds.cost(rounds.of(lambda m: smooth(m) and m.role is not Role.HEAD))
-    say = Progress(0, "", enabled=job.progress).say
+    say = partial(tell, enabled=job.progress)
     spent, measured = 0, set[str]()
     while True:
         try:

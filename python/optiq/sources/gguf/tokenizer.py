@@ -33,7 +33,7 @@ _WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # tokenizer.ggml.pre -> the family's rule for cutting text into words. A file without it, or with
-# "default", does not say how: older converters wrote so for Llama 3 and Qwen, too.
+# "default", does not say how: older converters also wrote so for Llama 3 and Qwen.
 PRE_TOKENIZERS = {
     "gpt-2": "gpt2",
     "phi-2": "gpt2",
