@@ -28,6 +28,7 @@ FLOORS: Floors = (
     ("runtime", "report"),
     ("quantize", "evals"),
     ("cards", "doctor"),
+    ("serve",),
     ("cli",),
 )
 # The rooms of the main job, in the same way, between its options and the jobs themselves.

@@ -59,3 +59,31 @@ class SandboxError(OptiqError):
 
 class SandboxUnavailable(SandboxError):
     """The asked level of isolation cannot be had here; nothing was run."""
+
+
+class ServeError(OptiqError):
+    """The server cannot be started, or a request cannot be answered."""
+
+
+class RequestError(ServeError):
+    """A request that cannot be honoured; `param` names what is wrong with it, if one field is."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class TooLongError(RequestError):
+    """A prompt that does not fit the model's context."""
+
+
+class OverloadedError(ServeError):
+    """No room for one more request now; `retry_after` is in seconds."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineError(ServeError):
+    """A request was not answered in its time."""
