@@ -379,27 +379,70 @@ struct AttentionTiles {
   }
 };
 
-inline void attention(const Attention& a) {
-  int group = a.heads / a.kv_heads, all = group * a.rows;
-  int height = all < kTileRows ? all : kTileRows, tiles = (all + height - 1) / height;
-  int base = a.batch * a.kv_heads * tiles, splits = (a.keys + kSplit - 1) / kSplit;
-  double flops = 2.0 * a.batch * a.heads * a.rows * a.keys * (a.dim + a.value_dim);
+// Where the tasks of one of several attentions begin, and the partial results of its splits.
+struct AttentionShare {
+  int tasks, base; // before it; its tiles in all batch entries and key heads
+  size_t partials; // before it
+  int height, tiles, splits;
+  bool split_up;
+};
+
+// `count` of them in one pass, so that sequences with caches of their own keep all threads busy.
+// All have the same dtypes and value_dim.
+inline void attention(const Attention* all, int count) {
+  Scratch<AttentionShare> shares(count + 1);
+  double flops = 0;
+  int base = 0;
+  for (int i = 0; i < count; i++) {
+    const Attention& a = all[i];
+    AttentionShare& s = shares[i];
+    int rows = a.heads / a.kv_heads * a.rows;
+    s.height = rows < kTileRows ? rows : kTileRows;
+    s.tiles = (rows + s.height - 1) / s.height;
+    s.splits = (a.keys + kSplit - 1) / kSplit;
+    s.base = a.batch * a.kv_heads * s.tiles;
+    base += s.base;
+    flops += 2.0 * a.batch * a.heads * a.rows * a.keys * (a.dim + a.value_dim);
+  }
   bool serial = flops < kSerialFlops;
-  bool split_up = !serial && splits > 1 && base < 4 * num_threads();
-  size_t partials = split_up ? size_t(base) * splits * height : 1;
-  Scratch<Partial> states(partials);
-  int width = padded(a.value_dim);
-  Scratch<float> values(partials * width);
-  AttentionTiles work{a, group, height, tiles, splits, split_up, states, values, width};
+  int tasks = 0;
+  size_t partials = 0;
+  for (int i = 0; i < count; i++) {
+    AttentionShare& s = shares[i];
+    s.split_up = !serial && s.splits > 1 && base < 4 * num_threads();
+    s.tasks = tasks;
+    s.partials = partials;
+    tasks += s.split_up ? s.base * s.splits : s.base;
+    partials += s.split_up ? size_t(s.base) * s.splits * s.height : 0;
+  }
+  shares[count].tasks = tasks;
+  int width = padded(all[0].value_dim);
+  Scratch<Partial> states(partials + 1);
+  Scratch<float> values(partials * width + 1);
+  auto work = [&](int i) {
+    const AttentionShare& s = shares[i];
+    int group = all[i].heads / all[i].kv_heads;
+    return AttentionTiles{all[i], group, s.height, s.tiles, s.splits, s.split_up,
+        states + s.partials, values + s.partials * width, width};
+  };
+  auto run = [&](int task) {
+    int i = 0;
+    while (task >= shares[i + 1].tasks) {
+      i++;
+    }
+    work(i)(task - shares[i].tasks);
+  };
   if (serial) {
-    for (int t = 0; t < base; t++) {
-      work(t);
+    for (int task = 0; task < tasks; task++) {
+      run(task);
     }
     return;
   }
-  parallel_for(split_up ? base * splits : base, work);
-  for (int t = 0; split_up && t < base; t++) {
-    work.combine(t);
+  parallel_for(tasks, run);
+  for (int i = 0; i < count; i++) {
+    for (int t = 0; shares[i].split_up && t < shares[i].base; t++) {
+      work(i).combine(t);
+    }
   }
 }
 

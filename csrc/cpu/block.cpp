@@ -133,20 +133,26 @@ void project(const AttentionLayer& layer, const float* h, int batch, int rows, P
   }
 }
 
-void attend(const AttentionLayer& layer, const float* h, Attention a, float* y) {
-  size_t m = size_t(a.batch) * a.rows;
-  a.heads = layer.heads;
-  a.kv_heads = layer.kv_heads;
-  a.scale = layer.scale;
-  a.softcap = layer.softcap;
-  a.sinks = layer.sinks;
-  a.dim = a.value_dim = layer.head_dim;
-  Values context = values(m * layer.out.w.cols), out = values(m * layer.width());
-  a.y = context.get();
-  kernels().attention(a);
+void attend(
+    const AttentionLayer& layer, const float* h, int rows, Attention* all, int count, float* y) {
+  Values context = values(size_t(rows) * layer.out.w.cols);
+  Values out = values(size_t(rows) * layer.width());
+  float* next = context.get();
+  for (int i = 0; i < count; i++) {
+    Attention& a = all[i];
+    a.heads = layer.heads;
+    a.kv_heads = layer.kv_heads;
+    a.scale = layer.scale;
+    a.softcap = layer.softcap;
+    a.sinks = layer.sinks;
+    a.dim = a.value_dim = layer.head_dim;
+    a.y = next;
+    next += size_t(a.batch) * a.rows * layer.out.w.cols;
+  }
+  kernels().attention(all, count);
   float* part = out.get();
-  multiply(context.get(), int(m), &layer.out, 1, &part);
-  add(h, part, layer.out, layer.post, layer.gain, m, y);
+  multiply(context.get(), rows, &layer.out, 1, &part);
+  add(h, part, layer.out, layer.post, layer.gain, rows, y);
 }
 
 void mlp(const MlpLayer& layer, const float* h, int rows, float* y) {

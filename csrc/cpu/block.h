@@ -65,8 +65,10 @@ struct Positions {
 OPTIQ_API void project(const AttentionLayer& layer, const float* h, int batch, int rows,
     Positions positions, HeadsOut q, HeadsOut k, HeadsOut v);
 
-// y = h + post(out(attention)); `a` holds everything but y.
-OPTIQ_API void attend(const AttentionLayer& layer, const float* h, Attention a, float* y);
+// y = h + post(out(attention)) of `rows` rows of h; the `count` attentions, rows after rows, hold
+// everything but y.
+OPTIQ_API void attend(
+    const AttentionLayer& layer, const float* h, int rows, Attention* a, int count, float* y);
 
 // y = h + post(down(act(gate) * up)) for h[rows, width]; y may be h.
 OPTIQ_API void mlp(const MlpLayer& layer, const float* h, int rows, float* y);

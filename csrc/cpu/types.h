@@ -267,7 +267,7 @@ struct Kernels {
   void (*group_gradient)(const GroupGradient&);
   void (*rms_norm)(const RmsNorm&);
   void (*heads)(const Heads&);
-  void (*attention)(const Attention&);
+  void (*attention)(const Attention*, int count);
   void (*quantize_kv)(const Records&);
   void (*dequantize_kv)(const Records&);
   void (*gate)(const Gate&);

@@ -12,7 +12,8 @@ enum class Mode { project, attend, step, mlp };
 
 struct Arguments {
   Mode mode;
-  int start = 0, length = 0, offset = 0;
+  std::vector<CachePlace> places = {};
+  int offset = 0;
   KeyValueLayout layout = {};
   bool mlp = false;
 };
@@ -21,14 +22,20 @@ cpu::HeadsOut heads_out(float* data, int heads, int rows, int dim) {
   return {data, size_t(heads) * rows * dim, size_t(rows) * dim, size_t(dim)};
 }
 
-// New vectors [batch, head, row, dim], as project() gives them, into a cache of records.
-void quantize_rows(
+// New vectors [batch, head, row, dim], as project() gives them, into a cache from row `start` on.
+void write_rows(
     const float* x, const cpu::Vectors& cache, int batch, int heads, int rows, int dim, int start) {
-  auto* words = static_cast<uint32_t*>(const_cast<void*>(cache.data));
-  for (int i = 0; i < batch * heads; i++) {
-    uint32_t* to = words + i / heads * cache.batch + i % heads * cache.head + start * cache.row;
-    cpu::kernels().quantize_kv(
-        {x + size_t(i) * rows * dim, cpu::Float::f32, to, size_t(rows), dim, cache.format});
+  for (int i = 0; i < batch * heads; i++, x += size_t(rows) * dim) {
+    size_t at = i / heads * cache.batch + i % heads * cache.head + start * cache.row;
+    if (cache.format.dense()) {
+      auto* to = static_cast<float*>(const_cast<void*>(cache.data)) + at;
+      for (int r = 0; r < rows; r++) {
+        std::copy_n(x + size_t(r) * dim, dim, to + r * cache.row);
+      }
+    } else {
+      auto* to = static_cast<uint32_t*>(const_cast<void*>(cache.data)) + at;
+      cpu::kernels().quantize_kv({x, cpu::Float::f32, to, size_t(rows), dim, cache.format});
+    }
   }
 }
 
@@ -115,13 +122,15 @@ void BlockPrimitive::attend(const std::vector<array>& inputs, array& out) {
   a.q = q.data<char>();
   a.q_batch = q.strides()[0], a.q_head = q.strides()[1], a.q_row = q.strides()[2];
   args_.layout.set(a, &inputs[2], &inputs[3], inputs.data() + 4, stream());
-  dispatch(
-      [a, hp = h.data<float>(), y = out.data<float>(), mlp = args_.mlp](const DecoderBlock& b) {
-        cpu::attend(*b.attention, hp, a, y);
-        if (mlp) {
-          cpu::mlp(*b.mlp, y, a.batch * a.rows, y);
-        }
-      });
+  dispatch([given = a, hp = h.data<float>(), y = out.data<float>(), mlp = args_.mlp](
+               const DecoderBlock& b) {
+    cpu::Attention a = given;
+    int rows = a.batch * a.rows;
+    cpu::attend(*b.attention, hp, rows, &a, 1, y);
+    if (mlp) {
+      cpu::mlp(*b.mlp, y, rows, y);
+    }
+  });
 }
 
 // The new cache is the old one's memory if no other array shares it.
@@ -154,26 +163,28 @@ void BlockPrimitive::step(const std::vector<array>& inputs, std::vector<array>& 
   const auto& layer = *block_->attention;
   array h = row_contiguous(inputs[0], stream());
   int batch = h.shape(0), rows = h.shape(1), dim = layer.head_dim, kv_heads = layer.kv_heads;
-  cpu::Attention given{};
-  given.batch = batch;
-  given.rows = rows;
-  given.keys = args_.length;
+  int count = int(args_.places.size()), share = batch / count; // batch entries of each cache
   out[0].set_data(mx::allocator::malloc(out[0].nbytes()));
-  bool cached = out.size() == 3;
-  if (cached) {
-    cache(inputs[1], out[1]);
-    cache(inputs[2], out[2]);
+  bool cached = out.size() > 1;
+  for (size_t i = 1; i < out.size(); i++) {
+    cache(inputs[i], out[i]);
   }
-  const array *in = inputs.data() + (cached ? 3 : 1), *kv = cached ? &out[1] : nullptr;
-  args_.layout.set(given, kv, kv ? kv + 1 : nullptr, in, stream());
+  std::vector<cpu::Attention> given(count);
+  for (int i = 0; i < count; i++) {
+    given[i].batch = share;
+    given[i].rows = rows;
+    given[i].keys = args_.places[i].length;
+    const array* kv = cached ? &out[1 + 2 * i] : nullptr;
+    args_.layout.set(given[i], kv, kv ? kv + 1 : nullptr, inputs.data() + out.size(), stream());
+  }
   Given::Caches caches;
-  for (int i = 1; cached && i < 3; i++) {
+  for (size_t i = 1; i < out.size(); i++) {
     if (&out[i].inputs() != &inputs) { // of all outputs MLX does not hold the one it evaluates
       caches.push_back(out[i].data_shared_ptr().get());
     }
   }
   block_->given.add(caches);
-  dispatch([=, offset = args_.offset, start = args_.start, mlp = args_.mlp, hp = h.data<float>(),
+  dispatch([=, places = args_.places, mlp = args_.mlp, hp = h.data<float>(),
                y = out[0].data<float>()](DecoderBlock& b) {
     struct AtTheEnd {
       Given& given;
@@ -183,31 +194,43 @@ void BlockPrimitive::step(const std::vector<array>& inputs, std::vector<array>& 
       }
     } at_the_end{b.given, caches};
     const auto& layer = *b.attention;
-    cpu::Attention a = given;
+    std::vector<cpu::Attention> all = given;
     size_t m = size_t(batch) * rows, q_size = m * layer.heads * dim, kv_size = m * kv_heads * dim;
     std::unique_ptr<float[]> own(new float[q_size + 2 * kv_size]);
-    cpu::HeadsOut q = heads_out(own.get(), layer.heads, rows, dim), to[2];
-    cpu::Vectors* vectors[2] = {&a.k, &a.v};
+    float* q = own.get();
+    float* kv[2] = {q + q_size, q + q_size + kv_size};
+    cpu::HeadsOut to[2];
+    bool direct[2]; // project() writes into the cache
     for (int i = 0; i < 2; i++) {
-      cpu::Vectors& x = *vectors[i];
-      to[i] = heads_out(own.get() + q_size + i * kv_size, kv_heads, rows, dim);
-      if (!cached) {
-        x = {to[i].data, cpu::Float::f32, {}, to[i].batch, to[i].head, to[i].row};
-      } else if (x.format.dense()) {
+      const cpu::Vectors& x = i == 0 ? all[0].k : all[0].v;
+      direct[i] = cached && count == 1 && x.format.dense();
+      to[i] = heads_out(kv[i], kv_heads, rows, dim);
+      if (direct[i]) {
         float* data = static_cast<float*>(const_cast<void*>(x.data));
-        to[i] = {data + start * x.row, x.batch, x.head, x.row};
+        to[i] = {data + places[0].start * x.row, x.batch, x.head, x.row};
       }
     }
-    std::vector<int64_t> starts(batch, offset);
-    cpu::project(layer, hp, batch, rows, {starts.data()}, q, to[0], to[1]);
-    for (int i = 0; cached && i < 2; i++) {
-      if (!vectors[i]->format.dense()) {
-        quantize_rows(to[i].data, *vectors[i], batch, kv_heads, rows, dim, start);
-      }
+    std::vector<int64_t> starts(batch);
+    for (int i = 0; i < batch; i++) {
+      starts[i] = places[i / share].offset;
     }
-    a.q = own.get();
-    a.q_batch = q.batch, a.q_head = q.head, a.q_row = q.row;
-    cpu::attend(layer, hp, a, y);
+    cpu::project(layer, hp, batch, rows, {starts.data()}, heads_out(q, layer.heads, rows, dim),
+        to[0], to[1]);
+    for (int c = 0; c < count; c++) {
+      cpu::Attention& a = all[c];
+      for (int i = 0; i < 2; i++) {
+        cpu::Vectors& x = i == 0 ? a.k : a.v;
+        const float* from = kv[i] + c * kv_size / count;
+        if (!cached) {
+          x = {from, cpu::Float::f32, {}, to[i].batch, to[i].head, to[i].row};
+        } else if (!direct[i]) {
+          write_rows(from, x, share, kv_heads, rows, dim, places[c].start);
+        }
+      }
+      a.q = q + c * q_size / count;
+      a.q_batch = size_t(layer.heads) * rows * dim, a.q_head = size_t(rows) * dim, a.q_row = dim;
+    }
+    cpu::attend(layer, hp, int(m), all.data(), count, y);
     if (mlp) {
       cpu::mlp(*b.mlp, y, int(m), y);
     }
@@ -273,19 +296,32 @@ array block_attend(const BlockPtr& block, const array& h, const array& q, const 
 }
 
 std::vector<array> block_step(const BlockPtr& block, const array& h,
-    const std::optional<array>& keys, const std::optional<array>& values, int start, int length,
-    int offset, const KeyValues& kv, bool mlp, mx::StreamOrDevice s) {
+    const std::vector<array>& keys, const std::vector<array>& values,
+    const std::vector<CachePlace>& places, const KeyValues& kv, bool mlp, mx::StreamOrDevice s) {
   const auto& layer = attention_of(block, mlp);
   checked_hidden(h, layer.width());
-  int rows = h.shape(1);
-  Arguments args{
-      .mode = Mode::step, .start = start, .length = length, .offset = offset, .mlp = mlp};
+  int batch = h.shape(0), rows = h.shape(1), count = int(places.size());
+  if (count == 0 || batch % count != 0 || (count > 1 && count != batch)) {
+    fail_block(count, " places for a batch of ", batch, "; there must be one, or one for each row");
+  }
+  if (keys.size() != values.size() || (!keys.empty() && int(keys.size()) != count) ||
+      (keys.empty() && count > 1)) {
+    fail_block(keys.size(), " caches of keys and ", values.size(), " of values for ", count,
+        " places");
+  }
+  if (count > 1 && kv.mask) {
+    fail_block("a mask does not go with caches of each row");
+  }
+  Arguments args{.mode = Mode::step, .places = places, .mlp = mlp};
+  AttentionShape shape = shape_of(layer, h);
+  shape.batch = batch / count;
   std::vector<array> inputs = {h};
   std::vector<mx::Shape> shapes = {h.shape()};
   std::vector<mx::Dtype> dtypes = {mx::float32};
-  if (keys && values) {
-    args.layout = kv.check("decoder_block", shape_of(layer, h), *keys, *values, length);
-    for (const auto* cache : {&*keys, &*values}) {
+  for (size_t i = 0; i < keys.size(); i++) {
+    const auto& [start, length, offset] = places[i];
+    args.layout = kv.check("decoder_block", shape, keys[i], values[i], length);
+    for (const auto* cache : {&keys[i], &values[i]}) {
       if (cache->dtype() != mx::float32 && cache->dtype() != mx::uint32) {
         fail_block("a cache is ", cache->dtype(), "; it must be float32, or uint32 records");
       }
@@ -293,14 +329,15 @@ std::vector<array> block_step(const BlockPtr& block, const array& h,
       shapes.push_back(cache->shape());
       dtypes.push_back(cache->dtype());
     }
-    if (start < 0 || start + rows > length || length > keys->shape(2)) {
+    if (start < 0 || start + rows > length || length > keys[i].shape(2)) {
       fail_block("rows ", start, " to ", start + rows, " of ", length, " do not fit a cache of ",
-          keys->shape(2));
+          keys[i].shape(2));
     }
-  } else {
-    args.start = 0;
-    args.length = rows;
-    args.layout = kv.check("decoder_block", shape_of(layer, h), rows);
+  }
+  if (keys.empty()) {
+    args.places[0].start = 0;
+    args.places[0].length = rows;
+    args.layout = kv.check("decoder_block", shape, rows);
   }
   kv.append(inputs, s);
   return array::make_arrays(std::move(shapes), dtypes,

@@ -96,15 +96,20 @@ void bind_decoder_block(nb::module_& m) {
       "stream"_a = nb::none());
   m.def(
       "block_step",
-      [](const Handle& h, const array& x, const MaybeArray& keys, const MaybeArray& values,
-          int start, int length, int offset, const std::string& masking, const MaybeArray& mask,
-          bool mlp, AffineFormat k_format, AffineFormat v_format, mx::StreamOrDevice s) {
+      [](const Handle& h, const array& x, const std::vector<array>& keys,
+          const std::vector<array>& values, const std::vector<std::tuple<int, int, int>>& places,
+          const std::string& masking, const MaybeArray& mask, bool mlp, AffineFormat k_format,
+          AffineFormat v_format, mx::StreamOrDevice s) {
         KeyValues kv{k_format, v_format, masking, mask, 0, {}, {}, {}};
-        return block_step(h.block, x, keys, values, start, length, offset, kv, mlp, s);
+        std::vector<CachePlace> at;
+        for (const auto& [start, length, offset] : places) {
+          at.push_back({start, length, offset});
+        }
+        return block_step(h.block, x, keys, values, at, kv, mlp, s);
       },
-      "block"_a, "h"_a, "keys"_a, "values"_a, "start"_a, "length"_a, "offset"_a, "masking"_a,
-      "mask"_a = nb::none(), "mlp"_a = false, "k_format"_a = AffineFormat{},
-      "v_format"_a = AffineFormat{}, nb::kw_only(), "stream"_a = nb::none());
+      "block"_a, "h"_a, "keys"_a, "values"_a, "places"_a, "masking"_a, "mask"_a = nb::none(),
+      "mlp"_a = false, "k_format"_a = AffineFormat{}, "v_format"_a = AffineFormat{}, nb::kw_only(),
+      "stream"_a = nb::none());
   m.def("block_mlp", with_handle(&block_mlp), "block"_a, "h"_a, nb::kw_only(),
       "stream"_a = nb::none());
 }

@@ -107,7 +107,7 @@ void QuantizedAttention::eval_cpu(const std::vector<array>& inputs, array& out) 
   a.value_dim = dim;
   a.scale = scale_;
   a.softcap = softcap_;
-  mx::cpu::get_command_encoder(stream()).dispatch([a]() { cpu::kernels().attention(a); });
+  mx::cpu::get_command_encoder(stream()).dispatch([a]() { cpu::kernels().attention(&a, 1); });
 }
 
 void QuantizedAttention::eval_gpu(const std::vector<array>& inputs, array& out) {

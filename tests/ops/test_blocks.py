@@ -246,7 +246,7 @@ def test_a_cache_is_reused_unless_somebody_else_holds_it() -> None:
     keys, values = mx.zeros((1, 2, 8, 16)), mx.zeros((1, 2, 8, 16))
     mx.eval(h, keys, values)
     kept = keys
-    _, new_keys, new_values = ext.block_step(layer.block, h, keys, values, 3, 4, 3, "")
+    _, new_keys, new_values = ext.block_step(layer.block, h, [keys], [values], [(3, 4, 3)], "")
     mx.eval(new_keys)
     assert not mx.any(kept)  # the one that is held is as it was
     k = ext.block_project(layer.block, h, 3)[1]
@@ -254,7 +254,7 @@ def test_a_cache_is_reused_unless_somebody_else_holds_it() -> None:
     assert not mx.any(new_keys[:, :, :3])
     view, before = new_keys[..., :4, :], np.array(new_keys)
     mx.eval(view)
-    _, newer, _ = ext.block_step(layer.block, h, new_keys, new_values, 4, 5, 4, "")
+    _, newer, _ = ext.block_step(layer.block, h, [new_keys], [new_values], [(4, 5, 4)], "")
     del new_keys
     mx.eval(newer)
     assert np.array_equal(np.array(view), before[:, :, :4])
@@ -277,7 +277,7 @@ def test_a_cache_is_reused_while_the_step_that_gave_it_is_still_to_run() -> None
     x, expected = scheduled_behind(work @ work, h), []
     for i in range(6):
         expected.append(ext.block_project(layer.block, x, i)[1])
-        x, keys, values = ext.block_step(layer.block, x, keys, values, i, i + 1, i, "")
+        x, keys, values = ext.block_step(layer.block, x, [keys], [values], [(i, i + 1, i)], "")
         mx.async_eval(x, expected[-1])
     mx.eval(x)
     assert mx.get_peak_memory() - held - 2 * work.nbytes < nbytes  # no copy of either
@@ -293,13 +293,13 @@ def test_what_is_held_stays_while_the_step_that_gave_it_is_still_to_run(holder: 
     mx.eval(h, keys, values, work)
     expected = ext.block_project(layer.block, h, 3)[1]
     x = scheduled_behind(work @ work, h)
-    x, keys, values = ext.block_step(layer.block, x, keys, values, 3, 4, 3, "")
+    x, keys, values = ext.block_step(layer.block, x, [keys], [values], [(3, 4, 3)], "")
     mx.async_eval(x)
     held = keys if holder == "name" else keys[:, :, :6]
     if holder == "scheduled view":
         mx.async_eval(held)
     for i in (4, 5):
-        x, keys, values = ext.block_step(layer.block, x, keys, values, i, i + 1, i, "")
+        x, keys, values = ext.block_step(layer.block, x, [keys], [values], [(i, i + 1, i)], "")
         mx.async_eval(x)
     assert mx.any(keys[:, :, 5])
     assert mx.allclose(held[:, :, 3:4], expected)
@@ -328,8 +328,9 @@ def test_a_step_with_records(batch: int, rows: int) -> None:
         x[:, :, 150 : 150 + rows] = ops.quantize_kv(new, fmt)
     length = 150 + rows
     out, *caches = ext.block_step(
-        layer.block, h, *before, 150, length, 150, "causal", None, False, *PACKED.values()
-    )
+        layer.block, h, before[:1], before[1:], [(150, length, 150)], "causal", None, False,
+        *PACKED.values(),
+    )  # fmt: skip
     seen = [x[:, :, :length] for x in expected]
     assert all(mx.array_equal(a, b) for a, b in zip(caches, expected, strict=True))
     assert mx.array_equal(
@@ -348,8 +349,8 @@ def test_a_cache_of_records_is_reused_unless_somebody_else_holds_it() -> None:
     keys, values = empty_records(1, 2, 8, 16)
     mx.eval(h, keys, values)
     kept, address = keys, np.array(values, copy=False).ctypes.data
-    arguments = (3, 4, 3, "", None, False, *PACKED.values())
-    _, new_keys, new_values = ext.block_step(layer.block, h, keys, values, *arguments)
+    arguments = ([(3, 4, 3)], "", None, False, *PACKED.values())
+    _, new_keys, new_values = ext.block_step(layer.block, h, [keys], [values], *arguments)
     del keys, values
     mx.eval(new_keys, new_values)
     assert not mx.any(kept)  # the one that is held is as it was
@@ -439,13 +440,17 @@ def test_wrong_input_is_named() -> None:
     with pytest.raises(ValueError, match="masking is"):
         ext.block_attend(block, h, q, k, k, "caudal")
     with pytest.raises(ValueError, match="do not fit a cache"):
-        ext.block_step(block, h, k, k, 4, 6, 4, "")
+        ext.block_step(block, h, [k], [k], [(4, 6, 4)], "")
     keys, values = empty_records(1, 2, 8, 16)
     with pytest.raises(ValueError, match="it must be float32, or uint32 records"):
-        ext.block_step(block, h, k.astype(mx.float16), k.astype(mx.float16), 3, 5, 3, "")
+        ext.block_step(block, h, [k.astype(mx.float16)], [k.astype(mx.float16)], [(3, 5, 3)], "")
     with pytest.raises(ValueError, match="in records of 5 words"):
-        ext.block_step(block, h, keys, values, 3, 5, 3, "", None, False, (32, 8), (64, 4))
+        ext.block_step(
+            block, h, [keys], [values], [(3, 5, 3)], "", None, False, (32, 8), (64, 4)
+        )
     with pytest.raises(ValueError, match="keys: bits is 7"):
-        ext.block_step(block, h, keys, values, 3, 5, 3, "", None, False, (32, 7), (64, 4))
+        ext.block_step(
+            block, h, [keys], [values], [(3, 5, 3)], "", None, False, (32, 7), (64, 4)
+        )
     with pytest.raises(ValueError, match="no MLP"):
         ext.block_mlp(block, h)

@@ -66,7 +66,7 @@ class Vector(NamedTuple):
 class Handle:
     """The keys or the values of a cache, for its `attend` and nothing else."""
 
-    cache: Records
+    cache: Any  # a Records, or the Rows of rows.py
     of_keys: bool
     shape: tuple[int, ...]
 

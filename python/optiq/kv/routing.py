@@ -112,7 +112,8 @@ def _attention(stock: Callable[..., mx.array]) -> Callable[..., mx.array]:
         of_one = isinstance(values, Handle) and values.cache is keys.cache
         if not (of_one and keys.of_keys and not values.of_keys):
             raise TypeError("keys and values are not those of one cache")
-        return keys.cache.attend(queries, scale=scale, mask=mask, sinks=sinks)
+        y: mx.array = keys.cache.attend(queries, scale=scale, mask=mask, sinks=sinks)
+        return y
 
     return attend
 

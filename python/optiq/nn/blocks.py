@@ -9,6 +9,8 @@ Caches of records (optiq.kv) are read as they are. They have stock classes as ba
     write(keys, values)   writes vectors
     inputs()              what `ops.quantized_attention` takes: k, v, their formats, ...
     layout                formats `k`, `v`; `sink`, `recent`: tokens that are also kept exact
+
+A cache may also stand for one cache of each row of the batch, its `rows` (optiq.kv.rows).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from ..formats import DENSE, Format
 from ..models.blocks import Block, Unknown
 from ..ops import native
 from .layers import Adopting
-from .parts import PLAIN, Composed, Native
+from .parts import PLAIN, Composed, Native, Place
 
 Cache = Any
 # Parents, keys and children: child i is what parent i has at key i.
@@ -49,7 +51,7 @@ class Fused(Adopting):
     def __call__(self, x: mx.array, mask: Any = None, cache: Cache = None) -> mx.array:
         runner: Runner = self.__dict__["_runner"]
         parts = runner.parts(self, x)
-        if parts is None or hasattr(cache, "bits"):
+        if parts is None or _foreign(parts, cache):
             out: mx.array = super().__call__(x, mask, cache)
             return out
         h = _attend(parts, x, mask, cache, runner.with_mlp)
@@ -69,7 +71,7 @@ class FusedSharing(Fused):
         offset: Any = None,
     ) -> tuple[mx.array, tuple[mx.array, mx.array], Any]:
         parts = self.__dict__["_runner"].parts(self, x)
-        if parts is None or hasattr(cache, "bits"):
+        if parts is None or _foreign(parts, cache) or hasattr(cache, "rows"):
             out: tuple[mx.array, tuple[mx.array, mx.array], Any] = super(Fused, self).__call__(
                 x, mask, cache, per_layer_input, shared_kv, offset
             )
@@ -80,6 +82,12 @@ class FusedSharing(Fused):
             gate = nn.gelu_approx(self.per_layer_input_gate(h)) * per_layer_input
             h = h + self.post_per_layer_input_norm(self.per_layer_projection(gate))
         return h * self.layer_scalar, (k, v), offset
+
+
+def _foreign(parts: Native | Composed, cache: Cache) -> bool:
+    """Whether only the original block can use the cache: mlx-lm's quantized one; caches of each
+    row where it is not the extension that attends."""
+    return hasattr(cache, "bits") or (hasattr(cache, "rows") and not isinstance(parts, Native))
 
 
 class Runner:
@@ -129,30 +137,29 @@ class Runner:
 def _attend(
     parts: Native | Composed, x: mx.array, mask: Any, cache: Cache, with_mlp: bool
 ) -> mx.array:
+    rows = x.shape[1]
     if isinstance(parts, Native):
         if cache is None:
-            return parts.step(x, None, None, 0, x.shape[1], 0, mask, with_mlp)[0]
-        kind, formats = _in_place(cache)
-        if kind is KVCache:
-            start = cache.offset
-            end = start + x.shape[1]
-            if end <= cache.keys.shape[2]:
-                h, cache.keys, cache.values = parts.step(
-                    x, cache.keys, cache.values, start, end, start, mask, with_mlp, formats
-                )
-                cache.offset = end
-                return h
-        elif kind is RotatingKVCache and x.shape[1] == 1:
-            position, size = cache.offset, cache.keys.shape[2]
-            whole = size == cache.max_size
-            start = cache.keep if whole and cache._idx == size else cache._idx
-            if whole or position < size < cache.max_size:
-                length = min(position + 1, size)
-                h, cache.keys, cache.values = parts.step(
-                    x, cache.keys, cache.values, start, length, position, mask, with_mlp, formats
-                )
-                cache.offset, cache._idx = position + 1, start + 1
-                return h
+            return parts.step(x, (), (), [Place(0, rows, 0)], mask, with_mlp)[0]
+        caches = getattr(cache, "rows", (cache,))
+        formats = _in_place(caches[0])
+        places = [p for c in caches if _in_place(c) == formats and (p := _place(c, rows))]
+        if formats is not None and len(places) == len(caches):
+            h, *stored = parts.step(
+                x, [c.keys for c in caches], [c.values for c in caches], places, mask, with_mlp,
+                formats,
+            )  # fmt: skip
+            for c, place, keys, values in zip(
+                caches, places, stored[::2], stored[1::2], strict=True
+            ):
+                c.keys, c.values, c.offset = keys, values, place.position + rows
+                if isinstance(c, RotatingKVCache):
+                    c._idx = place.start + 1
+            return h
+    if hasattr(cache, "rows"):  # some of them have to grow or turn over
+        return mx.concatenate(
+            [_attend(parts, x[i : i + 1], mask, c, with_mlp) for i, c in enumerate(cache.rows)]
+        )
     if _of_records(cache):
         q, k, v = parts.project(x, cache.offset)
         cache.write(k, v)
@@ -164,18 +171,35 @@ def _of_records(cache: Cache) -> bool:
     return hasattr(cache, "inputs") and hasattr(cache, "layout")
 
 
-def _in_place(cache: Cache) -> tuple[type | None, tuple[Format, Format]]:
-    """The stock class by whose rules a block may itself write rows into a cache, and in which
-    formats; None where the cache has to do it.
+def _in_place(cache: Cache) -> tuple[Format, Format] | None:
+    """The formats of a cache into which a block may itself write rows by the rules of its stock
+    class; None where the cache has to do it.
     """
-    stock = (KVCache, RotatingKVCache)
     if not _of_records(cache):
-        plain = type(cache) in stock and cache.keys is not None and cache.keys.dtype == mx.float32
-        return (type(cache) if plain else None), PLAIN
+        stock = type(cache) in (KVCache, RotatingKVCache)
+        return PLAIN if stock and cache.keys is not None and _float32(cache) else None
     layout = cache.layout
     if cache.keys is None or layout.sink or layout.recent or DENSE in (layout.k, layout.v):
-        return None, PLAIN
-    return next((base for base in stock if isinstance(cache, base)), None), (layout.k, layout.v)
+        return None
+    return (layout.k, layout.v) if isinstance(cache, (KVCache, RotatingKVCache)) else None
+
+
+def _float32(cache: Cache) -> bool:
+    return bool(cache.keys.dtype == mx.float32)
+
+
+def _place(cache: Cache, rows: int) -> Place | None:
+    """Where the stock class would put so many new rows; None where it would make room first."""
+    if cache.keys is None:
+        return None
+    start, size = cache.offset, cache.keys.shape[2]
+    if isinstance(cache, KVCache):
+        return Place(start, start + rows, start) if start + rows <= size else None
+    whole = size == cache.max_size
+    if rows > 1 or not (whole or start < size < cache.max_size):
+        return None
+    at = cache.keep if whole and cache._idx == size else cache._idx
+    return Place(at, min(start + 1, size), start)
 
 
 def _run(

@@ -6,9 +6,10 @@ the cache). `Native` keeps the weights in the extension, so that a call builds o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +23,16 @@ from .layers import Linear, QuantizedLinear
 
 Mask = Any  # None, "causal" or an array that broadcasts to [batch, heads, rows, keys]
 PLAIN = DENSE, DENSE  # formats of a cache that holds vectors
+
+
+class Place(NamedTuple):
+    """Where new rows go in a cache: from `start` on, so that it then has `length` rows. The first
+    of them is at `position` of its sequence.
+    """
+
+    start: int
+    length: int
+    position: int
 
 
 def module_at(block: nn.Module, path: str) -> Any:
@@ -125,20 +136,20 @@ class Native:
     def step(
         self,
         x: mx.array,
-        keys: mx.array | None,
-        values: mx.array | None,
-        start: int,
-        length: int,
-        position: int,
+        keys: Sequence[mx.array],
+        values: Sequence[mx.array],
+        places: Sequence[Place],
         mask: Mask,
         mlp: bool,
         formats: tuple[Format, Format] = PLAIN,
     ) -> list[mx.array]:
-        """The block with the cache's first `length` rows, the new ones put at `start`."""
+        """The block with the new rows put in their places: of one cache for the whole batch, of a
+        cache for each row, or of none. Gives the output, then keys and values of each cache.
+        """
         name, array = masking(mask)
         packings = [packing(f) for f in formats]
         out: list[mx.array] = self._step(
-            self.block, x, keys, values, start, length, position, name, array, mlp, *packings
+            self.block, x, keys, values, places, name, array, mlp, *packings
         )
         return out
 

@@ -1,0 +1,179 @@
+"""Several sequences in one step of a model, each over a cache of its own.
+
+mlx-lm's batch caches pad all sequences to the longest and copy them whenever one joins or leaves.
+Here nothing is padded, merged or copied: the model sees one cache per layer, which hands each row
+of the batch to the single cache of its sequence. Products run for all rows at once, attention runs
+row by row over exactly what a sequence alone would have read. So a row does not depend on its
+company.
+
+It needs attention that asks the cache (`optiq.kv.route`), or blocks that know `rows`. A model that
+does more with keys and values raises Unbatchable, or another error, in the trial of `together`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
+
+from ..base.text import one_line
+from ..ops import native
+from .records import Handle, Records
+
+GPU_DIFFERENCE = 0.02  # of the largest logit, in 16 bits
+
+Caches = list[Any]  # of one sequence, one for each layer that has any
+
+
+class Unbatchable(Exception):
+    """These sequences cannot share a step; each can take it alone."""
+
+
+def joined(sequences: Sequence[Caches]) -> Caches:
+    """The caches of several sequences as one, layer by layer. They stay where they are."""
+    return [_joined(caches) for caches in zip(*sequences, strict=True)]
+
+
+def _joined(caches: Sequence[Any]) -> Any:
+    first = caches[0]
+    if any(type(c) is not type(first) for c in caches):
+        raise Unbatchable("caches of different kinds")
+    if isinstance(first, CacheList):
+        return CacheList(*map(_joined, zip(*(c.caches for c in caches), strict=True)))
+    if isinstance(first, ArraysCache):
+        return StateRows(caches)
+    if isinstance(first, (KVCache, RotatingKVCache)):
+        return Rows(caches)
+    raise Unbatchable(f"a {type(first).__name__} has no rows")
+
+
+class Rows:
+    """Keys and values of one layer, a cache for each row of the batch."""
+
+    def __init__(self, caches: Sequence[Any]) -> None:
+        self.rows = caches
+        self._fetched: list[Any] = []
+        for cache in caches:
+            _make_room(cache)
+
+    @property
+    def offset(self) -> mx.array:
+        return mx.array([c.offset for c in self.rows])
+
+    def make_mask(self, n: int, **options: Any) -> None:
+        if n > 1 or any(c.make_mask(n, **options) is not None for c in self.rows):
+            raise Unbatchable("the sequences need masks of their own")
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+        """Handles, for attention that lets the cache attend."""
+        self._fetched = [
+            cache.update_and_fetch(keys[i : i + 1], values[i : i + 1])
+            for i, cache in enumerate(self.rows)
+        ]
+        longest = max(int(c.offset) for c in self.rows)
+        shape = (*keys.shape[:2], longest)
+        return Handle(self, True, (*shape, keys.shape[3])), Handle(
+            self, False, (*shape, values.shape[3])
+        )
+
+    def attend(
+        self, q: mx.array, *, scale: float, mask: Any, sinks: Any = None, softcap: float = 0.0
+    ) -> mx.array:
+        """What each sequence alone would compute."""
+        if mask is not None:
+            raise Unbatchable("the sequences need masks of their own")
+        out = []
+        for i, (cache, (k, v)) in enumerate(zip(self.rows, self._fetched, strict=True)):
+            row = q[i : i + 1]
+            if isinstance(cache, Records):
+                out.append(cache.attend(row, scale=scale, sinks=sinks, softcap=softcap))
+            else:
+                out.append(
+                    mx.fast.scaled_dot_product_attention(row, k, v, scale=scale, sinks=sinks)
+                )
+        return mx.concatenate(out)
+
+
+class StateRows:
+    """States of one recurrent layer, an ArraysCache for each row of the batch."""
+
+    lengths = left_padding = None
+
+    def __init__(self, caches: Sequence[Any]) -> None:
+        self.states = caches
+
+    def __getitem__(self, index: int) -> mx.array | None:
+        states = [c[index] for c in self.states]
+        if any(s is None for s in states):
+            raise Unbatchable("a sequence has no state yet")
+        return mx.concatenate(states)
+
+    def __setitem__(self, index: int, state: mx.array) -> None:
+        for i, cache in enumerate(self.states):
+            cache[index] = state[i : i + 1]
+
+    def make_mask(self, n: int) -> None:
+        return None
+
+    def advance(self, n: int) -> None:
+        for cache in self.states:
+            cache.advance(n)
+
+
+def _make_room(cache: Any) -> None:
+    """Room for one more row, as the cache would make itself when the row is written."""
+    if not isinstance(cache, KVCache) or cache.keys is None or cache.offset < cache.keys.shape[2]:
+        return
+    cache.keys, cache.values = (
+        mx.concatenate([x, mx.zeros((*x.shape[:2], cache.step, x.shape[3]), x.dtype)], axis=2)
+        for x in (cache.keys, cache.values)
+    )
+
+
+def together(model: nn.Module, rows: int) -> str:
+    """Why so many sequences cannot share the steps of this model; empty where they can.
+
+    They take some steps together, and the same steps alone. On the CPU both have to give the same
+    bits.
+    """
+    try:
+        read = [_read(model, prompt) for prompt in ([1, 2, 3, 4, 5], [3, 1, 2])]
+        alone, shared = ([copy.deepcopy(read[i % 2]) for i in range(rows)] for _ in range(2))
+        for step in range(3):
+            tokens = mx.array([[1 + (step + i) % 5] for i in range(rows)])
+            expected = mx.concatenate(
+                [model(tokens[i : i + 1], cache=caches) for i, caches in enumerate(alone)]
+            )
+            if reason := _difference(model(tokens, cache=joined(shared)), expected):
+                return f"together {reason}"
+    except Exception as error:  # whatever a model file does with a cache that it does not know
+        return f"together they raise {type(error).__name__}: {one_line(error)}"
+    return ""
+
+
+def cuttable(model: nn.Module) -> bool:
+    """Whether a prompt gives the same wherever its slices end; on the CPU, the same bits."""
+    prompt = [1 + i % 7 for i in range(48)]
+    token = mx.array([[1]])
+    whole, cut = _read(model, prompt), _read(model, prompt, 9, 27)
+    return not _difference(model(token, cache=cut), model(token, cache=whole))
+
+
+def _read(model: nn.Module, prompt: Sequence[int], *cuts: int) -> Caches:
+    caches: Caches = make_prompt_cache(model)
+    for begin, end in pairwise([0, *cuts, len(prompt)]):
+        model(mx.array([prompt[begin:end]]), cache=caches)
+        mx.eval([c.state for c in caches])
+    return caches
+
+
+def _difference(got: mx.array, expected: mx.array) -> str:
+    error: Any = mx.abs(got - expected).max().item()
+    scale: Any = mx.abs(expected).max().item()
+    bound = 0.0 if native.on_cpu() else GPU_DIFFERENCE * scale
+    return "" if error <= bound else f"they differ by {error:.1e} of {scale:.1e}"

@@ -1,0 +1,450 @@
+"""The engine: one thread that owns MLX and takes one step after the other for all requests.
+
+A step reads a slice of one prompt and gives every running answer a token. Each sequence keeps the
+caches that it would have alone (kv/rows.py), and its tokens are drawn from its own logits, so on
+the CPU an answer is the same to the bit in any company. Whatever goes wrong ends one answer; where
+the model itself raises, all are read again and go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ...base.text import one_line
+from ...errors import DeadlineError, RequestError, ServeError, TooLongError
+from ...kv.rows import Caches, Unbatchable, joined
+from ...ops import metal
+from .model import Measured, measure
+from .request import Event, Failed, Finished, Piece, Reading, Request, Token
+from .sampling import Floats, Sampler, choose
+from .scheduler import Job, Limits, Pace, Phase, Scheduler, Slice
+from .text import AnswerText
+
+log = logging.getLogger("optiq.serve")
+
+Listener = Callable[[Event], None]
+
+FAILURES = 3  # of the model, after which an answer is given up
+ALONE = 8  # steps that an answer takes alone after a failure, so that it is known whose it is
+SMOOTHING = 0.2  # of the pace, by each new step
+
+
+class Prefixes(Protocol):
+    """Where caches of prompts are found and kept (see prefix.py)."""
+
+    def find(self, tokens: Sequence[int], make: Callable[[], Caches]) -> tuple[Caches, int]: ...
+    def keep(self, tokens: Sequence[int], caches: Caches) -> None: ...
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """`memory` is the most bytes of weights, caches and work together; `context` the most tokens of
+    a prompt and its answer, that of the model unless it is given.
+    """
+
+    running: int = 16
+    waiting: int = 64
+    memory: int | None = None
+    context: int | None = None
+
+
+@dataclass
+class Stats:
+    """Counters since the start, and what is there now."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_bytes: int = 0  # reserved
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    answers: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    restarts: int = 0
+    step_seconds: float = 0.0  # of the last steps, smoothed
+    overhead_seconds: float = 0.0  # of them, all but the model
+
+
+@dataclass
+class Answer:
+    """One request on its way."""
+
+    ticket: int
+    request: Request
+    listener: Listener
+    sampler: Sampler
+    text: AnswerText
+    until: float  # time.monotonic() of its deadline
+    caches: Caches = field(default_factory=list)
+    generated: list[int] = field(default_factory=list)
+    cached: int = 0
+    failures: int = 0
+    alone: int = 0  # steps still to take alone
+
+    @property
+    def next(self) -> int:
+        """The token that is read in the next step."""
+        return self.generated[-1] if self.generated else self.request.tokens[-1]
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The tokens that the caches hold when the answer decodes."""
+        return (*self.request.tokens, *self.generated)[:-1]
+
+
+class Engine:
+    """Answers requests with one model. Call `start`, then `submit` from any thread."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        options: EngineOptions = EngineOptions(),
+        prefix: Prefixes | None = None,
+    ) -> None:
+        """Raises ServeError for a model that does not run, or does not fit `options.memory`."""
+        self._model, self._tokenizer, self._prefix = model, tokenizer, prefix
+        self._measured: Measured = measure(model, options.running, options.context)
+        self.context = self._measured.context
+        self.vocabulary = self._measured.vocabulary
+        nbytes = self._measured.room(options.memory)
+        self._scheduler = Scheduler(
+            Limits(options.running, options.waiting, nbytes), grid=self._measured.grid
+        )
+        self._pace = Pace(self._measured.step_seconds, self._measured.token_seconds)
+        self._eos = frozenset(tokenizer.eos_token_ids)
+        self._answers: dict[int, Answer] = {}
+        self._cancelled: deque[int] = deque()
+        self._tickets = count(1)
+        self._changed = threading.Condition()
+        self._stats = Stats()
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="optiq-engine", daemon=True)
+
+    @property
+    def ready(self) -> bool:
+        return self._thread.is_alive() and not self._closing
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, request: Request, listener: Listener) -> int:
+        """A ticket for one more answer; its events go to `listener`, in the engine's thread.
+
+        `listener` must return at once. Raises RequestError, TooLongError or OverloadedError.
+        """
+        request = self._checked(request)
+        sampler = Sampler(
+            request.sampling, request.tokens, self.vocabulary, request.guide, request.top_logprobs
+        )
+        until = time.monotonic() + request.deadline if request.deadline is not None else np.inf
+        text = AnswerText(self._tokenizer, request.stop)
+        length = len(request.tokens) - 1
+        with self._changed:
+            if self._closing:
+                raise ServeError("the server is shutting down")
+            ticket = next(self._tickets)
+            self._scheduler.submit(
+                Job(
+                    ticket,
+                    request.client,
+                    request.tokens,
+                    length,
+                    self._measured.nbytes(length + request.max_tokens),
+                    cuts=request.boundaries if self._measured.grid else (),
+                    share=self._prefix is not None,
+                )
+            )
+            self._answers[ticket] = Answer(ticket, request, listener, sampler, text, float(until))
+            self._changed.notify()
+        return ticket
+
+    def cancel(self, ticket: int) -> None:
+        """End an answer within a step; one that is over stays as it is."""
+        with self._changed:
+            self._cancelled.append(ticket)
+            self._changed.notify()
+
+    def stats(self) -> Stats:
+        with self._changed:
+            waiting = self._scheduler.count(Phase.WAITING)
+            return replace(
+                self._stats,
+                running=len(self._answers) - waiting,
+                waiting=waiting,
+                kv_bytes=self._scheduler.reserved,
+            )
+
+    def close(self, drain: float = 0.0) -> None:
+        """Take no more requests, wait up to `drain` seconds for those there are, and stop."""
+        with self._changed:
+            self._closing = True
+            self._changed.wait_for(lambda: not self._answers, drain)
+            for ticket, answer in list(self._answers.items()):
+                answer.until = -np.inf
+                self._cancelled.append(ticket)
+            self._changed.notify_all()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _checked(self, request: Request) -> Request:
+        """The request with an answer that fits the context."""
+        n = len(request.tokens)
+        if n == 0:
+            raise RequestError("the prompt has no tokens; give some text")
+        outside = [t for t in request.tokens if not 0 <= t < self.vocabulary]
+        outside += [t for t in request.sampling.logit_bias if not 0 <= t < self.vocabulary]
+        if outside:
+            raise RequestError(
+                f"token {outside[0]} is not one of the model's {self.vocabulary}; "
+                "give ids of its tokenizer"
+            )
+        if n >= self.context:
+            raise TooLongError(
+                f"the prompt has {n} tokens and the context {self.context}; shorten the prompt"
+            )
+        most = min(request.max_tokens, self.context - n)
+        nbytes, limit = self._measured.nbytes(n + most), self._scheduler.limits.nbytes
+        if nbytes > limit:
+            raise TooLongError(
+                f"{n} tokens and an answer of {most} need {nbytes / 1e9:.2f} GB of caches, the "
+                f"limit is {limit / 1e9:.2f} GB; lower max_tokens, or serve with more --memory"
+            )
+        return replace(request, max_tokens=most)
+
+    # What follows runs in the engine's thread.
+
+    def _work(self) -> None:
+        with mx.stream(mx.new_stream(mx.default_device())):
+            while True:
+                with self._changed:
+                    self._changed.wait_for(
+                        lambda: self._answers or self._cancelled or self._closing
+                    )
+                    if self._closing and not self._answers:
+                        self._changed.notify_all()
+                        return
+                self._step()
+
+    def _step(self) -> None:
+        self._drop_ended()
+        with self._changed:
+            admitted = self._scheduler.admit()
+        for ticket in admitted:
+            self._admit(self._answers[ticket])
+        with self._changed:
+            step = self._scheduler.plan(self._pace)
+        started = time.perf_counter()
+        if step.decode:
+            rows = [self._answers[t] for t in step.decode]
+            model = 0.0
+            for group in self._groups(rows):
+                model += self._decode(group)
+            taken = time.perf_counter() - started
+            self._pace = replace(self._pace, step=_smoothed(self._pace.step, taken))
+            self._stats.step_seconds = self._pace.step
+            self._stats.overhead_seconds = _smoothed(self._stats.overhead_seconds, taken - model)
+            self._stats.steps += 1
+        if step.read and step.read.ticket in self._answers:
+            self._read(step.read)
+        if not step.decode and not step.read:
+            time.sleep(0.001)  # those who wait have to wait for memory or another reader
+
+    def _groups(self, rows: list[Answer]) -> list[list[Answer]]:
+        """Who shares a pass through the model."""
+        shared, most = [row for row in rows if not row.alone], self._measured.together
+        groups = [shared[i : i + most] for i in range(0, len(shared), most)]
+        return [[row] for row in rows if row.alone] + groups
+
+    def _drop_ended(self) -> None:
+        """Answers that were cancelled, or whose time is over."""
+        with self._changed:
+            cancelled, self._cancelled = self._cancelled, deque()
+        for ticket in cancelled:
+            if ticket in self._answers:
+                answer = self._answers[ticket]
+                if answer.until == -np.inf:
+                    self._end(answer, Failed(ServeError("the server is shutting down")))
+                else:
+                    self._end(answer, self._finished(answer, "cancelled"))
+        now = time.monotonic()
+        for answer in [a for a in self._answers.values() if a.until < now]:
+            seconds = answer.request.deadline
+            self._end(answer, Failed(DeadlineError(f"not answered within {seconds:g} seconds")))
+
+    def _admit(self, answer: Answer) -> None:
+        """Caches for a reader: those that hold most of what it has to read."""
+        tokens, length = (*answer.held, answer.next), 0
+        answer.caches = []
+        if self._prefix is not None:
+            try:
+                answer.caches, length = self._prefix.find(tokens, self._measured.make_caches)
+            except Exception:
+                log.exception("the prefix cache failed; the prompt is read as a whole")
+                answer.caches = []
+        if not answer.caches:
+            answer.caches, length = self._measured.make_caches(), 0
+        if not answer.generated:
+            answer.cached = length
+            self._stats.cached_tokens += length
+        with self._changed:
+            self._scheduler.skip(answer.ticket, length)
+
+    def _read(self, part: Slice) -> None:
+        answer = self._answers[part.ticket]
+        tokens = answer.held[part.begin : part.end]
+        started = time.perf_counter()
+        try:
+            self._model(mx.array([tokens]), cache=answer.caches)
+            mx.eval([cache.state for cache in answer.caches])
+        except Exception as error:  # whatever a model or a kernel raises
+            self._stumble([answer], error)
+            return
+        taken = (time.perf_counter() - started) / len(tokens)
+        self._pace = replace(self._pace, token=_smoothed(self._pace.token, taken))
+        self._stats.prompt_tokens += len(tokens)
+        with self._changed:
+            self._scheduler.read(part)
+        if part.end == len(answer.held) or part.end in answer.request.boundaries:
+            self._keep(answer, part.end)
+        total = len(answer.request.tokens)
+        self._tell(answer, Reading(min(part.end + 1, total), total, answer.cached))
+
+    def _decode(self, group: list[Answer]) -> float:
+        """One token for each; returns the seconds that the model took."""
+        started = time.perf_counter()
+        try:
+            logits = self._forward(group)
+        except Unbatchable:
+            return sum(self._decode([answer]) for answer in group)
+        except Exception as error:  # whatever a model or a kernel raises
+            self._stumble(group, error)
+            return time.perf_counter() - started
+        model = time.perf_counter() - started
+        chosen = choose(logits, [answer.sampler for answer in group])
+        for answer, token in zip(group, chosen, strict=True):
+            answer.alone = max(0, answer.alone - 1)
+            if isinstance(token, ServeError):
+                self._end(answer, Failed(token))
+            else:
+                self._go_on(answer, token)
+        return model
+
+    def _forward(self, group: list[Answer]) -> Floats:
+        """Logits `[B, V]` after the next token of each."""
+        inputs = mx.array([[answer.next] for answer in group])
+        caches = [answer.caches for answer in group]
+        logits = self._model(inputs, cache=caches[0] if len(group) == 1 else joined(caches))
+        logits = logits[:, -1].astype(mx.float32)
+        if self._measured.states:
+            mx.eval(logits, [cache.state for each in caches for cache in each])
+        return np.asarray(logits)
+
+    def _go_on(self, answer: Answer, token: Token) -> None:
+        answer.generated.append(token.id)
+        self._stats.generated_tokens += 1
+        request, guide = answer.request, answer.request.guide
+        if token.id in self._eos:
+            self._finish(answer, "stop")
+            return
+        try:
+            text = answer.text.add(token.id)
+            done = guide is not None and guide.done
+        except Exception as error:  # of a tokenizer or a grammar
+            self._end(answer, Failed(ServeError(f"the token {token.id} has no text ({error})")))
+            return
+        self._tell(answer, Piece(text, (token,)))
+        if answer.text.stopped is not None:
+            self._finish(answer, "stop_text")
+        elif done:
+            self._finish(answer, "stop")
+        elif len(answer.generated) >= request.max_tokens:
+            self._finish(answer, "length")
+
+    def _finish(self, answer: Answer, reason: str) -> None:
+        if answer.ticket not in self._answers:  # its listener failed
+            return
+        if rest := answer.text.end():
+            self._tell(answer, Piece(rest))
+        if answer.text.stopped is not None:
+            reason = "stop_text"
+        self._keep(answer, len(answer.held))
+        self._end(answer, self._finished(answer, reason))
+
+    def _finished(self, answer: Answer, reason: str) -> Finished:
+        return Finished(
+            reason,
+            len(answer.request.tokens),
+            answer.cached,
+            len(answer.generated),
+            answer.text.stopped,
+        )
+
+    def _keep(self, answer: Answer, length: int) -> None:
+        if self._prefix is None or not length:
+            return
+        try:
+            self._prefix.keep(answer.held[:length], answer.caches)
+        except Exception:
+            log.exception("the prefix cache failed; the answer goes on without it")
+
+    def _stumble(self, group: list[Answer], error: Exception) -> None:
+        """The model raised, and nobody knows what is in the caches: read all of it again.
+
+        Those who stumble take some steps alone then, so that one that always fails is found.
+        """
+        metal.give_up(error)
+        self._stats.restarts += 1
+        log.error(
+            "the model raised %s (%s); %d answers are read again",
+            type(error).__name__, one_line(error), len(group),
+        )  # fmt: skip
+        for answer in group:
+            answer.failures += 1
+            answer.alone = ALONE
+            if answer.failures >= FAILURES:
+                self._end(answer, Failed(ServeError(f"the model failed: {one_line(error)}")))
+                continue
+            with self._changed:
+                self._scheduler.again(answer.ticket, len(answer.held))
+            self._admit(answer)
+
+    def _tell(self, answer: Answer, event: Event) -> None:
+        try:
+            answer.listener(event)
+        except Exception:
+            log.exception("a listener failed; its answer ends")
+            if answer.ticket in self._answers:
+                self._end(answer, None)
+
+    def _end(self, answer: Answer, event: Finished | Failed | None) -> None:
+        with self._changed:
+            del self._answers[answer.ticket]
+            self._scheduler.remove(answer.ticket)
+            if isinstance(event, Failed):
+                self._stats.failed += 1
+            elif isinstance(event, Finished) and event.reason == "cancelled":
+                self._stats.cancelled += 1
+            else:
+                self._stats.answers += 1
+            self._changed.notify_all()
+        answer.caches = []
+        if event is not None:
+            self._tell(answer, event)
+
+
+def _smoothed(before: float, now: float) -> float:
+    return now if before == 0 else before + SMOOTHING * (now - before)

@@ -1,0 +1,169 @@
+"""What the engine has to know of a model before it takes requests, found by running it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, make_prompt_cache
+
+from ...base.memory import available_memory
+from ...base.notice import notice
+from ...base.text import one_line
+from ...errors import ServeError
+from ...kv import route
+from ...kv.rows import Caches, cuttable, together
+from ...ops import metal
+
+GRID = 256  # tokens of a slice, for models whose results depend on where slices end
+FEW = 16  # rows up to which a product with dense weights gives each row the same bits
+TRIED = 64  # tokens of the prompt that is measured
+SLICE = 512  # tokens of a slice whose activations are reserved
+GROWTH = 256  # tokens by which caches grow
+CONTEXT = 32768  # of a model that does not say
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Sizes and seconds.
+
+    A sequence of n tokens takes `fixed_bytes` + `token_bytes` * min(n, window) of each cache, the
+    `windows` as (bytes per token, most tokens or 0). `grid` is 0 where a prompt may be cut anywhere
+    with the same result. `states`: caches that a step leaves to be evaluated. At most `together`
+    sequences share a step.
+    """
+
+    make_caches: Callable[[], Caches]
+    context: int
+    vocabulary: int
+    windows: tuple[tuple[int, int], ...]
+    fixed_bytes: int
+    weight_bytes: int
+    work_bytes: int
+    grid: int
+    states: bool
+    together: int
+    step_seconds: float
+    token_seconds: float
+
+    def nbytes(self, tokens: int) -> int:
+        """Bytes of the caches of one sequence."""
+        grown = (tokens + GROWTH - 1) // GROWTH * GROWTH
+        each = (
+            size * (min(grown, most + GROWTH) if most else grown) for size, most in self.windows
+        )
+        return self.fixed_bytes + sum(each)
+
+    def room(self, memory: int | None) -> int:
+        """Bytes for caches when all may take `memory`, or most of what is free.
+
+        Raises ServeError where that is too little.
+        """
+        if memory is None:
+            return max(available_memory() * 3 // 4 - self.work_bytes, self.nbytes(1))
+        room = memory - self.weight_bytes - self.work_bytes
+        if room < self.nbytes(GROWTH):
+            needed = self.weight_bytes + self.work_bytes + self.nbytes(GROWTH)
+            raise ServeError(
+                f"the model takes {needed / 1e9:.2f} GB, --memory allows {memory / 1e9:.2f}; "
+                "allow more, or serve a smaller model"
+            )
+        return room
+
+
+def measure(model: nn.Module, running: int, context: int | None = None) -> Measured:
+    """Prepare `model` for so many sequences at a time, in place, and measure it.
+
+    Raises ServeError.
+    """
+    for attempt in (1, 2):
+        try:
+            return _measure(model, running, context)
+        except Exception as error:
+            if attempt == 1 and metal.give_up(error):
+                continue
+            raise ServeError(f"the model does not run ({one_line(error)})") from error
+    raise AssertionError  # not reached
+
+
+def _measure(model: nn.Module, running: int, context: int | None) -> Measured:
+    route(model)
+    shared = _together(model, running)
+    parameters: Any = tree_flatten(model.parameters())
+    weights = sum(x.nbytes for _, x in parameters)
+
+    def make() -> Caches:
+        caches: Caches = make_prompt_cache(model)
+        return caches
+
+    caches = make()
+    prompt = mx.zeros((1, TRIED), dtype=mx.int32)
+    mx.eval(model(mx.zeros((1, TRIED), dtype=mx.int32), cache=make()))  # compiles what is compiled
+    active = mx.get_active_memory()
+    mx.reset_peak_memory()
+    started = time.perf_counter()
+    model(prompt, cache=caches)
+    mx.eval([c.state for c in caches])
+    read = time.perf_counter() - started
+    work = (mx.get_peak_memory() - active) * (SLICE // TRIED)
+    started = time.perf_counter()
+    logits = model(prompt[:, :1], cache=caches)
+    mx.eval(logits)
+    step = time.perf_counter() - started
+    leaves = [leaf for cache in caches for leaf in _leaves(cache)]
+    kv = [c for c in leaves if hasattr(c, "keys") and c.keys is not None]
+    return Measured(
+        make_caches=make,
+        context=context or _context(model),
+        vocabulary=int(logits.shape[-1]),
+        windows=tuple((_token_bytes(c), int(getattr(c, "max_size", 0) or 0)) for c in kv),
+        fixed_bytes=sum(int(c.nbytes) for c in leaves if c not in kv),
+        weight_bytes=weights,
+        work_bytes=work,
+        grid=0 if all(isinstance(c, KVCache) for c in leaves) and cuttable(model) else GRID,
+        states=any(isinstance(c, ArraysCache) for c in leaves),
+        together=shared,
+        step_seconds=step,
+        token_seconds=read / TRIED,
+    )
+
+
+def _together(model: nn.Module, running: int) -> int:
+    """The most sequences up to `running` that can share a step."""
+    reason = ""
+    for rows in (running, FEW):
+        if 1 < rows <= running:
+            reason = together(model, rows)
+            if not reason:
+                return rows
+    if reason:
+        notice(f"each sequence takes its steps alone in this model, which is slower: {reason}")
+    return 1
+
+
+def _leaves(cache: Any) -> list[Any]:
+    if isinstance(cache, CacheList):
+        return [leaf for inner in cache.caches for leaf in _leaves(inner)]
+    return [cache]
+
+
+def _token_bytes(cache: Any) -> int:
+    """Of keys and values in all heads."""
+    return sum(x.shape[1] * x.shape[3] * x.dtype.size for x in (cache.keys, cache.values))
+
+
+def _context(model: nn.Module) -> int:
+    """Tokens that the model's configuration allows."""
+    args = getattr(model, "args", None)
+    text = getattr(args, "text_config", None)
+    for where in (args, text):
+        for name in ("max_position_embeddings", "max_seq_len", "seq_length", "model_max_length"):
+            value = where.get(name) if isinstance(where, dict) else getattr(where, name, None)
+            if isinstance(value, int) and value > 0:
+                return value
+    return CONTEXT

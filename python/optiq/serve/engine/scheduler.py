@@ -1,0 +1,224 @@
+"""Who is admitted, who reads and who decodes in the next step: plain state, no MLX, no clock.
+
+A request waits, then reads its prompt slice by slice, then decodes with all others that do. Its
+caches are reserved in full when it is admitted, so that no answer fails for memory on its way.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum
+
+from ...errors import OverloadedError
+
+SHARED = 64  # tokens in common with a prompt that is being read, that are worth waiting for
+
+
+class Phase(Enum):
+    WAITING = "waiting"
+    READING = "reading"
+    DECODING = "decoding"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Requests that run at a time, that wait besides, and bytes of caches that may be reserved."""
+
+    running: int = 16
+    waiting: int = 64
+    nbytes: int = 1 << 62
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds that a step of decoding takes, and one token of a prompt."""
+
+    step: float = 0.02
+    token: float = 0.001
+
+
+@dataclass
+class Job:
+    """One request: `length` tokens have to be read before it decodes, `done` of them are.
+
+    A slice ends at each of `cuts`. A job of a prompt that others read waits for them if it can
+    `share` what they read.
+    """
+
+    ticket: int
+    client: str
+    prompt: tuple[int, ...]
+    length: int
+    nbytes: int
+    cuts: tuple[int, ...] = ()
+    share: bool = False
+    done: int = 0
+    phase: Phase = Phase.WAITING
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Tokens `begin` to `end` of a prompt."""
+
+    ticket: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A slice is read, and all of `decode` get a token."""
+
+    read: Slice | None = None
+    decode: tuple[int, ...] = ()
+
+
+@dataclass
+class Scheduler:
+    """The jobs, and the plan of each step.
+
+    While others decode, a slice takes about `gap` steps of theirs; else `alone` seconds. With a
+    `grid`, slices end at its multiples and nowhere else but at cuts, whoever else is there.
+    """
+
+    limits: Limits = Limits()
+    grid: int = 0
+    gap: float = 1.5
+    alone: float = 0.25
+    _jobs: dict[int, Job] = field(default_factory=dict)
+    _waiting: dict[str, deque[int]] = field(default_factory=dict)  # by client, who takes turns
+    _turns: deque[int] = field(default_factory=deque)  # of readers
+
+    def submit(self, job: Job) -> None:
+        """Raises OverloadedError when as many as may already wait."""
+        waiting = self.count(Phase.WAITING)
+        if waiting >= self.limits.waiting:
+            raise OverloadedError(
+                f"{waiting} requests wait, the limit is {self.limits.waiting}; try again later",
+                retry_after=1 + waiting // max(1, self.limits.running),
+            )
+        self._jobs[job.ticket] = job
+        self._waiting.setdefault(job.client, deque()).append(job.ticket)
+
+    def remove(self, ticket: int) -> None:
+        """Of a job that is over, in any phase."""
+        job = self._jobs.pop(ticket)
+        if job.phase is Phase.WAITING:
+            queue = self._waiting[job.client]
+            queue.remove(ticket)
+            if not queue:
+                del self._waiting[job.client]
+        elif job.phase is Phase.READING:
+            self._turns.remove(ticket)
+
+    def skip(self, ticket: int, tokens: int) -> None:
+        """A reader has the first `tokens` already."""
+        job = self._jobs[ticket]
+        job.done = tokens
+        self._decode_if_read(job)
+
+    def read(self, done: Slice) -> None:
+        """A slice was read."""
+        job = self._jobs[done.ticket]
+        job.done = done.end
+        self._decode_if_read(job)
+
+    def again(self, ticket: int, length: int) -> None:
+        """What a job has read is lost; now it has to read `length` tokens."""
+        job = self._jobs[ticket]
+        if job.phase is Phase.DECODING:
+            self._turns.append(ticket)
+        job.phase, job.done, job.length = Phase.READING, 0, length
+
+    def admit(self) -> list[int]:
+        """Those who fit become readers; or decode, where there is nothing to read."""
+        admitted: list[int] = []
+        passed_over: set[str] = set()
+        while True:
+            running = sum(job.phase is not Phase.WAITING for job in self._jobs.values())
+            if running >= self.limits.running:
+                return admitted
+            client = self._next_client(passed_over)
+            if client is None:
+                return admitted
+            job = self._jobs[self._waiting[client][0]]
+            if self.reserved + job.nbytes > self.limits.nbytes:
+                # Nobody overtakes a large job, else it might wait for ever.
+                return admitted
+            if self._others_read_it(job):
+                passed_over.add(client)
+                continue
+            self._waiting[client].popleft()
+            if not self._waiting[client]:
+                del self._waiting[client]
+            job.phase = Phase.READING
+            self._turns.append(job.ticket)
+            self._decode_if_read(job)
+            admitted.append(job.ticket)
+
+    def plan(self, pace: Pace = Pace()) -> Step:
+        """The next step of those who were admitted."""
+        decode = tuple(t for t, job in self._jobs.items() if job.phase is Phase.DECODING)
+        return Step(self._slice(pace, bool(decode)), decode)
+
+    def count(self, phase: Phase) -> int:
+        return sum(job.phase is phase for job in self._jobs.values())
+
+    def phase(self, ticket: int) -> Phase:
+        return self._jobs[ticket].phase
+
+    @property
+    def reserved(self) -> int:
+        """Bytes of the caches of all who were admitted."""
+        return sum(job.nbytes for job in self._jobs.values() if job.phase is not Phase.WAITING)
+
+    @property
+    def idle(self) -> bool:
+        return not self._jobs
+
+    def _next_client(self, passed_over: set[str]) -> str | None:
+        """The one with the fewest running jobs, then with the oldest waiting one."""
+        running: dict[str, int] = {}
+        for job in self._jobs.values():
+            if job.phase is not Phase.WAITING:
+                running[job.client] = running.get(job.client, 0) + 1
+        clients = [c for c in self._waiting if c not in passed_over]
+        return min(clients, key=lambda c: (running.get(c, 0), self._waiting[c][0]), default=None)
+
+    def _others_read_it(self, job: Job) -> bool:
+        """Whether waiting for another reader saves more tokens than that one has to read."""
+        return job.share and any(
+            _common(job.prompt, other.prompt) >= max(SHARED, other.length - other.done)
+            for other in self._jobs.values()
+            if other.phase is Phase.READING
+        )
+
+    def _slice(self, pace: Pace, decoding: bool) -> Slice | None:
+        if not self._turns:
+            return None
+        job = self._jobs[self._turns[0]]
+        self._turns.rotate(-1)
+        seconds = self.gap * pace.step if decoding else self.alone
+        end = job.done + max(8, int(seconds / max(pace.token, 1e-9)) // 8 * 8)
+        if self.grid:
+            end = (job.done // self.grid + 1) * self.grid
+        end = min([end, job.length, *(cut for cut in job.cuts if cut > job.done)])
+        return Slice(job.ticket, job.done, end)
+
+    def _decode_if_read(self, job: Job) -> None:
+        if job.done >= job.length and job.phase is Phase.READING:
+            job.phase = Phase.DECODING
+            self._turns.remove(job.ticket)
+
+
+def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """Tokens with which both begin."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[:middle] == b[:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
