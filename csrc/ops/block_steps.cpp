@@ -295,9 +295,9 @@ array block_attend(const BlockPtr& block, const array& h, const array& q, const 
       std::make_shared<BlockPrimitive>(mx::to_stream(s), block, args), std::move(inputs));
 }
 
-std::vector<array> block_step(const BlockPtr& block, const array& h,
-    const std::vector<array>& keys, const std::vector<array>& values,
-    const std::vector<CachePlace>& places, const KeyValues& kv, bool mlp, mx::StreamOrDevice s) {
+std::vector<array> block_step(const BlockPtr& block, const array& h, const std::vector<array>& keys,
+    const std::vector<array>& values, const std::vector<CachePlace>& places, const KeyValues& kv,
+    bool mlp, mx::StreamOrDevice s) {
   const auto& layer = attention_of(block, mlp);
   checked_hidden(h, layer.width());
   int batch = h.shape(0), rows = h.shape(1), count = int(places.size());
@@ -306,8 +306,8 @@ std::vector<array> block_step(const BlockPtr& block, const array& h,
   }
   if (keys.size() != values.size() || (!keys.empty() && int(keys.size()) != count) ||
       (keys.empty() && count > 1)) {
-    fail_block(keys.size(), " caches of keys and ", values.size(), " of values for ", count,
-        " places");
+    fail_block(
+        keys.size(), " caches of keys and ", values.size(), " of values for ", count, " places");
   }
   if (count > 1 && kv.mask) {
     fail_block("a mask does not go with caches of each row");
