@@ -8,6 +8,7 @@ the model itself raises, all are read again and go on.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
@@ -15,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
+from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -140,6 +142,7 @@ class Engine:
 
     def start(self) -> None:
         self._thread.start()
+        atexit.register(self.close)  # a thread that is inside MLX when Python exits aborts
 
     def submit(self, request: Request, listener: Listener) -> int:
         """A ticket for one more answer; its events go to `listener`, in the engine's thread.
@@ -197,8 +200,10 @@ class Engine:
                 answer.until = -np.inf
                 self._cancelled.append(ticket)
             self._changed.notify_all()
+        atexit.unregister(self.close)
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
+            _until_gone(self._thread)
 
     def _checked(self, request: Request) -> Request:
         """The request with an answer that fits the context."""
@@ -444,6 +449,16 @@ class Engine:
         answer.caches = []
         if event is not None:
             self._tell(answer, event)
+
+
+def _until_gone(thread: threading.Thread) -> None:
+    """Wait until the system has ended a thread that Python has.
+
+    MLX frees what it compiled there, and needs Python for it: one that exits meanwhile aborts.
+    """
+    limit = time.monotonic() + 1
+    while Path(f"/proc/self/task/{thread.native_id}").exists() and time.monotonic() < limit:
+        time.sleep(0.001)
 
 
 def _smoothed(before: float, now: float) -> float:
