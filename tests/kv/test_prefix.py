@@ -88,8 +88,8 @@ def edited(path: Path, change: Callable[[Any, Any], None]) -> None:
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        (lambda h, a: h.update(version=2), "no prompt cache"),
-        (lambda h, a: h.pop("key"), "no prompt cache"),
+        (lambda h, a: h.update(version=2), "not a prompt cache"),
+        (lambda h, a: h.pop("key"), "not a prompt cache"),
         (lambda h, a: h["caches"].pop(), "damaged"),
         (lambda h, a: h["caches"][0].update(cache="KVCache"), "a KVCache for a KVRecords"),
         (lambda h, a: h["caches"][0]["holds"].update(other=1), "has no other"),
@@ -122,7 +122,7 @@ def test_other_files(tmp_path: Path) -> None:
             load(tmp_path / "p", make_prompt_cache(model), key)
     (tmp_path / "text").write_text("no cache")
     for name in ("text", "missing"):
-        with pytest.raises(KVError, match="no prompt cache"):
+        with pytest.raises(KVError, match="not a prompt cache"):
             load(tmp_path / name, make_prompt_cache(model), KEY)
 
 
