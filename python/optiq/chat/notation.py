@@ -1,0 +1,185 @@
+"""How a model marks its reasoning and writes its tool calls.
+
+The notation is found as mlx-lm finds it, in the chat template and the vocabulary; Llama 3, DeepSeek
+and harmony (gpt-oss), which mlx-lm does not know, are found here. A model whose template shows no
+notation is told of its tools in text (forms.py), and asked for `<tool_call>` with JSON.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Span:
+    """The texts between which something stands."""
+
+    start: str
+    end: str
+
+
+@dataclass(frozen=True)
+class JsonCalls:
+    """Calls whose arguments are JSON, so that they can be passed on while they are written.
+
+    `start` opens a section of calls; "" if they may stand at the very beginning of the answer only.
+    Of each call, `opening` matches what stands before its "{": its group "name", where it matches,
+    is the function, and the JSON its arguments; otherwise the JSON has both. `close` may follow
+    each call, and `end` the last.
+    """
+
+    start: str
+    opening: str
+    close: str = ""
+    end: str = ""
+
+
+@dataclass(frozen=True)
+class TaggedCalls:
+    """Calls in a notation of their own, read as a whole.
+
+    `opening` matches the beginning of what stands between `start` and `end`. The call is complete
+    where `closing` stands right before `end`, or where all of it matches `bare`; an `end` anywhere
+    else is part of an argument. `read` is mlx-lm's parser: text and tools in, calls (dicts with
+    "name" and "arguments") out.
+    """
+
+    start: str
+    end: str
+    read: Callable[[str, Any], Any]
+    opening: str
+    closing: str
+    bare: str = ""
+
+
+@dataclass(frozen=True)
+class Channels:
+    """An answer of several messages, each with a header that says for whom it is.
+
+    `begins` matches the beginning of a header, and one of `starts` stands there, wherever a message
+    is not ended. `body` ends the header, and one of `ends` the message. What `channel` matches in
+    a header (its group 1) says what the message is: reasoning, if it is `reasoning`, else text.
+    `recipient` matches in the header of a call; its group "name" is the function.
+    """
+
+    begins: str
+    starts: tuple[str, ...]
+    body: str
+    ends: tuple[str, ...]
+    channel: str
+    reasoning: str
+    recipient: str | None = None
+
+
+@dataclass(frozen=True)
+class Notation:
+    """`calls` are tried in order. `dropped` are marks of structure that no client should see."""
+
+    name: str
+    calls: tuple[JsonCalls | TaggedCalls, ...]
+    reasoning: Span | None = None
+    channels: Channels | None = None
+    dropped: tuple[str, ...] = ()
+
+
+_JSON_TOOLS = JsonCalls("<tool_call>", r"[\s,;\[]*(?=\{)", end="</tool_call>")
+_MISTRAL = JsonCalls(
+    "[TOOL_CALLS]",
+    r"[\s,;\[]*(?:(?P<name>[\w.-]+)\s*(?:\[CALL_ID\]\s*\w*\s*)?(?:\[ARGS\])?\s*)?(?=\{)",
+)
+_KIMI_K2 = JsonCalls(
+    "<|tool_calls_section_begin|>",
+    r"\s*<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[\w.-]+)(?::\d+)?\s*"
+    r"<\|tool_call_argument_begin\|>\s*(?=\{)",
+    "<|tool_call_end|>",
+    "<|tool_calls_section_end|>",
+)
+# V3 writes "function", the separator, and the arguments in a fence; V3.1 the name alone.
+_DEEPSEEK = JsonCalls(
+    "<｜tool▁calls▁begin｜>",
+    r"\s*<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>(?P<name>[\w.-]+)\s*```json\s*"
+    r"|(?P<name>[\w.-]+)\s*<｜tool▁sep｜>\s*)(?=\{)",
+    "<｜tool▁call▁end｜>",
+    "<｜tool▁calls▁end｜>",
+)
+_LLAMA3 = (
+    JsonCalls("<|python_tag|>", r"[\s,;\[]*(?=\{)"),
+    JsonCalls("", r"[\s,;]*(?=\{)"),
+)
+_HARMONY = Channels(
+    begins=r"\s*(?:<\|start\|>|<\|channel\|>|to=)",
+    starts=("<|start|>", "<|channel|>"),
+    body="<|message|>",
+    ends=("<|end|>", "<|call|>", "<|return|>"),
+    channel=r"<\|channel\|>\s*(\w+)",
+    reasoning="analysis",
+    recipient=r"\bto=functions\.(?P<name>[\w.-]+)",
+)
+_MUSE_SPARK = Channels(
+    begins=r"\s*(?:<\|start\|>|to=)",
+    starts=("<|start|>",),
+    body="<|message|>",
+    ends=("<|eom|>", "<|eot|>"),
+    channel=r"\bto=(\w+)",
+    reasoning="self",
+)
+
+# By the name of mlx-lm's parser: opening, closing and bare.
+_NAME = r"\s*[\w.-]+\s*"
+_TAGGED = {
+    "qwen3_coder": (r"\s*<function=[^\s<>]+>", "</function>"),
+    "gemma4": (r"\s*call:[\w-]+\{", "}"),
+    "function_gemma": (r"\s*call:\w+\{", "}"),
+    "glm47": (rf"{_NAME}(?:<arg_key>|</tool_call>)", "</arg_value>", _NAME),
+    "longcat": (
+        rf"{_NAME}(?:<longcat_arg_key>|</longcat_tool_call>)",
+        "</longcat_arg_value>",
+        _NAME,
+    ),
+    "kimi_k3": (r"\s*<\|open\|>call\s", "<|close|>call<|sep|>"),
+    "minicpm5": (r"\s*[\"']?[\w.-]+[\"']?\s*>", "</param>", r"\s*[\"']?[\w.-]+[\"']?\s*>\s*"),
+    "minimax_m2": (r"\s*<invoke name=[\"']?[\w.-]+[\"']?>", "</invoke>"),
+    "muse_spark": (r"\s*<atem:invoke\s", "</atem:invoke>"),
+    "pythonic": (r"\s*\[\s*[\w.]+\(", "]"),
+}
+_JSON = {"json_tools": _JSON_TOOLS, "mistral": _MISTRAL, "kimi_k2": _KIMI_K2}
+
+
+def notation(tokenizer: Any) -> Notation:
+    """The notation of the model that `tokenizer` (mlx-lm's TokenizerWrapper) belongs to."""
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    if "<|channel|>" in template and "<|message|>" in template:
+        return Notation("harmony", (), channels=_HARMONY)
+    found = replace(_calls(tokenizer, template), dropped=tuple(tokenizer.structural_markers))
+    if found.name == "muse_spark":
+        return replace(found, channels=_MUSE_SPARK)
+    if tokenizer.has_thinking:
+        return replace(found, reasoning=Span(tokenizer.think_start, tokenizer.think_end))
+    return found
+
+
+def named(name: str) -> Notation:
+    """The notation of this name: that of one of mlx-lm's parsers, "llama3" or "deepseek"."""
+    if name == "llama3":
+        return Notation(name, _LLAMA3)
+    if name == "deepseek":
+        return Notation(name, (_DEEPSEEK,))
+    if name in _JSON:
+        return Notation(name, (_JSON[name],))
+    parser = importlib.import_module(f"mlx_lm.tool_parsers.{name}")
+    start, end, read = parser.tool_call_start, parser.tool_call_end, parser.parse_tool_call
+    return Notation(name, (TaggedCalls(start, end, read, *_TAGGED[name]),))
+
+
+def _calls(tokenizer: Any, template: str) -> Notation:
+    if tokenizer.tool_parser is not None:
+        # Laguna's parser is GLM's.
+        return named(tokenizer.tool_parser.__module__.rpartition(".")[2])
+    if "<|python_tag|>" in template:
+        return named("llama3")
+    if "<｜tool▁calls▁begin｜>" in template:
+        return named("deepseek")
+    return named("json_tools")
