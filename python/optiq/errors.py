@@ -21,6 +21,10 @@ class SourceError(OptiqError):
     """The model to convert cannot be found, read or understood."""
 
 
+class ChatError(OptiqError):
+    """A conversation that cannot be written as the model's chat template wants it."""
+
+
 class CalibrationError(OptiqError):
     """The calibration rows are malformed, too few or cannot be rendered."""
 

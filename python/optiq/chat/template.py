@@ -23,7 +23,7 @@ from .forms import FORMS, Chat, Messages, Tools, tools_as_text
 FIXED_DATE = date(2024, 7, 26)
 
 # A template is foreign code: each of these only says "not in this form".
-_REFUSALS = (
+REFUSALS = (
     TemplateError,
     ArithmeticError,
     AssertionError,
@@ -73,14 +73,33 @@ def chat_text(
     messages = [{**message, "content": message.get("content", "")} for message in messages]
     chat = (messages, tools or [])
     if tokenizer.has_chat_template:
-        marked, marks = _mark(*chat)
-        for name, form in FORMS.items():
-            probe = _apply_template(tokenizer, *form(*marked), answer)
-            if probe is None or not all(mark in probe for mark in marks):
-                continue
-            text = _apply_template(tokenizer, *form(*chat), answer)
-            if text is not None:
-                return ChatText(text, name)
+
+        def apply(messages: Messages, tools: Tools) -> str | None:
+            return _apply_template(tokenizer, messages, tools, answer)
+
+        if fitting := fitting_form(chat, apply):
+            return fitting
+    return plain_text(chat, answer)
+
+
+def fitting_form(chat: Chat, apply: Callable[[Messages, Tools], str | None]) -> ChatText | None:
+    """The conversation in the first form that `apply` takes with nothing left out.
+
+    `apply` is the template; it returns None for what it refuses.
+    """
+    marked, marks = _mark(*chat)
+    for name, form in FORMS.items():
+        probe = apply(*form(*marked))
+        if probe is None or not all(mark in probe for mark in marks):
+            continue
+        text = apply(*form(*chat))
+        if text is not None:
+            return ChatText(text, name)
+    return None
+
+
+def plain_text(chat: Chat, answer: bool) -> ChatText:
+    """The conversation with named turns."""
     turns, _ = tools_as_text(*chat)
     lines = [f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns]
     return ChatText("\n\n".join([*lines, "Assistant:"] if answer else lines), "plain")
@@ -114,7 +133,7 @@ def _apply_template(
                 **_fixed_date(tokenizer, tools),
             )
         )
-    except _REFUSALS:
+    except REFUSALS:
         return None
 
 

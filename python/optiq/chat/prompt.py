@@ -1,0 +1,216 @@
+"""A conversation as the prompt of one answer: its tokens, and where its messages end.
+
+The template is the model's own, in the first form that it takes (forms.py). What a template refuses
+in every form is a `ChatError` with the template's reason.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ChatError
+from .controls import Controls
+from .forms import FORMS, Messages, Tools
+from .notation import notation
+from .template import REFUSALS, fitting_form, plain_text
+from .time_limit import time_limit
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_SYSTEM = ("system", "developer")
+# Seconds that a template has for one rendering; real ones take milliseconds.
+LIMIT = 10.0
+# How many ends of messages are looked for: that of the system message, and the last ones.
+MOST_BOUNDARIES = 8
+
+# What apply_chat_template takes besides the variables of a template.
+_RESERVED = {
+    "conversation",
+    "messages",
+    "tools",
+    "documents",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+    "sanitize_control_tokens",
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`boundaries` are lengths of `tokens` at which a message ends. `reasoning` says that the
+    answer begins inside reasoning."""
+
+    tokens: tuple[int, ...]
+    boundaries: tuple[int, ...]
+    reasoning: bool
+
+
+def render(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    thinking: bool | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> Prompt:
+    """The prompt that asks for an answer to `messages`.
+
+    Messages and tools have OpenAI's shape; an assistant's may have "reasoning_content". `thinking`
+    switches reasoning on or off where the template can; None leaves it to the model's default.
+    `arguments` are variables for the template.
+    """
+    if not messages:
+        raise ChatError("the conversation has no messages; send at least one")
+    for name in arguments or {}:
+        if name in _RESERVED or name.endswith("_token"):
+            raise ChatError(f"{name!r} cannot be set for a chat template; leave it out")
+    template = _Template(tokenizer, thinking, arguments or {})
+    plain = [_message(message, template.source) for message in messages]
+    chat = (template.controls.mark(plain), template.controls.mark(list(tools or [])))
+    if not tokenizer.has_chat_template:
+        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        tokens = bos + template.controls.encode(plain_text(chat, answer=True).text)
+        return Prompt(tuple(tokens), (), False)
+    return template.prompt(*chat)
+
+
+class _Template:
+    """The template of a model, with the variables of one request."""
+
+    def __init__(self, tokenizer: Any, thinking: bool | None, arguments: Mapping[str, Any]) -> None:
+        self.source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+        self._span = notation(tokenizer).reasoning
+        span = (self._span.start, self._span.end) if self._span else ()
+        self.controls = Controls(tokenizer, self.source, span)
+        self._tokenizer = tokenizer
+        self._thinking = thinking
+        self._variables: dict[str, Any] = {}
+        if thinking is not None:
+            self._variables["enable_thinking"] = thinking
+            if "thinking" in self.source.replace("enable_thinking", ""):  # DeepSeek, Granite
+                self._variables["thinking"] = thinking
+        self._variables |= self.controls.mark(dict(arguments))
+        self._refused = ""  # why, the first time
+
+    def prompt(self, messages: Messages, tools: Tools) -> Prompt:
+        chat = fitting_form(
+            (messages, tools), lambda messages, tools: self._apply(messages, tools, answer=True)
+        )
+        if chat is None:
+            reason = self._refused or "it leaves out part of it"
+            raise ChatError(f"the chat template refuses the conversation: {reason}")
+        form, text = FORMS[chat.form], chat.text
+        ends = []
+        for count in _counts(messages):
+            prefix = self._apply(*form(messages[:count], tools), answer=False)
+            if prefix and text.startswith(prefix) and len(prefix) < len(text):
+                ends.append(len(prefix))
+        tokens = self.controls.encode(text)
+        begin = self.controls.plain(text[ends[-1] :] if ends else text)
+        return Prompt(tuple(tokens), tuple(self._lengths(text, ends, tokens)), self._reasons(begin))
+
+    def _apply(self, messages: Messages, tools: Tools, answer: bool) -> str | None:
+        """The text of the conversation; None if the template refuses it."""
+        try:
+            with time_limit(LIMIT):
+                return str(
+                    self._tokenizer.apply_chat_template(
+                        messages,
+                        tools=tools or None,
+                        tokenize=False,
+                        add_generation_prompt=answer,
+                        **self._variables,
+                    )
+                )
+        except TimeoutError:
+            raise ChatError(f"the chat template takes more than {LIMIT:.0f} seconds") from None
+        except (*REFUSALS, MemoryError) as error:
+            if not self._refused:
+                self._refused = str(error) or type(error).__name__
+            return None
+
+    def _lengths(self, text: str, ends: Sequence[int], tokens: Sequence[int]) -> Iterator[int]:
+        """In tokens, the lengths `ends` of the text; without those within a token."""
+        begin = length = 0
+        for end in ends:
+            part = self.controls.encode(text[begin:end])
+            if list(tokens[length : length + len(part)]) == part:
+                begin, length = end, length + len(part)
+                yield length
+
+    def _reasons(self, begin: str) -> bool:
+        """Whether `begin`, what the template writes for the answer, opens reasoning."""
+        if self._span is None:
+            return False
+        open = begin.rfind(self._span.start) > begin.rfind(self._span.end)
+        if open and self._thinking is False:
+            raise ChatError("this model always reasons: its chat template cannot switch it off")
+        return open
+
+
+def _counts(messages: Messages) -> Iterator[int]:
+    """How many messages the prefixes have whose ends are looked for."""
+    head = next((i for i, m in enumerate(messages) if m["role"] not in _SYSTEM), len(messages))
+    last = range(max(1, len(messages) - MOST_BOUNDARIES + 2), len(messages) + 1)
+    if head and head not in last:
+        yield head
+    yield from last
+
+
+def _message(message: Mapping[str, Any], template: str) -> dict[str, Any]:
+    """A message as templates expect it: text as one string, arguments of calls as objects."""
+    role = message.get("role")
+    if role not in ROLES:
+        raise ChatError(f"a message has the role {role!r}; the roles are {', '.join(ROLES)}")
+    written = {**message, "content": _content(message.get("content"))}
+    if role == "developer" and "developer" not in template:
+        written["role"] = "system"
+    if calls := message.get("tool_calls"):
+        written["tool_calls"] = [_call(call) for call in calls]
+    else:
+        written.pop("tool_calls", None)
+    if reasoning := message.get("reasoning_content"):
+        # What templates call it; gpt-oss's refuses it beside the content of a call.
+        for key in ("reasoning", "thinking"):
+            if f".{key}" in template and not (calls and written["content"]):
+                written[key] = reasoning
+    else:
+        written.pop("reasoning_content", None)
+    return written
+
+
+def _content(content: Any) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    texts = []
+    for part in content:
+        if part.get("type") != "text":
+            raise ChatError(
+                f"a message has a part of type {part.get('type')!r}; this model reads text only"
+            )
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call with its arguments as an object; text that is not one stays as the model wrote it."""
+    function = dict(call["function"])
+    arguments = function.get("arguments") or "{}"
+    if isinstance(arguments, str):
+        with suppress(ValueError, RecursionError):
+            arguments = json.loads(arguments)
+    return {"type": "function", **call, "function": {**function, "arguments": arguments}}
