@@ -13,7 +13,7 @@ enum class Mode { project, attend, step, mlp };
 struct Arguments {
   Mode mode;
   std::vector<CachePlace> places = {};
-  int offset = 0;
+  int caches = 1, offset = 0;
   KeyValueLayout layout = {};
   bool mlp = false;
 };
@@ -115,18 +115,23 @@ void BlockPrimitive::project(
 
 void BlockPrimitive::attend(const std::vector<array>& inputs, array& out) {
   array h = row_contiguous(inputs[0], stream()), q = row_contiguous(inputs[1], stream());
-  cpu::Attention a{};
-  a.batch = h.shape(0);
-  a.rows = h.shape(1);
-  a.keys = inputs[2].shape(2);
-  a.q = q.data<char>();
-  a.q_batch = q.strides()[0], a.q_head = q.strides()[1], a.q_row = q.strides()[2];
-  args_.layout.set(a, &inputs[2], &inputs[3], inputs.data() + 4, stream());
-  dispatch([given = a, hp = h.data<float>(), y = out.data<float>(), mlp = args_.mlp](
+  int count = args_.caches, rows = h.shape(0) * h.shape(1);
+  const array* extra = inputs.data() + 2 + 2 * count;
+  std::vector<cpu::Attention> given(count);
+  for (int i = 0; i < count; i++) {
+    const array* kv = &inputs[2 + 2 * i];
+    cpu::Attention& a = given[i];
+    a.batch = h.shape(0) / count;
+    a.rows = h.shape(1);
+    a.keys = kv->shape(2);
+    a.q = q.data<float>() + i * q.size() / count;
+    a.q_batch = q.strides()[0], a.q_head = q.strides()[1], a.q_row = q.strides()[2];
+    args_.layout.set(a, kv, kv + 1, extra, stream());
+  }
+  dispatch([given, rows, hp = h.data<float>(), y = out.data<float>(), mlp = args_.mlp](
                const DecoderBlock& b) {
-    cpu::Attention a = given;
-    int rows = a.batch * a.rows;
-    cpu::attend(*b.attention, hp, rows, &a, 1, y);
+    std::vector<cpu::Attention> all = given;
+    cpu::attend(*b.attention, hp, rows, all.data(), int(all.size()), y);
     if (mlp) {
       cpu::mlp(*b.mlp, y, rows, y);
     }
@@ -278,8 +283,9 @@ std::vector<array> block_project(const BlockPtr& block, const array& h, int offs
       std::make_shared<BlockPrimitive>(mx::to_stream(s), block, args), inputs);
 }
 
-array block_attend(const BlockPtr& block, const array& h, const array& q, const array& k,
-    const array& v, const KeyValues& kv, bool mlp, mx::StreamOrDevice s) {
+array block_attend(const BlockPtr& block, const array& h, const array& q,
+    const std::vector<array>& keys, const std::vector<array>& values, const KeyValues& kv, bool mlp,
+    mx::StreamOrDevice s) {
   const auto& layer = attention_of(block, mlp);
   checked_hidden(h, layer.width());
   int batch = h.shape(0), rows = h.shape(1);
@@ -287,9 +293,23 @@ array block_attend(const BlockPtr& block, const array& h, const array& q, const 
       q.dtype() != mx::float32) {
     fail_block("q is ", q.shape(), " ", q.dtype(), ", not as block_project gives it");
   }
-  Arguments args{.mode = Mode::attend, .mlp = mlp};
-  args.layout = kv.check("decoder_block", shape_of(layer, h), k, v);
-  std::vector<array> inputs = {h, q, k, v};
+  int count = int(keys.size());
+  if (values.size() != keys.size() || (count != 1 && count != batch)) {
+    fail_block(count, " arrays of keys and ", values.size(), " of values for a batch of ", batch,
+        "; there must be one of each, or one for each row");
+  }
+  if (count > 1 && (kv.mask || kv.starts || kv.first || kv.recent)) {
+    fail_block("masks, starts and exact vectors do not go with keys of each row");
+  }
+  Arguments args{.mode = Mode::attend, .caches = count, .mlp = mlp};
+  AttentionShape shape = shape_of(layer, h);
+  shape.batch = batch / count;
+  std::vector<array> inputs = {h, q};
+  for (int i = 0; i < count; i++) {
+    args.layout = kv.check("decoder_block", shape, keys[i], values[i]);
+    inputs.push_back(keys[i]);
+    inputs.push_back(values[i]);
+  }
   kv.append(inputs, s);
   return array(h.shape(), mx::float32,
       std::make_shared<BlockPrimitive>(mx::to_stream(s), block, args), std::move(inputs));

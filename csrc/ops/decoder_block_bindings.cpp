@@ -83,15 +83,16 @@ void bind_decoder_block(nb::module_& m) {
       "offsets"_a = nb::none(), nb::kw_only(), "stream"_a = nb::none());
   m.def(
       "block_attend",
-      [](const Handle& h, const array& x, const array& q, const array& k, const array& v,
-          const std::string& masking, const MaybeArray& mask, bool mlp, AffineFormat k_format,
-          AffineFormat v_format, int window, const MaybeArray& starts, const MaybePair& first,
-          const MaybePair& recent, mx::StreamOrDevice s) {
+      [](const Handle& h, const array& x, const array& q, const std::vector<array>& keys,
+          const std::vector<array>& values, const std::string& masking, const MaybeArray& mask,
+          bool mlp, AffineFormat k_format, AffineFormat v_format, int window,
+          const MaybeArray& starts, const MaybePair& first, const MaybePair& recent,
+          mx::StreamOrDevice s) {
         KeyValues kv{k_format, v_format, masking, mask, window, starts, first, recent};
-        return block_attend(h.block, x, q, k, v, kv, mlp, s);
+        return block_attend(h.block, x, q, keys, values, kv, mlp, s);
       },
-      "block"_a, "h"_a, "q"_a, "k"_a, "v"_a, "masking"_a, "mask"_a = nb::none(), "mlp"_a = false,
-      "k_format"_a = AffineFormat{}, "v_format"_a = AffineFormat{}, "window"_a = 0,
+      "block"_a, "h"_a, "q"_a, "keys"_a, "values"_a, "masking"_a, "mask"_a = nb::none(),
+      "mlp"_a = false, "k_format"_a = AffineFormat{}, "v_format"_a = AffineFormat{}, "window"_a = 0,
       "starts"_a = nb::none(), "first"_a = nb::none(), "recent"_a = nb::none(), nb::kw_only(),
       "stream"_a = nb::none());
   m.def(

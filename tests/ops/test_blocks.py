@@ -20,6 +20,14 @@ ext: Any = native.extension
 pytestmark = pytest.mark.skipif(ext is None, reason="no native kernels")
 
 
+def attend(
+    block: Any, h: mx.array, q: mx.array, k: mx.array, v: mx.array, *args: Any, **options: Any
+) -> mx.array:
+    """With keys and values of the whole batch."""
+    out: mx.array = ext.block_attend(block, h, q, [k], [v], *args, **options)
+    return out
+
+
 def rng(*seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
@@ -152,9 +160,9 @@ def test_attention(batch: int, rows: int, keys: int, dim: int, heads: tuple[int,
     h, q = draw(r, batch, rows, 40), draw(r, batch, heads[0], rows, dim)
     k, v = (draw(r, batch, heads[1], keys, dim) for _ in range(2))
     arrays = [mx.array(a) for a in (h, q, k, v)]
-    close(ext.block_attend(layer.block, *arrays, ""), layer.attend(h, q, k, v))
+    close(attend(layer.block, *arrays, ""), layer.attend(h, q, k, v))
     truth = layer.attend(h, q, k, v, mask="causal")
-    close(ext.block_attend(layer.block, *arrays, "causal"), truth)
+    close(attend(layer.block, *arrays, "causal"), truth)
 
 
 @pytest.mark.parametrize("shape", [(37,), (5, 37), (2, 1, 5, 37), (2, 6, 5, 37), (2, 1, 1, 37)])
@@ -166,7 +174,7 @@ def test_masks(shape: tuple[int, ...], kind: str) -> None:
     mask = mx.array(r.random(shape) < 0.6)
     mask = mask if kind == "bool" else mx.where(mask, 0.5, -mx.inf).astype(getattr(mx, kind))
     given = np.array(mask if kind == "bool" else mask.astype(mx.float32))
-    got = ext.block_attend(layer.block, *map(mx.array, (h, q, k, v)), "array", mask)
+    got = attend(layer.block, *map(mx.array, (h, q, k, v)), "array", mask)
     close(got, layer.attend(h, q, k, v, mask=given))
 
 
@@ -175,7 +183,7 @@ def test_a_row_that_sees_nothing_is_as_in_mlx() -> None:
     layer, r = Layer(6, 2, 16), rng(5)
     arrays = [mx.array(draw(r, *s)) for s in ((1, 2, 40), (1, 6, 2, 16), *[(1, 2, 200, 16)] * 2)]
     mask = mx.zeros((2, 200), dtype=mx.bool_)
-    got = ext.block_attend(layer.block, *arrays, "array", mask)
+    got = attend(layer.block, *arrays, "array", mask)
     y = mx.fast.scaled_dot_product_attention(*arrays[1:], scale=0.25, mask=mask)
     expected = arrays[0] + y.swapaxes(1, 2).reshape(1, 2, -1) @ mx.array(layer.out).T
     close(got, np.array(expected, dtype=np.float64))
@@ -187,7 +195,7 @@ def test_16_bit_caches_by_strides(dtype: mx.Dtype) -> None:
     h, q = draw(r, 2, 1, 40), draw(r, 2, 6, 1, 16)
     k, v = (mx.array(draw(r, 2, 2, 64, 16)).astype(dtype)[..., :50, :] for _ in range(2))
     truth = layer.attend(h, q, *(np.array(a.astype(mx.float32)) for a in (k, v)))
-    close(ext.block_attend(layer.block, mx.array(h), mx.array(q), k, v, ""), truth)
+    close(attend(layer.block, mx.array(h), mx.array(q), k, v, ""), truth)
 
 
 def test_sinks_and_softcap() -> None:
@@ -197,7 +205,7 @@ def test_sinks_and_softcap() -> None:
     h, q = draw(r, 1, 3, 40), 5 * draw(r, 1, 6, 3, 16)
     k, v = (draw(r, 1, 2, 200, 16) for _ in range(2))
     truth = layer.attend(h, q, k, v, mask="causal", sinks=sinks, softcap=2.0)
-    close(ext.block_attend(layer.block, *map(mx.array, (h, q, k, v)), "causal"), truth)
+    close(attend(layer.block, *map(mx.array, (h, q, k, v)), "causal"), truth)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
@@ -234,10 +242,10 @@ def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
     h = mx.array(draw(r, 4, 3, 40))  # up to 16 rows, as the products promise
     q = ext.block_project(layer.block, h)[0]
     k, v = (mx.array(draw(r, 4, 2, 300, 16)) for _ in range(2))
-    together = ext.block_attend(layer.block, h, q, k, v, "causal")
+    together = attend(layer.block, h, q, k, v, "causal")
     for b in range(4):
         one = [a[b : b + 1] for a in (h[:, 2:], q[:, :, 2:], k, v)]
-        assert mx.array_equal(ext.block_attend(layer.block, *one, ""), together[b : b + 1, 2:])
+        assert mx.array_equal(attend(layer.block, *one, ""), together[b : b + 1, 2:])
 
 
 def test_a_cache_is_reused_unless_somebody_else_holds_it() -> None:
@@ -333,9 +341,7 @@ def test_a_step_with_records(batch: int, rows: int) -> None:
     )  # fmt: skip
     seen = [x[:, :, :length] for x in expected]
     assert all(mx.array_equal(a, b) for a, b in zip(caches, expected, strict=True))
-    assert mx.array_equal(
-        ext.block_attend(layer.block, h, q, *seen, "causal", None, False, **PACKED), out
-    )
+    assert mx.array_equal(attend(layer.block, h, q, *seen, "causal", None, False, **PACKED), out)
     exact = [
         reference.dequantize_kv(np.array(x), 24, fmt.group_size, fmt.bits)
         for x, fmt in zip(seen, (K, V), strict=True)
@@ -375,7 +381,7 @@ def test_records_with_starts_window_and_exact_vectors() -> None:
     query, key = np.arange(88, 90)[:, None], np.arange(90)
     mask = (key <= query) & (key > query - 80)
     mask = mask & (key >= np.array([0, 20])[:, None, None, None])
-    got = ext.block_attend(
+    got = attend(
         layer.block,
         *map(mx.array, (h, q)),
         *records,
@@ -432,25 +438,21 @@ def test_wrong_input_is_named() -> None:
     with pytest.raises(ValueError, match="offsets"):
         ext.block_project(block, h, 0, mx.array([1, 2]))
     with pytest.raises(ValueError, match="q is"):
-        ext.block_attend(block, h, q[:, :2], k, k, "")
+        attend(block, h, q[:, :2], k, k, "")
     with pytest.raises(ValueError, match="do not fit a batch of 1 and 2 key heads of 16"):
-        ext.block_attend(block, h, q, k[:, :1], k, "")
+        attend(block, h, q, k[:, :1], k, "")
     with pytest.raises(ValueError, match="does not broadcast"):
-        ext.block_attend(block, h, q, k, k, "array", mx.zeros((3, 5)))
+        attend(block, h, q, k, k, "array", mx.zeros((3, 5)))
     with pytest.raises(ValueError, match="masking is"):
-        ext.block_attend(block, h, q, k, k, "caudal")
+        attend(block, h, q, k, k, "caudal")
     with pytest.raises(ValueError, match="do not fit a cache"):
         ext.block_step(block, h, [k], [k], [(4, 6, 4)], "")
     keys, values = empty_records(1, 2, 8, 16)
     with pytest.raises(ValueError, match="it must be float32, or uint32 records"):
         ext.block_step(block, h, [k.astype(mx.float16)], [k.astype(mx.float16)], [(3, 5, 3)], "")
     with pytest.raises(ValueError, match="in records of 5 words"):
-        ext.block_step(
-            block, h, [keys], [values], [(3, 5, 3)], "", None, False, (32, 8), (64, 4)
-        )
+        ext.block_step(block, h, [keys], [values], [(3, 5, 3)], "", None, False, (32, 8), (64, 4))
     with pytest.raises(ValueError, match="keys: bits is 7"):
-        ext.block_step(
-            block, h, [keys], [values], [(3, 5, 3)], "", None, False, (32, 7), (64, 4)
-        )
+        ext.block_step(block, h, [keys], [values], [(3, 5, 3)], "", None, False, (32, 7), (64, 4))
     with pytest.raises(ValueError, match="no MLP"):
         ext.block_mlp(block, h)

@@ -82,7 +82,7 @@ class Pull:
         compiled = _compiled(pattern)
         while True:
             found = compiled.match(self._text, self._at, partial=True)
-            if found is None or len(self._text) - self._at > LONGEST and found.partial:
+            if found is None or (len(self._text) - self._at > LONGEST and found.partial):
                 return None
             if not found.partial:
                 return found

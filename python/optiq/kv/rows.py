@@ -22,7 +22,7 @@ from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 from ..base.text import one_line
 from ..ops import native
-from .records import Handle, Records
+from .records import Handle
 
 GPU_DIFFERENCE = 0.02  # of the largest logit, in 16 bits
 
@@ -56,7 +56,7 @@ class Rows:
 
     def __init__(self, caches: Sequence[Any]) -> None:
         self.rows = caches
-        self._fetched: list[Any] = []
+        self._fetched: list[tuple[Any, Any]] = []
         for cache in caches:
             _make_room(cache)
 
@@ -80,6 +80,11 @@ class Rows:
             self, False, (*shape, values.shape[3])
         )
 
+    @property
+    def fetched(self) -> list[list[Any]]:
+        """The keys of each row, and the values, as its own cache handed them out."""
+        return [list(each) for each in zip(*self._fetched, strict=True)]
+
     def attend(
         self, q: mx.array, *, scale: float, mask: Any, sinks: Any = None, softcap: float = 0.0
     ) -> mx.array:
@@ -89,7 +94,7 @@ class Rows:
         out = []
         for i, (cache, (k, v)) in enumerate(zip(self.rows, self._fetched, strict=True)):
             row = q[i : i + 1]
-            if isinstance(cache, Records):
+            if isinstance(k, Handle):
                 out.append(cache.attend(row, scale=scale, sinks=sinks, softcap=softcap))
             else:
                 out.append(

@@ -71,13 +71,20 @@ class FusedSharing(Fused):
         offset: Any = None,
     ) -> tuple[mx.array, tuple[mx.array, mx.array], Any]:
         parts = self.__dict__["_runner"].parts(self, x)
-        if parts is None or _foreign(parts, cache) or hasattr(cache, "rows"):
+        if parts is None or _foreign(parts, cache):
             out: tuple[mx.array, tuple[mx.array, mx.array], Any] = super(Fused, self).__call__(
                 x, mask, cache, per_layer_input, shared_kv, offset
             )
             return out
         offset = 0 if cache is None else mx.array(cache.offset)
-        h, k, v = _run(parts, x, mask, cache, with_mlp=True)
+        k: Any
+        v: Any  # a block that shares them takes them as they are
+        if isinstance(parts, Native) and hasattr(cache, "rows"):
+            q, k, v = parts.project(x, offset)
+            k, v = cache.update_and_fetch(k, v)
+            h = parts.attend_each(x, q, *cache.fetched)
+        else:
+            h, k, v = _run(parts, x, mask, cache, with_mlp=True)
         if per_layer_input is not None and self.per_layer_input_gate is not None:
             gate = nn.gelu_approx(self.per_layer_input_gate(h)) * per_layer_input
             h = h + self.post_per_layer_input_norm(self.per_layer_projection(gate))

@@ -179,8 +179,15 @@ class Native:
         name, array = masking(mask)
         formats = packing(k_format), packing(v_format)
         out: mx.array = self.ext.block_attend(
-            self.block, x, q, k, v, name, array, mlp, *formats, **stored
+            self.block, x, q, [k], [v], name, array, mlp, *formats, **stored
         )
+        return out
+
+    def attend_each(
+        self, x: mx.array, q: mx.array, keys: Sequence[mx.array], values: Sequence[mx.array]
+    ) -> mx.array:
+        """What follows the cache, with plain vectors of each row, of which it sees all."""
+        out: mx.array = self.ext.block_attend(self.block, x, q, keys, values, "", None, True)
         return out
 
 

@@ -242,7 +242,13 @@ class Engine:
                     if self._closing and not self._answers:
                         self._changed.notify_all()
                         return
-                self._step()
+                try:
+                    self._step()
+                except Exception:  # a fault of the engine itself
+                    log.exception("the engine failed; all answers end, and it starts anew")
+                    self._stats.restarts += 1
+                    for answer in list(self._answers.values()):
+                        self._end(answer, Failed(ServeError("the engine failed; ask again")))
 
     def _step(self) -> None:
         self._drop_ended()

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Sequence
-from math import inf, log
+from math import inf, isfinite, log
 
 import numpy as np
 import numpy.typing as npt
 
+from ...base.text import one_line
 from ...errors import ServeError
 from .request import Guide, Sampling, Token
 
@@ -107,25 +108,24 @@ class Sampler:
 def choose(logits: Floats, samplers: Sequence[Sampler]) -> list[Token | ServeError]:
     """The next token of each row of `logits [B, V]`; an error ends its own row alone."""
     highest = logits.max(axis=1)  # NaN where the row has any
-    chosen: list[Token | ServeError] = []
-    for row, top, sampler in zip(logits, highest, samplers, strict=True):
-        if not np.isfinite(top):
-            chosen.append(
-                ServeError("the model gave logits that are not numbers; try another prompt")
-            )
-            continue
-        try:
-            adjusted = sampler.adjusted(row)
-            if adjusted is not row and adjusted.max() == -inf:
-                raise ServeError("the grammar of this answer allows no further token")
-            token = sampler.draw(adjusted)
-            chosen.append(_with_logprobs(token, row, float(top), sampler.top_logprobs))
-            sampler.accept(token)
-        except ServeError as error:
-            chosen[len(chosen) :] = [error]
-        except Exception as error:  # of a guide, whatever it is
-            chosen.append(ServeError(f"the grammar of this answer failed ({error})"))
-    return chosen
+    return [
+        _chosen(row, float(top), sampler)
+        for row, top, sampler in zip(logits, highest, samplers, strict=True)
+    ]
+
+
+def _chosen(row: Floats, highest: float, sampler: Sampler) -> Token | ServeError:
+    if not isfinite(highest):
+        return ServeError("the model gave logits that are not numbers; try another prompt")
+    try:
+        adjusted = sampler.adjusted(row)
+        if adjusted is not row and adjusted.max() == -inf:
+            return ServeError("the grammar of this answer allows no further token")
+        token = sampler.draw(adjusted)
+        sampler.accept(token)
+    except Exception as error:  # of a guide, whatever it is
+        return ServeError(f"the grammar of this answer failed ({one_line(error)})")
+    return _with_logprobs(token, row, highest, sampler.top_logprobs)
 
 
 def _with_logprobs(token: int, logits: Floats, highest: float, top: int | None) -> Token:

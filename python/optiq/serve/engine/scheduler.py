@@ -105,10 +105,7 @@ class Scheduler:
         """Of a job that is over, in any phase."""
         job = self._jobs.pop(ticket)
         if job.phase is Phase.WAITING:
-            queue = self._waiting[job.client]
-            queue.remove(ticket)
-            if not queue:
-                del self._waiting[job.client]
+            self._leave_queue(job)
         elif job.phase is Phase.READING:
             self._turns.remove(ticket)
 
@@ -134,24 +131,19 @@ class Scheduler:
     def admit(self) -> list[int]:
         """Those who fit become readers; or decode, where there is nothing to read."""
         admitted: list[int] = []
-        passed_over: set[str] = set()
+        later: set[int] = set()
         while True:
             running = sum(job.phase is not Phase.WAITING for job in self._jobs.values())
-            if running >= self.limits.running:
+            job = self._next(later)
+            if job is None or running >= self.limits.running:
                 return admitted
-            client = self._next_client(passed_over)
-            if client is None:
-                return admitted
-            job = self._jobs[self._waiting[client][0]]
+            if self._others_read_it(job):
+                later.add(job.ticket)
+                continue
             if self.reserved + job.nbytes > self.limits.nbytes:
                 # Nobody overtakes a large job, else it might wait for ever.
                 return admitted
-            if self._others_read_it(job):
-                passed_over.add(client)
-                continue
-            self._waiting[client].popleft()
-            if not self._waiting[client]:
-                del self._waiting[client]
+            self._leave_queue(job)
             job.phase = Phase.READING
             self._turns.append(job.ticket)
             self._decode_if_read(job)
@@ -177,14 +169,23 @@ class Scheduler:
     def idle(self) -> bool:
         return not self._jobs
 
-    def _next_client(self, passed_over: set[str]) -> str | None:
-        """The one with the fewest running jobs, then with the oldest waiting one."""
+    def _next(self, later: set[int]) -> Job | None:
+        """Of the client with the fewest running jobs, then the oldest, without those for later."""
         running: dict[str, int] = {}
         for job in self._jobs.values():
             if job.phase is not Phase.WAITING:
                 running[job.client] = running.get(job.client, 0) + 1
-        clients = [c for c in self._waiting if c not in passed_over]
-        return min(clients, key=lambda c: (running.get(c, 0), self._waiting[c][0]), default=None)
+        heads = [
+            next((t for t in queue if t not in later), None) for queue in self._waiting.values()
+        ]
+        jobs = [self._jobs[ticket] for ticket in heads if ticket is not None]
+        return min(jobs, key=lambda job: (running.get(job.client, 0), job.ticket), default=None)
+
+    def _leave_queue(self, job: Job) -> None:
+        queue = self._waiting[job.client]
+        queue.remove(job.ticket)
+        if not queue:
+            del self._waiting[job.client]
 
     def _others_read_it(self, job: Job) -> bool:
         """Whether waiting for another reader saves more tokens than that one has to read."""
