@@ -45,10 +45,12 @@ void products(const Products& p) {
 }
 
 void sgemm(const Sgemm& g) {
-  // One query row of attention against the keys: dot products need no packing.
-  if (g.m == 1 && g.trans_b && !g.trans_a && g.alpha == 1 && g.beta == 0) {
+  // A few rows, as matmul() does: dot products need no packing, and a row of a batch has the bits
+  // that it has alone.
+  bool packed = g.m == 1 || (g.m <= kMaxDotRows && g.lda == g.k && g.ldc == g.n);
+  if (packed && g.trans_b && !g.trans_a && g.alpha == 1 && g.beta == 0) {
     Weight b{.data = g.b, .type = Float::f32, .rows = g.n, .cols = g.k, .stride = g.ldb};
-    return dense_dots({g.a, b, g.c, 1, true});
+    return dense_dots({g.a, b, g.c, g.m, true});
   }
   bool empty = g.alpha == 0 || g.k == 0;
   if (g.beta != 1 && (g.beta != 0 || empty)) {

@@ -456,3 +456,63 @@ def test_wrong_input_is_named() -> None:
         ext.block_step(block, h, [keys], [values], [(3, 5, 3)], "", None, False, (32, 7), (64, 4))
     with pytest.raises(ValueError, match="no MLP"):
         ext.block_mlp(block, h)
+
+
+@pytest.mark.parametrize("formats", [None, (K, V)])
+def test_rows_with_caches_of_their_own_are_as_alone(formats: Any) -> None:
+    layer, r = Layer(6, 2, 24), rng(21)
+    h = mx.array(draw(r, 5, 1, 40))
+    places = [(start, start + 1, start) for start in (0, 3, 130, 299, 20)]
+    packed = PACKED.values() if formats else ()
+
+    def caches() -> list[list[mx.array]]:
+        own = rng(22)
+        made = [[mx.array(draw(own, 1, 2, 300, 24)) for _ in range(2)] for _ in places]
+        if formats:
+            made = [
+                [ops.quantize_kv(x, f) for x, f in zip(pair, formats, strict=True)] for pair in made
+            ]
+        return made
+
+    pairs = caches()
+    together, *stored = ext.block_step(
+        layer.block,
+        h,
+        [k for k, _ in pairs],
+        [v for _, v in pairs],
+        places,
+        "",
+        None,
+        False,
+        *packed,
+    )
+    for i, (k, v) in enumerate(caches()):
+        alone = ext.block_step(
+            layer.block, h[i : i + 1], [k], [v], places[i : i + 1], "", None, False, *packed
+        )
+        got = [together[i : i + 1], *stored[2 * i : 2 * i + 2]]
+        assert all(mx.array_equal(a, b) for a, b in zip(got, alone, strict=True))
+    if not formats:  # what a block that shares keys and values does
+        q = ext.block_project(layer.block, h, 0, mx.array([p[2] for p in places]))[0]
+        seen = [
+            [x[:, :, : p[1]] for x, p in zip(stored[i::2], places, strict=True)] for i in (0, 1)
+        ]
+        again = ext.block_attend(layer.block, h, q, *seen, "", None, False)
+        assert mx.array_equal(again, together)
+
+
+def test_rows_with_caches_of_their_own_that_do_not_fit_are_refused() -> None:
+    layer, r = Layer(4, 2, 16), rng(23)
+    h = mx.array(draw(r, 3, 1, 40))
+    cache = mx.zeros((1, 2, 8, 16))
+    place = (0, 1, 0)
+    with pytest.raises(ValueError, match="one for each row"):
+        ext.block_step(layer.block, h, [cache] * 2, [cache] * 2, [place] * 2, "")
+    with pytest.raises(ValueError, match="caches of keys"):
+        ext.block_step(layer.block, h, [cache] * 3, [cache] * 2, [place] * 3, "")
+    with pytest.raises(ValueError, match="mask does not go"):
+        ext.block_step(
+            layer.block, h, [cache] * 3, [cache] * 3, [place] * 3, "array", mx.zeros((1, 1))
+        )
+    with pytest.raises(ValueError, match="do not fit a cache"):
+        ext.block_step(layer.block, h, [cache] * 3, [cache] * 3, [place, place, (8, 9, 8)], "")

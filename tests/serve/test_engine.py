@@ -19,7 +19,7 @@ from optiq.kv.prefix import Key
 from optiq.serve.engine.engine import Engine, EngineOptions
 from optiq.serve.engine.prefix import PrefixCache
 from optiq.serve.engine.request import Failed, Finished, Request, Sampling
-from optiq.serve.engine.scheduler import Pace
+from optiq.serve.engine.scheduler import Limits, Pace
 from tests.serve.cases import (
     NEVER_ENDS,
     Asked,
@@ -374,7 +374,7 @@ def test_what_does_not_fit_waits_and_then_is_refused(make: Make) -> None:
 def test_memory_is_reserved_before_an_answer_starts(make: Make) -> None:
     engine = make()
     one = engine._measured.nbytes(100)
-    engine._scheduler.limits = type(engine._scheduler.limits)(16, 64, 2 * one)
+    engine._scheduler.limits = Limits(nbytes=2 * one)
     seen: set[int] = set()
 
     def watch(event: Any) -> None:
@@ -386,6 +386,7 @@ def test_memory_is_reserved_before_an_answer_starts(make: Make) -> None:
         time.sleep(0.01)
     assert 2 * one in seen
     assert max(seen) <= 2 * one
+    engine._scheduler.limits = Limits(nbytes=one)
     with pytest.raises(TooLongError, match="lower max_tokens"):
         engine.submit(Request((5, 6), 511), lambda event: None)
 
