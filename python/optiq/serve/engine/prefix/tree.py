@@ -59,9 +59,13 @@ class Path(Generic[C]):
             if first < last:
                 yield block, first - block.start, last - block.start
 
-    def until(self, length: int) -> Path[C]:
-        """The path of the first `length` tokens."""
-        return Path([b for b in self.blocks if b.start < length or not b.start], length)
+    def reusable(self, divisible: bool) -> tuple[Path[C], Block[C] | None]:
+        """As far as caches can be restored: all of it, or up to its last state."""
+        if divisible:
+            return self, None
+        state = self.state()
+        length = state.start if state else 0
+        return Path([b for b in self.blocks if b.start < length or b.parent is None], length), state
 
     def _left(self) -> list[tuple[Block[C], int]]:
         """Each block with the length at which the sequence leaves it."""
