@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -77,7 +77,7 @@ class CallReader:
             opening = yield from self._pull.match(form.opening)
         yield from self._skip(r"[\s,;]*\]")
 
-    def _skip(self, pattern: str) -> Wait:
+    def _skip(self, pattern: str) -> Generator[None, str | None, bool]:
         found = yield from self._pull.match(pattern)
         if found:
             self._pull.take(len(found[0]))
@@ -107,7 +107,7 @@ class CallReader:
             for call in json_calls(_loads("".join(text))):
                 self._whole(call, known)
 
-    def _arguments(self, name: str) -> Wait:
+    def _arguments(self, name: str) -> Generator[None, str | None, list[str]]:
         """The JSON object that follows, passed on as it comes; its text."""
         index = self.index
         text: list[str] = []
@@ -138,11 +138,15 @@ class CallReader:
             if _closed(form, body):
                 break
             body.append(mark)
+        text = "".join(body)
+        if bare := regex.fullmatch(form.bare, text):
+            self._whole(Call(bare["name"], {}), known)
+            return
         # Each parser has its own way to fail on what a model writes; those that use Python's warn.
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                calls = json_calls(form.read("".join(body), self._tools))
+                calls = json_calls(form.read(text, self._tools))
         except Exception as error:
             raise Unreadable(str(error)) from None
         for call in calls:

@@ -42,9 +42,9 @@ class TaggedCalls:
     """Calls in a notation of their own, read as a whole.
 
     `opening` matches the beginning of what stands between `start` and `end`. The call is complete
-    where `closing` stands right before `end`, or where all of it matches `bare`; an `end` anywhere
-    else is part of an argument. `read` is mlx-lm's parser: text and tools in, calls (dicts with
-    "name" and "arguments") out.
+    where `closing` stands right before `end`; an `end` anywhere else is part of an argument. A call
+    without arguments is what `bare` matches, its group "name" the function. `read` is mlx-lm's
+    parser: text and tools in, calls (dicts with "name" and "arguments") out.
     """
 
     start: str
@@ -52,7 +52,7 @@ class TaggedCalls:
     read: Callable[[str, Any], Any]
     opening: str
     closing: str
-    bare: str = ""
+    bare: str = r"(?!)"
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ _KIMI_K2 = JsonCalls(
     "<|tool_call_end|>",
     "<|tool_calls_section_end|>",
 )
-# V3 writes "function", the separator, and the arguments in a fence; V3.1 the name alone.
+# DeepSeek V3 writes "function", a separator, and the arguments in a fence; V3.1 the name alone.
 _DEEPSEEK = JsonCalls(
     "<｜tool▁calls▁begin｜>",
     r"\s*<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>(?P<name>[\w.-]+)\s*```json\s*"
@@ -128,7 +128,7 @@ _MUSE_SPARK = Channels(
 )
 
 # By the name of mlx-lm's parser: opening, closing and bare.
-_NAME = r"\s*[\w.-]+\s*"
+_NAME = r"\s*(?P<name>[\w.-]+)\s*"
 _TAGGED = {
     "qwen3_coder": (r"\s*<function=[^\s<>]+>", "</function>"),
     "gemma4": (r"\s*call:[\w-]+\{", "}"),
@@ -140,46 +140,54 @@ _TAGGED = {
         _NAME,
     ),
     "kimi_k3": (r"\s*<\|open\|>call\s", "<|close|>call<|sep|>"),
-    "minicpm5": (r"\s*[\"']?[\w.-]+[\"']?\s*>", "</param>", r"\s*[\"']?[\w.-]+[\"']?\s*>\s*"),
+    "minicpm5": (
+        r"\s*[\"']?[\w.-]+[\"']?\s*>",
+        "</param>",
+        r"\s*[\"']?(?P<name>[\w.-]+)[\"']?\s*>\s*",
+    ),
     "minimax_m2": (r"\s*<invoke name=[\"']?[\w.-]+[\"']?>", "</invoke>"),
     "muse_spark": (r"\s*<atem:invoke\s", "</atem:invoke>"),
     "pythonic": (r"\s*\[\s*[\w.]+\(", "]"),
 }
-_JSON = {"json_tools": _JSON_TOOLS, "mistral": _MISTRAL, "kimi_k2": _KIMI_K2}
+# Those that need no parser: what stands in a Notation after its name.
+_OWN: dict[str, tuple[Any, ...]] = {
+    "json_tools": ((_JSON_TOOLS,),),
+    "mistral": ((_MISTRAL,),),
+    "kimi_k2": ((_KIMI_K2,),),
+    "deepseek_v3": ((_DEEPSEEK,),),
+    "deepseek_v31": ((_DEEPSEEK,),),
+    "llama3": (_LLAMA3,),
+    "harmony": ((), None, _HARMONY),
+}
 
 
 def notation(tokenizer: Any) -> Notation:
     """The notation of the model that `tokenizer` (mlx-lm's TokenizerWrapper) belongs to."""
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-    if "<|channel|>" in template and "<|message|>" in template:
-        return Notation("harmony", (), channels=_HARMONY)
-    found = replace(_calls(tokenizer, template), dropped=tuple(tokenizer.structural_markers))
-    if found.name == "muse_spark":
-        return replace(found, channels=_MUSE_SPARK)
-    if tokenizer.has_thinking:
+    found = replace(named(_name(tokenizer, template)), dropped=tuple(tokenizer.structural_markers))
+    if tokenizer.has_thinking and found.channels is None:
         return replace(found, reasoning=Span(tokenizer.think_start, tokenizer.think_end))
     return found
 
 
 def named(name: str) -> Notation:
-    """The notation of this name: that of one of mlx-lm's parsers, "llama3" or "deepseek"."""
-    if name == "llama3":
-        return Notation(name, _LLAMA3)
-    if name == "deepseek":
-        return Notation(name, (_DEEPSEEK,))
-    if name in _JSON:
-        return Notation(name, (_JSON[name],))
+    """The notation of this name: that of one of mlx-lm's parsers, or one of `_OWN`."""
+    if name in _OWN:
+        return Notation(name, *_OWN[name])
     parser = importlib.import_module(f"mlx_lm.tool_parsers.{name}")
     start, end, read = parser.tool_call_start, parser.tool_call_end, parser.parse_tool_call
-    return Notation(name, (TaggedCalls(start, end, read, *_TAGGED[name]),))
+    calls = TaggedCalls(start, end, read, *_TAGGED[name])
+    return Notation(name, (calls,), channels=_MUSE_SPARK if name == "muse_spark" else None)
 
 
-def _calls(tokenizer: Any, template: str) -> Notation:
+def _name(tokenizer: Any, template: str) -> str:
+    if "<|channel|>" in template and "<|message|>" in template:
+        return "harmony"
     if tokenizer.tool_parser is not None:
         # Laguna's parser is GLM's.
-        return named(tokenizer.tool_parser.__module__.rpartition(".")[2])
+        return str(tokenizer.tool_parser.__module__).rpartition(".")[2]
     if "<|python_tag|>" in template:
-        return named("llama3")
+        return "llama3"
     if "<｜tool▁calls▁begin｜>" in template:
-        return named("deepseek")
-    return named("json_tools")
+        return "deepseek_v3" if "```json" in template else "deepseek_v31"
+    return "json_tools"

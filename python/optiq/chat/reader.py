@@ -180,16 +180,16 @@ class Reader:
 
     def _calls(self, form: JsonCalls | TaggedCalls, name: str | None = None) -> Wait:
         """Calls, of which the text taken since `taken` was cleared is the beginning."""
-        known = self._open is not None
+        open = self._open
         try:
-            yield from self._reader.read(form, known=known, name=name)
+            yield from self._reader.read(form, known=open is not None, name=name)
         except Unreadable:
             self._undo()
         except Ended:
             self._undo()
             raise
-        if known and (rest := "".join(self._pull.taken)):
-            self._open.held.append((rest, []))
+        if open and (rest := "".join(self._pull.taken)):
+            open.held.append((rest, []))
 
     def _undo(self) -> None:
         """What was taken for a call is text, or reasoning."""

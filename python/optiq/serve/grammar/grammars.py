@@ -1,0 +1,207 @@
+"""The form of an answer as a guide that the engine follows."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ...chat.notation import Notation, Span
+from ...errors import OptiqError, RequestError
+from ..engine.request import Guide
+from .calls import Function, optional_calls, required_calls
+from .form import AnswerForm, Tool
+from .guides import AfterReasoning, Budget, GrammarGuide, Words
+from .lark import ANY, Rules, quoted
+from .notations import FORMS, FRAMES, CallForm, Frame
+from .params import Unwritable, schema_value
+
+# Limits for one request; llguidance's own keep the work of compiling and of a step in bounds.
+MOST_BYTES = 1 << 20
+MOST_TOOLS = 512
+# Compiled grammars that are kept: agents send the same tools in each request.
+MOST_KEPT = 64
+
+
+class Grammars:
+    """Compiles forms of answers for one model.
+
+    `tokenizer` is mlx-lm's TokenizerWrapper; `vocabulary` the rows of the embedding, which may be
+    more than the tokenizer has.
+    """
+
+    def __init__(self, tokenizer: Any, notation: Notation, vocabulary: int) -> None:
+        try:
+            from llguidance import LLMatcher, LLTokenizer
+        except ImportError:
+            raise OptiqError(
+                "structured output needs llguidance: pip install 'optiq-mlx[serve]'"
+            ) from None
+        backend = tokenizer.backend_tokenizer
+        words = backend.get_vocab(with_added_tokens=True)
+        self._ends = sorted(tokenizer.eos_token_ids)
+        self._size = max(vocabulary, max(words.values()) + 1)
+        self._tokenizer = LLTokenizer(backend.to_str(), n_vocab=self._size, eos_token=self._ends)
+        self._matcher = LLMatcher
+        self._known = _bits((id for id in words.values() if id < vocabulary), vocabulary)
+        self._free = self._known & ~_bits((id for id in self._ends if id < vocabulary), vocabulary)
+        self._special = {
+            token.content: id
+            for id, token in backend.get_added_tokens_decoder().items()
+            if self._tokenizer.is_special_token(id)
+        }
+        self._notation = notation
+        self._frame = FRAMES.get(notation.name, Frame(""))
+        self._calls = _call_form(notation, self._special)
+        span = notation.reasoning or Span(self._frame.reasoning, self._frame.reasoned)
+        self._reasons = bool(span.start)
+        self._begin: list[int] = tokenizer.encode(span.start, add_special_tokens=False)
+        self._end: list[int] = tokenizer.encode(span.end, add_special_tokens=False)
+        self._kept: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def compile(self, form: AnswerForm) -> Callable[[], Guide] | None:
+        """What makes a guide for each answer of this form; None if anything goes.
+
+        A `RequestError` with the param "response_format" or "tools" says what cannot be held to.
+        """
+        matcher = self._compiled(form)
+        budget = form.reasoning_budget if self._reasons else None
+        if matcher is None and budget is None:
+            return None
+        # In a frame reasoning is part of the grammar.
+        apart = self._notation.reasoning is not None and (
+            form.reasoning or self._frame == Frame("")
+        )
+
+        def make() -> Guide:
+            guide: Guide | None = None
+            if matcher is not None:
+                guide = GrammarGuide(matcher.deep_copy(), self._size, self._known)
+                if apart:
+                    guide = AfterReasoning(
+                        self._begin, self._end, self._free, guide, inside=form.reasoning
+                    )
+            if budget is not None:
+                guide = Budget(self._begin, self._end, budget, guide, inside=form.reasoning)
+            assert guide is not None
+            return guide
+
+        return make
+
+    def _compiled(self, form: AnswerForm) -> Any:
+        """A matcher at the beginning of the answer; None if anything goes."""
+        source = self._source(form)
+        if source is None:
+            return None
+        with self._lock:
+            if source in self._kept:
+                self._kept.move_to_end(source)
+                return self._kept[source]
+        matcher = self._matcher(self._tokenizer, source)
+        if matcher.is_error():
+            raise _refusal(matcher.get_error(), "tools" if form.tools else "response_format")
+        with self._lock:
+            self._kept[source] = matcher
+            while len(self._kept) > MOST_KEPT:
+                self._kept.popitem(last=False)
+        return matcher
+
+    def _source(self, form: AnswerForm) -> str | None:
+        """The grammar of the answer after its reasoning, as llguidance takes it."""
+        answer = _answer(form)
+        if answer is not None:
+            self._validate(answer, "response_format", "it cannot be held to")
+        tools = form.tools if form.tool_choice != "none" else ()
+        forced = bool(tools) and form.tool_choice != "auto"
+        loose = form.parallel and not any(tool.strict for tool in tools)
+        if answer is None and not forced and (not tools or loose):
+            return None
+        rules = Rules(self._special)
+        start = self._start(form, rules, tools, forced, answer is not None)
+        grammars = [{"name": "top", "lark_grammar": rules.grammar(start)}]
+        if answer is not None:
+            grammars.append({"name": "answer", "lark_grammar": answer})
+        return json.dumps({"grammars": grammars})
+
+    def _start(
+        self, form: AnswerForm, rules: Rules, tools: Sequence[Tool], forced: bool, shaped: bool
+    ) -> str:
+        named = [tool for tool in tools if tool.name == form.tool_choice]
+        functions = [self._function(tool) for tool in (named or tools)]
+        several = form.parallel and not named
+        frame = self._frame
+        content = "@answer" if shaped else rules.terminal(ANY)
+        text = f"{rules.exactly(frame.open)} {content} {rules.exactly(frame.close)}"
+        if forced:
+            start = required_calls(rules, self._calls, functions, several)
+        elif not tools:
+            start = text
+        elif shaped or frame.open:
+            start = f"{text} | {required_calls(rules, self._calls, functions, several)}"
+        else:
+            start = optional_calls(rules, self._calls, functions, several)
+        if frame.reasoning:
+            reasoned = rules.until(frame.reasoned + frame.turn)
+            start = f"({rules.exactly(frame.reasoning)} {reasoned})* ({start})"
+        return start
+
+    def _function(self, tool: Tool) -> Function:
+        """A tool with the schema that its arguments are held to: of one that is not strict, only
+        what can be."""
+        schema = dict(tool.parameters or {})
+        rules = Rules(self._special)
+        try:
+            start = required_calls(rules, self._calls, [(tool.name, schema, tool.strict)], False)
+            self._validate(rules.grammar(start), "tools", f"tool {tool.name!r}")
+        except (Unwritable, RequestError) as error:
+            if tool.strict:
+                raise RequestError(f"tool {tool.name!r}: {error}", "tools") from None
+            return tool.name, {}, False
+        return tool.name, schema, tool.strict
+
+    def _validate(self, lark: str, param: str, what: str) -> None:
+        if len(lark) > MOST_BYTES:
+            raise RequestError(f"{what}: more than {MOST_BYTES} bytes of grammar", param)
+        source = json.dumps({"grammars": [{"name": "top", "lark_grammar": lark}]})
+        if error := self._matcher.validate_grammar(source, self._tokenizer):
+            raise _refusal(error, param)
+
+
+def _call_form(notation: Notation, special: Mapping[str, int]) -> CallForm:
+    if notation.name == "mistral" and "[ARGS]" in special:
+        return FORMS["mistral, with [ARGS]"]
+    return FORMS[notation.name]
+
+
+def _answer(form: AnswerForm) -> str | None:
+    """The text of an answer of this kind, as a grammar; None for any."""
+    if form.kind == "text":
+        return None
+    if form.kind == "json_object":
+        return f"start: {schema_value({'type': 'object'})}"
+    if form.kind == "json_schema":
+        return f"start: {schema_value(form.value)}"
+    if form.kind == "regex":
+        from llguidance import regex_to_lark
+
+        return f"start: /{regex_to_lark(form.value, '')}/"
+    if form.kind == "choice":
+        return f"start: {' | '.join(quoted(text) for text in form.value)}"
+    return str(form.value)
+
+
+def _bits(tokens: Iterable[int], size: int) -> Words:
+    words = np.zeros(-(-size // 32), np.uint32)
+    for token in tokens:
+        words[token // 32] |= np.uint32(1 << token % 32)
+    return words
+
+
+def _refusal(error: str, param: str) -> RequestError:
+    reason = " ".join(error.split())
+    return RequestError(f"the answer cannot be held to this: {reason[:500]}", param)

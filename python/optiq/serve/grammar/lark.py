@@ -1,0 +1,76 @@
+"""Rules of llguidance's Lark grammars.
+
+A mark of a notation is a token of its own in one tokenizer and plain text in another. Text in a
+grammar never matches a special token, so a grammar has to say which it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+ANY = "/(?s:.*)/"
+
+
+class Rules:
+    """Rules, collected under names of their own, for a tokenizer with these special tokens."""
+
+    def __init__(self, special: Mapping[str, int]) -> None:
+        self._special = special
+        longest = sorted(special, key=len, reverse=True)
+        self._find = re.compile("|".join(map(re.escape, longest)) or "(?!)")
+        self._rules: list[str] = []
+
+    def rule(self, expression: str) -> str:
+        """The name of a new rule. An empty expression matches nothing but the empty text."""
+        self._rules.append(f"r{len(self._rules)}: {expression}")
+        return f"r{len(self._rules) - 1}"
+
+    def terminal(self, expression: str) -> str:
+        self._rules.append(f"T{len(self._rules)}: {expression}")
+        return f"T{len(self._rules) - 1}"
+
+    def grammar(self, start: str) -> str:
+        return "\n".join([f"start: {start}", *self._rules])
+
+    def exactly(self, text: str) -> str:
+        return " ".join(self._parts(text)) or '""'
+
+    def until(self, text: str, content: str = ANY) -> str:
+        """What `content` (an expression for a terminal) matches, and `text`, which does not stand
+        anywhere in it."""
+        first, *rest = self._parts(text)
+        if not first.startswith("<"):
+            first = self.terminal(f"({without(first, content)}) {first}")
+        else:
+            first = f"{self.terminal(content)} {first}"
+        return " ".join([first, *rest])
+
+    def free(self, text: str) -> str:
+        """Any text without `text`."""
+        first = self._parts(text)[0]
+        return self.terminal(ANY if first.startswith("<") else without(first, ANY))
+
+    def _parts(self, text: str) -> list[str]:
+        parts, at = [], 0
+        for found in self._find.finditer(text):
+            if found.start() > at:
+                parts.append(quoted(text[at : found.start()]))
+            parts.append(f"<[{self._special[found[0]]}]>")
+            at = found.end()
+        return parts + ([quoted(text[at:])] if at < len(text) else [])
+
+
+def without(literal: str, content: str) -> str:
+    return f"({content}) & ~({ANY} {literal} {ANY})"
+
+
+def quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def json_value(schema: Any) -> str:
+    """What a JSON schema allows."""
+    return f"%json {json.dumps(schema)}"
