@@ -54,14 +54,15 @@ _EXPORTS = {
     "plan": "planning.files",
     "sensitivity": "quantize.score",
 }
+_ROOMS = ("nn", "ops", "serve")  # exported whole; serve can be called
 
-__all__ = [*_EXPORTS, "nn", "ops"]
+__all__ = [*_EXPORTS, *_ROOMS]
 
 
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
         return getattr(importlib.import_module(f"optiq.{_EXPORTS[name]}"), name)
-    if name in ("nn", "ops"):
+    if name in _ROOMS:
         return importlib.import_module(f"optiq.{name}")
     raise AttributeError(f"module 'optiq' has no attribute {name!r}")
 

@@ -27,6 +27,7 @@ COMMANDS = {
     "eval": "five benchmarks, KL and size of a model, with intervals",
     "card": "the model card, of what was measured and nothing else",
     "generate": "answer one prompt",
+    "serve": "answer OpenAI's and Anthropic's clients",
     "sandbox": "run untrusted Python, held by the kernel and under limits",
     "bench": "time the kernels against stock MLX on this machine",
     "doctor": "what this machine runs optiq with, and what to improve",

@@ -1,0 +1,134 @@
+"""`optiq serve MODEL`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from ..errors import UsageError
+from . import options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=8080, help="0 takes a free one")
+    parser.add_argument(
+        "--kv",
+        metavar="CONFIG",
+        help="cache keys and values in few bits: a kv_config.json, or bits of K and V such as 8/4",
+    )
+    parser.add_argument("--name", help="name of the model for clients (default: as given)")
+    parser.add_argument(
+        "--alias",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another name that it answers to, such as 'claude-*'; may be repeated",
+    )
+    parser.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="keys, one a line (or one in OPTIQ_API_KEY); needed unless HOST is a loopback address",
+    )
+    parser.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name of this server that clients may use in Host; may be repeated",
+    )
+    parser.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="an origin whose web pages may use this server; may be repeated",
+    )
+    parser.add_argument(
+        "--max-concurrent",
+        type=options.positive,
+        default=8,
+        metavar="N",
+        help="answers made at a time (default: 8); others wait",
+    )
+    parser.add_argument("--memory", metavar="SIZE", help="most memory to use, such as 12GB")
+    parser.add_argument(
+        "--prefix-memory",
+        default="2GB",
+        metavar="SIZE",
+        help="memory for prompts that were read, so that they are not read again (default: 2GB)",
+    )
+    parser.add_argument(
+        "--prefix-cache",
+        type=Path,
+        metavar="DIR",
+        help="keep prompts that were read in this folder, for after a restart",
+    )
+    parser.add_argument(
+        "--prefix-cache-bytes",
+        default="8GB",
+        metavar="SIZE",
+        help="most that DIR may hold (default: 8GB)",
+    )
+    parser.add_argument(
+        "--drain",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="time for answers to finish when the server is told to stop (default: 30)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..serve.http.log import log_to_stderr
+    from ..serve.server import serve
+
+    log_to_stderr()
+    serve(
+        args.model,
+        kv=args.kv,
+        revision=args.revision,
+        host=args.host,
+        port=args.port,
+        name=args.name,
+        aliases=tuple(args.alias),
+        api_keys=_keys(args.api_key_file),
+        allowed_hosts=tuple(args.allowed_host),
+        cors_origins=tuple(args.cors_origin),
+        max_concurrent=args.max_concurrent,
+        memory=_bytes("--memory", args.memory),
+        prefix_memory=_bytes("--prefix-memory", args.prefix_memory),
+        prefix_cache=args.prefix_cache,
+        prefix_cache_bytes=_bytes("--prefix-cache-bytes", args.prefix_cache_bytes),
+        drain=args.drain,
+    )
+    return 0
+
+
+def _bytes(option: str, text: str | None) -> int | None:
+    """Bytes of a size such as 12GB or 512MiB."""
+    from ..planning.size import Size
+
+    if text is None:
+        return None
+    nbytes = Size.parse(text).nbytes
+    if nbytes is None:
+        raise UsageError(f"{option} {text} is not a number of bytes; write 12GB or 512MiB")
+    return int(nbytes)
+
+
+def _keys(file: Path | None) -> tuple[str, ...]:
+    """Keys from a file or the environment; never from the command line, which others can read."""
+    if file is None:
+        key = os.environ.get("OPTIQ_API_KEY", "").strip()
+        return (key,) if key else ()
+    try:
+        lines = file.expanduser().read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the keys in {file} cannot be read ({error})") from None
+    if not lines:
+        raise UsageError(f"{file} has no key; write one on a line")
+    return tuple(lines)

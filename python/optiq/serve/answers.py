@@ -1,0 +1,139 @@
+"""From a parsed request to its answers: render, compile, submit."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
+
+from ..errors import DeadlineError, OverloadedError, RequestError
+from .answering import Answering, Engine, Parts, PlainText
+from .asked import Chat, Wishes
+from .engine.request import Guide, Request
+from .language import Language
+from .metrics import Metrics
+
+PREPARING_THREADS = 2
+MAX_PREPARING = 64  # requests that wait for a thread, or have one
+MAX_ANSWERS = 128  # of one request
+
+T = TypeVar("T")
+
+
+class Answers:
+    """Answers requests. Belongs to one event loop; prepares in threads of its own."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        language: Language,
+        metrics: Metrics,
+        deadline: float,
+        preparing: float,
+    ) -> None:
+        """An answer may take `deadline` seconds, and what comes before it `preparing`."""
+        self.engine, self.language = engine, language
+        self._metrics = metrics
+        self._deadline, self._preparing = deadline, preparing
+        self._pool = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="optiq-prepare")
+        self._in_pool = 0
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def chat(self, chat: Chat, wishes: Wishes) -> Answering:
+        """Raises RequestError, TooLongError, OverloadedError, DeadlineError."""
+        language = self.language
+
+        def prepare() -> tuple[Any, Callable[[], Guide] | None]:
+            prompt = language.prompt(chat)
+            return prompt, language.guide(chat, prompt)
+
+        prompt, guide = await self.prepare(prepare)
+        request = self._request(prompt.tokens, wishes, prompt.boundaries)
+        reader: Callable[[], Parts] = partial(language.reader, chat, prompt)
+        return self._answering([request], reader, guide, wishes.n)
+
+    async def complete(self, prompts: Sequence[str | tuple[int, ...]], wishes: Wishes) -> Answering:
+        """Texts or tokens as they are, without a chat template."""
+        if len(prompts) * wishes.n > MAX_ANSWERS:
+            raise RequestError(
+                f"{len(prompts)} prompts with {wishes.n} answers each are more than "
+                f"{MAX_ANSWERS} answers; send several requests",
+                "prompt",
+            )
+
+        def prepare() -> list[tuple[int, ...]]:
+            return [self.language.encode(p) if isinstance(p, str) else p for p in prompts]
+
+        tokens = await self.prepare(prepare)
+        requests = [self._request(each, wishes, ()) for each in tokens]
+        return self._answering(requests, PlainText, None, wishes.n)
+
+    async def count(self, chat: Chat) -> int:
+        """Tokens of the prompt that a conversation becomes."""
+        return len((await self.prepare(partial(self.language.prompt, chat))).tokens)
+
+    async def prepare(self, work: Callable[[], T]) -> T:
+        """Work that takes a processor for a while, away from the event loop and in limited time."""
+        if self._in_pool >= MAX_PREPARING:
+            raise OverloadedError("too many requests are being prepared", 1)
+        self._in_pool += 1
+        loop = asyncio.get_running_loop()
+        future = self._pool.submit(work)
+        future.add_done_callback(lambda _: self._let_go(loop))
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), self._preparing)
+        except asyncio.TimeoutError:
+            raise DeadlineError(
+                f"the request could not be prepared in {self._preparing:g} seconds; "
+                "send a shorter conversation or a simpler schema"
+            ) from None
+
+    def _let_go(self, loop: asyncio.AbstractEventLoop) -> None:
+        def forget() -> None:
+            self._in_pool -= 1
+
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(forget)
+
+    def _request(
+        self, tokens: tuple[int, ...], wishes: Wishes, boundaries: tuple[int, ...]
+    ) -> Request:
+        self._check_ids(tokens, "prompt")
+        self._check_ids(wishes.sampling.logit_bias, "logit_bias")
+        return Request(
+            tokens=tokens,
+            max_tokens=wishes.max_tokens or self.engine.context,
+            sampling=wishes.sampling,
+            stop=wishes.stop,
+            top_logprobs=wishes.top_logprobs,
+            boundaries=boundaries,
+            deadline=self._deadline,
+            client=wishes.client,
+        )
+
+    def _check_ids(self, ids: Sequence[int] | Mapping[int, float], param: str) -> None:
+        """MLX reads and writes beyond its arrays where an index is out of range."""
+        if ids and not 0 <= min(ids) <= max(ids) < self.engine.vocabulary:
+            wrong = next(i for i in ids if not 0 <= i < self.engine.vocabulary)
+            raise RequestError(
+                f"'{param}' has token {wrong}, and the model's tokens are 0 to "
+                f"{self.engine.vocabulary - 1}",
+                param,
+            )
+        if param == "prompt" and not ids:
+            raise RequestError("the prompt is empty; give at least one token", param)
+
+    def _answering(
+        self,
+        requests: Sequence[Request],
+        reader: Callable[[], Parts],
+        guide: Callable[[], Guide] | None,
+        n: int,
+    ) -> Answering:
+        readers = [reader] * len(requests)
+        return Answering(self.engine, self._metrics, requests, readers, guide, n)

@@ -1,0 +1,1 @@
+"""The server as HTTP: what may come in, and how answers go out."""

@@ -1,0 +1,297 @@
+"""The application: which path is answered by what, and how every request ends."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ...errors import OverloadedError
+from ..metrics import Metrics
+from ..options import Options
+from ..protocols import anthropic, openai
+from ..protocols.fields import read_json
+from ..protocols.problems import Problem, Refusal, problem
+from ..protocols.protocol import Dialect, Endpoint, Reply, Service
+from . import log
+from .body import Bodies, ClientGone
+from .guard import Guard
+from .sending import send_body, send_json, start, unless_gone, with_pings
+
+LARGE_BODY = 64 * 2**10  # from here on parsing is left to a thread
+
+EVENT_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+class State:
+    """Whether requests are accepted."""
+
+    def __init__(self, ready: Callable[[], bool]) -> None:
+        self._ready = ready
+        self.stopping = False
+
+    @property
+    def ready(self) -> bool:
+        return self._ready() and not self.stopping
+
+
+class Posted:
+    """A path that a body is posted to. ASGI, so that it sees the client go away at any time."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        dialect: Dialect,
+        service: Service,
+        bodies: Bodies,
+        metrics: Metrics,
+        state: State,
+        ping_seconds: float,
+    ) -> None:
+        self._endpoint, self._dialect, self._service = endpoint, dialect, service
+        self._bodies, self._metrics, self._state = bodies, metrics, state
+        self._ping_seconds = ping_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["optiq.dialect"] = self._dialect
+        _check_method(scope, "POST")
+        if self._state.stopping:
+            raise OverloadedError("the server is stopping", 5)
+        async with self._bodies.read(Headers(scope=scope), receive) as body:
+            work = asyncio.create_task(self._respond(scope, body, send))
+            await unless_gone(work, receive)
+
+    async def _respond(self, scope: Scope, body: bytes, send: Send) -> None:
+        if len(body) < LARGE_BODY:
+            parsed = read_json(body)
+        else:
+            parsed = await self._service.answers.prepare(lambda: read_json(body))
+        reply = await self._endpoint(self._service, parsed, _client(scope))
+        if isinstance(reply, dict):
+            await send_json(reply, scope, send)
+            return
+        async with reply.answering:
+            try:
+                if reply.stream:
+                    await self._stream(reply, scope, send)
+                else:
+                    await send_json(await reply.whole(), scope, send)
+            finally:
+                _note(scope, reply)
+
+    async def _stream(self, reply: Reply, scope: Scope, send: Send) -> None:
+        await send(start(200, "text/event-stream; charset=utf-8", EVENT_HEADERS))
+        try:
+            async for text in with_pings(reply.events(), self._dialect.ping, self._ping_seconds):
+                await send_body(send, text.encode(), more=True)
+        except (asyncio.CancelledError, ClientGone):
+            raise
+        except Exception as error:
+            told = _told(error, scope, self._metrics)
+            text = self._dialect.error_event(told, scope["optiq.id"])
+            await send_body(send, text.encode(), more=True)
+        await send_body(send, b"", more=False)
+
+
+def _client(scope: Scope) -> str:
+    address = scope.get("client")
+    return address[0] if address else ""
+
+
+def _note(scope: Scope, reply: Reply) -> None:
+    """For the log line of this request."""
+    answering = reply.answering
+    scope["optiq.notes"].update(
+        stream=reply.stream,
+        first_token_ms=_ms(answering.first_token),
+        prompt_tokens=answering.usage.prompt,
+        cached_tokens=answering.usage.cached,
+        generated_tokens=answering.usage.generated,
+    )
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(1000 * seconds, 1)
+
+
+def _told(error: BaseException, scope: Scope, metrics: Metrics) -> Problem:
+    """The problem that the client is told of, counted and noted."""
+    told = problem(error)
+    if told.status == 500:
+        log.failure(error, scope["optiq.id"])
+    metrics.errors.labels(told.code).inc()
+    scope["optiq.notes"]["error"] = told.code
+    return told
+
+
+class Told:
+    """Asks the guard, and tells clients of errors in their protocol's words."""
+
+    def __init__(self, app: ASGIApp, guard: Guard, metrics: Metrics) -> None:
+        self._app, self._guard, self._metrics = app, guard, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            self._guard.check(scope["path"], Headers(scope=scope))
+            await self._app(scope, receive, watched)
+        except ClientGone:
+            raise
+        except Exception as error:
+            told = _told(error, scope, self._metrics)
+            if started:  # the client has half of a response, and sees the connection close
+                raise ClientGone from error
+            await _send_error(told, scope, send)
+
+
+class Logged:
+    """Around everything: the request's id, its line in the log, and the count of requests."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
+        self._app, self._metrics, self._paths = app, metrics, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise Refusal(404, "not_found", "only HTTP is spoken here")
+        scope["optiq.id"] = request_id = f"req_{secrets.token_hex(12)}"
+        scope["optiq.notes"] = notes = {}
+        scope["optiq.dialect"] = _dialect_of(scope)
+        began, status = perf_counter(), 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                named = (b"x-request-id", b"request-id")
+                extra = [(name, request_id.encode()) for name in named]
+                message["headers"] = [*message["headers"], *extra]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientGone:
+            self._metrics.aborts.inc()
+            notes["aborted"] = True
+        finally:
+            path = scope["path"] if scope["path"] in self._paths else "other"
+            self._metrics.requests.labels(path, str(status)).inc()
+            log.line(
+                id=request_id,
+                method=scope["method"],
+                path=scope["path"][:200],
+                status=status,
+                ms=_ms(perf_counter() - began),
+                **notes,
+            )
+
+
+def _dialect_of(scope: Scope) -> Dialect:
+    """The protocol of a request that no path has said it of."""
+    if scope["path"].startswith("/v1/messages") or "anthropic-version" in Headers(scope=scope):
+        return anthropic.DIALECT
+    return openai.DIALECT
+
+
+async def _send_error(told: Problem, scope: Scope, send: Send) -> None:
+    dialect: Dialect = scope["optiq.dialect"]
+    headers = {}
+    if told.retry_after is not None:
+        headers["retry-after"] = str(told.retry_after)
+    if told.status in (408, 413):
+        headers["connection"] = "close"  # the rest of the body is not read
+    if told.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    content = dialect.error(told, scope["optiq.id"])
+    await send_json(content, scope, send, dialect.status(told), headers)
+
+
+class Got:
+    """A path that is read."""
+
+    def __init__(self, work: Callable[[Scope], dict[str, Any] | Response]) -> None:
+        self._work = work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        _check_method(scope, "GET", "HEAD")
+        found = self._work(scope)
+        if isinstance(found, Response):
+            await found(scope, receive, send)
+        else:
+            await send_json(found, scope, send)
+
+
+async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
+    raise Refusal(404, "not_found", f"there is nothing at {scope['path'][:200]!r}")
+
+
+def _check_method(scope: Scope, *methods: str) -> None:
+    if scope["method"] not in methods:
+        raise Refusal(405, "method_not_allowed", f"{scope['method']} is not answered here")
+
+
+def make_app(service: Service, options: Options, metrics: Metrics, state: State) -> ASGIApp:
+    bodies = Bodies(options)
+
+    def posted(path: str, endpoint: Endpoint, dialect: Dialect) -> Route:
+        app = Posted(endpoint, dialect, service, bodies, metrics, state, options.ping_seconds)
+        return Route(path, app)
+
+    def got(path: str, work: Callable[[Scope], dict[str, Any] | Response]) -> Route:
+        return Route(path, Got(work))
+
+    def health(scope: Scope) -> dict[str, Any]:
+        return {"status": "ok"}
+
+    def ready(scope: Scope) -> Response:
+        if state.ready:
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "not ready"}, 503, {"retry-after": "1"})
+
+    def counts(scope: Scope) -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def models(scope: Scope) -> dict[str, Any]:
+        dialect: Dialect = scope["optiq.dialect"]
+        return dialect.models(service.models)
+
+    def model(scope: Scope) -> dict[str, Any]:
+        dialect: Dialect = scope["optiq.dialect"]
+        return dialect.model(service.models, scope["path_params"]["name"])
+
+    routes = [
+        got("/health", health),
+        got("/ready", ready),
+        got("/metrics", counts),
+        got("/v1/models", models),
+        got("/v1/models/{name:path}", model),
+        posted("/v1/chat/completions", openai.chat, openai.DIALECT),
+        posted("/v1/completions", openai.complete, openai.DIALECT),
+        posted("/v1/messages", anthropic.messages, anthropic.DIALECT),
+        posted("/v1/messages/count_tokens", anthropic.count_tokens, anthropic.DIALECT),
+    ]
+    paths = frozenset(route.path for route in routes)
+    router = Router(routes, redirect_slashes=False, default=_not_found)
+    app: ASGIApp = Told(router, Guard(options), metrics)
+    if options.cors_origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=options.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("x-request-id", "request-id", "retry-after"),
+        )
+    return Logged(app, metrics, paths)

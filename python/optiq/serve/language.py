@@ -1,0 +1,91 @@
+"""The model's own language: conversations as tokens, answers as parts, tokens as bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..chat.notation import notation
+from ..chat.prompt import Prompt, render
+from ..chat.reader import Reader
+from ..errors import ChatError, RequestError
+from .asked import Chat
+from .engine.request import Guide
+from .grammar import AnswerForm, Grammars
+from .tokens import TokenBytes
+
+# Most tokens of reasoning for an effort that the chat template does not know by name.
+BUDGETS = {"minimal": 512, "low": 2048, "medium": 8192, "high": None, "xhigh": None, "max": None}
+
+
+class Language:
+    """What is known of a model beside its weights. All of it may be used from several threads."""
+
+    def __init__(self, tokenizer: Any, vocabulary: int) -> None:
+        self._tokenizer = tokenizer
+        self._notation = notation(tokenizer)
+        self._grammars = Grammars(tokenizer, self._notation, vocabulary)
+        self.tokens = TokenBytes(tokenizer)
+        template = tokenizer.chat_template
+        self._knows_effort = isinstance(template, str) and "reasoning_effort" in template
+
+    @property
+    def reasons(self) -> bool:
+        """Whether the model marks its reasoning."""
+        return self._notation.reasoning is not None or self._notation.channels is not None
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """A text as it is, without a chat template."""
+        return tuple(self._tokenizer.encode(text))
+
+    def decode(self, tokens: tuple[int, ...]) -> str:
+        return str(self._tokenizer.decode(list(tokens)))
+
+    def prompt(self, chat: Chat) -> Prompt:
+        """Raises RequestError for a conversation that the chat template refuses."""
+        arguments = dict(chat.arguments)
+        if chat.thinking.effort is not None and self._knows_effort:
+            arguments["reasoning_effort"] = chat.thinking.effort
+        try:
+            return render(
+                [dict(message) for message in chat.messages],
+                self._tokenizer,
+                [dict(tool) for tool in chat.tools] or None,
+                thinking=chat.thinking.on,
+                arguments=arguments,
+            )
+        except ChatError as error:
+            raise RequestError(str(error), "messages") from error
+
+    def guide(self, chat: Chat, prompt: Prompt) -> Callable[[], Guide] | None:
+        """Makes a guide for each answer; None where any text will do."""
+        return self._grammars.compile(
+            AnswerForm(
+                kind=chat.form.kind,
+                value=chat.form.value,
+                tools=chat.tools,
+                tool_choice=chat.tool_choice,
+                parallel=chat.parallel,
+                reasoning=prompt.reasoning,
+                reasoning_budget=self._budget(chat),
+            )
+        )
+
+    def _budget(self, chat: Chat) -> int | None:
+        thinking = chat.thinking
+        if not self.reasons:
+            if thinking.budget or thinking.effort not in (None, "minimal") or thinking.on:
+                raise RequestError(
+                    "this model does not reason before it answers; leave the reasoning options out",
+                    "reasoning_effort" if thinking.effort else "thinking",
+                )
+            return None
+        if thinking.budget is not None:
+            return thinking.budget
+        if thinking.effort is None or self._knows_effort:
+            return None
+        return BUDGETS[thinking.effort]
+
+    def reader(self, chat: Chat, prompt: Prompt) -> Reader:
+        calls = bool(chat.tools) and chat.tool_choice != "none"
+        return Reader(self._notation, chat.tools, reasoning=prompt.reasoning, calls=calls)

@@ -1,0 +1,29 @@
+"""The names under which the model is served."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from .protocols.problems import Refusal
+
+
+@dataclass(frozen=True)
+class Models:
+    """One model; `aliases` are other names for it, with `*` for anything: `claude-*`."""
+
+    name: str
+    created: int
+    context: int
+    aliases: tuple[str, ...] = ()
+
+    def find(self, name: str | None) -> str:
+        """The true name of the model that a request asks for; None asks for the one there is."""
+        if name is None or name == self.name or any(fnmatchcase(name, a) for a in self.aliases):
+            return self.name
+        raise Refusal(
+            404,
+            "model_not_found",
+            f"the model {name!r} is not served here; ask for {self.name!r}, or start the server "
+            "with --alias",
+        )

@@ -1,0 +1,90 @@
+"""From a model's name to what is served."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+from ..errors import ServeError, UsageError
+from ..kv import KVConfig
+from ..kv.model import digest
+from ..kv.prefix import Key
+from ..runtime.loading import open_source
+from ..sources import resolve
+from . import answering
+from .engine.engine import Engine
+from .engine.options import EngineOptions
+from .engine.prefix import PrefixCache
+from .models import Models
+from .options import Options
+
+_LIBRARIES = ("starlette", "uvicorn", "h11", "llguidance", "prometheus_client")
+
+
+def check_libraries() -> None:
+    missing = [name for name in _LIBRARIES if find_spec(name) is None]
+    if missing:
+        raise ServeError(
+            f"the server needs {', '.join(missing)}; pip install 'optiq-mlx[serve]' brings what "
+            "it needs"
+        )
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that is ready to answer. `identity` is that of its weights."""
+
+    engine: answering.Engine
+    tokenizer: Any
+    models: Models
+    identity: str
+
+
+def open_model(
+    model: str | Path | tuple[nn.Module, Any],
+    options: Options,
+    *,
+    kv: KVConfig | Path | str | None = None,
+    revision: str | None = None,
+) -> Opened:
+    """Load a model and make its engine. Raises SourceError, KVError, UsageError."""
+    if isinstance(model, tuple):
+        if kv is not None or revision is not None:
+            raise UsageError("kv and revision are for a model given by its name")
+        loaded, tokenizer = model
+        name, key = "model", None
+    else:
+        source = resolve(str(model), revision=revision)
+        loaded, tokenizer = open_source(source, kv=kv)
+        name = str(model) if source.kind == "hub" else Path(model).expanduser().resolve().stem
+        key = Key(source.fingerprint, config=digest(loaded))
+    engine = Engine(loaded, tokenizer, _engine_options(options), _prefix_cache(options, key))
+    models = Models(
+        name=options.name or name,
+        created=int(time.time()),
+        context=engine.context,
+        aliases=options.aliases,
+    )
+    return Opened(engine, tokenizer, models, key.model if key else "")
+
+
+def _engine_options(options: Options) -> EngineOptions:
+    return EngineOptions(max_concurrent=options.max_concurrent, memory=options.memory)
+
+
+def _prefix_cache(options: Options, key: Key | None) -> PrefixCache | None:
+    if key is None:
+        if options.prefix_cache is not None:
+            raise UsageError("a prefix cache on disk needs a model given by its name")
+        key = Key("")
+    return PrefixCache(
+        key,
+        options.prefix_memory or 0,
+        folder=options.prefix_cache,
+        folder_bytes=options.prefix_cache_bytes or 0,
+    )

@@ -1,0 +1,119 @@
+"""How a server is run."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TypedDict
+
+from ..errors import UsageError
+
+LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+class ServeFields(TypedDict, total=False):
+    """The options of `Options`, as keyword arguments."""
+
+    host: str
+    port: int
+    name: str | None
+    aliases: tuple[str, ...]
+    api_keys: tuple[str, ...]
+    allowed_hosts: tuple[str, ...]
+    cors_origins: tuple[str, ...]
+    max_concurrent: int
+    memory: int | None
+    prefix_memory: int | None
+    prefix_cache: Path | None
+    prefix_cache_bytes: int | None
+    drain: float
+    deadline: float
+    body_bytes: int
+    body_seconds: float
+    idle_seconds: float
+    preparing_seconds: float
+    ping_seconds: float
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a server is run. Seconds, bytes and numbers.
+
+    `name` is that of the model, by default the one it was loaded by; `aliases` are others, with
+    `*` for anything. `api_keys` are needed where `host` is not a loopback address.
+    `allowed_hosts` are names of this server beside `host` and those of loopback; `cors_origins`
+    are origins whose web pages may use it.
+
+    `max_concurrent` answers are made at a time, in `memory` bytes, by default what the machine has.
+    Prompts that were read are kept in `prefix_memory` bytes and, for after a restart, in the folder
+    `prefix_cache`, in `prefix_cache_bytes` at most. When the server stops, answers have
+    `drain` seconds to finish. An answer may take `deadline` seconds.
+
+    A body may have `body_bytes` and take `body_seconds` to arrive, headers `idle_seconds`, and
+    rendering a conversation `preparing_seconds`. `ping_seconds` is how often a silent stream shows
+    that it is alive.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    name: str | None = None
+    aliases: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    max_concurrent: int = 8
+    memory: int | None = None
+    prefix_memory: int | None = 2 * 10**9
+    prefix_cache: Path | None = None
+    prefix_cache_bytes: int | None = 8 * 10**9
+    drain: float = 30.0
+    deadline: float = 3600.0
+    body_bytes: int = 32 * 2**20
+    body_seconds: float = 30.0
+    idle_seconds: float = 30.0
+    preparing_seconds: float = 30.0
+    ping_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in _AT_LEAST and value is not None and not value >= _AT_LEAST[f.name]:
+                raise UsageError(f"{f.name} is {value}; give at least {_AT_LEAST[f.name]:g}")
+        if self.port > 65535:
+            raise UsageError(f"port is {self.port}; give at most 65535")
+        if not self.api_keys and not self.loopback:
+            raise UsageError(
+                f"{self.host} can be reached from other machines, so the server needs a key: "
+                "--api-key-file FILE, or OPTIQ_API_KEY in the environment"
+            )
+        if any(len(key) < 8 or not key.isascii() or not key.isprintable() for key in self.api_keys):
+            raise UsageError("an API key must be 8 or more printable ASCII characters")
+        if "*" in self.cors_origins and not self.api_keys:
+            raise UsageError(
+                "--cors-origin '*' lets every web page use this server; give it a key, or name "
+                "the origins"
+            )
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+_AT_LEAST: dict[str, float] = {
+    "port": 0,
+    "max_concurrent": 1,
+    "memory": 1,
+    "prefix_cache_bytes": 1,
+    "drain": 0,
+    "deadline": 0.001,
+    "body_bytes": 1024,
+    "body_seconds": 0.1,
+    "idle_seconds": 0.1,
+    "preparing_seconds": 0.1,
+    "ping_seconds": 0.01,
+}

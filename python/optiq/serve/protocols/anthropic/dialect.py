@@ -1,0 +1,72 @@
+"""How Anthropic's protocol says what every protocol says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import Any
+
+from ...models import Models
+from ..problems import Problem
+from ..protocol import event
+
+OVERLOADED = 529  # where others say 503
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    OVERLOADED: "overloaded_error",
+}
+
+
+class Anthropic:
+    ping = event('{"type":"ping"}', "ping")
+
+    def status(self, problem: Problem) -> int:
+        return OVERLOADED if problem.status == 503 else problem.status
+
+    def error(self, problem: Problem, request_id: str) -> dict[str, Any]:
+        kind = _TYPES.get(self.status(problem), "invalid_request_error")
+        message = problem.message
+        if problem.code == "context_length_exceeded":
+            message = f"prompt is too long: {message}"  # clients look for these words
+        return {
+            "type": "error",
+            "error": {"type": kind, "message": message},
+            "request_id": request_id,
+        }
+
+    def error_event(self, problem: Problem, request_id: str) -> str:
+        return named(self.error(problem, request_id))
+
+    def models(self, models: Models) -> dict[str, Any]:
+        ends = {"first_id": models.name, "last_id": models.name}
+        return {"data": [self.model(models, models.name)], "has_more": False, **ends}
+
+    def model(self, models: Models, name: str) -> dict[str, Any]:
+        true_name = models.find(name)
+        created = datetime.fromtimestamp(models.created, timezone.utc)
+        return {
+            "type": "model",
+            "id": true_name,
+            "display_name": true_name,
+            "lifecycle": "active",
+            "created_at": created.strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "max_input_tokens": models.context,
+            "max_tokens": models.context,
+        }
+
+
+DIALECT = Anthropic()
+
+
+def named(value: Mapping[str, Any]) -> str:
+    """An event, which is called by its type."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return event(text, value["type"])

@@ -1,0 +1,70 @@
+"""What HTTP needs of a protocol, and what a protocol needs of the server."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..answering import Answering
+from ..answers import Answers
+from ..models import Models
+from .fields import Fields
+from .problems import Problem
+
+
+@dataclass(frozen=True)
+class Service:
+    """What is served. `secret` signs what clients bring back; `caching`: prompts are remembered."""
+
+    answers: Answers
+    models: Models
+    secret: bytes = b""
+    caching: bool = False
+
+
+class Reply(Protocol):
+    """Answers on their way to a client, in the words of a protocol."""
+
+    @property
+    def stream(self) -> bool: ...
+    @property
+    def answering(self) -> Answering: ...
+    async def whole(self) -> dict[str, Any]:
+        """The response, when all answers are complete."""
+        ...
+
+    def events(self) -> AsyncIterator[str]:
+        """The response as server-sent events."""
+        ...
+
+
+class Endpoint(Protocol):
+    """Reads a body and begins to answer, or has the answer at once."""
+
+    async def __call__(
+        self, service: Service, body: Fields, client: str
+    ) -> Reply | dict[str, Any]: ...
+
+
+class Dialect(Protocol):
+    """How a protocol says what every protocol says."""
+
+    @property
+    def ping(self) -> str:
+        """An event that says nothing but that the stream is alive."""
+        ...
+
+    def status(self, problem: Problem) -> int: ...
+    def error(self, problem: Problem, request_id: str) -> Mapping[str, Any]: ...
+    def error_event(self, problem: Problem, request_id: str) -> str:
+        """Ends a stream that cannot be completed."""
+        ...
+
+    def models(self, models: Models) -> dict[str, Any]: ...
+    def model(self, models: Models, name: str) -> dict[str, Any]: ...
+
+
+def event(data: str, name: str | None = None) -> str:
+    """A server-sent event; `data` has no line breaks."""
+    return f"event: {name}\ndata: {data}\n\n" if name else f"data: {data}\n\n"

@@ -1,0 +1,222 @@
+"""The server: from its options to its end."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.nn as nn
+
+from ..errors import ServeError, UsageError
+from ..kv import KVConfig
+from .opening import Opened, check_libraries, open_model
+from .options import Options, ServeFields
+
+if TYPE_CHECKING:
+    import uvicorn
+    from typing_extensions import Unpack
+
+HEADER_BYTES = 64 * 2**10
+STARTING_SECONDS = 30.0
+FAREWELL_SECONDS = 5  # for clients to read that the server stops
+
+
+def serve(
+    model: str | Path | tuple[nn.Module, Any],
+    *,
+    kv: KVConfig | Path | str | None = None,
+    revision: str | None = None,
+    **options: Unpack[ServeFields],
+) -> None:
+    """Answer OpenAI's and Anthropic's clients until Ctrl-C or SIGTERM.
+
+    `model` and `kv` are as in `optiq.load`, or `model` is what it returned. `options` are the
+    fields of `serve.options.Options`, such as `port=8080`. When it is told to stop, answers have
+    `drain` seconds to finish; told again, none.
+
+    Raises UsageError, SourceError, KVError and ServeError, before anything is served.
+    """
+    with Server.open(model, kv=kv, revision=revision, **options) as server:
+        print(server.greeting(), flush=True)
+        server.wait()
+
+
+class Server:
+    """A server in threads of its own.
+
+        with Server.open("out", port=0) as server:
+            print(server.url)
+
+    `start` begins to answer on `bound`, and `stop` ends it for good.
+    """
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Path | tuple[nn.Module, Any],
+        *,
+        kv: KVConfig | Path | str | None = None,
+        revision: str | None = None,
+        **options: Unpack[ServeFields],
+    ) -> Server:
+        """Take the port, then load the model. Raises as `serve` does."""
+        check_libraries()
+        read = Options(**options)
+        with bind(read) as bound:
+            return cls(open_model(model, read, kv=kv, revision=revision), bound, read)
+
+    def __init__(self, opened: Opened, bound: socket.socket, options: Options) -> None:
+        import uvicorn
+
+        from .answers import Answers
+        from .http.app import State, make_app
+        from .http.connection import Connection
+        from .language import Language
+        from .metrics import Metrics
+        from .protocols.protocol import Service
+
+        self.options, self.models = options, opened.models
+        self._engine, self._socket = opened.engine, bound
+        self.port: int = bound.getsockname()[1]
+        metrics = Metrics(self._engine.stats)
+        self._answers = Answers(
+            self._engine,
+            Language(opened.tokenizer, self._engine.vocabulary),
+            metrics,
+            deadline=options.deadline,
+            preparing=options.preparing_seconds,
+        )
+        # Made from the weights, so that reasoning signed before a restart is still known.
+        secret = sha256(b"optiq reasoning " + opened.identity.encode()).digest()
+        self._state = State(lambda: self._engine.ready)
+        service = Service(self._answers, self.models, secret, caching=True)
+        config = uvicorn.Config(
+            make_app(service, options, metrics, self._state),
+            loop="asyncio",
+            http=Connection,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=options.idle_seconds,  # type: ignore[arg-type]  # a float will do
+            timeout_graceful_shutdown=int(options.drain) + FAREWELL_SECONDS,
+            h11_max_incomplete_event_size=HEADER_BYTES,
+        )
+        self._http: uvicorn.Server = uvicorn.Server(config)
+        self._thread = threading.Thread(
+            target=self._http.run, args=([bound],), name="optiq-http", daemon=True
+        )
+        self._told = threading.Event()
+
+    @property
+    def url(self) -> str:
+        """Where clients find it; Anthropic's take this, OpenAI's with /v1 behind it."""
+        host = self.options.host
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    def start(self) -> None:
+        """Begin to answer. Returns when connections are accepted."""
+        self._engine.start()
+        self._thread.start()
+        waited = threading.Event()
+        for _ in range(int(STARTING_SECONDS / 0.01)):
+            if self._http.started:
+                return
+            if not self._thread.is_alive():
+                break
+            waited.wait(0.01)
+        self.stop(0)
+        raise ServeError("the HTTP server could not be started; --debug shows why")
+
+    def stop(self, drain: float | None = None) -> None:
+        """Accept nothing more, let answers finish for `drain` seconds, and end the rest."""
+        self._state.stopping = True
+        self._http.should_exit = True
+        self._engine.close(self.options.drain if drain is None else drain)
+        if self._thread.is_alive():
+            self._thread.join()
+        self._answers.close()
+        self._socket.close()
+
+    def wait(self) -> None:
+        """Until SIGINT, SIGTERM or the death of the server, where there are signals."""
+        with _signals(self._told):
+            while not self._told.wait(0.5):
+                if not self._thread.is_alive():
+                    raise ServeError("the HTTP server has died; --debug shows why")
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with _signals(self._told, again=True):
+            self.stop()
+
+    def greeting(self) -> str:
+        """Lines to paste."""
+        name, url = self.models.name, self.url
+        key = "the key" if self.options.api_keys else "none"
+        say = 'messages=[{"role": "user", "content": "Hello"}]'
+        return f"""\
+{name} is served at {url}, with a context of {self.models.context} tokens. Ctrl-C stops it.
+
+from openai import OpenAI
+client = OpenAI(base_url="{url}/v1", api_key="{key}")
+print(client.chat.completions.create(model="{name}", {say}).choices[0].message.content)
+
+from anthropic import Anthropic
+client = Anthropic(base_url="{url}", api_key="{key}")
+print(client.messages.create(model="{name}", max_tokens=256, {say}).content)
+"""
+
+
+@contextmanager
+def bind(options: Options) -> Iterator[socket.socket]:
+    """The socket, taken before the model is loaded; given back where that fails."""
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            bound.bind((options.host, options.port))
+            bound.listen(0)  # a port that another one listens on is refused here at the latest
+        except OSError as error:
+            raise UsageError(
+                f"{options.host}:{options.port} cannot be listened on "
+                f"({error.strerror or error}); choose another --port or --host"
+            ) from None
+        yield bound
+    except BaseException:
+        bound.close()
+        raise
+
+
+@contextmanager
+def _signals(told: threading.Event, *, again: bool = False) -> Iterator[None]:
+    """SIGINT and SIGTERM set `told`; with `again`, they interrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def tell(number: int, frame: Any) -> None:
+        if again:
+            raise KeyboardInterrupt
+        told.set()
+
+    before = {number: signal.signal(number, tell) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
