@@ -18,3 +18,10 @@ def thinker() -> Iterator[Asked]:
     """Of a model that reasons."""
     with scripted(tiny_tokenizer(thinking=True)) as asked:
         yield asked
+
+
+@pytest.fixture(scope="session")
+def keyed() -> Iterator[Asked]:
+    """One that asks for a key."""
+    with scripted(api_keys=("a-good-key", "another-key")) as asked:
+        yield asked

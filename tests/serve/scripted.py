@@ -45,11 +45,10 @@ class Script:
 
     @classmethod
     def of(cls, prompt: str) -> Script:
-        found = None
-        for found in _SAY.finditer(prompt):
-            pass
-        if found is None:
+        all_found = list(_SAY.finditer(prompt))
+        if not all_found:
             return cls()
+        found = all_found[-1]
         options: dict[str, Any] = dict(word.split("=") for word in (found[1] or "").split())
         for name in ("delay", "reading"):
             options[name] = float(options.get(name, 0))

@@ -79,7 +79,7 @@ def _marks(tokenizer: Any) -> Iterator[tuple[str, int]]:
 
 
 class Asked:
-    """A running server, asked by httpx; responses are validated strictly against the SDKs' types."""
+    """A running server, asked by httpx; responses are held strictly to the SDKs' types."""
 
     def __init__(self, server: Server, engine: Any) -> None:
         self.server, self.engine, self.url = server, engine, server.url
