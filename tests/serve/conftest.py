@@ -4,12 +4,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.serve.servers import Asked, scripted, tiny_tokenizer
+from tests.serve.servers import Asked, doubled, scripted, tiny_tokenizer
+
+NAMES = ("claude-*", "gpt-*")
 
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Asked]:
-    with scripted(aliases=("claude-*", "gpt-*"), ping_seconds=0.2) as asked:
+    """The engine, with a model that follows the script."""
+    with scripted(aliases=NAMES, ping_seconds=0.2) as asked:
         yield asked
 
 
@@ -21,7 +24,14 @@ def thinker() -> Iterator[Asked]:
 
 
 @pytest.fixture(scope="session")
+def double() -> Iterator[Asked]:
+    """The double of the engine, for what the engine does not do when it is told to."""
+    with doubled(aliases=NAMES, ping_seconds=0.2) as asked:
+        yield asked
+
+
+@pytest.fixture(scope="session")
 def keyed() -> Iterator[Asked]:
     """One that asks for a key."""
-    with scripted(api_keys=("a-good-key", "another-key")) as asked:
+    with doubled(api_keys=("a-good-key", "another-key")) as asked:
         yield asked

@@ -1,7 +1,8 @@
-"""A double of the engine, whose answers are what the prompt says.
+"""A model, and a double of the engine, whose answers are what the prompt says.
 
-A prompt that has `SAY:text` is answered with that text, up to the end of the message. Directives
-before the colon change how: `SAY(delay=0.1 cached=3):text`, see `Script`.
+A prompt that has `SAY:text` is answered with that text, up to the end of the message, or of the
+line where there is no chat template. Directives before the colon change how:
+`SAY(delay=0.1):text`, see `Script`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,14 @@ from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.cache import KVCache
+
 from optiq.errors import DeadlineError, OverloadedError, TooLongError
 from optiq.serve.engine.request import Event, Failed, Finished, Piece, Reading, Request, Token
+from tests.tiny import EOS
 
 LOGPROB = -0.5
 ERRORS = {
@@ -25,6 +32,8 @@ ERRORS = {
     "broken": ZeroDivisionError("a secret of the prompt"),
 }
 
+START = "<|im_start|>assistant\n"
+NO_THOUGHT = "<think>\n\n</think>\n\n"
 _SAY = re.compile(r"SAY(?:\(([^)]*)\))?:((?:(?!SAY[(:]).)*?)(?=<\|im_end\|>|$)", re.DOTALL)
 
 
@@ -32,8 +41,8 @@ _SAY = re.compile(r"SAY(?:\(([^)]*)\))?:((?:(?!SAY[(:]).)*?)(?=<\|im_end\|>|$)",
 class Script:
     """`text` is answered token by token, each after `delay` seconds, the first after `reading`.
 
-    The error `raises` is raised by submit, and `fails` ends the answer after its text. `cached`
-    tokens of the prompt are said to be from the cache.
+    With `fails` the answer ends with that error after its text; the model knows "broken" only. For
+    the double alone, submit raises `raises`, and `cached` tokens are said to be from the cache.
     """
 
     text: str = "Hello world"
@@ -45,15 +54,73 @@ class Script:
 
     @classmethod
     def of(cls, prompt: str) -> Script:
+        if "<|im_start|>" not in prompt:
+            prompt = prompt.partition("\n")[0]
         all_found = list(_SAY.finditer(prompt))
         if not all_found:
             return cls()
-        found = all_found[-1]
-        options: dict[str, Any] = dict(word.split("=") for word in (found[1] or "").split())
+        options: dict[str, Any] = dict(word.split("=") for word in (all_found[-1][1] or "").split())
         for name in ("delay", "reading"):
             options[name] = float(options.get(name, 0))
         options["cached"] = int(options.get("cached", 0))
-        return cls(found[2], **options)
+        return cls(all_found[-1][2], **options)
+
+
+class ScriptedModel(nn.Module):
+    """A model that runs in the real engine. Its caches hold tokens in the place of keys."""
+
+    def __init__(self, tokenizer: Any, context: int = 512, vocabulary: int = 384) -> None:
+        super().__init__()
+        self.args = SimpleNamespace(max_position_embeddings=context)
+        self.layers: list[nn.Module] = []
+        self._tokenizer, self._vocabulary = tokenizer, vocabulary
+
+    def make_cache(self) -> list[KVCache]:
+        return [KVCache()]
+
+    def __call__(self, inputs: mx.array, cache: list[Any]) -> mx.array:
+        tokens = inputs[:, None, :, None].astype(mx.float32)
+        rows = getattr(cache[0], "rows", cache)
+        histories = [
+            np.array(row.update_and_fetch(tokens[i : i + 1], tokens[i : i + 1])[0])
+            for i, row in enumerate(rows)
+        ]
+        logits = np.zeros((*inputs.shape, self._vocabulary), np.float32)
+        wait = 0.0
+        for row, history in zip(logits, histories, strict=True):
+            seconds, token = self._next([int(t) for t in history.ravel()], inputs.shape[1])
+            wait = max(wait, seconds)
+            row[-1, token] = 100.0
+        time.sleep(wait)
+        return mx.array(logits)
+
+    def _next(self, history: list[int], new: int) -> tuple[float, int]:
+        """Seconds to wait, and the token that follows."""
+        text = self._tokenizer.decode(history)
+        script = Script.of(text)
+        if new > 1:
+            return script.reading, 0
+        begin = self._begin(history, text)
+        said = self._tokenizer.encode(script.text, add_special_tokens=False)
+        at = len(history) - begin
+        if at == len(said) and script.fails:
+            raise ERRORS[script.fails]
+        return script.delay, said[at] if 0 <= at < len(said) else EOS
+
+    def _begin(self, history: list[int], text: str) -> int:
+        """The number of tokens before the answer."""
+        start, no_thought = (
+            self._tokenizer.encode(mark, add_special_tokens=False) for mark in (START, NO_THOUGHT)
+        )
+        if START not in text:
+            prompt = "".join(text.partition("\n")[:2])
+            return len(self._tokenizer.encode(prompt, add_special_tokens=False))
+        begin = len(history)
+        while history[begin - len(start) : begin] != start:
+            begin -= 1
+        if history[begin : begin + len(no_thought)] == no_thought:
+            begin += len(no_thought)
+        return begin
 
 
 @dataclass
@@ -79,11 +146,7 @@ class ScriptedEngine:
             time.sleep(0.005)
 
     def stats(self) -> Any:
-        return SimpleNamespace(running=self.running, queued=0, kv_bytes=0)
-
-    @property
-    def running(self) -> int:
-        return len(self._running)
+        return SimpleNamespace(running=len(self._running), waiting=0, kv_bytes=0)
 
     def submit(self, request: Request, listener: Callable[[Event], None]) -> int:
         self.requests.append(request)
@@ -151,7 +214,8 @@ class ScriptedEngine:
             listener(Piece(new, (self._token(request, token),)))
         if script.fails:
             return Failed(ERRORS[script.fails])
-        return Finished(reason, prompt, cached, len(tokens), stop)
+        generated = len(tokens) + (reason == "stop")  # the end of the answer is a token
+        return Finished(reason, prompt, cached, generated, stop)
 
     def _token(self, request: Request, token: int) -> Token:
         if request.top_logprobs is None:

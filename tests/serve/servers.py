@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,11 +20,12 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import TypeAdapter
 
+from optiq.serve.engine.request import Request
 from optiq.serve.models import Models
-from optiq.serve.opening import Opened
+from optiq.serve.opening import Opened, open_model
 from optiq.serve.options import Options
 from optiq.serve.server import Server, bind
-from tests.serve.scripted import ScriptedEngine
+from tests.serve.scripted import ScriptedEngine, ScriptedModel
 from tests.tiny import CHAT_TEMPLATE, EOS, write_tokenizer
 
 MODEL = "tiny"
@@ -81,8 +83,8 @@ def _marks(tokenizer: Any) -> Iterator[tuple[str, int]]:
 class Asked:
     """A running server, asked by httpx; responses are held strictly to the SDKs' types."""
 
-    def __init__(self, server: Server, engine: Any) -> None:
-        self.server, self.engine, self.url = server, engine, server.url
+    def __init__(self, server: Server, engine: Any, tokenizer: Any) -> None:
+        self.server, self.engine, self.tokenizer = server, engine, tokenizer
         self.http = httpx.Client(base_url=server.url, timeout=60, trust_env=False)
         self.openai = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         self.anthropic = Anthropic(base_url=server.url, api_key="none", max_retries=0)
@@ -163,18 +165,57 @@ def content_of(chunks: list[ChatCompletionChunk], choice: int = 0) -> str:
     return "".join(delta.content or "" for delta in deltas)
 
 
+class Recorded:
+    """An engine, and what it was asked."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.requests: list[Request] = []
+        self.cancelled: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def submit(self, request: Request, listener: Any) -> int:
+        self.requests.append(request)
+        ticket: int = self._engine.submit(request, listener)
+        return ticket
+
+    def cancel(self, ticket: int) -> None:
+        self.cancelled.append(ticket)
+        self._engine.cancel(ticket)
+
+
 @contextmanager
-def scripted(tokenizer: Any = None, engine: Any = None, **options: Any) -> Iterator[Asked]:
-    """A server around the double of the engine."""
-    tokenizer = tokenizer or tiny_tokenizer()
-    engine = engine or ScriptedEngine(tokenizer)
-    read = Options(**{"port": 0, "drain": 0.0, **options})
-    models = Models(MODEL, 1_700_000_000, engine.context, read.aliases)
-    with bind(read) as bound:
-        server = Server(Opened(engine, tokenizer, models, "tiny"), bound, read)
+def served(opened: Opened, options: Options) -> Iterator[Asked]:
+    opened = replace(opened, engine=Recorded(opened.engine))  # type: ignore[arg-type]
+    with bind(options) as bound:
+        server = Server(opened, bound, options)
     with server:
-        asked = Asked(server, engine)
+        asked = Asked(server, opened.engine, opened.tokenizer)
         try:
             yield asked
         finally:
             asked.close()
+
+
+def read_options(options: dict[str, Any]) -> Options:
+    return Options(**{"port": 0, "drain": 0.0, "name": MODEL, **options})
+
+
+@contextmanager
+def doubled(tokenizer: Any = None, **options: Any) -> Iterator[Asked]:
+    """A server around the double of the engine."""
+    tokenizer, read = tokenizer or tiny_tokenizer(), read_options(options)
+    engine = ScriptedEngine(tokenizer)
+    models = Models(MODEL, 1_700_000_000, engine.context, read.aliases)
+    with served(Opened(engine, tokenizer, models, "tiny"), read) as asked:
+        yield asked
+
+
+@contextmanager
+def scripted(tokenizer: Any = None, **options: Any) -> Iterator[Asked]:
+    """A server around the engine, with a model that follows the script."""
+    tokenizer, read = tokenizer or tiny_tokenizer(), read_options(options)
+    with served(open_model((ScriptedModel(tokenizer), tokenizer), read), read) as asked:
+        yield asked

@@ -20,7 +20,7 @@ THOUGHT = "SAY:<think>\nLet me see\n</think>\n\nParis"
 
 
 def prompt_of(server: Asked) -> str:
-    return str(server.engine.tokenizer.decode(list(server.engine.requests[-1].tokens)))
+    return str(server.tokenizer.decode(list(server.engine.requests[-1].tokens)))
 
 
 def test_anthropic_1_what_is_required(server: Asked) -> None:
@@ -162,14 +162,14 @@ def test_anthropic_2_ping_while_the_prompt_is_read(server: Asked) -> None:
     assert all(ping == {"type": "ping"} for ping in pings)
 
 
-def test_anthropic_2_error_within_a_stream(server: Asked) -> None:
+def test_anthropic_2_error_within_a_stream(double: Asked) -> None:
     body = message_body("SAY(fails=overloaded):Hi", stream=True)
-    events = [json.loads(event) for event in server.events(MESSAGES, body)]
+    events = [json.loads(event) for event in double.events(MESSAGES, body)]
     assert events[-1]["type"] == "error"
     assert events[-1]["error"]["type"] == "overloaded_error"
     with (
         pytest.raises(anthropic.APIStatusError) as error,
-        server.anthropic.messages.stream(
+        double.anthropic.messages.stream(
             model=MODEL,
             max_tokens=100,
             messages=[{"role": "user", "content": "SAY(fails=broken):Hi"}],
@@ -307,21 +307,21 @@ def test_signatures() -> None:
         assert verified(secret, "x", junk) is None
 
 
-def test_anthropic_6_cache_control_and_cached_tokens(server: Asked) -> None:
+def test_anthropic_6_cache_control_and_cached_tokens(double: Asked) -> None:
     mark = {"cache_control": {"type": "ephemeral"}}
     content = [{"type": "text", "text": "SAY(cached=5):Hi", **mark}]
-    total = server.post(COUNT, message_body(content))["input_tokens"]
+    total = double.post(COUNT, message_body(content))["input_tokens"]
     for fields in ({}, {"tools": [{**TOOLS[0], **mark}]}, mark):
-        usage = server.message(content, **fields).usage
+        usage = double.message(content, **fields).usage
         assert usage.cache_read_input_tokens == 5
-    usage = server.message(content).usage
+    usage = double.message(content).usage
     created = usage.cache_creation_input_tokens
     assert created is not None
-    assert created == max(server.engine.requests[-1].boundaries) - 5
+    assert created == max(double.engine.requests[-1].boundaries) - 5
     assert usage.input_tokens + 5 + created == total
-    usage = server.message("SAY(cached=5):Hi").usage  # nothing is said of caching
+    usage = double.message("SAY(cached=5):Hi").usage  # nothing is said of caching
     assert (usage.cache_creation_input_tokens, usage.input_tokens) == (0, total - 5)
-    events = server.message_events("SAY(cached=5):Hi")
+    events = double.message_events("SAY(cached=5):Hi")
     for usage in (events[0].message.usage, events[-2].usage):
         assert (usage.cache_read_input_tokens, usage.input_tokens) == (5, total - 5)
 
@@ -347,21 +347,21 @@ def test_anthropic_7_count_is_what_is_used_later(thinker: Asked, fields: dict[st
     }
 
 
-def test_anthropic_7_errors(server: Asked) -> None:
+def test_anthropic_7_errors(double: Asked) -> None:
     full = message_body("SAY(raises=overloaded):x")
-    answer = server.http.post(MESSAGES, json=full)
+    answer = double.http.post(MESSAGES, json=full)
     assert answer.status_code == 529
     assert answer.headers["retry-after"] == "7"
     assert answer.json()["error"]["type"] == "overloaded_error"
     assert answer.json()["request_id"] == answer.headers["request-id"]
-    server.refused_message(message_body(model="other"), 404, "not_found_error")
-    server.refused_message(message_body("SAY(fails=broken):x"), 500, "api_error")
-    assert "prompt is too long" in server.refused_message(message_body("word " * 600))
+    double.refused_message(message_body(model="other"), 404, "not_found_error")
+    double.refused_message(message_body("SAY(fails=broken):x"), 500, "api_error")
+    assert "prompt is too long" in double.refused_message(message_body("word " * 600))
     for path in ("/v1/messages/batches", "/v1/messages/"):
-        answer = server.post(path, {}, 404)
+        answer = double.post(path, {}, 404)
         assert answer["error"]["type"] == "not_found_error"
     with pytest.raises(anthropic.BadRequestError) as bad:
-        server.anthropic.messages.create(
+        double.anthropic.messages.create(
             model=MODEL,
             max_tokens=5,
             messages=[{"role": "user", "content": "x"}],
@@ -369,7 +369,7 @@ def test_anthropic_7_errors(server: Asked) -> None:
         )
     assert "stop_sequences" in str(bad.value)
     with pytest.raises(anthropic.OverloadedError):
-        server.anthropic.messages.create(
+        double.anthropic.messages.create(
             model=MODEL,
             max_tokens=5,
             messages=[{"role": "user", "content": "SAY(raises=overloaded):x"}],
@@ -425,4 +425,4 @@ def test_anthropic_9_structured_output_is_read(server: Asked) -> None:
 def test_anthropic_the_tokens_are_counted_as_the_engine_does(server: Asked) -> None:
     answer = server.message("SAY:Hello world")
     tokens = tiny_tokenizer().encode("Hello world", add_special_tokens=False)
-    assert answer.usage.output_tokens == len(tokens)
+    assert answer.usage.output_tokens == len(tokens) + 1  # the end of the turn is one

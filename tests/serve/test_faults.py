@@ -26,7 +26,7 @@ def as_before(server: Asked) -> Iterator[None]:
 
 
 def test_fault_several_prompts(server: Asked) -> None:
-    answer = server.complete(["SAY:a", "SAY:b"], n=2)
+    answer = server.complete(["SAY:a\n", "SAY:b\n"], n=2)
     assert [choice.text for choice in answer.choices] == ["a", "a", "b", "b"]
 
 
@@ -61,7 +61,7 @@ def test_fault_stop_between_tokens(server: Asked, stop: str) -> None:
 @pytest.mark.parametrize("path", [CHAT, COMPLETE, MESSAGES])
 def test_fault_client_goes_away(server: Asked, path: str, stream: bool) -> None:
     say = "SAY(delay=0.05):" + "word " * 30
-    body = {**message_body(say, stream=stream), "prompt": say}
+    body = {**message_body(say, stream=stream), "prompt": f"{say}\n"}
     before = len(server.engine.cancelled)
     if stream:
         with server.http.stream("POST", path, json=body) as answer:
@@ -70,7 +70,7 @@ def test_fault_client_goes_away(server: Asked, path: str, stream: bool) -> None:
         with pytest.raises(httpx.ReadTimeout):
             server.http.post(path, json=body, timeout=0.3)
     _wait_until(lambda: len(server.engine.cancelled) > before)
-    _wait_until(lambda: server.engine.running == 0)
+    _wait_until(lambda: server.engine.stats().running == 0)
 
 
 def _wait_until(condition: Any) -> None:

@@ -8,12 +8,11 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import httpx
 import pytest
 
-from tests.serve.servers import MODEL, Asked, chat_body, message_body, scripted
+from tests.serve.servers import MODEL, Asked, chat_body, doubled, message_body
 
 CHAT = "/v1/chat/completions"
 
@@ -21,7 +20,7 @@ CHAT = "/v1/chat/completions"
 @pytest.fixture(scope="module")
 def hurried() -> Iterator[Asked]:
     """Small limits of size and time."""
-    with scripted(body_bytes=10_000, body_seconds=0.4, idle_seconds=0.4) as asked:
+    with doubled(body_bytes=10_000, body_seconds=0.4, idle_seconds=0.4) as asked:
         yield asked
 
 
@@ -227,13 +226,13 @@ def test_openai_17_host(server: Asked, host: str, status: int) -> None:
 
 
 def test_hosts_can_be_allowed() -> None:
-    with scripted(allowed_hosts=("Server.lan",)) as asked:
+    with doubled(allowed_hosts=("Server.lan",)) as asked:
         for host, status in (("server.LAN:80", 200), ("other.lan", 403)):
             assert asked.http.get("/health", headers={"host": host}).status_code == status
 
 
 def test_behind_a_wildcard_addresses_are_hosts() -> None:
-    with scripted(host="0.0.0.0", api_keys=("a-good-key",)) as asked:
+    with doubled(host="0.0.0.0", api_keys=("a-good-key",)) as asked:
         for host, status in (("192.168.0.7:80", 200), ("[fe80::1]", 200), ("evil.example", 403)):
             assert asked.http.get("/health", headers={"host": host}).status_code == status
 
@@ -258,7 +257,7 @@ def test_keys(keyed: Asked) -> None:
             answer = keyed.http.get(path, headers=headers)
             assert answer.status_code == 401
             assert "good" not in answer.text
-        body = httpx.Request("POST", keyed.url + CHAT, json=chat_body(), headers=headers)
+        body = httpx.Request("POST", keyed.server.url + CHAT, json=chat_body(), headers=headers)
         assert keyed.http.send(body).status_code == 401
     latin = [(b"x-api-key", b"\xff\xfe")]
     assert keyed.http.get("/v1/models", headers=latin).status_code == 401
@@ -278,7 +277,7 @@ def test_cors_is_off(server: Asked) -> None:
 
 
 def test_cors_for_named_origins() -> None:
-    with scripted(cors_origins=("http://good.example",), api_keys=("a-good-key",)) as asked:
+    with doubled(cors_origins=("http://good.example",), api_keys=("a-good-key",)) as asked:
         preflight = {
             "origin": "http://good.example",
             "access-control-request-method": "POST",
@@ -325,18 +324,18 @@ def test_every_answer_has_an_id(server: Asked) -> None:
 
 
 def test_a_comment_while_the_prompt_is_read(server: Asked) -> None:
-    body = chat_body("SAY(reading=0.5):Hi", stream=True)
+    body = chat_body("SAY(reading=0.5):One moment", stream=True)
     with server.http.stream("POST", CHAT, json=body) as answer:
         assert ": ping" in list(answer.iter_lines())
 
 
-def test_log_lines_have_no_words(server: Asked, caplog: pytest.LogCaptureFixture) -> None:
+def test_log_lines_have_no_words(double: Asked, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="optiq.serve"):
-        server.chat("SAY(cached=3):zebra")
-        server.http.post(CHAT, json=chat_body("SAY(fails=broken):zebra"))
-        server.refused(CHAT, chat_body("zebra", n="zebra"), "n")
-        server.chunks("SAY:zebra")
-        server.post("/v1/messages", message_body("SAY:zebra"))
+        double.chat("SAY(cached=3):zebra")
+        double.http.post(CHAT, json=chat_body("SAY(fails=broken):zebra"))
+        double.refused(CHAT, chat_body("zebra", n="zebra"), "n")
+        double.chunks("SAY:zebra")
+        double.post("/v1/messages", message_body("SAY:zebra"))
     lines = [json.loads(record.message) for record in caplog.records]
     asked = [line for line in lines if "path" in line]
     assert [line["status"] for line in asked] == [200, 500, 400, 200, 200]
@@ -352,16 +351,16 @@ def test_log_lines_have_no_words(server: Asked, caplog: pytest.LogCaptureFixture
     assert "secret" not in text
 
 
-def test_metrics_count(server: Asked) -> None:
+def test_metrics_count(double: Asked) -> None:
     def values() -> dict[str, float]:
-        lines = server.http.get("/metrics").text.splitlines()
+        lines = double.http.get("/metrics").text.splitlines()
         pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return {name: float(value) for name, value in pairs}
 
     before = values()
-    usage = server.chat("SAY(cached=4):Hello").usage
-    server.chat("SAY:Hello", n=2)
-    server.refused(CHAT, chat_body(n=0), "n")
+    usage = double.chat("SAY(cached=4):Hello").usage
+    double.chat("SAY:Hello", n=2)
+    double.refused(CHAT, chat_body(n=0), "n")
     after = values()
 
     def grown(name: str) -> float:
@@ -371,11 +370,11 @@ def test_metrics_count(server: Asked) -> None:
     assert grown("optiq_generated_tokens_total") == 3 * usage.completion_tokens
     assert grown("optiq_cached_tokens_total") == 4
     assert grown("optiq_time_to_first_token_seconds_count") == 3
-    assert grown("optiq_inter_token_seconds_count") == 3 * (usage.completion_tokens - 1)
+    assert grown("optiq_inter_token_seconds_count") == 3 * (usage.completion_tokens - 2)
     assert grown('optiq_answers_total{reason="stop"}') == 3
     assert grown('optiq_errors_total{code="invalid_value"}') == 1
     assert grown(f'optiq_requests_total{{path="{CHAT}",status="200"}}') == 2
-    for name in ("optiq_running", "optiq_queued", "optiq_kv_bytes"):
+    for name in ("optiq_running", "optiq_waiting", "optiq_kv_bytes"):
         assert after[name] == 0
 
 

@@ -50,9 +50,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-concurrent",
         type=options.positive,
-        default=8,
+        default=16,
         metavar="N",
-        help="answers made at a time (default: 8); others wait",
+        help="answers made at a time (default: 16); others wait",
+    )
+    parser.add_argument(
+        "--answer-tokens",
+        type=options.positive,
+        default=8192,
+        metavar="N",
+        help="most tokens of an answer whose request has no limit (default: 8192)",
     )
     parser.add_argument("--memory", metavar="SIZE", help="most memory to use, such as 12GB")
     parser.add_argument(
@@ -99,10 +106,11 @@ def run(args: argparse.Namespace) -> int:
         allowed_hosts=tuple(args.allowed_host),
         cors_origins=tuple(args.cors_origin),
         max_concurrent=args.max_concurrent,
+        answer_tokens=args.answer_tokens,
         memory=_bytes("--memory", args.memory),
-        prefix_memory=_bytes("--prefix-memory", args.prefix_memory),
+        prefix_memory=_bytes("--prefix-memory", args.prefix_memory) or 0,
         prefix_cache=args.prefix_cache,
-        prefix_cache_bytes=_bytes("--prefix-cache-bytes", args.prefix_cache_bytes),
+        prefix_cache_bytes=_bytes("--prefix-cache-bytes", args.prefix_cache_bytes) or 0,
         drain=args.drain,
     )
     return 0

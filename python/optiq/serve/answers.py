@@ -31,12 +31,18 @@ class Answers:
         engine: Engine,
         language: Language,
         metrics: Metrics,
+        *,
+        answer_tokens: int,
         deadline: float,
         preparing: float,
     ) -> None:
-        """An answer may take `deadline` seconds, and what comes before it `preparing`."""
+        """An answer may take `deadline` seconds, and what comes before it `preparing`.
+
+        Without a limit of its own it ends after `answer_tokens`.
+        """
         self.engine, self.language = engine, language
         self._metrics = metrics
+        self._answer_tokens = answer_tokens
         self._deadline, self._preparing = deadline, preparing
         self._pool = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="optiq-prepare")
         self._in_pool = 0
@@ -107,7 +113,7 @@ class Answers:
         self._check_ids(wishes.sampling.logit_bias, "logit_bias")
         return Request(
             tokens=tokens,
-            max_tokens=wishes.max_tokens or self.engine.context,
+            max_tokens=wishes.max_tokens or self._answer_tokens,
             sampling=wishes.sampling,
             stop=wishes.stop,
             top_logprobs=wishes.top_logprobs,

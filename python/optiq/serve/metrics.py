@@ -17,7 +17,7 @@ _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.
 # Of the engine's Stats, and what each says.
 _GAUGES = {
     "running": "answers that are being made",
-    "queued": "answers that wait for room",
+    "waiting": "answers that wait for room",
     "kv_bytes": "bytes of keys and values of running answers",
 }
 

@@ -17,8 +17,7 @@ from ..kv.prefix import Key
 from ..runtime.loading import open_source
 from ..sources import resolve
 from . import answering
-from .engine.engine import Engine
-from .engine.options import EngineOptions
+from .engine.engine import Engine, EngineOptions
 from .engine.prefix import PrefixCache
 from .models import Models
 from .options import Options
@@ -63,7 +62,9 @@ def open_model(
         loaded, tokenizer = open_source(source, kv=kv)
         name = str(model) if source.kind == "hub" else Path(model).expanduser().resolve().stem
         key = Key(source.fingerprint, config=digest(loaded))
-    engine = Engine(loaded, tokenizer, _engine_options(options), _prefix_cache(options, key))
+    prefix = PrefixCache(key or Key(""), options.prefix_memory) if options.prefix_memory else None
+    limits = EngineOptions(running=options.max_concurrent, memory=options.memory)
+    engine = Engine(loaded, tokenizer, limits, prefix)
     models = Models(
         name=options.name or name,
         created=int(time.time()),
@@ -71,20 +72,3 @@ def open_model(
         aliases=options.aliases,
     )
     return Opened(engine, tokenizer, models, key.model if key else "")
-
-
-def _engine_options(options: Options) -> EngineOptions:
-    return EngineOptions(max_concurrent=options.max_concurrent, memory=options.memory)
-
-
-def _prefix_cache(options: Options, key: Key | None) -> PrefixCache | None:
-    if key is None:
-        if options.prefix_cache is not None:
-            raise UsageError("a prefix cache on disk needs a model given by its name")
-        key = Key("")
-    return PrefixCache(
-        key,
-        options.prefix_memory or 0,
-        folder=options.prefix_cache,
-        folder_bytes=options.prefix_cache_bytes or 0,
-    )

@@ -24,9 +24,10 @@ class ServeFields(TypedDict, total=False):
     cors_origins: tuple[str, ...]
     max_concurrent: int
     memory: int | None
-    prefix_memory: int | None
+    prefix_memory: int
+    answer_tokens: int
     prefix_cache: Path | None
-    prefix_cache_bytes: int | None
+    prefix_cache_bytes: int
     drain: float
     deadline: float
     body_bytes: int
@@ -46,6 +47,8 @@ class Options:
     are origins whose web pages may use it.
 
     `max_concurrent` answers are made at a time, in `memory` bytes, by default what the machine has.
+    Room for the longest answer is kept free from its start, so one without a limit of its own ends
+    after `answer_tokens`.
     Prompts that were read are kept in `prefix_memory` bytes and, for after a restart, in the folder
     `prefix_cache`, in `prefix_cache_bytes` at most. When the server stops, answers have
     `drain` seconds to finish. An answer may take `deadline` seconds.
@@ -62,11 +65,12 @@ class Options:
     api_keys: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
-    max_concurrent: int = 8
+    max_concurrent: int = 16
+    answer_tokens: int = 8192
     memory: int | None = None
-    prefix_memory: int | None = 2 * 10**9
+    prefix_memory: int = 2 * 10**9
     prefix_cache: Path | None = None
-    prefix_cache_bytes: int | None = 8 * 10**9
+    prefix_cache_bytes: int = 8 * 10**9
     drain: float = 30.0
     deadline: float = 3600.0
     body_bytes: int = 32 * 2**20
@@ -107,6 +111,8 @@ class Options:
 _AT_LEAST: dict[str, float] = {
     "port": 0,
     "max_concurrent": 1,
+    "answer_tokens": 1,
+    "prefix_memory": 0,
     "memory": 1,
     "prefix_cache_bytes": 1,
     "drain": 0,

@@ -89,6 +89,7 @@ class Server:
             self._engine,
             Language(opened.tokenizer, self._engine.vocabulary),
             metrics,
+            answer_tokens=options.answer_tokens,
             deadline=options.deadline,
             preparing=options.preparing_seconds,
         )
