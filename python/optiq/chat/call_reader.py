@@ -142,6 +142,8 @@ class CallReader:
         if bare := regex.fullmatch(form.bare, text):
             self._whole(Call(bare["name"], {}), known)
             return
+        if not form.sound(text):
+            raise Unreadable("the call is not whole")
         # Each parser has its own way to fail on what a model writes; those that use Python's warn.
         try:
             with warnings.catch_warnings():

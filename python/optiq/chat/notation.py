@@ -8,9 +8,12 @@ notation is told of its tools in text (forms.py), and asked for `<tool_call>` wi
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+
+_NOTHING = r"(?!)"  # matches no text
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class TaggedCalls:
     `opening` matches the beginning of what stands between `start` and `end`. The call is complete
     where `closing` stands right before `end`; an `end` anywhere else is part of an argument. A call
     without arguments is what `bare` matches, its group "name" the function. `read` is mlx-lm's
-    parser: text and tools in, calls (dicts with "name" and "arguments") out.
+    parser: text and tools in, calls (dicts with "name" and "arguments") out. It may take hours over
+    long texts that are not `sound`.
     """
 
     start: str
@@ -52,7 +56,8 @@ class TaggedCalls:
     read: Callable[[str, Any], Any]
     opening: str
     closing: str
-    bare: str = r"(?!)"
+    bare: str = _NOTHING
+    sound: Callable[[str], bool] = lambda text: True
 
 
 @dataclass(frozen=True)
@@ -127,19 +132,44 @@ _MUSE_SPARK = Channels(
     reasoning="self",
 )
 
-# By the name of mlx-lm's parser: opening, closing and bare.
+
+def _balanced(text: str) -> bool:
+    """Whether each brace of Gemma's notation, outside of strings, has its other half."""
+    depth = 0
+    for brace in re.findall(r"[{}]", re.sub(r'<\|"\|>.*?<\|"\|>', "", text, flags=re.DOTALL)):
+        depth += 1 if brace == "{" else -1
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def _as_many(one: str, other: str) -> Callable[[str], bool]:
+    return lambda text: text.count(one) == text.count(other)
+
+
+# By the name of mlx-lm's parser: opening, closing, bare and sound.
 _NAME = r"\s*(?P<name>[\w.-]+)\s*"
-_TAGGED = {
+_TAGGED: dict[str, tuple[Any, ...]] = {
     "qwen3_coder": (r"\s*<function=[^\s<>]+>", "</function>"),
-    "gemma4": (r"\s*call:[\w-]+\{", "}"),
+    "gemma4": (r"\s*call:[\w-]+\{", "}", _NOTHING, _balanced),
     "function_gemma": (r"\s*call:\w+\{", "}"),
-    "glm47": (rf"{_NAME}(?:<arg_key>|</tool_call>)", "</arg_value>", _NAME),
+    "glm47": (
+        rf"{_NAME}(?:<arg_key>|</tool_call>)",
+        "</arg_value>",
+        _NAME,
+        _as_many("<arg_key>", "<arg_value>"),
+    ),
     "longcat": (
         rf"{_NAME}(?:<longcat_arg_key>|</longcat_tool_call>)",
         "</longcat_arg_value>",
         _NAME,
     ),
-    "kimi_k3": (r"\s*<\|open\|>call\s", "<|close|>call<|sep|>"),
+    "kimi_k3": (
+        r"\s*<\|open\|>call\s",
+        "<|close|>call<|sep|>",
+        _NOTHING,
+        _as_many("<|open|>call ", "<|close|>call<|sep|>"),
+    ),
     "minicpm5": (
         r"\s*[\"']?[\w.-]+[\"']?\s*>",
         "</param>",
