@@ -9,8 +9,7 @@ token of it has a meaning of its own.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
-from functools import lru_cache
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from ..errors import ChatError
@@ -35,17 +34,19 @@ class Controls:
             used = text in template or any(text in mark for mark in notation)
             if text.strip() and (token.special or used):
                 self._ids[text] = int(id)
-        self._find, self._marked = _patterns(tuple(sorted(self._ids, key=len, reverse=True)))
+        self._find = _any_of(self._ids)
+        self._marked = re.compile(f"{_START}({self._find.pattern}){_END}|[{_START}{_END}]")
 
-    def mark(self, value: Any) -> Any:
-        """`value` (as JSON holds it) with marks around every control token in its texts."""
+    def mark(self, value: Any, but: Collection[str] = ()) -> Any:
+        """`value` (as JSON holds it) with marks around the control tokens in its texts."""
         if isinstance(value, str):
             clean = _MARK.sub("", value) if _MARK.search(value) else value
-            return self._find.sub(f"{_START}\\g<0>{_END}", clean)
+            find = _any_of([text for text in self._ids if text not in but]) if but else self._find
+            return find.sub(f"{_START}\\g<0>{_END}", clean)
         if isinstance(value, dict):
-            return {self.mark(key): self.mark(item) for key, item in value.items()}
+            return {self.mark(key): self.mark(item, but) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
-            return [self.mark(item) for item in value]
+            return [self.mark(item, but) for item in value]
         return value
 
     def encode(self, text: str) -> list[int]:
@@ -86,8 +87,7 @@ class Controls:
         return list(self._encode(text, add_special_tokens=False))
 
 
-@lru_cache(maxsize=16)
-def _patterns(tokens: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """What finds a control token, and what finds a marked one or a lone mark."""
-    any_token = "|".join(map(re.escape, tokens)) or "(?!)"
-    return re.compile(any_token), re.compile(f"{_START}({any_token}){_END}|[{_START}{_END}]")
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """What finds the longest of these tokens; the pattern is cached by `re`."""
+    longest = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest)) or "(?!)")

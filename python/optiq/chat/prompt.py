@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import ChatError
 from .controls import Controls
-from .forms import FORMS, Messages, Tools
+from .forms import FORMS, Chat, Messages, Tools
 from .notation import notation
 from .template import REFUSALS, fitting_form, plain_text
 from .time_limit import time_limit
@@ -78,7 +78,7 @@ def render(
             raise ChatError(f"{name!r} cannot be set for a chat template; leave it out")
     template = _Template(tokenizer, thinking, arguments or {})
     plain = [_message(message, template.source) for message in messages]
-    chat = (template.controls.mark(plain), template.controls.mark(list(tools or [])))
+    chat = template.marked(plain, [dict(tool) for tool in tools or []])
     if not tokenizer.has_chat_template:
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         tokens = bos + template.controls.encode(plain_text(chat, answer=True).text)
@@ -103,6 +103,16 @@ class _Template:
                 self._variables["thinking"] = thinking
         self._variables |= self.controls.mark(dict(arguments))
         self._refused = ""  # why, the first time
+
+    def marked(self, messages: Messages, tools: Tools) -> Chat:
+        """The conversation with marks at its control tokens. Reasoning that a client has left in
+        the text of an answer is for the template to cut off."""
+        span = (self._span.start, self._span.end) if self._span else ()
+        marked: Messages = self.controls.mark(messages)
+        for message, plain in zip(marked, messages, strict=True):
+            if plain["role"] == "assistant":
+                message["content"] = self.controls.mark(plain["content"], but=span)
+        return marked, self.controls.mark(tools)
 
     def prompt(self, messages: Messages, tools: Tools) -> Prompt:
         chat = fitting_form(
