@@ -52,7 +52,7 @@ def test_a_whole_conversation_with_tools() -> None:
         "<|im_start|>system\nBe brief.\n\n<tools>"
         + json.dumps(TOOLS[0])
         + "</tools><|im_end|>\n<|im_start|>user\nHow high is the tide?<|im_end|>\n"
-        '<|im_start|>assistant\n\n<tool_call>\n{"name": "tide", "arguments": {"port": "Skarn"}}\n'
+        '<|im_start|>assistant\n<tool_call>\n{"name": "tide", "arguments": {"port": "Skarn"}}\n'
         "</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\n2.1 m\n</tool_response>"
         "<|im_end|>\n<|im_start|>assistant\n2.1 m.<|im_end|>\n"
         "<|im_start|>user\nAnd tomorrow?<|im_end|>\n<|im_start|>assistant\n"
