@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..chat.notation import notation
@@ -11,7 +11,7 @@ from ..chat.reader import Reader
 from ..errors import ChatError, RequestError
 from .asked import Chat
 from .engine.request import Guide
-from .grammar import AnswerForm, Grammars
+from .grammar import AnswerForm, Grammars, Tool
 from .tokens import TokenBytes
 
 # Most tokens of reasoning for an effort that the chat template does not know by name.
@@ -63,7 +63,7 @@ class Language:
             AnswerForm(
                 kind=chat.form.kind,
                 value=chat.form.value,
-                tools=chat.tools,
+                tools=tuple(_tool(tool["function"]) for tool in chat.tools),
                 tool_choice=chat.tool_choice,
                 parallel=chat.parallel,
                 reasoning=prompt.reasoning,
@@ -89,3 +89,7 @@ class Language:
     def reader(self, chat: Chat, prompt: Prompt) -> Reader:
         calls = bool(chat.tools) and chat.tool_choice != "none"
         return Reader(self._notation, chat.tools, reasoning=prompt.reasoning, calls=calls)
+
+
+def _tool(function: Mapping[str, Any]) -> Tool:
+    return Tool(function["name"], function["parameters"], function.get("strict", False))
