@@ -9,6 +9,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
+from anyio import fail_after
+
 from ..errors import DeadlineError, OverloadedError, RequestError
 from .answering import Answering, Engine, Parts, PlainText
 from .asked import Chat, Wishes
@@ -92,8 +94,10 @@ class Answers:
         future = self._pool.submit(work)
         future.add_done_callback(lambda _: self._let_go(loop))
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), self._preparing)
-        except asyncio.TimeoutError:
+            # asyncio.wait_for would lose a cancellation that comes with the result (Python 3.11).
+            with fail_after(self._preparing):
+                return await asyncio.wrap_future(future)
+        except TimeoutError:
             raise DeadlineError(
                 f"the request could not be prepared in {self._preparing:g} seconds; "
                 "send a shorter conversation or a simpler schema"

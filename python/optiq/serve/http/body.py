@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
+from anyio import fail_after
 from starlette.types import Receive
 
 from ...errors import OverloadedError
@@ -45,8 +45,9 @@ class Bodies:
         parts: list[bytes] = []
         try:
             try:
-                await asyncio.wait_for(self._receive(receive, parts), self._seconds)
-            except asyncio.TimeoutError:
+                with fail_after(self._seconds):
+                    await self._receive(receive, parts)
+            except TimeoutError:
                 raise Refusal(
                     408,
                     "body_timeout",

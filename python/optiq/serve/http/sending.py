@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+from anyio import fail_after
 from starlette.types import Message, Receive, Scope, Send
 
 from .body import ClientGone
@@ -62,8 +63,9 @@ async def _next(events: AsyncIterator[str]) -> str:
 async def send_body(send: Send, body: bytes, *, more: bool) -> None:
     message = {"type": "http.response.body", "body": body, "more_body": more}
     try:
-        await asyncio.wait_for(send(message), SEND_SECONDS)
-    except asyncio.TimeoutError:
+        with fail_after(SEND_SECONDS):
+            await send(message)
+    except TimeoutError:
         raise ClientGone from None
 
 
