@@ -349,6 +349,20 @@ def test_base_model_on_disk(front: Card, tmp_path: Path, model: Path) -> None:
     assert "license" not in front(str(base))
 
 
+def test_the_card_of_the_source_is_replaced_and_kept(front: Card, model: Path) -> None:
+    """And what it says holds, though the source itself is gone."""
+    said = "---\nlicense: mit\nlanguage: no\n---\n# The source\n"
+    kept = model / "optiq" / "source-card.md"
+    for path in (model / "README.md", kept):
+        path.write_text(said)
+    found = front("/gone/base")
+    assert (found["license"], found["language"]) == ("mit", "no")
+    assert kept.read_text() == said
+    (model / "README.md").write_text(f"{said}Somebody's words.\n")
+    with pytest.raises(UsageError, match="was changed since"):
+        front("/gone/base")
+
+
 @pytest.mark.parametrize("said", ["[en, no]", "\n- en\n- no", "[en, 'no']"])
 def test_languages_are_read_as_the_hub_reads_them(front: Card, tmp_path: Path, said: str) -> None:
     """YAML 1.2: no is Norwegian."""

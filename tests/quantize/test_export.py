@@ -10,6 +10,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm import load as stock_load
+from mlx_lm.convert import convert as stock_convert
 from mlx_lm.utils import load_model
 
 from optiq.formats import UNIFORM4
@@ -18,7 +19,7 @@ from optiq.planning.plan import Plan
 from optiq.quantize import export as export_module
 from optiq.quantize.export import export
 from optiq.quantize.rounding.weights import MINMAX
-from optiq.sources import Source, load, resolve
+from optiq.sources import Source, beside, load, resolve
 from tests.planned import VARIANTS, leftovers, scores_of, source_of, uniform
 from tests.scored import build
 from tests.tiny import tiny_folder
@@ -172,23 +173,59 @@ def test_a_target_that_looks_like_a_pattern(tmp_path: Path, name: str) -> None:
     assert (tmp_path / name / "model.safetensors").exists()
 
 
-def test_what_belongs_to_the_model_comes_with_it(tmp_path: Path) -> None:
+CARD = "---\nlicense: mit\nlanguage: [en, no]\n---\n# The source\n"
+BESIDE = {  # what is no part of the model's own files, and what is
+    "README.md": CARD,
+    "LICENSE": "a licence",
+    "LICENCE.md": "another",
+    "NOTICE.txt": "a notice",
+    "USE_POLICY.md": "a policy",
+    "modeling_own.py": "# code",
+    "tekken.json": "{}",
+    "merges.txt": "",
+    "preprocessor_config.json": "{}",
+    "additional_chat_templates/tool_use.jinja": "{{ tools | tojson }}",
+}
+NOT_KEPT = ("trainer_state.json", "notes.md", "optimizer.pt")
+
+
+def test_whatever_stock_convert_copies_or_keeps_is_there(tmp_path: Path) -> None:
     source = source_of(tmp_path)
     path = source.path / "tokenizer_config.json"
     config = json.loads(path.read_text())
     (source.path / "chat_template.jinja").write_text(config.pop("chat_template"))
     path.write_text(json.dumps(config))
-    templates = source.path / "additional_chat_templates"
-    templates.mkdir()
-    (templates / "tool_use.jinja").write_text("{{ tools | tojson }}")
-    for name in ("LICENSE", "LICENCE.md", "NOTICE", "USE_POLICY.md", "modeling_own.py"):
-        (source.path / name).write_text(name)
-    export(source, uniform(source), tmp_path / "out")
-    got, want = (stock_load(str(p))[1].chat_template for p in (tmp_path / "out", source.path))
+    (source.path / "additional_chat_templates").mkdir()
+    for name, text in {**BESIDE, **dict.fromkeys(NOT_KEPT, "")}.items():
+        (source.path / name).write_text(text)
+    out, stock = tmp_path / "out", tmp_path / "stock"
+    export(source, uniform(source), out)
+    stock_convert(str(source.path), str(stock), quantize=True)
+
+    assert files(stock) <= files(out)
+    copied = files(source.path) - {"config.json", "model.safetensors", *NOT_KEPT}
+    assert copied >= BESIDE.keys()
+    for name in copied:
+        assert (out / name).read_bytes() == (source.path / name).read_bytes()
+    assert (out / "optiq/source-card.md").read_text() == CARD
+    assert files(out).isdisjoint(NOT_KEPT)
+    made = json.loads((stock / "config.json").read_text())
+    ours = json.loads((out / "config.json").read_text())
+    assert made.keys() <= ours.keys()
+    got, want = (stock_load(str(p))[1].chat_template for p in (out, stock))
     assert got == want
     assert list(got) == ["default", "tool_use"]
-    assert (tmp_path / "out/LICENCE.md").read_text() == "LICENCE.md"
-    assert (tmp_path / "out/modeling_own.py").exists()
+
+
+def files(folder: Path) -> set[str]:
+    return {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
+
+
+def test_a_vocabulary_under_a_name_that_only_the_tokenizer_knows(tmp_path: Path) -> None:
+    source = source_of(tmp_path)
+    (source.path / "words.bin").write_text("words")
+    assert source.path / "words.bin" not in beside.kept(source.path)
+    assert source.path / "words.bin" in beside.kept(source.path, ["words.bin", None])
 
 
 def test_stock_reads_what_was_handed_on(tmp_path: Path) -> None:

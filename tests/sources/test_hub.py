@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from optiq.sources.hub import ALLOW_PATTERNS, is_repo_id
+from optiq.sources.beside import NEEDED
+from optiq.sources.hub import is_repo_id
 from tests.tiny import tiny_folder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -114,7 +115,9 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     folder = tiny_folder(tmp_path_factory.mktemp("hub"), dtype="bfloat16", shards=2)
-    (folder / "README.md").write_text("not for loading")
+    (folder / "README.md").write_text("the model card")
+    (folder / "LICENSE").write_text("the licence")
+    (folder / "notes.md").write_text("not part of the model")
     (folder / "pytorch_model.bin").write_bytes(bytes(1000))
     server = Hub(folder)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -157,6 +160,8 @@ def test_download_then_cache_then_offline(hub: Hub, dead_url: str, tmp_path: Pat
     kind, path, commit, dtype = first
     assert (kind, commit, dtype) == ("hub", COMMIT, "mlx.core.bfloat16")
     wanted = {
+        "LICENSE",
+        "README.md",
         "config.json",
         "generation_config.json",
         "model-00001-of-00002.safetensors",
@@ -203,7 +208,15 @@ def test_a_silent_server_is_not_waited_for(hub: Hub, tmp_path: Path) -> None:
 
 def test_the_files_are_those_that_mlx_lm_downloads() -> None:
     utils = pytest.importorskip("mlx_lm.utils")
-    assert getattr(utils, "DEFAULT_ALLOW_PATTERNS", ALLOW_PATTERNS) == ALLOW_PATTERNS
+    assert getattr(utils, "DEFAULT_ALLOW_PATTERNS", list(NEEDED)) == list(NEEDED)
+
+
+def test_a_snapshot_of_mlx_lm_is_complete_offline(hub: Hub, dead_url: str, tmp_path: Path) -> None:
+    """It has no licence."""
+    path, *_ = run("tiny/llama", "", tmp_path, hub.url)[1:]
+    for name in ("LICENSE", "README.md"):
+        (Path(path) / name).unlink()
+    assert run("tiny/llama", "", tmp_path, dead_url)[1] == path
 
 
 @pytest.mark.parametrize("name", ["org/name", "Qwen/Qwen3-0.6B", "a_b/c.d-e"])

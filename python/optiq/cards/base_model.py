@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..sources.beside import CARD
 from ..sources.hub import TIMEOUT_SECONDS, is_repo_id
 
 
@@ -23,16 +24,18 @@ class BaseModel:
     language: str | list[str] | None = None
 
 
-def describe(source: str, hub_id: str | None = None, license: str | None = None) -> BaseModel:
+def describe(
+    source: str, kept: Path, hub_id: str | None = None, license: str | None = None
+) -> BaseModel:
     """The model that plan.json calls `source`.
 
-    `hub_id` and `license` override what is found: in a README.md beside a local model, else on the
-    hub where it can be asked.
+    `hub_id` and `license` override what is found: in `kept`, the copy of the source's card, in a
+    README.md beside a local model, else on the hub where it can be asked.
     """
     local = Path(source).expanduser()
     if hub_id is None and is_repo_id(source) and not local.exists():
         hub_id = source
-    said = _local_card(local) or (_hub_card(hub_id) if hub_id else {})
+    said = _card(kept) or _card(local / CARD) or (_hub_card(hub_id) if hub_id else {})
     keys = ("license", "license_name", "license_link", "language")
     base = BaseModel(hub_id, hub_id or local.name, **{key: said.get(key) for key in keys})
     if license is not None:
@@ -40,8 +43,8 @@ def describe(source: str, hub_id: str | None = None, license: str | None = None)
     return base
 
 
-def _local_card(folder: Path) -> Mapping[str, Any]:
-    """The front matter of a folder's README.md, if it has one."""
+def _card(file: Path) -> Mapping[str, Any]:
+    """The front matter of a card, if there is one."""
     import yaml
 
     # YAML 1.2 as the hub reads it: only true and false are booleans, so `no` is Norwegian.
@@ -55,7 +58,7 @@ def _local_card(folder: Path) -> Mapping[str, Any]:
         boolean, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
     )
     try:
-        text = (folder / "README.md").read_text(encoding="utf-8-sig")
+        text = file.read_text(encoding="utf-8-sig")
         match = re.match(r"\s*---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
         said = yaml.load(match[1], Loader=loader) if match else None  # a safe loader
     except (OSError, ValueError, yaml.YAMLError):  # no such file, or front matter that is not YAML

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..base.files import whole
 from ..errors import ExportError, UsageError
+from ..sources.beside import SOURCE_CARD
 from . import page
 from .facts import Facts
 from .gather import gather
@@ -31,13 +32,14 @@ def card(model: str | Path, out: str | Path | None = None, **options: Unpack[Car
     """Write the card of the folder `model` to `out` (default: its README.md).
 
     The options are those of `CardOptions`. A file that is there is replaced only if it is a card as
-    it was written here, or with `force`.
+    it was written here, or the source's card as `optiq convert` copied it (optiq/source-card.md
+    stays), or with `force`.
     """
     asked = CardOptions.parse(**options)
     folder = Path(model).expanduser()
     path = folder / "README.md" if out is None else Path(out).expanduser()
     if not asked.force:
-        _check_replaceable(path)
+        _check_replaceable(path, folder / SOURCE_CARD)
     facts = gather(folder, asked)
     text = page.render(facts)
     try:
@@ -50,12 +52,14 @@ def card(model: str | Path, out: str | Path | None = None, **options: Unpack[Car
     return Card(path, facts)
 
 
-def _check_replaceable(path: Path) -> None:
+def _check_replaceable(path: Path, source_card: Path) -> None:
     """Raise UsageError unless `path` does not exist or is a card that nobody changed."""
     if not path.exists() and not path.is_symlink():
         return
     try:
-        ours = path.is_file() and page.is_unchanged(path.read_text(encoding="utf-8"))
+        said = path.read_bytes()
+        copied = source_card.is_file() and said == source_card.read_bytes()
+        ours = copied or page.is_unchanged(said.decode())
     except (OSError, UnicodeDecodeError):
         ours = False
     if not ours:

@@ -18,6 +18,7 @@ from ..evals.runs import Run
 from ..formats import DENSE, Format
 from ..planning.plan import Plan, uniform_plan
 from ..quality.statistics import quantiles
+from ..sources.beside import SOURCE_CARD
 from ..sources.folder import Folder, check_folder, fingerprint
 from .base_model import describe
 from .facts import MEASURED, Distance, Facts, MetricScore, RecordFile, UniformBuild
@@ -46,7 +47,7 @@ def gather(folder: Path, options: CardOptions) -> Facts:
     rows, whole = _against(stock, finished)
     return Facts(
         name=options.name or folder.resolve().name,
-        base=describe(plan.model.name, options.base_model, options.license),
+        base=describe(plan.model.name, folder / SOURCE_CARD, options.base_model, options.license),
         fingerprint=mark,
         plan=plan,
         scores=tuple(_score(m, found.get(m.task), rows.get(m)) for m in metrics.METRICS),

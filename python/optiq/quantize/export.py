@@ -25,19 +25,11 @@ from ..formats import DENSE, NVFP4, Format
 from ..models.roles import fixed_bytes, quantizable
 from ..planning.plan import Plan
 from ..planning.scores import Scores
-from ..sources import LoadedModel, Source, check_finite, load
+from ..sources import LoadedModel, Source, beside, check_finite, load
 from ..sources.check import check
 from ..sources.folder import check_folder, read_config
 from ..sources.shards import SHARD_BYTES, Spec, checksum, write_shards
 from .rounding.weights import MINMAX, Rounding, round_weight
-
-# What the tokenizers and generation settings of Hugging Face models are made of, and what belongs
-# to the model beside its weights.
-COPIED = (
-    "tokenizer*", "vocab*", "merges.txt", "*.tiktoken", "*.model", "special_tokens_map.json",
-    "added_tokens.json", "chat_template*", "*.jinja", "additional_chat_templates/*.jinja",
-    "generation_config.json", "*.py", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
 
 
 def export(
@@ -71,7 +63,7 @@ def export(
                 "free some space or choose another folder"
             )
         partial.mkdir()
-        _write_texts(partial, source, plan, loaded.model, scores)
+        _write_texts(partial, loaded, plan, scores)
         layout = _layout(loaded, plan)
         parameters = sum(array.size for array in _parameters(loaded.model).values())
         with Progress(plan.nbytes / 1e6, "export, MB") as progress:
@@ -216,18 +208,13 @@ def _counted(
         progress.step(array.nbytes / 1e6, name)
 
 
-def _write_texts(
-    folder: Path,
-    source: Source,
-    plan: Plan,
-    model: nn.Module,
-    scores: Scores | None,
-) -> None:
-    """config.json, the tokenizer's files and optiq/."""
+def _write_texts(folder: Path, loaded: LoadedModel, plan: Plan, scores: Scores | None) -> None:
+    """config.json, what belongs to the source beside it, and optiq/."""
+    source = loaded.source
     config = read_config(source.path) | source.settings
     config.pop("_name_or_path", None)
     # As mlx-lm's own converter: most of its models drop the vision tower of the source.
-    if "vision_tower" not in getattr(model, "model", {}):
+    if "vision_tower" not in getattr(loaded.model, "model", {}):
         config.pop("vision_config", None)
     config["quantization"] = config["quantization_config"] = plan.quantization()
     texts = {
@@ -236,9 +223,11 @@ def _write_texts(
     }
     if scores is not None:
         texts["optiq/sensitivity.json"] = json.dumps(scores.to_json(), indent=2)
-    for pattern in COPIED:
-        for file in filter(Path.is_file, source.path.glob(pattern)):
-            copy = folder / file.relative_to(source.path)
+    vocabulary = getattr(loaded.tokenizer, "vocab_files_names", {}).values()
+    for file in beside.kept(source.path, vocabulary):
+        name = file.relative_to(source.path)
+        copies = (name, beside.SOURCE_CARD) if name == beside.CARD else (name,)
+        for copy in (folder / name for name in copies):
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
     for name, text in texts.items():

@@ -7,19 +7,8 @@ from pathlib import Path
 
 from ..base.text import one_line
 from ..errors import SourceError
+from .beside import DOWNLOADED, NEEDED
 
-# What mlx_lm.load downloads, so that both find the other's snapshot complete.
-ALLOW_PATTERNS = [
-    "*.json",
-    "model*.safetensors",
-    "*.py",
-    "tokenizer.model",
-    "*.tiktoken",
-    "tiktoken.model",
-    "*.txt",
-    "*.jsonl",
-    "*.jinja",
-]
 TIMEOUT_SECONDS = 10
 
 
@@ -48,7 +37,8 @@ def download(repo_id: str, revision: str | None) -> tuple[Path, str]:
         path = snapshot_download(
             repo_id,
             revision=revision,
-            allow_patterns=ALLOW_PATTERNS,
+            # Offline a snapshot of mlx_lm's is complete, too, without a licence and a model card.
+            allow_patterns=list(DOWNLOADED if refusal is None else NEEDED),
             etag_timeout=TIMEOUT_SECONDS,
             local_files_only=refusal is not None,
         )
