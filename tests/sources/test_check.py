@@ -166,6 +166,7 @@ def test_two_spellings_that_differ_are_refused(tmp_path: Path) -> None:
     assert "rope_scaling" in refused(folder)
 
 
+NO_BIAS = {"attention_bias": False, "mlp_bias": False}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 UNREAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "scaling of mixtral": ("mixtral", {**MOE, "rope_scaling": YARN}, "rope_scaling"),
@@ -189,9 +190,19 @@ UNREAD: dict[str, tuple[str, dict[str, Any], str]] = {
         "partial_rotary_factor 0.5",
     ),
     "factor of attention": (
+        "helium",  # whose file takes no scaling
+        {"rope_scaling": {**YARN, "attention_factor": 1.5}, "head_dim": 16, **NO_BIAS},
+        "rope_scaling",
+    ),
+    "weight of the attention's factor": (
         "llama",
-        {"rope_scaling": {**YARN, "attention_factor": 1.5}},
-        "rope_scaling.attention_factor 1.5",
+        {"rope_scaling": {**YARN, "mscale_all_dim": 0.7}},
+        "rope_scaling",
+    ),
+    "factor below 1": (
+        "llama",
+        {"rope_scaling": {**YARN, "attention_factor": 0.5}},
+        "rope_scaling.attention_factor 0.5",
     ),
     "activation": ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     "epsilon": ("nanochat", {"rms_norm_eps": 1e-3}, "rms_norm_eps 0.001"),
@@ -205,11 +216,17 @@ def test_a_value_that_the_model_file_does_not_read_is_refused(tmp_path: Path, wh
     message = refused(folder)
     assert said in message
     assert "does not read it" in message
+    assert "cannot run this model as it is" in message
+    assert "take it out" not in message  # that would be another model
 
 
 WINDOWS: dict[str, tuple[str, dict[str, Any]]] = {
     "all layers": ("starcoder2", {"norm_epsilon": 1e-5, "hidden_act": "gelu_pytorch_tanh"}),
     "all layers of mistral": ("mistral", {}),
+    "all layers, and the file knows windows": (
+        "ministral3",
+        {"rope_parameters": {**YARN, "rope_theta": 1e4, "llama_4_scaling_beta": 0.1}},
+    ),
     "some layers": (
         "qwen2",
         {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]},
@@ -224,13 +241,31 @@ def test_a_window_that_the_model_file_leaves_out_is_told(
     """The model is the same for shorter texts, so it is taken."""
     model_type, changes = WINDOWS[what]
     folder = family(tmp_path, model_type, sliding_window=64, **changes)
-    resolve(str(folder))
-    said = capsys.readouterr().err
+    (departure,) = resolve(str(folder)).departures
+    assert departure in (said := capsys.readouterr().err)
     assert "without its attention window of 64 tokens; for longer texts it is not the ori" in said
     edit(folder, sliding_window=4096)  # no text is that long
     resolve(str(folder))
     quiet = "layer_types" not in changes
     assert (capsys.readouterr().err == "") is quiet
+
+
+def test_a_small_epsilon_that_the_file_writes_out_larger_is_told(tmp_path: Path) -> None:
+    """transformers' default for nanochat is 1e-6, and mlx-lm's file has 1e-5."""
+    folder = family(tmp_path, "nanochat", rms_norm_eps=1e-6, hidden_act="relu2")
+    (departure,) = resolve(str(folder)).departures
+    assert departure == "with an epsilon of 1e-05 in its norms, where rms_norm_eps is 1e-06"
+    edit(folder, rms_norm_eps=1e-5)
+    assert resolve(str(folder)).departures == ()
+
+
+def test_names_that_transformers_gives_a_value_are_synonyms(tmp_path: Path) -> None:
+    """transformers 5 saves exaone's num_layers as num_hidden_layers."""
+    sizes = {"num_layers": 2, "layer_norm_epsilon": 1e-5, "activation_function": "silu"}
+    folder = family(tmp_path, "exaone", rope_scaling=None, **sizes)
+    want = stock(folder)
+    edit(folder, num_layers=..., layer_norm_epsilon=..., num_hidden_layers=2, rms_norm_eps=1e-5)
+    np.testing.assert_array_equal(logits(folder), want)
 
 
 def test_values_that_change_nothing_are_taken(tmp_path: Path) -> None:

@@ -32,9 +32,8 @@ def examine_model(name: str) -> list[Finding]:
         findings.append(Finding("tensors", "all used"))
     for reason, count in checked.dropped.items():
         findings.append(Finding("tensors dropped", f"{count}: {reason}"))
-    if checked.window is not None:
-        advice = "for longer texts it is not the original model"
-        findings.append(Finding("window left out by mlx-lm", f"{checked.window} tokens", advice))
+    for departure in checked.departures:
+        findings.append(Finding("not as the original", f"mlx-lm runs it {departure}"))
     for key, value in _flat(checked.settings, folder.config).items():
         findings.append(Finding("handed on to mlx-lm", f"{key} {value}"))
     return [*findings, Finding("tokens", "special tokens lie within the embedding")]

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..sources.rotation import Rotation, of_module
+
 if TYPE_CHECKING:
     import mlx.nn as nn
 
@@ -29,19 +31,6 @@ class Norms:
 
 
 @dataclass(frozen=True)
-class Rope:
-    """Rotation of the first `dims` values of each head, `frequencies[i]` radians per position.
-
-    `magnitude` multiplies the rotated values; `traditional` pairs neighbours.
-    """
-
-    dims: int
-    traditional: bool
-    frequencies: tuple[float, ...]
-    magnitude: float = 1.0
-
-
-@dataclass(frozen=True)
 class Attention:
     """Paths of the projections, relative to the block, and what happens between them.
 
@@ -55,7 +44,7 @@ class Attention:
     heads: int
     kv_heads: int
     scale: float
-    rope: Rope | None
+    rope: Rotation | None
     q_norm: str | None = None
     k_norm: str | None = None
     whole_norm: bool = False
@@ -193,24 +182,14 @@ def _mlp(mlp: Any, place: str, activation: str) -> Mlp | None:
     return None
 
 
-def _rope(rope: Any) -> Rope | None:
-    """What mlx-lm's rotations have in common. Raises Unknown for those that change with length."""
+def _rope(rope: Any) -> Rotation | None:
+    """Raises Unknown for rotations that change with the length of the text."""
     kind = type(rope).__name__
     if kind == "NoPE":
         return None
-    if kind == "RoPE":
-        half = rope.dims // 2
-        frequencies = tuple(rope.scale * float(rope.base) ** (-i / half) for i in range(half))
-        return Rope(rope.dims, rope.traditional, frequencies)
-    if kind not in ("Llama3RoPE", "SuScaledRoPE", "YarnRoPE", "ProportionalRoPE"):
+    if (found := of_module(rope)) is None:
         raise Unknown(f"its rotation {kind} is not described")
-    wavelengths = rope._freqs.tolist()
-    return Rope(
-        dims=_first(rope, "dims", "dim"),
-        traditional=getattr(rope, "traditional", False),
-        frequencies=tuple(1.0 / w if w else 0.0 for w in wavelengths),
-        magnitude=float(getattr(rope, "mscale", getattr(rope, "_scale", 1.0))),
-    )
+    return found
 
 
 def _first(module: Any, *names: str) -> Any:

@@ -225,11 +225,10 @@ def _write_texts(folder: Path, loaded: LoadedModel, plan: Plan, scores: Scores |
         texts["optiq/sensitivity.json"] = json.dumps(scores.to_json(), indent=2)
     vocabulary = getattr(loaded.tokenizer, "vocab_files_names", {}).values()
     for file in beside.kept(source.path, vocabulary):
-        name = file.relative_to(source.path)
-        copies = (name, beside.SOURCE_CARD) if name == beside.CARD else (name,)
-        for copy in (folder / name for name in copies):
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, copy)
+        own = file.relative_to(source.path)
+        for copy in (own, beside.SOURCE_CARD) if own == beside.CARD else (own,):
+            (folder / copy).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / copy)
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")

@@ -49,9 +49,7 @@ def resolve(name: str, *, revision: str | None = None, cache_dir: Path | None = 
         path, commit = hub.download(name, revision)
     folder = check_folder(path)
     checked = check(folder)
-    if checked.window is not None:
-        notice(
-            f"mlx-lm runs {name} without its attention window of {checked.window} tokens; for "
-            "longer texts it is not the original model"
-        )
-    return Source(name, kind, path, commit, fingerprint(folder), checked.settings)
+    for departure in checked.departures:
+        notice(f"mlx-lm runs {name} {departure}")
+    mark = fingerprint(folder)
+    return Source(name, kind, path, commit, mark, checked.settings, checked.departures)

@@ -18,26 +18,28 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import SourceError
-from .config import Json, handed_on, holders
+from . import rotation
+from .config import NESTED, Json, handed_on, holders
+from .departures import departures
 from .folder import Folder, mlx_lm_version
 from .reading import Read, names_read
 from .tensors import HEAD, dropped, head_apart, reasons
-from .values import arguments, lost, unread_window
+from .values import arguments, lost
 
 
 @dataclass(frozen=True)
 class Checked:
     """`settings` is what optiq adds to config.json, `dropped` the tensors without use, by reason.
 
-    `traced` is False for a model file that cannot be followed without its weights. `window` is the
-    window of attention that mlx-lm leaves out: the model is another one for longer texts.
+    `traced` is False for a model file that cannot be followed without its weights. `departures` say
+    where mlx-lm's model is not the original, see departures.py.
     """
 
     settings: Json = field(default_factory=dict)
     dropped: Mapping[str, int] = field(default_factory=dict)
     tensors: int = 0
     traced: bool = False
-    window: int | None = None
+    departures: tuple[str, ...] = ()
 
 
 def check(folder: Folder) -> Checked:
@@ -55,22 +57,29 @@ def check(folder: Folder) -> Checked:
     model = _build(folder.config | settings)
     if model is None:
         return Checked(settings)
+    respelled = rotation.respelled(folder.config | settings, rotation.rotations(model))
+    if respelled and (other := _exact(folder.config | settings | respelled)) is not None:
+        model = other
+    else:
+        respelled = {}
     names = names_read(model)
-    config = folder.config | settings
-    window = None
+    config = folder.config | settings | respelled
+    said: list[str] = []
     for path, holder in holders(config):
-        window = unread_window(holder, names) or window
         if reason := lost(holder, model, names):
-            key, value, fix = reason
+            key, value = reason
+            name = f"mlx-lm {mlx_lm_version()}"
             raise SourceError(
-                f"{folder.path}/config.json: {path}{key} {value!r} changes the model, and mlx-lm "
-                f"{mlx_lm_version()} does not read it for {config['model_type']}; {fix}"
+                f"{folder.path}/config.json: {path}{key} {value!r} changes the model, and {name} "
+                f"does not read it for {config['model_type']}; {name} cannot run this model as it "
+                "is: use a newer mlx-lm that reads it, or another model"
             )
-    settings = _only(settings, folder.config, _taken(model, names))
+        said.extend(departures(holder, model, names))
+    settings = _only(settings, folder.config, _taken(model, names)) | respelled
     weights = _lazy(folder)
     unused = dropped(model, weights) if weights else None
     if unused is None:
-        return Checked(settings, {}, sum(map(len, folder.files.values())), window=window)
+        return Checked(settings, {}, sum(map(len, folder.files.values())), departures=tuple(said))
     found: dict[str, int] = {}
     for name, why in reasons(unused, config).items():
         if why is None and name.endswith(HEAD) and not apart:
@@ -82,7 +91,17 @@ def check(folder: Folder) -> Checked:
                 "model; remove it if it is not part of the model"
             )
         found[why] = found.get(why, 0) + 1
-    return Checked(settings, found, len(weights), True, window)
+    return Checked(settings, found, len(weights), True, tuple(said))
+
+
+def _exact(config: Json) -> nn.Module | None:
+    """The model of `config`, if its rotation is what that says."""
+    model = _build(config)
+    if model is None:
+        return None
+    found = rotation.rotations(model)
+    told = [rotation.matched(asked, config, found) for _, asked in rotation.asked_for(config, None)]
+    return model if told and all(told) else None
 
 
 def _untied(config: Json, settings: Json) -> Json:
@@ -94,20 +113,20 @@ def _untied(config: Json, settings: Json) -> Json:
 
 
 def _taken(model: nn.Module, names: Read) -> dict[str, bool]:
-    """The arguments of the model that its files read, and whether each has to be given."""
-    return {
+    """The arguments of the model that its files read, or insist on, and whether they do."""
+    insisted = {
         f.name: f.default is f.default_factory is dataclasses.MISSING
         for held in arguments(model)
         for f in dataclasses.fields(held)
-        if f.name in names
     }
+    return {name: must for name, must in insisted.items() if must or name in names}
 
 
 def _only(settings: Json, config: Json, taken: dict[str, bool]) -> Json:
     """What of `settings` the model takes, a null only where it must; a nested config is whole."""
     kept: Json = {}
     for key, value in settings.items():
-        if isinstance(config.get(key), dict) and isinstance(value, dict):
+        if key in NESTED:
             inner = {k: v for k, v in value.items() if k not in config[key] or config[key][k] != v}
             if inner := _only(inner, config[key], taken):
                 kept[key] = config[key] | inner

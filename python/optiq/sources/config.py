@@ -21,7 +21,7 @@ LOCAL_THETAS = ("rope_local_base_freq", "swa_rope_theta", "rope_local_theta")
 # Names of single families.
 ALIASES = {"rope_theta": ("rotary_emb_base",), "partial_rotary_factor": ("rotary_pct",)}
 _LAYERS = ("full_attention", "sliding_attention")
-_NOT_SCALING = ("rope_theta", "partial_rotary_factor")
+NOT_SCALING = ("rope_theta", "partial_rotary_factor")
 
 
 def holders(config: Json) -> Iterator[tuple[str, Json]]:
@@ -37,7 +37,7 @@ def handed_on(config: Json) -> Json:
 
     Nothing that is written out already is replaced; SourceError where the two spellings differ.
     """
-    added = _window(config) | _rope(config)
+    added = _synonyms(config) | _window(config) | _rope(config)
     for key in NESTED:
         if isinstance(config.get(key), dict) and (inner := handed_on(config[key])):
             added[key] = config[key] | inner
@@ -61,13 +61,13 @@ def scaling(parameters: Json) -> Json | None:
     kind = parameters.get("rope_type") or parameters.get("type")
     if kind in (None, "default"):
         return None
-    rest = {key: value for key, value in parameters.items() if key not in _NOT_SCALING}
+    rest = {k: v for k, v in parameters.items() if k not in NOT_SCALING and v is not None}
     return {**rest, "type": kind, "rope_type": kind}  # model files read one or the other
 
 
 def _rope(config: Json) -> Json:
     full, sliding = rope(config)
-    wanted: Json = {key: full[key] for key in _NOT_SCALING if full.get(key) is not None}
+    wanted: Json = {key: full[key] for key in NOT_SCALING if full.get(key) is not None}
     for key, names in ALIASES.items():
         wanted |= {name: wanted[key] for name in names if key in wanted}
     if full:
@@ -81,21 +81,38 @@ def _rope(config: Json) -> Json:
         if key == "rope_scaling" and isinstance(written, dict):
             if value is None:
                 continue  # as transformers, which takes what somebody added
-            written, value = _plain(scaling(written)), _plain(value)
+            written = scaling(written)
         if written is not None and written != value:
             raise SourceError(
                 f"config.json says {key} {written!r} and in rope_parameters {value!r}; remove the "
                 "one that is wrong"
             )
-    return {
+    added = {
         key: value
         for key, value in wanted.items()
         if config.get(key) is None and not (value is None and key in config)
     }
+    written = config.get("rope_scaling")
+    if isinstance(written, dict) and None in written.values():  # mlx-lm computes with a null
+        added["rope_scaling"] = {k: v for k, v in written.items() if v is not None}
+    return added
 
 
-def _plain(scaled: Json | None) -> Json:
-    return {key: value for key, value in (scaled or {}).items() if value is not None}
+def _synonyms(config: Json) -> Json:
+    """What transformers calls otherwise than the family's own code, under both names."""
+    names: dict[str, str] = getattr(family_of(config), "attribute_map", {})
+    pairs = [*names.items(), *((b, a) for a, b in names.items())]
+    return {a: config[b] for a, b in pairs if config.get(b) is not None and config.get(a) is None}
+
+
+def family_of(config: Json) -> Any:
+    """The class of transformers for `config`, or None."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[config["model_type"]]
+    except (KeyError, ImportError, TypeError):
+        return None
 
 
 def _window(config: Json) -> Json:

@@ -42,6 +42,7 @@ class Source:
     fingerprint: str  # sha256, see folder.fingerprint
     # What is added to config.json for mlx-lm, see check.py; nothing where the folder is stock's.
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
+    departures: tuple[str, ...] = ()  # how mlx-lm's model differs from it, see departures.py
 
 
 @dataclass(frozen=True)
