@@ -349,6 +349,17 @@ def test_base_model_on_disk(front: Card, tmp_path: Path, model: Path) -> None:
     assert "license" not in front(str(base))
 
 
+def test_how_mlx_lm_departs_from_the_original_is_said_first(model: Path) -> None:
+    path = model / "optiq" / "plan.json"
+    plan = json.loads(path.read_text())
+    plan["model"]["departures"] = ["without its attention window of 64 tokens"]
+    path.write_text(json.dumps(plan))
+    optiq.card(model)
+    introduction, _ = (model / "README.md").read_text().split("\n## ", 1)
+    assert "**Not as the original:** mlx-lm runs " in introduction
+    assert "without its attention window of 64 tokens." in introduction
+
+
 def test_the_card_of_the_source_is_replaced_and_kept(front: Card, model: Path) -> None:
     """And what it says holds, though the source itself is gone."""
     said = "---\nlicense: mit\nlanguage: no\n---\n# The source\n"

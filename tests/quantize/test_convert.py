@@ -28,6 +28,7 @@ from optiq.quantize import prepare as preparation
 from optiq.quantize.convert import Result, convert
 from optiq.quantize.prepare import CHECKPOINT, work_folder
 from optiq.quantize.sensitivity.checkpoint import Checkpoint
+from optiq.sources.rotation import of_module, rotation
 from tests.tiny import tiny_folder
 
 QUICK: dict[str, Any] = {"tokens": 320, "held_out_tokens": 320, "progress": False}
@@ -331,3 +332,31 @@ def test_paths_and_numbers_as_arguments(tmp_path: Path) -> None:
     assert result.plan.asked == "80000"
     with pytest.raises(UsageError, match="list of formats is empty"):
         convert(folder, tmp_path / "none", formats=[], **QUICK)
+
+
+def test_how_mlx_lm_departs_from_the_original_goes_with_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a rotation that mlx-lm computes otherwise is the original's, in stock mlx-lm as well."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    window = {"sliding_window": 64, "use_sliding_window": True, "max_position_embeddings": 512}
+    folder = tiny_folder(
+        tmp_path, "qwen2", name="m", rope_scaling=yarn | {"truncate": False}, **window
+    )
+    out = tmp_path / "out"
+    result = convert(folder, out, **QUICK)
+    said = (
+        "without its attention window of 64 tokens; for longer texts it is not the original model"
+    )
+    assert said in capsys.readouterr().err
+    for name in ("plan.json", "sensitivity.json"):
+        written = json.loads((out / "optiq" / name).read_text())
+        assert written["model"]["departures"] == [said]
+    assert said in (out / "optiq/report.html").read_text()
+    assert Plan.from_json(json.loads((out / "optiq/plan.json").read_text())) == result.plan
+    model, _ = load_model(out)
+    found = of_module(model.layers[0].self_attn.rope)
+    wanted = rotation({**yarn, "truncate": False, "rope_theta": 1e4}, window, 16)
+    assert found is not None
+    assert wanted is not None
+    assert wanted.like(found)

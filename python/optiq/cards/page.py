@@ -61,12 +61,16 @@ def _introduction(facts: Facts) -> str:
     if base.hub_id:
         origin = f"[{origin}](https://huggingface.co/{base.hub_id})"
     version = inline(plan.versions.get("optiq", "unknown"))
+    differs = "".join(
+        f"\n\n**Not as the original:** mlx-lm runs {inline(base.name)} {inline(departure)}."
+        for departure in plan.model.departures
+    )
     return (
         f"# {inline(facts.name)}\n\n"
         f"{origin} in **{plan.bpw:.2f} bits per weight** ({size(plan.nbytes)}), quantized "
         f"for MLX with optiq version **{version}**: how much each layer suffers from fewer bits "
         "was measured, and each has the width it deserves within an exact budget of bytes. "
-        "It is a plain mlx-lm model and needs nothing else to run."
+        f"It is a plain mlx-lm model and needs nothing else to run.{differs}"
     )
 
 

@@ -136,7 +136,7 @@ class Frontier:
         return {
             "schema": 1,
             "kind": KIND,
-            "model": asdict(self.model),
+            "model": self.model.to_json(),
             "sizes": list(self.sizes),
             "notes": list(self.notes),
             "metric": "nats per token",

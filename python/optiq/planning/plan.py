@@ -146,7 +146,7 @@ class Plan:
         return {
             "schema": 1,
             "kind": "optiq.plan",
-            "model": asdict(self.model),
+            "model": self.model.to_json(),
             "budget": {"asked": self.asked, "bytes": self.budget},
             "nbytes": self.nbytes,
             "bpw": self.bpw,

@@ -37,6 +37,7 @@ class ModelInfo:
 
     `itemsize` is in bytes, of the model's floating `dtype`; `fixed_bytes` are those of all tensors
     that are never quantized, `header_bytes` a bound on what weight files hold beside tensors.
+    `departures` say how mlx-lm's model differs from the original, if it does.
     """
 
     name: str
@@ -46,10 +47,18 @@ class ModelInfo:
     itemsize: int
     fixed_bytes: int
     header_bytes: int = 0
+    departures: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelInfo:
-        return cls(**{key: data[key] for key in _MODEL}, header_bytes=data.get("header_bytes") or 0)
+        return cls(
+            **{key: data[key] for key in _MODEL},
+            header_bytes=data.get("header_bytes") or 0,
+            departures=tuple(map(str, data.get("departures") or ())),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "departures": list(self.departures)}
 
 
 @dataclass(frozen=True)
@@ -158,7 +167,7 @@ class Scores:
         return {
             "schema": SCHEMA,
             "kind": KIND,
-            "model": asdict(self.model),
+            "model": self.model.to_json(),
             "method": self.method,
             **({"auto": asdict(self.auto)} if self.auto else {}),
             "metric": "nats per token",

@@ -26,4 +26,5 @@ def describe_model(loaded: LoadedModel, modules: Sequence[Module]) -> ModelInfo:
         itemsize=loaded.dtype.size,
         fixed_bytes=fixed_bytes(loaded.model, modules),
         header_bytes=header_bound(shapes, {f"{m.path}.weight" for m in modules}),
+        departures=loaded.source.departures,
     )

@@ -115,6 +115,7 @@ def _provenance(plan: Plan, scores: Scores) -> str:
         ("Model", esc(model.name)),
         ("Fingerprint", code(model.fingerprint)),
         ("Type", f"{known(model.model_type)}, {known(model.dtype)}"),
+        *(("Not as the original", esc(f"mlx-lm runs it {d}")) for d in model.departures),
         ("Budget", f"{esc(plan.asked)}: {count(plan.budget)} bytes"),
         ("Predicted KL", data(plan.predicted_kl)),
         ("Proven lower bound", data(plan.bound)),
