@@ -35,7 +35,9 @@ def test_it_goes_on_with_stock_mlx(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return [raised_later(a) for a in y] if sum(extension.calls.values()) > 30 else y
 
     extension.faults["mixed_quantized_matmul"] = late
-    with pytest.warns(RuntimeWarning, match=r"an answer raised .*float32.* goes on") as warned:
+    with pytest.warns(
+        RuntimeWarning, match=r"a graph with them raised .*float32.* goes on"
+    ) as warned:
         pieces = list(stream(model, tokenizer, REQUEST))
     assert len(warned) == 1
     assert [p.token for p in pieces] == [p.token for p in expected]

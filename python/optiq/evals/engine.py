@@ -17,6 +17,7 @@ import numpy as np
 
 from ..chat.forms import Messages, Tools
 from ..chat.template import chat_text, encode
+from ..ops import metal
 
 Tokens = list[int]
 # Where an answer that is still being written ends for good, or None while it may go on.
@@ -68,6 +69,7 @@ class Engine:
         """Bare text, with the BOS that the tokenizer itself puts in front of one, if any."""
         return list(self.tokenizer.encode(text))
 
+    @metal.restarts
     def answers(self, prompts: Sequence[Prompt]) -> list[str]:
         """The greedy continuation of each prompt, without the token that ended it."""
         written: list[Tokens] = [[] for _ in prompts]
@@ -89,6 +91,7 @@ class Engine:
         self._run([p.tokens for p in prompts], [p.max_tokens for p in prompts], see)
         return [texts[index] for index in range(len(prompts))]
 
+    @metal.restarts
     def log_likelihoods(
         self, contexts: Sequence[Tokens], endings: Sequence[Sequence[Tokens]]
     ) -> list[list[float]]:

@@ -4,8 +4,9 @@ They are tested on emulated threads and have never run on a Mac. MLX compiles a 
 that holds it is evaluated, and what is thrown then ends an answer. So nothing enters a graph before
 it was evaluated once: each launch, which is what kernels are compiled for (dtypes, widths, rows),
 first computes a small case by itself. One that raises, there or when a graph is built, or is wrong
-is left to stock MLX from then on. Should a graph raise all the same, `give_up` is for who can start
-it again (runtime/generate.py).
+is left to stock MLX from then on. Should a graph raise all the same when it is evaluated, whoever
+built it does so again with stock MLX: `restarts` is for functions, `give_up` for what goes on where
+it was (runtime/generate.py).
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Hashable
+from functools import wraps
 from types import ModuleType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from . import native
 
+if TYPE_CHECKING:
+    from typing_extensions import ParamSpec
+
+    P = ParamSpec("P")
 T = TypeVar("T")
 
 # (extension, op, launch) -> whether it may run; (extension, op) of those that a warning has named.
@@ -40,12 +46,30 @@ def give_up(why: Exception) -> bool:
         return False
     _given_up.add(extension)
     warnings.warn(
-        f"optiq's Metal kernels are left alone, since an answer raised ({why}); it goes on with "
-        "stock MLX; please report what `optiq doctor --selftest` prints",
+        f"optiq's Metal kernels are left alone, since a graph with them raised ({why}); it goes on "
+        "with stock MLX; please report what `optiq doctor --selftest` prints",
         RuntimeWarning,
         stacklevel=2,
     )
     return True
+
+
+def restarts(function: Callable[P, T]) -> Callable[P, T]:
+    """`function`, called again with stock MLX if a graph with kernels of ours raises in it.
+
+    It must evaluate what it computes, and its second call find nothing half done by the first.
+    """
+
+    @wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            if not give_up(error):
+                raise
+        return function(*args, **kwargs)
+
+    return guarded
 
 
 def proven(op: str, *launch: Hashable) -> ModuleType | None:

@@ -21,6 +21,7 @@ from .. import ops
 from ..base.progress import Progress
 from ..calibration import Sample, token_hash
 from ..errors import OptiqError
+from ..ops import metal
 from .results import Distribution, Divergence, Mean
 from .statistics import mean_per_token, quantiles
 
@@ -87,6 +88,7 @@ def clustered(values: Sequence[NDArray[np.float64]]) -> Mean:
     return Mean(*mean_per_token([float(v.sum()) for v in values], [len(v) for v in values]))
 
 
+@metal.restarts
 def columns(
     reference: nn.Module, candidates: Mapping[str, nn.Module], tokens: list[int]
 ) -> dict[str, NDArray[np.float64]]:

@@ -21,6 +21,7 @@ from ..calibration import Sample, token_hash
 from ..errors import UsageError
 from ..models.roles import is_head, quantizable
 from ..nn.accelerate import accelerate
+from ..ops import metal
 from ..planning.plan import Candidate, Plan, Selection
 from ..quality.results import Mean
 from ..quality.statistics import mean_per_token, rank_correlation
@@ -50,12 +51,17 @@ class Judge:
 
     def __enter__(self) -> Judge:
         self._teacher.__enter__()
-        self._tapes = [_thin(self._teacher.record(s.tokens)) for s in self.sequences]
+        self._tapes = self._record()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._teacher.__exit__(*exception)
 
+    @metal.restarts
+    def _record(self) -> list[Tape]:
+        return [_thin(self._teacher.record(s.tokens)) for s in self.sequences]
+
+    @metal.restarts
     def measure(self, student: nn.Module) -> Mean:
         """KL of a student, which is a model of the same architecture, in nats per token."""
         totals: list[float] = []

@@ -20,6 +20,7 @@ from ...base.progress import Progress
 from ...calibration import Sample, token_hash
 from ...kv.config import KVConfig
 from ...kv.model import make_cache
+from ...ops import metal
 from ...quality.divergence import LOGITS_BYTES, Table, compare_rows, summary
 from ...quality.results import Divergence
 from .decoding import CHUNK, states
@@ -45,6 +46,7 @@ def measure_configs(
     return {name: summary(table, digest) for name, table in tables.items()}
 
 
+@metal.restarts
 def decode(
     model: nn.Module, configs: Mapping[str, KVConfig], tokens: list[int]
 ) -> dict[str, NDArray[np.float64]]:

@@ -24,6 +24,7 @@ from ...formats import DENSE, Format
 from ...kv.config import KVConfig
 from ...kv.model import make_cache
 from ...kv.report import Law, SlotScore, SlotScores
+from ...ops import metal
 from ...quality.statistics import mean_per_token
 from ..replay.logits import divergences
 from ..sensitivity.checkpoint import Checkpoint, Totals
@@ -82,6 +83,7 @@ def measure_slots(
     return scores, check_law(job.slots, job.menu, scores)
 
 
+@metal.restarts
 def _run(
     job: Scoring, wanted: Mapping[str, Sequence[Format]], checkpoint: Checkpoint, progress: bool
 ) -> None:

@@ -33,6 +33,7 @@ from ...models.kinds import Kind, kind_of
 from ...models.places import place_at
 from ...models.roles import Module, Role, is_head, quantizable
 from ...nn.accelerate import accelerate
+from ...ops import metal
 from ...planning.plan import Plan
 from ...sources import Source, load
 from ..replay.backward import Backward, survey
@@ -63,6 +64,7 @@ class Moments:
     judge: mx.array
 
 
+@metal.restarts
 def descend(
     source: Source,
     plan: Plan,

@@ -38,6 +38,7 @@ from ...models.places import place_at
 from ...models.roles import is_head, quantizable
 from ...models.shapes import blocks_of, dense_bytes, embedding_shape, widest_block
 from ...nn.accelerate import accelerate
+from ...ops import metal
 from ...planning.plan import Plan, Planned
 from ...sources import Source, load
 from ..replay.backward import survey
@@ -92,7 +93,7 @@ def refine(
     Raises UsageError where memory does not suffice, CheckpointError for one of another run.
     """
     _check_memory(memory(plan, text), progress)
-    teacher = _Teacher(source, [s.tokens for s in text.sequences])
+    teacher = metal.restarts(_Teacher)(source, [s.tokens for s in text.sequences])
     if teacher.no_gradients:
         tell(f"nothing is refined: {teacher.no_gradients}", enabled=progress)
         return rounding
@@ -211,6 +212,7 @@ class _Student:
             for what in ("turn", "shift")
         }
 
+    @metal.restarts
     def loss_and_gradients(self, parameters: Parameters, i: int) -> tuple[float, Parameters]:
         """KL of sequence i in nats per token, and its gradient, in which all tokens count alike."""
         tokens = len(self.teacher.sequences[i])

@@ -18,11 +18,13 @@ from ...models.kinds import Kind, kind_of
 from ...models.places import Wrapper, place_at
 from ...models.roles import Module
 from ...nn.layers import expert_rows
+from ...ops import metal
 
 # Rows of evidence that the average over all experts or heads counts as, for one seen less often.
 PRIOR_ROWS = 16
 
 
+@metal.restarts
 def column_squares(
     model: nn.Module,
     modules: Sequence[Module],

@@ -14,6 +14,7 @@ import mlx.core as mx
 from ... import ops
 from ...errors import UsageError
 from ...formats import DENSE, NVFP4, Format
+from ...ops import metal
 from ...sources import check_finite
 
 Rounded = tuple[mx.array, mx.array, mx.array | None]
@@ -41,6 +42,7 @@ class Rounding:
 MINMAX = Rounding()
 
 
+@metal.restarts
 def round_weight(
     w: mx.array, fmt: Format, rounding: Rounding = MINMAX, path: str = "the weight"
 ) -> Rounded:
@@ -65,7 +67,9 @@ def round_weight(
         return rounding.fitted[path, fmt]
     if fmt == NVFP4:
         return *_round_nvfp4(w), None
-    return ops.quantize(w, fmt, rounding.importance.get(path))
+    found = ops.quantize(w, fmt, rounding.importance.get(path))
+    mx.eval(found)
+    return found
 
 
 def _round_nvfp4(w: mx.array) -> tuple[mx.array, mx.array]:

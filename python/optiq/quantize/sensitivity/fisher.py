@@ -38,6 +38,7 @@ from ...base.progress import Progress, tell
 from ...errors import SensitivityError
 from ...models.roles import Module, Role, is_head
 from ...nn.layers import dequantized
+from ...ops import metal
 from ..replay.backward import Backward, survey
 from ..replay.gradients import Call, looked_up, weight_gradient
 from ..replay.logits import divergences
@@ -53,6 +54,7 @@ GRADIENT_BYTES = 1 << 30
 CHANGE_ELEMENTS = 1 << 24
 
 
+@metal.restarts
 def score_by_fisher(job: Job) -> None:
     """Do this rank's share of the round; a batch is one unit."""
     batches = job.batches()

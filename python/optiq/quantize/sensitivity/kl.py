@@ -19,6 +19,7 @@ from ...base.progress import Progress
 from ...errors import SensitivityError
 from ...formats import DENSE, Format
 from ...models.roles import Module, Role, is_head
+from ...ops import metal
 from ..replay.logits import Output, divergences
 from ..replay.replay import Replay, Tape
 from .checkpoint import Totals
@@ -28,6 +29,7 @@ from .job import Job, Unit
 HEAD_BYTES = 1 << 30
 
 
+@metal.restarts
 def score_by_kl(job: Job) -> None:
     """Do this rank's share of the round; a step is the modules of one block."""
     batches, steps = job.batches(), job.blocks()
