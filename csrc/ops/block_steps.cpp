@@ -8,7 +8,7 @@
 namespace optiq {
 namespace {
 
-enum class Mode { project, attend, step, mlp };
+enum class Mode { project, attend, step };
 
 struct Arguments {
   Mode mode;
@@ -76,21 +76,15 @@ void BlockPrimitive::eval_cpu(const std::vector<array>& inputs, std::vector<arra
   if (args_.mode == Mode::step) {
     return step(inputs, outputs);
   }
-  array h = row_contiguous(inputs[0], stream());
   if (args_.mode == Mode::project) {
     std::optional<array> offsets;
     if (inputs.size() == 2) {
       offsets = row_contiguous(inputs[1], stream());
     }
-    return project(h, offsets, outputs);
+    return project(row_contiguous(inputs[0], stream()), offsets, outputs);
   }
-  array& out = outputs[0];
-  out.set_data(mx::allocator::malloc(out.nbytes()));
-  if (args_.mode == Mode::attend) {
-    return attend(inputs, out);
-  }
-  dispatch([h = h.data<float>(), y = out.data<float>(), rows = h.size() / h.shape(-1)](
-               const DecoderBlock& b) { cpu::mlp(*b.mlp, h, int(rows), y); });
+  outputs[0].set_data(mx::allocator::malloc(outputs[0].nbytes()));
+  attend(inputs, outputs[0]);
 }
 
 void BlockPrimitive::project(
@@ -362,17 +356,6 @@ std::vector<array> block_step(const BlockPtr& block, const array& h, const std::
   kv.append(inputs, s);
   return array::make_arrays(std::move(shapes), dtypes,
       std::make_shared<BlockPrimitive>(mx::to_stream(s), block, args), inputs);
-}
-
-array block_mlp(const BlockPtr& block, const array& h, mx::StreamOrDevice s) {
-  if (!block->mlp) {
-    fail_block("the block has no MLP");
-  }
-  checked_hidden(h, block->mlp->down.w.rows);
-  return array(h.shape(), mx::float32,
-      std::make_shared<BlockPrimitive>(
-          mx::to_stream(s), block, Arguments{.mode = Mode::mlp, .mlp = true}),
-      {h});
 }
 
 } // namespace optiq

@@ -37,7 +37,4 @@ std::vector<array> block_step(const BlockPtr& block, const array& h, const std::
     const std::vector<array>& values, const std::vector<CachePlace>& places, const KeyValues& kv,
     bool mlp, mx::StreamOrDevice s = {});
 
-/** h + MLP. */
-array block_mlp(const BlockPtr& block, const array& h, mx::StreamOrDevice s = {});
-
 } // namespace optiq

@@ -111,8 +111,6 @@ void bind_decoder_block(nb::module_& m) {
       "block"_a, "h"_a, "keys"_a, "values"_a, "places"_a, "masking"_a, "mask"_a = nb::none(),
       "mlp"_a = false, "k_format"_a = AffineFormat{}, "v_format"_a = AffineFormat{}, nb::kw_only(),
       "stream"_a = nb::none());
-  m.def("block_mlp", with_handle(&block_mlp), "block"_a, "h"_a, nb::kw_only(),
-      "stream"_a = nb::none());
 }
 
 } // namespace optiq
