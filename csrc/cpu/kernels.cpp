@@ -46,9 +46,9 @@ void products(const Products& p) {
 
 void sgemm(const Sgemm& g) {
   // A few rows, as matmul() does: dot products need no packing, and a row of a batch has the bits
-  // that it has alone.
+  // that it has alone. (Convolutions are many products with one column and wide strides.)
   bool packed = g.m == 1 || (g.m <= kMaxDotRows && g.lda == g.k && g.ldc == g.n);
-  if (packed && g.trans_b && !g.trans_a && g.alpha == 1 && g.beta == 0) {
+  if (packed && g.n >= kPanel && g.trans_b && !g.trans_a && g.alpha == 1 && g.beta == 0) {
     Weight b{.data = g.b, .type = Float::f32, .rows = g.n, .cols = g.k, .stride = g.ldb};
     return dense_dots({g.a, b, g.c, g.m, true});
   }

@@ -19,6 +19,7 @@ from ..chat.parts import CallEnd, Part, Reasoning, Text
 from ..errors import OverloadedError
 from .engine.request import Event, Failed, Finished, Guide, Piece, Reading, Request, Token
 from .metrics import Metrics
+from .usage import Usage
 
 
 class Engine(Protocol):
@@ -52,25 +53,6 @@ class PlainText:
 
     def end(self) -> Sequence[Part]:
         return []
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Tokens; `prompt` includes `cached`, and `generated` includes `reasoning`."""
-
-    prompt: int = 0
-    cached: int = 0
-    generated: int = 0
-    reasoning: int = 0
-
-    def __add__(self, other: Usage) -> Usage:
-        """Of two prompts, or of one prompt and more answers to it."""
-        return Usage(
-            self.prompt + other.prompt,
-            self.cached + other.cached,
-            self.generated + other.generated,
-            self.reasoning + other.reasoning,
-        )
 
 
 @dataclass(frozen=True)

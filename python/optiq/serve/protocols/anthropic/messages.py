@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
-from ...answering import Answering, End, Progress, Step, Usage
+from ...answering import Answering, End, Progress, Step
 from ...asked import Wishes
 from ...engine.request import Sampling
+from ...usage import Usage
 from ..fields import Fields
 from ..protocol import Service
 from .blocks import Blocks

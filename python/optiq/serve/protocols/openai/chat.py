@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ....chat.parts import CallArguments, CallEnd, CallStart, Part, Reasoning, Text
-from ...answering import Answering, End, Step, Usage
+from ...answering import Answering, End, Step
 from ...engine.request import MAX_TOP_LOGPROBS, Token
 from ...tokens import TokenBytes
+from ...usage import Usage
 from ..fields import Fields
 from ..protocol import Service
 from .conversation import conversation
