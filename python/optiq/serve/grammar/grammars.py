@@ -22,7 +22,6 @@ from .params import Unwritable, schema_value
 
 # Limits for one request; llguidance's own keep the work of compiling and of a step in bounds.
 MOST_BYTES = 1 << 20
-MOST_TOOLS = 512
 # Compiled grammars that are kept: agents send the same tools in each request.
 MOST_KEPT = 64
 
@@ -95,18 +94,18 @@ class Grammars:
 
     def _compiled(self, form: AnswerForm) -> Any:
         """A matcher at the beginning of the answer; None if anything goes."""
-        source = self._source(form)
-        if source is None:
-            return None
+        key = _key(form)
         with self._lock:
-            if source in self._kept:
-                self._kept.move_to_end(source)
-                return self._kept[source]
-        matcher = self._matcher(self._tokenizer, source)
-        if matcher.is_error():
-            raise _refusal(matcher.get_error(), "tools" if form.tools else "response_format")
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        matcher = None
+        if source := self._source(form):
+            matcher = self._matcher(self._tokenizer, source)
+            if matcher.is_error():
+                raise _refusal(matcher.get_error(), "tools" if form.tools else "response_format")
         with self._lock:
-            self._kept[source] = matcher
+            self._kept[key] = matcher
             while len(self._kept) > MOST_KEPT:
                 self._kept.popitem(last=False)
         return matcher
@@ -115,7 +114,7 @@ class Grammars:
         """The grammar of the answer after its reasoning, as llguidance takes it."""
         answer = _answer(form)
         if answer is not None:
-            self._validate(answer, "response_format", "it cannot be held to")
+            self._validate(answer, "response_format")
         tools = form.tools if form.tool_choice != "none" else ()
         forced = bool(tools) and form.tool_choice != "auto"
         loose = form.parallel and not any(tool.strict for tool in tools)
@@ -157,16 +156,14 @@ class Grammars:
         rules = Rules(self._special)
         try:
             start = required_calls(rules, self._calls, [(tool.name, schema, tool.strict)], False)
-            self._validate(rules.grammar(start), "tools", f"tool {tool.name!r}")
+            self._validate(rules.grammar(start), "tools")
         except (Unwritable, RequestError) as error:
             if tool.strict:
                 raise RequestError(f"tool {tool.name!r}: {error}", "tools") from None
             return tool.name, {}, False
         return tool.name, schema, tool.strict
 
-    def _validate(self, lark: str, param: str, what: str) -> None:
-        if len(lark) > MOST_BYTES:
-            raise RequestError(f"{what}: more than {MOST_BYTES} bytes of grammar", param)
+    def _validate(self, lark: str, param: str) -> None:
         source = json.dumps({"grammars": [{"name": "top", "lark_grammar": lark}]})
         if error := self._matcher.validate_grammar(source, self._tokenizer):
             raise _refusal(error, param)
@@ -176,6 +173,19 @@ def _call_form(notation: Notation, special: Mapping[str, int]) -> CallForm:
     if notation.name == "mistral" and "[ARGS]" in special:
         return FORMS["mistral, with [ARGS]"]
     return FORMS[notation.name]
+
+
+def _key(form: AnswerForm) -> str:
+    """What a grammar depends on, as text; a RequestError for more than `MOST_BYTES` of it."""
+    param = "tools" if form.tools else "response_format"
+    tools = [(tool.name, tool.parameters, tool.strict) for tool in form.tools]
+    try:
+        key = json.dumps([form.kind, form.value, form.tool_choice, form.parallel, tools])
+    except (TypeError, ValueError, RecursionError):
+        raise RequestError("the schema is nested too deeply, or is not JSON", param) from None
+    if len(key) > MOST_BYTES:
+        raise RequestError(f"{len(key)} bytes of schemas; the limit is {MOST_BYTES}", param)
+    return key
 
 
 def _answer(form: AnswerForm) -> str | None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 ANY = "/(?s:.*)/"
+SOME = "/(?s:.+)/"
 
 
 class Rules:
@@ -39,19 +40,20 @@ class Rules:
         return " ".join(self._parts(text)) or '""'
 
     def until(self, text: str, content: str = ANY) -> str:
-        """What `content` (an expression for a terminal) matches, and `text`, which does not stand
-        anywhere in it."""
+        """What `content` (an expression for a terminal) matches, and the first `text` after it."""
         first, *rest = self._parts(text)
-        if not first.startswith("<"):
-            first = self.terminal(f"({without(first, content)}) {first}")
-        else:
-            first = f"{self.terminal(content)} {first}"
-        return " ".join([first, *rest])
+        if first.startswith("<"):
+            return " ".join([self.terminal(content), first, *rest])
+        # The text may overlap with itself, so it is the whole that must not have it earlier.
+        earlier = f"{ANY} {first} {SOME}"
+        return " ".join([self.terminal(f"(({content}) {first}) & ~({earlier})"), *rest])
 
     def free(self, text: str) -> str:
         """Any text without `text`."""
         first = self._parts(text)[0]
-        return self.terminal(ANY if first.startswith("<") else without(first, ANY))
+        if first.startswith("<"):
+            return self.terminal(ANY)
+        return self.terminal(f"{ANY} & ~({ANY} {first} {ANY})")
 
     def _parts(self, text: str) -> list[str]:
         parts, at = [], 0
@@ -61,10 +63,6 @@ class Rules:
             parts.append(f"<[{self._special[found[0]]}]>")
             at = found.end()
         return parts + ([quoted(text[at:])] if at < len(text) else [])
-
-
-def without(literal: str, content: str) -> str:
-    return f"({content}) & ~({ANY} {literal} {ANY})"
 
 
 def quoted(text: str) -> str:
