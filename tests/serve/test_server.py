@@ -22,7 +22,7 @@ import optiq
 from optiq.cli import main
 from optiq.errors import ServeError, SourceError, UsageError
 from optiq.serve.http.log import log_to_stderr
-from optiq.serve.opening import check_libraries
+from optiq.serve.opening import _name, check_libraries
 from optiq.serve.options import Options
 from optiq.serve.server import Server
 from tests.serve.servers import Asked, chat_body, content_of, doubled, message_body, scripted
@@ -186,10 +186,33 @@ def test_a_model_by_its_folder(folder: Path) -> None:
             assert answer.json()["model"] == name
 
 
+def test_prompts_outlive_a_restart(folder: Path, tmp_path: Path) -> None:
+    cached = []
+    for _ in range(2):
+        with (
+            Server.open(folder, port=0, drain=0.0, prefix_cache=tmp_path / "kept") as server,
+            httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client,
+        ):
+            body = chat_body("A long story " * 12, model=folder.name, max_tokens=2)
+            usage = client.post(CHAT, json=body).json()["usage"]
+            cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+    assert cached[0] == 0
+    assert cached[1] > 60
+
+
 def test_what_a_model_in_memory_cannot_have(folder: Path) -> None:
     loaded: Any = (None, None)
     with pytest.raises(UsageError, match="given by its name"):
         Server.open(loaded, port=0, kv="8/4")
+
+
+def test_names_of_models() -> None:
+    for given, kind, name in (
+        ("Qwen/Qwen3-0.6B", "hub", "Qwen/Qwen3-0.6B"),
+        ("/models/Qwen3-0.6B", "folder", "Qwen3-0.6B"),
+        ("/models/Qwen3-0.6B.gguf", "gguf", "Qwen3-0.6B"),
+    ):
+        assert _name(given, kind) == name
 
 
 def test_optiq_serve_is_a_package_and_a_function() -> None:

@@ -36,12 +36,16 @@ def check_libraries() -> None:
 
 @dataclass(frozen=True)
 class Opened:
-    """A model that is ready to answer. `identity` is that of its weights."""
+    """A model that is ready to answer. `identity` is that of its weights.
+
+    `prefix` is closed when the engine is.
+    """
 
     engine: answering.Engine
     tokenizer: Any
     models: Models
     identity: str
+    prefix: PrefixCache | None = None
 
 
 def open_model(
@@ -60,15 +64,35 @@ def open_model(
     else:
         source = resolve(str(model), revision=revision)
         loaded, tokenizer = open_source(source, kv=kv)
-        name = str(model) if source.kind == "hub" else Path(model).expanduser().resolve().stem
+        name = _name(str(model), source.kind)
         key = Key(source.fingerprint, config=digest(loaded))
-    prefix = PrefixCache(key or Key(""), options.prefix_memory) if options.prefix_memory else None
+    prefix = _prefix_cache(key, options)
     limits = EngineOptions(running=options.max_concurrent, memory=options.memory)
-    engine = Engine(loaded, tokenizer, limits, prefix)
+    try:
+        engine = Engine(loaded, tokenizer, limits, prefix)
+    except BaseException:
+        prefix.close()
+        raise
     models = Models(
         name=options.name or name,
         created=int(time.time()),
         context=engine.context,
         aliases=options.aliases,
     )
-    return Opened(engine, tokenizer, models, key.model if key else "")
+    return Opened(engine, tokenizer, models, key.model if key else "", prefix)
+
+
+def _name(given: str, kind: str) -> str:
+    """What clients call it: the id on the hub, or the name of the folder or file."""
+    if kind == "hub":
+        return given
+    path = Path(given).expanduser().resolve()
+    return path.stem if kind == "gguf" else path.name
+
+
+def _prefix_cache(key: Key | None, options: Options) -> PrefixCache:
+    if options.prefix_cache is None:
+        return PrefixCache(key or Key(""), options.prefix_memory)
+    if key is None:
+        raise UsageError("a prefix cache on disk is for a model given by its name")
+    return PrefixCache(key, options.prefix_memory, options.prefix_cache, options.prefix_cache_bytes)

@@ -82,7 +82,7 @@ class Server:
         from .protocols.protocol import Service
 
         self.options, self.models = options, opened.models
-        self._engine, self._socket = opened.engine, bound
+        self._engine, self._prefix, self._socket = opened.engine, opened.prefix, bound
         self.port: int = bound.getsockname()[1]
         metrics = Metrics(self._engine.stats)
         self._answers = Answers(
@@ -96,7 +96,7 @@ class Server:
         # Made from the weights, so that reasoning signed before a restart is still known.
         secret = sha256(b"optiq reasoning " + opened.identity.encode()).digest()
         self._state = State(lambda: self._engine.ready)
-        service = Service(self._answers, self.models, secret, caching=True)
+        service = Service(self._answers, self.models, secret, caching=options.prefix_memory > 0)
         config = uvicorn.Config(
             make_app(service, options, metrics, self._state),
             loop="asyncio",
@@ -117,6 +117,7 @@ class Server:
             target=self._http.run, args=([bound],), name="optiq-http", daemon=True
         )
         self._told = threading.Event()
+        self._stopped = False
 
     @property
     def url(self) -> str:
@@ -141,12 +142,17 @@ class Server:
 
     def stop(self, drain: float | None = None) -> None:
         """Accept nothing more, let answers finish for `drain` seconds, and end the rest."""
+        if self._stopped:
+            return
+        self._stopped = True
         self._state.stopping = True
         self._http.should_exit = True
         self._engine.close(self.options.drain if drain is None else drain)
         if self._thread.is_alive():
             self._thread.join()
         self._answers.close()
+        if self._prefix is not None:
+            self._prefix.close()
         self._socket.close()
 
     def wait(self) -> None:
