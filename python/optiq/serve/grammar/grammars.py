@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...chat.notation import Notation, Span
-from ...errors import OptiqError, RequestError
+from ...errors import OptiqError, RequestError, ServeError
 from ..engine.request import Guide
 from .calls import Function, optional_calls, required_calls
 from .form import AnswerForm, Tool
@@ -22,6 +23,7 @@ from .params import Unwritable, schema_value
 
 # Limits for one request; llguidance's own keep the work of compiling and of a step in bounds.
 MOST_BYTES = 1 << 20
+NAME = r"[\w.-]{1,128}"
 # Compiled grammars that are kept: agents send the same tools in each request.
 MOST_KEPT = 64
 
@@ -101,20 +103,28 @@ class Grammars:
                 return self._kept[key]
         matcher = None
         if source := self._source(form):
-            matcher = self._matcher(self._tokenizer, source)
-            if matcher.is_error():
-                raise _refusal(matcher.get_error(), "tools" if form.tools else "response_format")
+            matcher = self._matcher(self._tokenizer, source, log_level=0)
+            self._try(matcher, "response_format" if form.kind != "text" else "tools")
         with self._lock:
             self._kept[key] = matcher
             while len(self._kept) > MOST_KEPT:
                 self._kept.popitem(last=False)
         return matcher
 
+    def _try(self, matcher: Any, param: str) -> None:
+        """Look for the first token already here: some grammars have none, or take too long."""
+        if not matcher.is_error():
+            words = np.zeros_like(self._known)
+            try:
+                GrammarGuide(matcher.deep_copy(), self._size, self._known).allow(words)
+            except ServeError as error:
+                raise RequestError(str(error), param) from None
+        else:
+            raise _refusal(matcher.get_error(), param)
+
     def _source(self, form: AnswerForm) -> str | None:
         """The grammar of the answer after its reasoning, as llguidance takes it."""
         answer = _answer(form)
-        if answer is not None:
-            self._validate(answer, "response_format")
         tools = form.tools if form.tool_choice != "none" else ()
         forced = bool(tools) and form.tool_choice != "auto"
         loose = form.parallel and not any(tool.strict for tool in tools)
@@ -131,6 +141,8 @@ class Grammars:
         self, form: AnswerForm, rules: Rules, tools: Sequence[Tool], forced: bool, shaped: bool
     ) -> str:
         named = [tool for tool in tools if tool.name == form.tool_choice]
+        if forced and not named and form.tool_choice != "required":
+            raise RequestError(f"there is no tool {form.tool_choice!r}", "tool_choice")
         functions = [self._function(tool) for tool in (named or tools)]
         several = form.parallel and not named
         frame = self._frame
@@ -152,21 +164,26 @@ class Grammars:
     def _function(self, tool: Tool) -> Function:
         """A tool with the schema that its arguments are held to: of one that is not strict, only
         what can be."""
+        if not re.fullmatch(NAME, tool.name):
+            raise RequestError(
+                f"tool {tool.name!r}: a name has up to 128 letters, digits, dots, - and _", "tools"
+            )
         schema = dict(tool.parameters or {})
         rules = Rules(self._special)
         try:
-            start = required_calls(rules, self._calls, [(tool.name, schema, tool.strict)], False)
-            self._validate(rules.grammar(start), "tools")
-        except (Unwritable, RequestError) as error:
+            call = required_calls(rules, self._calls, [(tool.name, schema, tool.strict)], False)
+            source = json.dumps(
+                {"grammars": [{"name": "call", "lark_grammar": rules.grammar(call)}]}
+            )
+            if error := self._matcher.validate_grammar(source, self._tokenizer):
+                raise Unwritable(_first_line(error))
+        except Unwritable as error:
             if tool.strict:
-                raise RequestError(f"tool {tool.name!r}: {error}", "tools") from None
+                raise RequestError(
+                    f"tool {tool.name!r} cannot be strict: {error}", "tools"
+                ) from None
             return tool.name, {}, False
         return tool.name, schema, tool.strict
-
-    def _validate(self, lark: str, param: str) -> None:
-        source = json.dumps({"grammars": [{"name": "top", "lark_grammar": lark}]})
-        if error := self._matcher.validate_grammar(source, self._tokenizer):
-            raise _refusal(error, param)
 
 
 def _call_form(notation: Notation, special: Mapping[str, int]) -> CallForm:
@@ -180,7 +197,9 @@ def _key(form: AnswerForm) -> str:
     param = "tools" if form.tools else "response_format"
     tools = [(tool.name, tool.parameters, tool.strict) for tool in form.tools]
     try:
-        key = json.dumps([form.kind, form.value, form.tool_choice, form.parallel, tools])
+        parts = [form.kind, form.value, form.tool_choice, form.parallel, tools]
+        key = json.dumps(parts, ensure_ascii=False)
+        key.encode()  # half a surrogate pair is not text
     except (TypeError, ValueError, RecursionError):
         raise RequestError("the schema is nested too deeply, or is not JSON", param) from None
     if len(key) > MOST_BYTES:
@@ -195,13 +214,18 @@ def _answer(form: AnswerForm) -> str | None:
     if form.kind == "json_object":
         return f"start: {schema_value({'type': 'object'})}"
     if form.kind == "json_schema":
-        return f"start: {schema_value(form.value)}"
+        try:
+            return f"start: {schema_value(form.value)}"
+        except Unwritable as error:
+            raise RequestError(
+                f"the schema cannot be held to: {error}", "response_format"
+            ) from None
     if form.kind == "regex":
         from llguidance import regex_to_lark
 
         return f"start: /{regex_to_lark(form.value, '')}/"
     if form.kind == "choice":
-        return f"start: {' | '.join(quoted(text) for text in form.value)}"
+        return f"start: TEXT\nTEXT: {' | '.join(quoted(text) for text in form.value)}"
     return str(form.value)
 
 
@@ -213,5 +237,9 @@ def _bits(tokens: Iterable[int], size: int) -> Words:
 
 
 def _refusal(error: str, param: str) -> RequestError:
-    reason = " ".join(error.split())
-    return RequestError(f"the answer cannot be held to this: {reason[:500]}", param)
+    return RequestError(f"an answer cannot be held to this: {_first_line(error)}", param)
+
+
+def _first_line(error: str) -> str:
+    """What llguidance complains of, without the place in a grammar that nobody has written."""
+    return re.sub(r"^at \d+\(\d+\): ", "", error.strip().split("\n")[0])[:500]

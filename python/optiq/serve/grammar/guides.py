@@ -46,7 +46,7 @@ class GrammarGuide:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            reason = " ".join(self._matcher.get_error().split())
+            reason = " ".join(self._matcher.get_error().partition("<state>")[0].split())
             raise ServeError(f"the grammar cannot be followed: {reason}")
 
 

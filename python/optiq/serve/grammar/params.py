@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import json
 from collections.abc import Mapping
+from contextlib import suppress
+from decimal import Decimal
 from typing import Any
 
 from .lark import ANY, Rules, json_value, quoted
@@ -10,6 +14,8 @@ from .notations import Params
 
 # White space between the words of JSON; without a limit a weak model writes it for ever.
 WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+# A number of this many states takes a tenth of a second.
+MOST_STATES = 10_000
 # The escapes in strings that mean the same in JSON and in Python.
 ESCAPES = 'nrbtf\\"'
 # Of a schema: what says nothing about values, and what a notation of its own can be held to.
@@ -29,10 +35,29 @@ def schema_value(schema: Any, escapes: str | None = None) -> str:
     """What a JSON schema allows, written as JSON."""
     if not isinstance(schema, Mapping):
         schema = {} if schema else {"not": {}}
+    _check_multiples(schema)
     options: dict[str, Any] = {"whitespace_pattern": WHITE_SPACE}
     if escapes is not None:
         options["json_allowed_escapes"] = escapes
     return json_value({**schema, "x-guidance": options})
+
+
+def _check_multiples(schema: Any) -> None:
+    """The states that multiples of a number take are as many as it, without its factors 2 and 5."""
+    if isinstance(schema, Mapping):
+        number = schema.get("multipleOf", 1)
+        if isinstance(number, (int, float)) and number > 0:
+            digits = Decimal(repr(number)).normalize().as_tuple().digits
+            states = int("".join(map(str, digits)))
+            for factor in (2, 5):
+                while states % factor == 0:
+                    states //= factor
+            if states > MOST_STATES:
+                raise Unwritable(f"multipleOf {number} has too many states")
+        schema = list(schema.values())
+    if isinstance(schema, (list, tuple)):
+        for item in schema:
+            _check_multiples(item)
 
 
 def json_arguments(schema: Mapping[str, Any]) -> str:
@@ -110,6 +135,11 @@ class _Arguments:
     def _string(self, schema: Mapping[str, Any], literals: list[str], after: str) -> str:
         self._only(schema, _STRING)
         content = ANY
+        if self._params.strings == "raw" and schema.get("type") != "string":
+            # Parsers take what reads as another type for one.
+            literals = [text for text in literals if not _is_literal(text)]
+            if not literals and self._strict:
+                raise Unwritable("its texts would be read as values of other types")
         if literals:
             content = " | ".join(quoted(text) for text in literals)
         if "minLength" in schema or "maxLength" in schema:
@@ -145,6 +175,15 @@ class _Arguments:
         unknown = sorted(set(schema) - keywords - _NOTES)
         if self._strict and unknown:
             raise Unwritable(f"{', '.join(unknown)} cannot be held to")
+
+
+def _is_literal(text: str) -> bool:
+    """Whether the text reads as JSON or as a Python literal."""
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            read(text)
+            return True
+    return False
 
 
 def _pattern(pattern: str) -> str:
