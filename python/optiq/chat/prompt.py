@@ -17,7 +17,7 @@ from .controls import Controls
 from .forms import FORMS, Chat, Messages, Tools
 from .notation import notation
 from .template import REFUSALS, fitting_form, plain_text
-from .time_limit import time_limit
+from .time_limit import within
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _SYSTEM = ("system", "developer")
@@ -133,17 +133,20 @@ class _Template:
 
     def _apply(self, messages: Messages, tools: Tools, answer: bool) -> str | None:
         """The text of the conversation; None if the template refuses it."""
-        try:
-            with time_limit(LIMIT):
-                return str(
-                    self._tokenizer.apply_chat_template(
-                        messages,
-                        tools=tools or None,
-                        tokenize=False,
-                        add_generation_prompt=answer,
-                        **self._variables,
-                    )
+
+        def apply() -> str:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages,
+                    tools=tools or None,
+                    tokenize=False,
+                    add_generation_prompt=answer,
+                    **self._variables,
                 )
+            )
+
+        try:
+            return within(LIMIT, apply)
         except TimeoutError:
             raise ChatError(f"the chat template takes more than {LIMIT:.0f} seconds") from None
         except (*REFUSALS, MemoryError) as error:

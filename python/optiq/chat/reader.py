@@ -155,7 +155,8 @@ class Reader:
         while True:
             self._pull.taken.clear()
             begin = yield from self._pull.match(channels.begins)
-            self._turn(Text)
+            if begin or self._kind is Reasoning:
+                self._turn(Text)
             if begin:
                 yield from self._message(channels, self._pull.take(len(begin[0])))
             mark = yield from self._text([*channels.ends, *channels.starts])

@@ -5,23 +5,24 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class _Overtime(BaseException):
     """Raised in the code that takes too long, from outside."""
 
 
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """TimeoutError in this thread where the body takes longer; in any thread of CPython.
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """The result of `call`, in this thread; TimeoutError if it takes longer.
 
-    A chat template may loop for hours, and Python has no other way to stop a thread. It stops
+    A chat template may loop for hours, and CPython has no other way to stop a thread. It stops
     between two bytecodes: a single call of C runs to its end.
     """
     lock = threading.Lock()
-    ours = ctypes.c_ulong(threading.get_ident())
+    thread = ctypes.c_ulong(threading.get_ident())
     running = True
     fired = False
 
@@ -30,7 +31,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         with lock:
             if running:
                 fired = True
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ours, ctypes.py_object(_Overtime))
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(_Overtime))
 
     def settle() -> None:
         nonlocal running
@@ -41,16 +42,17 @@ def time_limit(seconds: float) -> Iterator[None]:
 
     timer = threading.Timer(seconds, fire)
     timer.daemon = True
-    timer.start()
     try:
         try:
-            yield
+            timer.start()
+            result = call()
         except _Overtime:
             raise
         except BaseException:
             settle()
             raise
         settle()
+        return result
     except _Overtime:
         raise TimeoutError from None
     finally:
