@@ -208,7 +208,7 @@ def doubled(tokenizer: Any = None, **options: Any) -> Iterator[Asked]:
     """A server around the double of the engine."""
     tokenizer, read = tokenizer or tiny_tokenizer(), read_options(options)
     engine = ScriptedEngine(tokenizer)
-    models = Models(MODEL, 1_700_000_000, engine.context, read.aliases)
+    models = Models(MODEL, 1_700_000_000, engine.context, "fp_test", read.aliases)
     with served(Opened(engine, tokenizer, models, "tiny"), read) as asked:
         yield asked
 

@@ -10,11 +10,15 @@ from .protocols.problems import Refusal
 
 @dataclass(frozen=True)
 class Models:
-    """One model; `aliases` are other names for it, with `*` for anything: `claude-*`."""
+    """One model; `aliases` are other names for it, with `*` for anything: `claude-*`.
+
+    Equal requests with equal seeds have equal answers while `fingerprint` is the same.
+    """
 
     name: str
     created: int
     context: int
+    fingerprint: str
     aliases: tuple[str, ...] = ()
 
     def find(self, name: str | None) -> str:

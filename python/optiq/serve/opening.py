@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ..kv.model import digest
 from ..kv.prefix import Key
 from ..runtime.loading import open_source
 from ..sources import resolve
+from ..version import __version__
 from . import answering
 from .engine.engine import Engine, EngineOptions
 from .engine.prefix import PrefixCache
@@ -77,9 +79,16 @@ def open_model(
         name=options.name or name,
         created=int(time.time()),
         context=engine.context,
+        fingerprint=_fingerprint(key),
         aliases=options.aliases,
     )
     return Opened(engine, tokenizer, models, key.model if key else "", prefix)
+
+
+def _fingerprint(key: Key | None) -> str:
+    """Of all that decides what is answered: the weights, how the cache is kept, and this code."""
+    named = f"{key.model} {key.config}" if key else "in memory"
+    return f"fp_{sha256(f'{named} {__version__}'.encode()).hexdigest()[:12]}"
 
 
 def _name(given: str, kind: str) -> str:

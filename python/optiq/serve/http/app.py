@@ -28,6 +28,13 @@ from .sending import send_body, send_json, start, unless_gone, with_pings
 
 LARGE_BODY = 64 * 2**10  # from here on parsing is left to a thread
 
+POSTED: dict[str, tuple[Endpoint, Dialect]] = {
+    "/v1/chat/completions": (openai.chat, openai.DIALECT),
+    "/v1/completions": (openai.complete, openai.DIALECT),
+    "/v1/messages": (anthropic.messages, anthropic.DIALECT),
+    "/v1/messages/count_tokens": (anthropic.count_tokens, anthropic.DIALECT),
+}
+
 EVENT_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -235,7 +242,13 @@ class Got:
 
 
 async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
-    raise Refusal(404, "not_found", f"there is nothing at {scope['path'][:200]!r}")
+    path = scope["path"][:200]
+    hint = ""
+    if f"/v1{path}" in POSTED:
+        hint = "; the base URL of OpenAI's clients ends in /v1"
+    elif path.startswith("/v1/v1/"):
+        hint = "; the base URL of Anthropic's clients ends before /v1"
+    raise Refusal(404, "not_found", f"there is nothing at {path!r}{hint}")
 
 
 def _check_method(scope: Scope, *methods: str) -> None:
@@ -245,13 +258,6 @@ def _check_method(scope: Scope, *methods: str) -> None:
 
 def make_app(service: Service, options: Options, metrics: Metrics, state: State) -> ASGIApp:
     bodies = Bodies(options)
-
-    def posted(path: str, endpoint: Endpoint, dialect: Dialect) -> Route:
-        app = Posted(endpoint, dialect, service, bodies, metrics, state, options.ping_seconds)
-        return Route(path, app)
-
-    def got(path: str, work: Callable[[Scope], dict[str, Any] | Response]) -> Route:
-        return Route(path, Got(work))
 
     def health(scope: Scope) -> dict[str, Any]:
         return {"status": "ok"}
@@ -272,26 +278,25 @@ def make_app(service: Service, options: Options, metrics: Metrics, state: State)
         dialect: Dialect = scope["optiq.dialect"]
         return dialect.model(service.models, scope["path_params"]["name"])
 
-    routes = [
-        got("/health", health),
-        got("/ready", ready),
-        got("/metrics", counts),
-        got("/v1/models", models),
-        got("/v1/models/{name:path}", model),
-        posted("/v1/chat/completions", openai.chat, openai.DIALECT),
-        posted("/v1/completions", openai.complete, openai.DIALECT),
-        posted("/v1/messages", anthropic.messages, anthropic.DIALECT),
-        posted("/v1/messages/count_tokens", anthropic.count_tokens, anthropic.DIALECT),
-    ]
-    paths = frozenset(route.path for route in routes)
+    got: dict[str, Callable[[Scope], dict[str, Any] | Response]] = {
+        "/health": health,
+        "/ready": ready,
+        "/metrics": counts,
+        "/v1/models": models,
+        "/v1/models/{name:path}": model,
+    }
+    routes = [Route(path, Got(work)) for path, work in got.items()]
+    for path, (endpoint, dialect) in POSTED.items():
+        app = Posted(endpoint, dialect, service, bodies, metrics, state, options.ping_seconds)
+        routes.append(Route(path, app))
     router = Router(routes, redirect_slashes=False, default=_not_found)
-    app: ASGIApp = Told(router, Guard(options), metrics)
+    told: ASGIApp = Told(router, Guard(options), metrics)
     if options.cors_origins:
-        app = CORSMiddleware(
-            app,
+        told = CORSMiddleware(
+            told,
             allow_origins=options.cors_origins,
             allow_methods=("GET", "POST"),
             allow_headers=("*",),
             expose_headers=("x-request-id", "request-id", "retry-after"),
         )
-    return Logged(app, metrics, paths)
+    return Logged(told, metrics, frozenset(route.path for route in routes))

@@ -24,7 +24,7 @@ FINISH = {"stop": "stop", "stop_text": "stop", "length": "length", "calls": "too
 
 
 async def chat(service: Service, body: Fields, client: str) -> ChatReply:
-    model = service.models.find(body.text("model"))
+    model, fingerprint = service.models.find(body.text("model")), service.models.fingerprint
     top = _top_logprobs(body)
     asked = conversation(body)
     wanted = wishes(body, client, top_logprobs=top)
@@ -33,6 +33,7 @@ async def chat(service: Service, body: Fields, client: str) -> ChatReply:
         stream=stream,
         answering=await service.answers.chat(asked, wanted),
         model=model,
+        fingerprint=fingerprint,
         names=service.answers.language.tokens if top is not None else None,
         include_usage=usage,
     )
@@ -98,6 +99,7 @@ class ChatReply:
         stream: bool,
         answering: Answering,
         model: str,
+        fingerprint: str,
         names: TokenBytes | None,
         include_usage: bool,
     ) -> None:
@@ -109,6 +111,7 @@ class ChatReply:
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": model,
+            "system_fingerprint": fingerprint,
         }
 
     async def whole(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ Prompt = str | tuple[int, ...]
 
 
 async def complete(service: Service, body: Fields, client: str) -> CompletionReply:
-    model = service.models.find(body.text("model"))
+    model, fingerprint = service.models.find(body.text("model")), service.models.fingerprint
     logprobs = body.integer("logprobs", 0, MAX_TOP_LOGPROBS)
     wanted = wishes(body, client, top_logprobs=logprobs)
     prompts, echo, stream = _prompts(body), body.flag("echo"), body.flag("stream")
@@ -45,6 +45,7 @@ async def complete(service: Service, body: Fields, client: str) -> CompletionRep
         stream=stream,
         answering=answering,
         model=model,
+        fingerprint=fingerprint,
         language=service.answers.language,
         kept=wanted.n,
         echoed=prompts if echo else None,
@@ -97,6 +98,7 @@ class CompletionReply:
         stream: bool,
         answering: Answering,
         model: str,
+        fingerprint: str,
         language: Language,
         kept: int,
         echoed: Sequence[Prompt] | None,
@@ -115,6 +117,7 @@ class CompletionReply:
             "object": "text_completion",
             "created": int(time.time()),
             "model": model,
+            "system_fingerprint": fingerprint,
         }
 
     async def whole(self) -> dict[str, Any]:

@@ -190,6 +190,9 @@ def _form(body: Fields) -> Form:
     if sort == "choice":
         form.required("choice")
         return Form("choice", form.texts("choice", MAX_TOOLS))
+    if sort == "json_object" and "schema" in form:  # as llama.cpp has it
+        schema = form.object("schema")
+        return Form("json_schema", dict(schema.values) if schema else {})
     return Form("json_object" if sort == "json_object" else "text")
 
 
