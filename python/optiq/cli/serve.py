@@ -64,9 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", metavar="SIZE", help="most memory to use, such as 12GB")
     parser.add_argument(
         "--prefix-memory",
-        default="2GB",
         metavar="SIZE",
-        help="memory for prompts that were read, so that they are not read again (default: 2GB)",
+        help="memory for prompts that were read, so that they are not read again "
+        "(default: a quarter of --memory, 2GB at most)",
     )
     parser.add_argument(
         "--prefix-cache",
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         max_concurrent=args.max_concurrent,
         answer_tokens=args.answer_tokens,
         memory=_bytes("--memory", args.memory),
-        prefix_memory=_bytes("--prefix-memory", args.prefix_memory) or 0,
+        prefix_memory=_bytes("--prefix-memory", args.prefix_memory),
         prefix_cache=args.prefix_cache,
         prefix_cache_bytes=_bytes("--prefix-cache-bytes", args.prefix_cache_bytes) or 0,
         drain=args.drain,

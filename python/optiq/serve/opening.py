@@ -69,7 +69,9 @@ def open_model(
         name = _name(str(model), source.kind)
         key = Key(source.fingerprint, config=digest(loaded))
     prefix = _prefix_cache(key, options)
-    limits = EngineOptions(running=options.max_concurrent, memory=options.memory)
+    limits = EngineOptions(
+        running=options.max_concurrent, memory=options.memory, beside=options.prefix_bytes
+    )
     try:
         engine = Engine(loaded, tokenizer, limits, prefix)
     except BaseException:
@@ -101,7 +103,7 @@ def _name(given: str, kind: str) -> str:
 
 def _prefix_cache(key: Key | None, options: Options) -> PrefixCache:
     if options.prefix_cache is None:
-        return PrefixCache(key or Key(""), options.prefix_memory)
+        return PrefixCache(key or Key(""), options.prefix_bytes)
     if key is None:
         raise UsageError("a prefix cache on disk is for a model given by its name")
-    return PrefixCache(key, options.prefix_memory, options.prefix_cache, options.prefix_cache_bytes)
+    return PrefixCache(key, options.prefix_bytes, options.prefix_cache, options.prefix_cache_bytes)

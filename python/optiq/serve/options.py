@@ -9,6 +9,7 @@ from typing import TypedDict
 
 from ..errors import UsageError
 
+PREFIX_BYTES = 2 * 10**9
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -24,7 +25,7 @@ class ServeFields(TypedDict, total=False):
     cors_origins: tuple[str, ...]
     max_concurrent: int
     memory: int | None
-    prefix_memory: int
+    prefix_memory: int | None
     answer_tokens: int
     prefix_cache: Path | None
     prefix_cache_bytes: int
@@ -49,9 +50,9 @@ class Options:
     `max_concurrent` answers are made at a time, in `memory` bytes, by default what the machine has.
     Room for the longest answer is kept free from its start, so one without a limit of its own ends
     after `answer_tokens`.
-    Prompts that were read are kept in `prefix_memory` bytes and, for after a restart, in the folder
-    `prefix_cache`, in `prefix_cache_bytes` at most. When the server stops, answers have
-    `drain` seconds to finish. An answer may take `deadline` seconds.
+    Prompts that were read are kept in `prefix_memory` bytes of it (by default a quarter, 2 GB at
+    most) and, for after a restart, in the folder `prefix_cache`, in `prefix_cache_bytes` at most.
+    When the server stops, answers have `drain` seconds to finish. An answer may take `deadline` seconds.
 
     A body may have `body_bytes` and take `body_seconds` to arrive, headers `idle_seconds`, and
     rendering a conversation `preparing_seconds`. `ping_seconds` is how often a silent stream shows
@@ -68,7 +69,7 @@ class Options:
     max_concurrent: int = 16
     answer_tokens: int = 8192
     memory: int | None = None
-    prefix_memory: int = 2 * 10**9
+    prefix_memory: int | None = None
     prefix_cache: Path | None = None
     prefix_cache_bytes: int = 8 * 10**9
     drain: float = 30.0
@@ -98,6 +99,13 @@ class Options:
                 "--cors-origin '*' lets every web page use this server; give it a key, or name "
                 "the origins"
             )
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Memory for prompts that were read."""
+        if self.prefix_memory is not None:
+            return self.prefix_memory
+        return PREFIX_BYTES if self.memory is None else min(PREFIX_BYTES, self.memory // 4)
 
     @property
     def loopback(self) -> bool:

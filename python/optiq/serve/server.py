@@ -96,7 +96,7 @@ class Server:
         # Made from the weights, so that reasoning signed before a restart is still known.
         secret = sha256(b"optiq reasoning " + opened.identity.encode()).digest()
         self._state = State(lambda: self._engine.ready)
-        service = Service(self._answers, self.models, secret, caching=options.prefix_memory > 0)
+        service = Service(self._answers, self.models, secret, caching=options.prefix_bytes > 0)
         config = uvicorn.Config(
             make_app(service, options, metrics, self._state),
             loop="asyncio",

@@ -51,13 +51,16 @@ class Prefixes(Protocol):
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """`memory` is the most bytes of weights, caches and work together; `context` the most tokens of
-    a prompt and its answer, that of the model unless it is given.
+    """How many answers are made at a time, and how many wait besides.
+
+    `memory` is the most bytes of all together: weights, caches, work, and `beside`, what the prefix
+    cache may take. `context` is the most tokens of a prompt and its answer, by default the model's.
     """
 
     running: int = 16
     waiting: int = 64
     memory: int | None = None
+    beside: int = 0
     context: int | None = None
 
 
@@ -122,7 +125,7 @@ class Engine:
         self._measured: Measured = measure(model, options.running, options.context)
         self.context = self._measured.context
         self.vocabulary = self._measured.vocabulary
-        nbytes = self._measured.room(options.memory)
+        nbytes = self._measured.room(options.memory, options.beside)
         self._scheduler = Scheduler(
             Limits(options.running, options.waiting, nbytes), grid=self._measured.grid
         )

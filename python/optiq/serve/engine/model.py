@@ -59,19 +59,21 @@ class Measured:
         )
         return self.fixed_bytes + sum(each)
 
-    def room(self, memory: int | None) -> int:
-        """Bytes for caches when all may take `memory`, or most of what is free.
+    def room(self, memory: int | None, beside: int) -> int:
+        """Bytes for caches when all may take `memory`, or most of what is free, with `beside` bytes
+        for others.
 
         Raises ServeError where that is too little.
         """
         if memory is None:
-            return max(available_memory() * 3 // 4 - self.work_bytes, self.nbytes(1))
-        room = memory - self.weight_bytes - self.work_bytes
+            room = available_memory() * 3 // 4 - self.work_bytes - beside
+            return max(room, self.nbytes(GROWTH))
+        room = memory - self.weight_bytes - self.work_bytes - beside
         if room < self.nbytes(GROWTH):
-            needed = self.weight_bytes + self.work_bytes + self.nbytes(GROWTH)
+            needed = memory - room + self.nbytes(GROWTH)
             raise ServeError(
-                f"the model takes {needed / 1e9:.2f} GB, --memory allows {memory / 1e9:.2f}; "
-                "allow more, or serve a smaller model"
+                f"the server needs {needed / 1e9:.2f} GB for this model, --memory allows "
+                f"{memory / 1e9:.2f}; allow more, or serve a smaller model"
             )
         return room
 
