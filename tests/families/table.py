@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import MODEL_REMAPPING, _get_classes
 
@@ -48,14 +49,15 @@ def family_folder(parent: Path, name: str, dtype: str = "float32", seed: int = 0
     config = {**config_of(name), **ids}
     (folder / "config.json").write_text(json.dumps(config))
     write_tokenizer(folder)
-    weights = _weights(config, getattr(mx, dtype), mx.random.key(seed))
+    model_class, args_class = _get_classes(config)
+    model = model_class(args_class.from_dict(json.loads(json.dumps(config))))
+    weights = random_weights(model, getattr(mx, dtype), mx.random.key(seed))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     return folder
 
 
-def _weights(config: dict[str, Any], dtype: mx.Dtype, key: mx.array) -> dict[str, mx.array]:
-    model_class, args_class = _get_classes(config)
-    model = model_class(args_class.from_dict(json.loads(json.dumps(config))))
+def random_weights(model: nn.Module, dtype: mx.Dtype, key: mx.array) -> dict[str, mx.array]:
+    """For each parameter of `model`; a looked-up one is larger, a gain is near what it was."""
     found: dict[str, mx.array] = {}
     for name, old in tree_flatten(model.parameters()):
         key, use = mx.random.split(key)

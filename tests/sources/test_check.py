@@ -19,6 +19,7 @@ from optiq.sources.check import check
 from optiq.sources.folder import Folder, check_folder
 from optiq.sources.tensors import reasons
 from optiq.sources.values import NEUTRAL
+from tests.architectures import MODELS
 from tests.tiny import random_weights, tiny_folder
 
 TOKENS = mx.array([list(range(5, 40))])
@@ -166,6 +167,7 @@ def test_two_spellings_that_differ_are_refused(tmp_path: Path) -> None:
     assert "rope_scaling" in refused(folder)
 
 
+MAMBA = {**MODELS["mamba2"], "head_dim": 16}
 NO_BIAS = {"attention_bias": False, "mlp_bias": False}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 UNREAD: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -206,6 +208,11 @@ UNREAD: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "activation": ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     "epsilon": ("nanochat", {"rms_norm_eps": 1e-3}, "rms_norm_eps 0.001"),
+    "epsilon of the blocks alone": (
+        "mamba2",
+        {**MAMBA, "layer_norm_epsilon": 1e-3, "rms_norm_eps": None},
+        "layer_norm_epsilon 0.001",
+    ),
 }
 
 

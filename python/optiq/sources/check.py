@@ -7,24 +7,25 @@ read of the weights but a head that a tied model would drop.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import io
-from collections.abc import Mapping
-from contextlib import redirect_stdout
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import SourceError
 from . import rotation
+from .building import build
 from .config import NESTED, Json, handed_on, holders
 from .departures import departures
 from .folder import Folder, mlx_lm_version
 from .reading import Read, names_read
 from .tensors import HEAD, dropped, head_apart, reasons
 from .values import arguments, lost
+
+_CANNOT = "it cannot run this model as it is: use a newer mlx-lm that does, or another model"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def check(folder: Folder) -> Checked:
     apart = head_apart(folder)
     if apart and all(h.get("tie_word_embeddings") is not False for _, h in holders(folder.config)):
         settings = _untied(folder.config, settings)
-    model = _build(folder.config | settings)
+    model = build(folder.config | settings)
     if model is None:
         return Checked(settings)
     respelled = rotation.respelled(folder.config | settings, rotation.rotations(model))
@@ -68,35 +69,41 @@ def check(folder: Folder) -> Checked:
     for path, holder in holders(config):
         if reason := lost(holder, model, names):
             key, value = reason
-            name = f"mlx-lm {mlx_lm_version()}"
             raise SourceError(
-                f"{folder.path}/config.json: {path}{key} {value!r} changes the model, and {name} "
-                f"does not read it for {config['model_type']}; {name} cannot run this model as it "
-                "is: use a newer mlx-lm that reads it, or another model"
+                f"{folder.path}/config.json: {path}{key} {value!r} changes the model, and mlx-lm "
+                f"{mlx_lm_version()} does not read it for {config['model_type']}; {_CANNOT}"
             )
         said.extend(departures(holder, model, names))
     settings = _only(settings, folder.config, _taken(model, names)) | respelled
     weights = _lazy(folder)
     unused = dropped(model, weights) if weights else None
-    if unused is None:
-        return Checked(settings, {}, sum(map(len, folder.files.values())), departures=tuple(said))
+    return Checked(
+        settings,
+        _named(folder.path, unused or [], config, apart),
+        sum(map(len, folder.files.values())),
+        unused is not None,
+        tuple(said),
+    )
+
+
+def _named(path: Path, unused: Sequence[str], config: Json, apart: bool) -> dict[str, int]:
+    """How many tensors are dropped for each reason; SourceError for one without any."""
     found: dict[str, int] = {}
     for name, why in reasons(unused, config).items():
         if why is None and name.endswith(HEAD) and not apart:
             why = "a head equal to the embedding"
         if why is None:
             raise SourceError(
-                f"{folder.path}: the tensor {name} is in the files, but mlx-lm "
-                f"{mlx_lm_version()} drops it from {config['model_type']}, which gives another "
-                "model; remove it if it is not part of the model"
+                f"{path}: the tensor {name} is in the files, but mlx-lm {mlx_lm_version()} drops "
+                f"it from {config['model_type']}, which gives another model; {_CANNOT}"
             )
         found[why] = found.get(why, 0) + 1
-    return Checked(settings, found, len(weights), True, tuple(said))
+    return found
 
 
 def _exact(config: Json) -> nn.Module | None:
     """The model of `config`, if its rotation is what that says."""
-    model = _build(config)
+    model = build(config)
     if model is None:
         return None
     found = rotation.rotations(model)
@@ -133,18 +140,6 @@ def _only(settings: Json, config: Json, taken: dict[str, bool]) -> Json:
         elif key in taken and (value is not None or taken[key]):
             kept[key] = value
     return kept
-
-
-def _build(config: Json) -> nn.Module | None:
-    from mlx_lm.utils import _get_classes
-
-    try:
-        with redirect_stdout(io.StringIO()):  # one that lacks a package prints so and exits
-            model_class, args_class = _get_classes(config)
-            model: nn.Module = model_class(args_class.from_dict(copy.deepcopy(config)))
-    except (Exception, SystemExit):  # whatever a model file raises; loading will say it
-        return None
-    return model
 
 
 def _lazy(folder: Folder) -> dict[str, mx.array]:

@@ -25,7 +25,7 @@ def departures(config: Json, model: nn.Module, names: Read) -> Iterator[str]:
         )
     for where, parameters in asked_for(config, usual_theta(config)):
         yield from _rotation(where, parameters, config, model)
-    if (found := unread_epsilon(config, names)) and found[1] < DEFAULT_EPSILON:
+    if (found := unread_epsilon(config, model, names)) and found[1] < DEFAULT_EPSILON:
         key, value = found
         yield f"with an epsilon of {DEFAULT_EPSILON:g} in its norms, where {key} is {value:g}"
     if config.get("model_type") == "jamba" and (config.get("num_experts") or 1) > 1:

@@ -96,7 +96,10 @@ def asked_for(config: Json, theta: float | None) -> Iterator[tuple[str, Json]]:
         nested = any(isinstance(value, dict) for value in said.values())
         where = "rope_parameters.full_attention" if nested else "rope_parameters"
     kept = {key: value for key, value in full.items() if value is not None}
-    yield where, {**named, **kept, **(scaled or {})}
+    asked = {**named, **kept, **(scaled or {})}
+    if where.endswith("full_attention"):
+        asked.pop("truncate", None)  # transformers looks for it beside the types of layers
+    yield where, asked
     local = next((config[key] for key in LOCAL_THETAS if config.get(key) is not None), None)
     if sliding:
         yield "rope_parameters.sliding_attention", {**named, **sliding}

@@ -68,7 +68,7 @@ def lost(config: Json, model: nn.Module, names: Read) -> Lost | None:
     return (
         _rope(config, model, names)
         or _scales(config, names)
-        or _epsilon(config, names)
+        or _epsilon(config, model, names)
         or _activation(config, names)
     )
 
@@ -167,18 +167,23 @@ def _scales(config: Json, names: Read) -> Lost | None:
     return None
 
 
-def _epsilon(config: Json, names: Read) -> Lost | None:
-    found = unread_epsilon(config, names)
+def _epsilon(config: Json, model: nn.Module, names: Read) -> Lost | None:
+    found = unread_epsilon(config, model, names)
     return found if found and found[1] > DEFAULT_EPSILON else None
 
 
-def unread_epsilon(config: Json, names: Read) -> tuple[str, float] | None:
-    """The epsilon of norms that the model files neither read nor write out, if there is one."""
+def unread_epsilon(config: Json, model: nn.Module, names: Read) -> tuple[str, float] | None:
+    """The epsilon of norms that the model files neither read nor write out, or not for the norms of
+    the blocks, if there is one."""
     said = {key: config[key] for key in _EPSILONS if isinstance(config.get(key), float)}
-    used = any(_written_out(value, names) for value in said.values())
-    if said and names.isdisjoint(said) and DEFAULT_EPSILON not in said.values() and not used:
-        return max(said.items(), key=lambda item: item[1])
-    return None
+    if not said or DEFAULT_EPSILON in said.values():
+        return None
+    unread = names.isdisjoint(said) and not any(_written_out(v, names) for v in said.values())
+    blocks = [block for block in getattr(model, "layers", ()) if isinstance(block, nn.Module)]
+    left = {getattr(norm, "eps", None) for block in blocks for norm in block.children().values()}
+    return (
+        max(said.items(), key=lambda item: item[1]) if unread or DEFAULT_EPSILON in left else None
+    )
 
 
 def _activation(config: Json, names: Read) -> Lost | None:
