@@ -20,6 +20,7 @@ KILL = 0x80000000
 NOTIFY = 0x7FC00000
 REFUSE = 0x00050000 | errno.EPERM
 ABSENT = 0x00050000 | errno.ENOSYS  # the C library falls back to a call that a filter can judge
+UNSUPPORTED = 0x00050000 | errno.EOPNOTSUPP  # as of a file system without extended attributes
 
 _LOAD, _JUMP, _EQUAL, _AT_LEAST, _AND, _RETURN = 0x20, 0x05, 0x15, 0x35, 0x54, 0x06
 _X32 = 0x40000000  # calls of the x32 ABI, which has numbers of its own
@@ -27,6 +28,7 @@ _X32 = 0x40000000  # calls of the x32 ABI, which has numbers of its own
 ARCHITECTURES = {"x86_64": (0xC000003E, X86_64), "aarch64": (0xC00000B7, AARCH64)}
 
 CLONE_THREAD = 0x00010000
+_THREAD = CLONE_THREAD | 0xF00  # memory, folder, descriptors and signal handlers in common
 _CLONE_NEW = 0x7E020000  # any new namespace
 O_CREAT = 0o100
 _O_TRUNC = 0o1000
@@ -35,6 +37,9 @@ _O_TMPFILE = 0o20000000  # a file that no folder shows
 F_DUPFD_CLOEXEC = 1030
 PR_SET_NAME = 15
 AF_UNIX = SOCK_STREAM = 1
+_MSG_OOB = 1  # such a byte wakes the reader, who then finds nothing to read
+_CLOSE_RANGE_CLOEXEC = 4  # not UNSHARE: descriptors of its own would hide a thread's files
+_OWNER = 0o700  # without these bits the host could not list a folder
 
 
 @dataclass(frozen=True)
@@ -61,24 +66,29 @@ def _null(argument: int) -> tuple[Test, Test]:
 
 def _opening() -> Rule:
     """Of a file: by its path, visible in a folder, truncated only by who may write to it."""
-    kinds = [access | cut for access in range(4) for cut in (0, _O_TRUNC) if access or not cut]
+    # Access mode 3 opens without a right to read or write, which Landlock lets pass.
+    kinds = [access | cut for access in range(3) for cut in (0, _O_TRUNC) if access or not cut]
     return Rule(ALLOW, (Test(2, [0], _O_PATH | _O_TMPFILE), Test(2, kinds, _O_TRUNC | 3)))
 
 
 _UNCONDITIONAL = """
     read write close fstat poll lseek mmap mprotect munmap brk rt_sigaction rt_sigprocmask
     rt_sigreturn pread64 pwrite64 readv writev sched_yield mremap msync madvise dup nanosleep
-    getitimer setitimer getpid sendfile recvfrom shutdown exit uname flock fsync fdatasync
-    ftruncate getcwd chdir fchdir umask gettimeofday getrusage sysinfo times getuid getgid
-    geteuid getegid getppid getgroups getresuid getresgid getpgid getsid rt_sigpending
-    rt_sigtimedwait rt_sigsuspend sigaltstack gettid futex sched_getaffinity getdents64
-    set_tid_address restart_syscall clock_gettime clock_getres clock_nanosleep exit_group
-    epoll_ctl mkdirat newfstatat unlinkat renameat renameat2 symlinkat faccessat pselect6 ppoll
+    getitimer setitimer getpid sendfile shutdown exit uname flock fsync fdatasync ftruncate getcwd
+    chdir fchdir gettimeofday getrusage sysinfo times getuid getgid geteuid getegid getppid
+    getgroups getresuid getresgid rt_sigpending rt_sigtimedwait rt_sigsuspend sigaltstack gettid
+    futex getdents64 set_tid_address restart_syscall clock_gettime clock_getres clock_nanosleep
+    exit_group epoll_ctl newfstatat unlinkat renameat symlinkat faccessat pselect6 ppoll
     set_robust_list epoll_pwait eventfd2 epoll_create1 dup3 pipe2 preadv pwritev getrandom
-    copy_file_range preadv2 pwritev2 statx rseq faccessat2 close_range epoll_pwait2 stat lstat
-    access pipe select dup2 pause alarm getrlimit rename mkdir rmdir unlink symlink getpgrp
-    arch_prctl time epoll_wait
+    copy_file_range preadv2 pwritev2 statx rseq faccessat2 epoll_pwait2 stat lstat access pipe
+    select dup2 pause alarm getrlimit rename rmdir unlink symlink getpgrp arch_prctl time
+    epoll_wait
 """
+
+# With the number of another process they would tell whether there is one.
+_OF_A_PROCESS = ("getpgid", "getsid", "sched_getaffinity")
+# shutil.copy2 goes on without attributes where there are none.
+_ATTRIBUTES = ("getxattr", "lgetxattr", "fgetxattr", "listxattr", "llistxattr", "flistxattr")
 
 
 def _conditional(pid: int) -> dict[str, list[Rule]]:
@@ -86,7 +96,12 @@ def _conditional(pid: int) -> dict[str, list[Rule]]:
     # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
     return {
         "openat": [_opening()],
-        "clone": [Rule(ALLOW, (Test(0, [CLONE_THREAD], CLONE_THREAD | _CLONE_NEW),))],
+        "mkdir": [Rule(ALLOW, (Test(1, [_OWNER], _OWNER),))],
+        "mkdirat": [Rule(ALLOW, (Test(2, [_OWNER], _OWNER),))],
+        "umask": [Rule(ALLOW, (Test(0, [0], _OWNER),))],
+        "renameat2": [Rule(ALLOW, (Test(4, range(3)),))],  # not 4, which leaves a device behind
+        "close_range": [Rule(ALLOW, (Test(2, [0, _CLOSE_RANGE_CLOEXEC]),))],
+        "clone": [Rule(ALLOW, (Test(0, [_THREAD], _THREAD | _CLONE_NEW),))],
         "kill": [Rule(ALLOW, (Test(0, [pid]),))],
         "tgkill": [Rule(ALLOW, (Test(0, [pid]),))],
         "ioctl": [Rule(ALLOW, (Test(1, terminal),))],
@@ -94,7 +109,10 @@ def _conditional(pid: int) -> dict[str, list[Rule]]:
         "prctl": [Rule(ALLOW, (Test(0, [PR_SET_NAME]),))],
         "prlimit64": [Rule(ALLOW, (Test(0, [0, pid]), *_null(2)))],
         "socketpair": [Rule(ALLOW, (Test(0, [AF_UNIX]), Test(1, [SOCK_STREAM], 0xF)))],
-        "sendto": [Rule(ALLOW, _null(4))],
+        "sendto": [Rule(ALLOW, (Test(3, [0], _MSG_OOB), *_null(4)))],
+        "recvfrom": [Rule(ALLOW, (Test(3, [0], _MSG_OOB),))],
+        **{call: [Rule(ALLOW, (Test(0, [0, pid]),))] for call in _OF_A_PROCESS},
+        **{call: [Rule(UNSUPPORTED)] for call in _ATTRIBUTES},
         "clone3": [Rule(ABSENT)],
         "openat2": [Rule(ABSENT)],
     }
