@@ -16,8 +16,8 @@ BOMBS: dict[int, tuple[str, set[str]]] = {
         "for i in range(64):\n open(str(i), 'wb').write(bytes(8 * 2**20))",
         {"disk", "error"},
     ),
-    61: ("for i in range(60000): open(str(i), 'w').close()", {"error"}),
-    62: ("import os\nos.ftruncate(os.open('x', os.O_RDWR | os.O_CREAT), 2**40)", {"error"}),
+    61: ("for i in range(60000): open(str(i), 'w').close()", {"disk", "timeout"}),
+    62: ("import os\nos.ftruncate(os.open('x', os.O_RDWR | os.O_CREAT), 2**40)", {"disk"}),
     63: ("while True: print('x' * 1000)", {"output"}),
     64: ("import sys\nwhile True: sys.stderr.write('x' * 1000)", {"output"}),
     65: ("while True: pass", {"timeout"}),
@@ -45,7 +45,7 @@ BOMBS: dict[int, tuple[str, set[str]]] = {
     85: (
         "import os, time\nfor _ in range(90): os.mkdir('d' * 200); os.chdir('d' * 200)\n"
         "time.sleep(60)",
-        {"disk"},
+        {"disk", "timeout"},  # "timeout": where the host has no need to count them
     ),
 }
 

@@ -22,19 +22,20 @@ from tests.sandbox.levels import missing, process_level
 pytestmark = process_level()
 ROOT = Path(__file__).parents[2]
 NOBODY = 65534
+MODES = ("namespace", "kernel", "watched")
 # What the kernel alone, without namespaces, does not hide: sizes and times of files, by their name.
 WITHOUT_NAMESPACES = {14}
 
 
-def check(outcome: dict[str, Any], namespaces: bool) -> None:
+def check(outcome: dict[str, Any], mode: str) -> None:
     """Nothing succeeded; and every attempt reached the kernel."""
-    allowed = set() if namespaces else {str(n) for n in WITHOUT_NAMESPACES}
+    allowed = set() if mode == "namespace" else {str(n) for n in WITHOUT_NAMESPACES}
     assert outcome["broken"] == {}
     assert {n: what for n, what in outcome["succeeded"].items() if n not in allowed} == {}
 
 
-def start(python: str, folder: Path, namespaces: bool, **user: Any) -> subprocess.Popen[str]:
-    command = [python, "-m", "tests.sandbox.campaign", "with" if namespaces else "without"]
+def start(python: str, folder: Path, mode: str, **user: Any) -> subprocess.Popen[str]:
+    command = [python, "-m", "tests.sandbox.campaign", mode]
     environment = {"PATH": os.defpath, "PYTHONPATH": f"{folder}:{folder}/python"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes, **user)
@@ -47,9 +48,9 @@ def finish(campaign: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def campaigns() -> Iterator[dict[tuple[str, bool], subprocess.Popen[str]]]:
-    """All at once, since they mostly wait: {(user, with namespaces): its process}."""
-    levels = [n for n in (True, False) if not (n and missing("namespace"))]
+def campaigns() -> Iterator[dict[tuple[str, str], subprocess.Popen[str]]]:
+    """All at once, since they mostly wait: {(user, mode): its process}."""
+    levels = [mode for mode in MODES if not (mode == "namespace" and missing("namespace"))]
     started = {("this", n): start(sys.executable, ROOT, n) for n in levels}
     python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
@@ -75,12 +76,12 @@ def _copy(folder: Path) -> None:
     subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
 
 
-@pytest.mark.parametrize("namespaces", [True, False])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("user", ["this", "ordinary"])
 def test_no_attack_succeeds(
-    campaigns: dict[tuple[str, bool], subprocess.Popen[str]], user: str, namespaces: bool
+    campaigns: dict[tuple[str, str], subprocess.Popen[str]], user: str, mode: str
 ) -> None:
-    if (user, namespaces) not in campaigns:
-        reason = missing("namespace") if namespaces else ""
+    if (user, mode) not in campaigns:
+        reason = missing("namespace") if mode == "namespace" else ""
         pytest.skip(reason or "this is an ordinary user, or there is no Python for one")
-    check(finish(campaigns[user, namespaces]), namespaces)
+    check(finish(campaigns[user, mode]), mode)

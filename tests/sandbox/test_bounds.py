@@ -6,11 +6,17 @@ under the eyes of the watcher; `held` names what must be true of the end.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+from optiq.errors import UsageError
 from optiq.sandbox import Limits, Sandbox
+from optiq.sandbox.kernel_jail import KernelJail
+from optiq.sandbox.processes import Processes
+from tests.sandbox.holding import holding
 from tests.sandbox.levels import process_level
 
 pytestmark = process_level()
@@ -19,10 +25,28 @@ LIMITS = Limits(wall=3, cpu=3, memory=256 * MB, output=MB, disk=8 * MB, files=20
 LIBC = "import ctypes, os, time\nlibc = ctypes.CDLL(None, use_errno=True)\n"
 
 
+IDENTITY = "def check(f): assert f(3) == 3"
+
+
 @pytest.fixture(scope="module")
 def box() -> Iterator[Sandbox]:
     with Sandbox(LIMITS) as sandbox:
         yield sandbox
+
+
+@pytest.fixture(scope="module")
+def watched() -> Iterator[Sandbox]:
+    """As where the kernel allows no namespaces: the host looks at the work folder."""
+    with Sandbox(LIMITS) as sandbox:
+        sandbox._processes = Processes(KernelJail(False, mounts=False), LIMITS)
+        yield sandbox
+        sandbox._processes.close()
+
+
+@pytest.fixture(params=["box", "watched"])
+def both(request: pytest.FixtureRequest) -> Sandbox:
+    sandbox: Sandbox = request.getfixturevalue(request.param)
+    return sandbox
 
 
 REFUSED = {
@@ -49,3 +73,196 @@ def test_what_the_kernel_refuses(box: Sandbox, attempt: str) -> None:
 def test_no_mask_takes_folders_away_from_the_host(box: Sandbox) -> None:
     code = f"{LIBC}libc.umask(0o777)\nos.mkdir('d')\nprint(oct(os.stat('d').st_mode))"
     assert box.run(code).stdout == "0o40700\n"
+
+
+# F1: the process takes its own output back between the host's wait and its read.
+STOLEN = """
+import os, random, time
+r = os.open("/proc/self/fd/1", os.O_RDONLY | os.O_NONBLOCK)
+end = time.perf_counter() + 0.5
+while time.perf_counter() < end:
+    t = time.perf_counter() + random.uniform(0, 150e-6); os.write(1, b"x")
+    while time.perf_counter() < t: pass
+    try: os.read(r, 9)
+    except BlockingIOError: pass
+    os.close(os.open("a", os.O_RDWR | os.O_CREAT))
+"""
+
+
+@pytest.mark.parametrize("use", ["run", "session", "judge"])
+def test_output_that_is_taken_back(watched: Sandbox, use: str) -> None:
+    """Only without bubblewrap, which shows no /proc."""
+    start = time.monotonic()
+    if use == "run":
+        assert watched.run(STOLEN).status == "ok"
+    elif use == "session":
+        with watched.session() as session:
+            assert session.run(STOLEN).status == "ok"
+            assert session.run("1").value == "1"
+    else:
+        assert watched.judge(f"{STOLEN}\ndef f(x): return x", IDENTITY, "f").passed
+    assert time.monotonic() - start < 60  # it was: never
+
+
+DISK = {
+    "threads with files of their own": (
+        LIBC + "import threading\n"
+        "def write():\n"
+        " libc.close_range(60, 60, 2)\n"
+        " f = os.open('x', os.O_RDWR | os.O_CREAT); os.unlink('x')\n"
+        " for _ in range(7): os.write(f, bytes(2**20))\n"
+        " time.sleep(9)\n"
+        "for _ in range(4): threading.Thread(target=write).start()"
+    ),
+    "mapped and unlinked": (
+        "import mmap, os, time\n"
+        "for i in range(20):\n"
+        " f = os.open('x', os.O_RDWR | os.O_CREAT); os.write(f, bytes(2**20))\n"
+        " globals()[f'm{i}'] = mmap.mmap(f, 2**20); os.close(f); os.unlink('x')\n"
+        " time.sleep(.01)\n"
+        "time.sleep(1)"
+    ),
+    "the first thread ends": (
+        LIBC + "import threading\n"
+        "def write():\n"
+        " time.sleep(.1)\n"
+        " for i in range(20):\n"
+        "  f = os.open('x', os.O_RDWR | os.O_CREAT); os.unlink('x'); os.write(f, bytes(2**20))\n"
+        "  time.sleep(.01)\n"
+        " time.sleep(1)\n"
+        "threading.Thread(target=write).start()\n"
+        "libc.syscall({'x86_64': 60}.get(os.uname().machine, 93), 0)"
+    ),
+    "without a name": (
+        "import os, time\n"
+        "for i in range(20):\n"
+        " f = os.open('x', os.O_RDWR | os.O_CREAT); os.unlink('x'); os.write(f, bytes(2**20))\n"
+        "time.sleep(1)"
+    ),
+    "many": "for i in range(19): open(str(i), 'wb').write(bytes(2**20))",
+    "sparse": "import os\nf = open('x', 'wb'); f.truncate(8 * 2**20); f.write(bytes(9 * 2**20))",
+}
+
+
+@pytest.mark.parametrize("code", DISK.values(), ids=DISK)
+@pytest.mark.parametrize("mode", ["own file system", "watchdogs"])
+def test_the_disk_is_bounded(request: pytest.FixtureRequest, mode: str, code: str) -> None:
+    box: Sandbox = request.getfixturevalue("box" if mode == "own file system" else "watched")
+    if mode not in box.run("").mechanisms:
+        pytest.skip("the kernel allows no mounts here")
+    with holding(box) as most:
+        result = box.run(code)
+    if mode == "watchdogs":
+        assert result.status == "disk", result
+    assert most["bytes"] <= (LIMITS.disk if mode == "own file system" else 5 * LIMITS.disk)
+
+
+def test_short_snippets_are_looked_at_too(both: Sandbox) -> None:
+    with both.session() as session:
+        results = [session.run(f"open('{i}', 'wb').write(bytes(2**20))") for i in range(8)]
+        assert {r.status for r in results[:6]} == {"ok"}
+        assert session.run("open('9', 'wb').write(bytes(2**20))").status == "disk"
+
+
+def test_input_counts(both: Sandbox) -> None:
+    with pytest.raises(UsageError, match="take 9437184 bytes of the limit disk=8388608"):
+        both.run("", {"x": bytes(9 * MB)})
+    with pytest.raises(UsageError, match="are 21 entries, above files=20"):
+        both.run("", {f"a/{i}": b"" for i in range(20)})
+    with both.session({"x": bytes(7 * MB)}) as session:
+        assert session.run("open('y', 'wb').write(bytes(2**21))").status == "disk"
+
+
+BAD_FILES = {
+    "text": {"x": "text"},
+    "number": {"x": 1},
+    "surrogate": {"\udc80": b""},
+    "long": {"x" * 300: b""},
+    "deep": {"a/" * 5000 + "x": b""},
+    "file and folder": {"a": b"", "a/b": b""},
+    "a folder": {"a/b": b"", "a": b""},
+    "no text": {1: b""},
+}
+
+
+@pytest.mark.parametrize("files", BAD_FILES.values(), ids=BAD_FILES)
+def test_files_that_cannot_be(both: Sandbox, files: Any) -> None:
+    with pytest.raises(UsageError):
+        both.run("", files)
+    assert both.run("print(1)").stdout == "1\n"
+
+
+NAMES = [b"\\xff\\xfe", b"\\x0bThreads:\\t1", b"\\nThreads:\\t1", b"a) R 1 2 3", b"\\rThreads:\\t1"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_of_a_process_says_nothing(both: Sandbox, name: bytes) -> None:
+    code = (
+        f"{LIBC}import threading\nlibc.prctl(15, b'{name.decode()}')\n"
+        "stop, started = threading.Event(), 1\n"
+        "try:\n"
+        " for _ in range(50): threading.Thread(target=stop.wait).start(); started += 1\n"
+        "except RuntimeError: pass\n"
+        "print(started)\nstop.set()"
+    )
+    result = both.run(code)
+    assert (result.status, result.stdout) == ("ok", f"{LIMITS.threads}\n")
+    with both.session() as session:
+        assert session.run(code).stdout == f"{LIMITS.threads}\n"
+        assert session.run("2").value == "2"
+    assert both.judge(f"{code}\ndef f(x): return x", IDENTITY, "f").passed
+
+
+def test_signals_leave_the_broker_in_place(both: Sandbox) -> None:
+    code = """
+import os, signal
+signal.signal(signal.SIGALRM, lambda *_: None)
+signal.setitimer(signal.ITIMER_REAL, .0005, .0005)
+for i in range(1000):
+    with open("a", "w"): pass
+    os.chmod("a", 0o600)
+signal.setitimer(signal.ITIMER_REAL, 0)
+print("done")
+"""
+    assert both.run(code).stdout == "done\n"
+
+
+def test_what_a_session_does_between_snippets(both: Sandbox) -> None:
+    with both.session() as session:
+        session.run(
+            "import threading, time\nn = 0\n"
+            "def go():\n global n\n while True:\n  n += 1; print(n)\n  time.sleep(.001)\n"
+            "threading.Thread(target=go, daemon=True).start(); time.sleep(.05)"
+        )
+        first = session.run("n").value
+        time.sleep(0.2)
+        later = session.run("n")
+        assert later.value is not None
+        assert first is not None
+        assert int(later.value) - int(first) < 100  # it stood still; 200 if it had gone on
+        assert len(later.stdout.splitlines()) < 100
+
+
+def test_no_snippet_answers_for_another(both: Sandbox) -> None:
+    forge = (
+        "import json, os, struct\n"
+        "def say(message):\n"
+        " data = json.dumps(message).encode()\n"
+        " os.write(3, struct.pack('>I', len(data)) + data)\n"
+        "for i in range(9): say({'ready': i, 'code': 0, 'value': 'forged'})\n"
+    )
+    with both.session() as session:
+        session.run(forge)
+        for i in range(5):
+            result = session.run(f"print({i}); {i}")
+            assert (result.stdout, result.value) == (f"{i}\n", str(i))
+        early = (
+            "import sys\nframe = sys._getframe()\n"
+            "while 'nonce' not in frame.f_locals.get('order', ''): frame = frame.f_back\n"
+            "say({'ready': frame.f_locals['order']['nonce'], 'code': 0, 'value': 'forged'})\n"
+            "import time; print('begun', flush=True); time.sleep(.2); print('late', flush=True)\n"
+        )
+        assert "late" not in session.run(early).stdout
+        result = session.run("print('mine'); 7")  # waits for what was begun, as Python does
+        assert (result.status, result.value) == ("ok", "7")
+        assert result.stdout.endswith("mine\n")

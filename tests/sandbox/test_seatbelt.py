@@ -17,7 +17,7 @@ import pytest
 
 from optiq.errors import SandboxUnavailable
 from optiq.sandbox import Limits, Sandbox, cpython, seatbelt
-from optiq.sandbox.child import watch
+from optiq.sandbox.loop import watch
 from optiq.sandbox.seatbelt import SeatbeltJail, Watched
 
 GOLDEN = r"""(version 1)
@@ -70,7 +70,7 @@ def test_without_sandbox_exec_nothing_starts() -> None:
     jail = SeatbeltJail()
     try:
         with pytest.raises(SandboxUnavailable, match="sandbox-exec"):
-            jail.spawn(jail.folder, Limits())
+            jail.spawn(Limits())
     finally:
         jail.close()
 
@@ -89,7 +89,7 @@ def test_a_process_that_is_not_locked_in_gets_no_order(
     try:
         reason = "the system says so" if told else "root folder can be listed"
         with pytest.raises(SandboxUnavailable, match=reason):
-            jail.spawn(jail.folder, Limits())
+            jail.spawn(Limits())
     finally:
         jail.close()
 
@@ -106,7 +106,8 @@ def watched(work: Path, code: str, **limits: Any) -> Watched:
     process.stderr.close()
     ours, theirs = socket.socketpair()
     theirs.close()
-    return Watched(process, work, Limits(**limits), out, err, ours)
+    inside = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
+    return Watched(process, work, inside, Limits(**limits), out, err, ours)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
@@ -133,7 +134,7 @@ def test_watchdogs(
     monkeypatch.setattr(seatbelt, "_footprint", lambda pid: footprint)
     child = watched(tmp_path, code, **limits)
     start = time.monotonic()
-    assert watch([child], lambda: child.over, 30)
+    assert watch([child], lambda: child.over, start + 30)
     assert time.monotonic() - start < 30
     status, detail = child.verdict()
     assert (status, detail.startswith(verdict[1])) == (verdict[0], True), detail

@@ -19,7 +19,9 @@ def command(readable: Sequence[str], writable: str, program: Sequence[str]) -> l
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         return None
-    line = [bwrap, "--unshare-all", "--hostname", "sandbox", "--new-session", "--cap-drop", "ALL"]
+    line = [bwrap, "--unshare-user", "--unshare-all", "--hostname", "sandbox", "--new-session"]
+    # Of the new user namespace, never of the machine; with it the zygote mounts work folders.
+    line += ["--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN"]
     for path in dict.fromkeys([*_LIBRARIES, *readable, program[0]]):
         place = Path(path)
         if place.is_symlink():

@@ -7,19 +7,23 @@ memory safety, not the kernel. Files are a folder in memory: what a snippet writ
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..errors import SandboxError, SandboxUnavailable
+from ..errors import SandboxError, SandboxUnavailable, UsageError
 from . import folder
-from .limits import Limits, Result, Status, Usage
+from .call import CANCELLED, Call
+from .limits import Limits, OnOutput, Result, Status, Stream, Usage
 
 _PLACE = "/work"
+_SHOWN = 8000  # characters of a value
 
 
 class Interpreter:
@@ -30,15 +34,28 @@ class Interpreter:
         self._lock = threading.Lock()
         self._pool: Any = None
 
-    def run(self, code: str, files: Mapping[str, bytes]) -> Result:
-        session = self.session(files)
+    def run(
+        self,
+        code: str,
+        files: Mapping[str, bytes],
+        call: Call,
+        args: Sequence[str],
+        stdin: bytes,
+    ) -> Result:
+        if args or stdin:
+            raise UsageError("level 'interpreter' has no arguments and no stdin; take 'process'")
+        session = self.session(files, call.limits)
         try:
-            return session.run(code)
+            return session.run(code, replace(call, limits=None))
         finally:
             session.close()
 
-    def session(self, files: Mapping[str, bytes]) -> InterpreterSession:
-        return InterpreterSession(self._started(), files, self._limits)
+    def session(
+        self, files: Mapping[str, bytes], limits: Limits | None = None
+    ) -> InterpreterSession:
+        limits = limits or self._limits
+        folder.check(files, limits)
+        return InterpreterSession(self._started(), files, limits)
 
     def close(self) -> None:
         with self._lock:
@@ -67,6 +84,7 @@ class InterpreterSession:
         self._mechanisms = (f"pydantic-monty {version('pydantic-monty')}",)
         self._stack = contextlib.ExitStack()
         self._alive = True
+        self._output = _Output(0)
         checkout = pool.checkout(
             limits={
                 "max_feed_duration_secs": min(limits.cpu, limits.wall),
@@ -76,7 +94,9 @@ class InterpreterSession:
         )
         with contextlib.ExitStack() as stack:
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="optiq-sandbox-")))
-            folder.fill(place, files)
+            inside = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, inside)
+            folder.fill(inside, files)
             mount = monty.MountDir(
                 host_path=place, virtual_path=_PLACE, memory_usage_limit=limits.disk
             )
@@ -88,52 +108,97 @@ class InterpreterSession:
     def alive(self) -> bool:
         return self._alive
 
-    def run(self, code: str) -> Result:
+    def run(self, code: str, call: Call) -> Result:
+        limits = call.limits or self._limits
+        own = self._limits
+        if replace(limits, output=own.output, returned=own.returned) != own:
+            raise UsageError("a snippet of level 'interpreter' may have its own output limit alone")
         if not self._alive:
             raise SandboxError("the session has ended with its interpreter; start another")
         start = time.monotonic()
-        output = _Output(self._limits.output)
-        status, detail = self._feed(code, output)
+        output = _Output(limits.output, call.on_output)
+        self._output = output
+        with call.cancel.attached(output):
+            status, detail, value = self._feed(code, output)
+        if output.failure is not None:
+            self._alive = False
+            raise output.failure
         if output.truncated:
-            status, detail = "output", f"more than {self._limits.output} bytes of output"
+            status, detail = "output", f"more than {limits.output} bytes of output"
+        elif output.cancelled:
+            status, detail = "cancelled", output.cancelled
         # After a limit was hit the interpreter's state is not to be relied on.
         self._alive = status in ("ok", "error", "denied")
         usage = Usage(time.monotonic() - start, None, None)
         out, err = output.text["stdout"], output.text["stderr"]
-        return Result(status, out, err, output.truncated, usage, self._mechanisms, detail)
+        shown = None if value is None else repr(value)[:_SHOWN]
+        return Result(
+            status, out, err, output.truncated, usage, self._mechanisms, detail, value=shown
+        )
+
+    def list(self) -> dict[str, int]:
+        raise UsageError("level 'interpreter' keeps no files; take level='process'")
+
+    def read(self, name: str) -> bytes:
+        raise UsageError("level 'interpreter' keeps no files; take level='process'")
+
+    def write(self, files: Mapping[str, bytes]) -> None:
+        raise UsageError("level 'interpreter' takes files at its start; take level='process'")
+
+    def cancel(self) -> None:
+        """At the next output; a snippet without any goes on to its limit of time."""
+        self._output.cancelled = CANCELLED
 
     def close(self) -> None:
         self._stack.close()
 
-    def _feed(self, code: str, output: _Output) -> tuple[Status, str]:
+    def _feed(self, code: str, output: _Output) -> tuple[Status, str, Any]:
         monty = _monty()
         try:
-            self._session.feed_run(code, print_callback=output, mount=self._mount, cwd=_PLACE)
+            value = self._session.feed_run(
+                code, print_callback=output, mount=self._mount, cwd=_PLACE
+            )
         except monty.MontyCrashedError as error:
-            return ("timeout" if error.timed_out else "killed"), str(error)
+            return ("timeout" if error.timed_out else "killed"), str(error), None
         except monty.MontyError as error:
-            if hasattr(error, "display"):
-                output("stderr", error.display() + "\n")
-            return _status(error.exception()), " ".join(str(error).split())[:500]
-        return "ok", ""
+            if hasattr(error, "display") and not output.stopped:
+                output.add("stderr", error.display() + "\n")
+            return _status(error.exception()), " ".join(str(error).split())[:500], None
+        return "ok", "", value
 
 
 class _Output:
     """What is printed, up to `limit` bytes of each stream."""
 
-    def __init__(self, limit: int) -> None:
-        self.text = {"stdout": "", "stderr": ""}
+    def __init__(self, limit: int, hear: OnOutput | None = None) -> None:
+        self.text: dict[Stream, str] = {"stdout": "", "stderr": ""}
         self.truncated = False
+        self.cancelled = ""
+        self.failure: Exception | None = None  # of the caller's function
+        self._hear = hear
         self._room = dict.fromkeys(self.text, limit)
 
-    def __call__(self, stream: str, text: str) -> None:
+    @property
+    def stopped(self) -> bool:
+        return self.truncated or bool(self.cancelled) or self.failure is not None
+
+    def __call__(self, stream: Stream, text: str) -> None:
+        self.add(stream, text)
+        if self.stopped:
+            raise RuntimeError("stopped by the sandbox")
+
+    def add(self, stream: Stream, text: str) -> None:
         data = text.encode(errors="replace")
         kept = data[: self._room[stream]]
         self._room[stream] -= len(kept)
-        self.text[stream] += kept.decode(errors="ignore")
-        if len(kept) < len(data):
-            self.truncated = True
-            raise RuntimeError("output limit")
+        shown = kept.decode(errors="ignore")
+        self.text[stream] += shown
+        self.truncated |= len(kept) < len(data)
+        try:
+            if self._hear is not None and shown:
+                self._hear(stream, shown)
+        except Exception as error:
+            self.failure = error
 
 
 def _status(error: BaseException) -> Status:

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SandboxUnavailable
-from . import bubblewrap, cpython
+from . import bubblewrap, cpython, folder
 from .broker import Broker
-from .child import Child, Exit
+from .child import Child, Exit, one_line
 from .jail import wire
-from .jail.zygote import PACKET
+from .jail.zygote import PACKET, Setup
 from .limits import Limits
+from .own_files import OwnFiles
 
 _PATIENCE = 30.0  # seconds for a process to start on a busy machine
 
@@ -30,28 +31,44 @@ class Worker(Child):
     """A locked-in fork of the zygote."""
 
     def __init__(
-        self, handle: int, pid: int, listener: int, report: socket.socket, *child: Any
+        self,
+        handle: int,
+        pid: int,
+        listener: int,
+        report: socket.socket,
+        exact: bool,
+        *child: Any,
     ) -> None:
         super().__init__(*child)
+        self.exact = exact
         self._handle = handle
         self._pid = pid
         self._report = report
-        self._broker = Broker(listener, pid, self.work, self.limits)
+        report.setblocking(False)
+        own = OwnFiles(self.work, self.folder)
+        self._broker = Broker(listener, pid, own, self.limits)
         self.sources[listener] = self._answer
         self.sources[report.fileno()] = self._ended
 
-    def kill(self) -> None:
+    def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._handle, signal.SIGKILL)
+            signal.pidfd_send_signal(self._handle, number)
 
-    def pid(self) -> int | None:
-        return self._pid
+    def frozen(self) -> bool:
+        with contextlib.suppress(OSError):
+            for task in os.listdir(f"/proc/{self._pid}/task"):
+                if _state(f"/proc/{self._pid}/task/{task}")[0] not in b"TtZX":
+                    return False
+        return True
+
+    def unlinked(self) -> int:
+        return folder.unlinked(self.work, self._pid)
 
     def so_far(self) -> Exit:
-        with contextlib.suppress(OSError, KeyError, ValueError):  # it is ending
-            fields = Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()
+        with contextlib.suppress(OSError, KeyError, ValueError, IndexError):  # it is ending
+            fields = _state(f"/proc/{self._pid}")
             ticks = int(fields[11]) + int(fields[12])
-            peak = int(_status(self._pid)["VmHWM"].split()[0]) * 1024
+            peak = int(_status(self._pid)[b"VmHWM"].split()[0]) * 1024
             return Exit(0, ticks / os.sysconf("SC_CLK_TCK"), peak)
         return super().so_far()
 
@@ -60,6 +77,8 @@ class Worker(Child):
         os.close(self._handle)
         os.close(self._broker.listener)
         self._report.close()
+        if not self.exact:
+            folder.remove(self.work)
 
     def _answer(self) -> None:
         if not self._broker.answer():
@@ -67,55 +86,75 @@ class Worker(Child):
 
     def _ended(self) -> None:
         """The zygote's report, or its silence where it has died itself."""
+        try:
+            data = self._report.recv(PACKET)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
         self.sources.pop(self._report.fileno())
-        data = self._report.recv(PACKET)
         self.exit = Exit(**json.loads(data)) if data else Exit(-signal.SIGKILL, 0.0, 0)
 
 
 class KernelJail:
     """A zygote and the folder its workers have their work folders in; safe to use from threads.
 
-    `namespaces`: None takes bubblewrap where it works, False does without, True insists.
+    `namespaces`: None takes bubblewrap where it works, False does without, True insists. `mounts`:
+    each work folder is a file system of its own, where the kernel allows that.
     """
 
-    def __init__(self, namespaces: bool | None = None) -> None:
+    def __init__(self, namespaces: bool | None = None, mounts: bool = True) -> None:
         self.mechanisms: tuple[str, ...] = ()
         self.folder = Path(tempfile.mkdtemp(prefix="optiq-sandbox-")).resolve()
+        self._place = self.folder / "work"  # where each worker mounts its own
+        self._place.mkdir()
         self._tries = (True, False) if namespaces is None else (namespaces,)
+        self._mounts = mounts
+        self._mounting = False
         self._owner = os.getpid()
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
 
-    def spawn(self, work: Path, limits: Limits, peer: socket.socket | None = None) -> Worker:
+    def spawn(self, limits: Limits, peer: socket.socket | None = None) -> Worker:
         """A worker that is locked in and waits for its order over its channel."""
         control = self._zygote()
         with contextlib.ExitStack() as opened, contextlib.ExitStack() as given:
-            out, out_end = _pipe(opened, given)
-            err, err_end = _pipe(opened, given)
-            channel, channel_end = _pair(socket.SOCK_STREAM, opened, given)
-            report, report_end = _pair(socket.SOCK_SEQPACKET, opened, given)
-            ends = [out_end, err_end, channel_end.fileno(), report_end.fileno()]
-            ends += [peer.fileno()] if peer else []
-            order = {"work": str(work), "limits": asdict(limits)}
-            channel.settimeout(_PATIENCE)
-            report.settimeout(_PATIENCE)
+            work = self._place
+            if not self._mounting:
+                work = Path(tempfile.mkdtemp(dir=self.folder))
+                opened.callback(folder.remove, work)
             try:
+                out, out_end = _pipe(opened, given)
+                err, err_end = _pipe(opened, given)
+                channel, channel_end = _pair(socket.SOCK_STREAM, opened, given)
+                report, report_end = _pair(socket.SOCK_SEQPACKET, opened, given)
+                ends = [out_end, err_end, channel_end.fileno(), report_end.fileno()]
+                ends += [peer.fileno()] if peer else []
+                order = {"work": str(work), "limits": asdict(limits)}
+                channel.settimeout(_PATIENCE)
+                report.settimeout(_PATIENCE)
                 socket.send_fds(control, [json.dumps(order).encode()], ends)
                 given.close()
-                _, handles, _, _ = socket.recv_fds(report, 1, 1)
-                begun, listeners, _, _ = socket.recv_fds(channel, 1, 1)
-                for descriptor in (*handles, *listeners):
+                said, handles, _, _ = socket.recv_fds(report, 1000, 1)
+                for descriptor in handles:
                     opened.callback(os.close, descriptor)
-                told = wire.first(channel, b"" if listeners else begun)
-                if not handles or not listeners or "landlock" not in told:
+                if not handles:
+                    raise OSError(one_line(said.decode() or "the zygote has ended"))
+                begun, passed, _, _ = socket.recv_fds(channel, 1, 2)
+                for descriptor in passed:
+                    opened.callback(os.close, descriptor)
+                told = wire.first(channel, b"" if passed else begun)
+                if len(passed) != 2 or "landlock" not in told:
                     raise SandboxUnavailable(f"no jail: {told.get('unlocked', 'no reason given')}")
                 pid = _pid(handles[0])
                 _verify(pid)
             except (OSError, EOFError) as error:
                 raise SandboxUnavailable(f"no jail: {error}") from error
             opened.pop_all()
-        return Worker(handles[0], pid, listeners[0], report, work, limits, out, err, channel)
+        listener, inside = passed
+        child = (work, inside, limits, out, err, channel)
+        return Worker(handles[0], pid, listener, report, self._mounting, *child)
 
     def close(self) -> None:
         """End the zygote, and with it every worker, and remove the folder."""
@@ -140,7 +179,8 @@ class KernelJail:
                 hello, reason = self._launch(wrapped, ours, theirs)
             if hello is not None:
                 self._control = ours
-                self.mechanisms = _mechanisms(hello["landlock"], wrapped)
+                self._mounting = hello["mounting"]
+                self.mechanisms = _mechanisms(hello["landlock"], wrapped, self._mounting)
                 return ours
             ours.close()
             reasons.append(reason)
@@ -151,7 +191,8 @@ class KernelJail:
     ) -> tuple[dict[str, Any] | None, str]:
         """(what the zygote says at its start or None, why there is none)."""
         runtime = cpython.readable()
-        line = cpython.command("zygote", str(theirs.fileno()), json.dumps(runtime))
+        setup = Setup(runtime, str(self._place) if self._mounts else "", wrapped)
+        line = cpython.command("zygote", str(theirs.fileno()), json.dumps(asdict(setup)))
         if wrapped:
             visible = [*runtime, f"{cpython.HERE}/jail"]
             wrapping = bubblewrap.command(visible, str(self.folder), line)
@@ -212,9 +253,10 @@ def _pair(kind: int, ours: _Stack, theirs: _Stack) -> tuple[socket.socket, socke
     return ours.enter_context(one), theirs.enter_context(other)
 
 
-def _mechanisms(landlock: int, wrapped: bool) -> tuple[str, ...]:
-    kernel = (f"landlock {landlock}", "seccomp", "no capabilities", "rlimits", "watchdogs")
-    return ("bubblewrap", *kernel) if wrapped else kernel
+def _mechanisms(landlock: int, wrapped: bool, mounting: bool) -> tuple[str, ...]:
+    kernel = (f"landlock {landlock}", "seccomp", "no capabilities", "rlimits")
+    work = "own file system" if mounting else "watchdogs"
+    return (*(["bubblewrap"] if wrapped else []), *kernel, work)
 
 
 def _pid(handle: int) -> int:
@@ -225,20 +267,31 @@ def _pid(handle: int) -> int:
     raise SandboxUnavailable("the kernel does not tell the process of a handle")
 
 
-def _status(pid: int) -> dict[str, str]:
-    """What the kernel says about a process."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+def _status(pid: int) -> dict[bytes, bytes]:
+    """What the kernel says about a process; its name, which comes first, may be anything."""
+    lines = Path(f"/proc/{pid}/status").read_bytes().split(b"\n")
+    return dict(line.split(b":\t", 1) for line in lines if b":\t" in line)  # the last counts
+
+
+def _state(process: str) -> list[bytes]:
+    """The fields of `stat` after the name, which may be anything: first the state."""
+    return Path(f"{process}/stat").read_bytes().rpartition(b")")[2].split()
 
 
 def _verify(pid: int) -> None:
     """Ask the kernel, not the worker, whether the worker is locked in."""
     status = _status(pid)
     held = {
-        "capabilities": all(int(status[f"Cap{s}"], 16) == 0 for s in ("Inh", "Prm", "Eff", "Amb")),
-        "no_new_privs": status["NoNewPrivs"] == "1",
-        "seccomp": status["Seccomp"] == "2",
+        "capabilities": not any(
+            int(status[b"Cap" + s], 16) for s in (b"Inh", b"Prm", b"Eff", b"Amb")
+        ),
+        "no_new_privs": status[b"NoNewPrivs"] == b"1",
+        "seccomp": _filters(status) >= _filters(_status(os.getpid())) + 2,
     }
     missing = [name for name, fine in held.items() if not fine]
     if missing:
         raise SandboxUnavailable(f"the worker is not locked in: {', '.join(missing)}")
+
+
+def _filters(status: dict[bytes, bytes]) -> int:
+    return int(status[b"Seccomp_filters"])

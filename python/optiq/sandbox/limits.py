@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+import base64
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from ..errors import UsageError
 
-Status = Literal["ok", "error", "denied", "timeout", "memory", "output", "disk", "killed"]
+Status = Literal[
+    "ok", "error", "denied", "timeout", "memory", "output", "disk", "cancelled", "killed"
+]
+Stream = Literal["stdout", "stderr"]
+OnOutput = Callable[[Stream, str], None]
 VerdictStatus = Status | Literal["passed", "failed"]
 
 
@@ -15,9 +21,9 @@ VerdictStatus = Status | Literal["passed", "failed"]
 class Limits:
     """Most that one run, or one session, may use; seconds, bytes and numbers.
 
-    `wall` is of a run, or of each snippet of a session; `cpu` of the process, so of a whole
-    session, rounded up to whole seconds; `disk` and `files` of the work folder; `output` of stdout
-    and of stderr each.
+    `wall`, `cpu` and `output` (of stdout and of stderr each) are of a run, or of each snippet of a
+    session. `disk` and `files` are of the work folder, `memory` and `threads` of the process.
+    `returned`: bytes of files that come back in a Result.
     """
 
     wall: float = 10.0
@@ -27,12 +33,13 @@ class Limits:
     disk: int = 64 * 2**20
     files: int = 256
     threads: int = 16
+    returned: int = 16 * 2**20
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
             low, high = _RANGES.get(f.name, (1, 2**40))
-            if not low <= value <= high:
+            if not isinstance(value, (int, float)) or not low <= value <= high:
                 raise UsageError(f"limit {f.name}={value} is not between {low:g} and {high:g}")
 
 
@@ -43,6 +50,7 @@ _RANGES = {
     "files": (0, 400),  # nested folders, at the worst: what takes them away again is recursive
     "output": (0, 2**30),
     "disk": (0, 2**40),
+    "returned": (0, 2**40),
 }
 
 
@@ -57,12 +65,15 @@ class Usage:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a run.
+    """What came of a run, or of a snippet.
 
     `status` is "ok"; "error": an uncaught exception or an exit status other than 0; "denied": the
     exception was a refused access; "timeout" (wall or CPU time), "memory", "output", "disk": a
-    limit was hit; "killed": a signal, as after a crash of the interpreter. `detail` says more in
-    one line. `truncated`: output beyond the limit was dropped. `mechanisms`: what held the code.
+    limit was hit; "cancelled": by the caller; "killed": a signal, as after a crash of the
+    interpreter. `detail` says more in one line. `truncated`: output beyond the limit was dropped.
+    `mechanisms`: what held the code. `value`: the last expression, as `repr` shows it; None where
+    there is none. `exit_status`: where the program ended by itself. `files`: those that it made or
+    changed; `left_out`: names of those that were not read, for size or for their modes.
     """
 
     status: Status
@@ -72,9 +83,15 @@ class Result:
     usage: Usage
     mechanisms: tuple[str, ...]
     detail: str = ""
+    value: str | None = None
+    exit_status: int | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Files as base64."""
+        coded = {name: base64.b64encode(data).decode() for name, data in self.files.items()}
+        return {**asdict(self), "files": coded}
 
 
 @dataclass(frozen=True)

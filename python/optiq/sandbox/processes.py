@@ -5,18 +5,22 @@ from __future__ import annotations
 import contextlib
 import secrets
 import socket
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from ..errors import SandboxError
 from . import folder
-from .child import Child, one_line, watch
+from .call import Call
+from .child import LAST, Child, one_line
 from .limits import Limits, Result, Usage, Verdict, VerdictStatus
+from .loop import watch
+from .session import ProcessSession
 
-_LAST = 10.0  # seconds for a killed process to be reported as ended
+_DAY = 86400.0
 _MOMENT = 1.0  # seconds for a candidate that is gone to end
 _LIMITS = ("timeout", "memory", "output", "disk", "killed")
 
@@ -29,7 +33,7 @@ class Jail(Protocol):
     @property
     def mechanisms(self) -> tuple[str, ...]: ...
 
-    def spawn(self, work: Path, limits: Limits, peer: socket.socket | None = None) -> Child: ...
+    def spawn(self, limits: Limits, peer: socket.socket | None = None) -> Child: ...
 
     def close(self) -> None: ...
 
@@ -40,15 +44,33 @@ class Processes:
     def __init__(self, jail: Jail, limits: Limits) -> None:
         self.jail = jail
         self.limits = limits
+        self._sessions: weakref.WeakSet[ProcessSession] = weakref.WeakSet()
 
-    def run(self, code: str, files: Mapping[str, bytes]) -> Result:
-        with self._child(files) as child:
-            child.send({"mode": "run", "code": code})
-            _finish([child], child, time.monotonic() + self.limits.wall)
-            return child.result(*child.verdict(), self.jail.mechanisms)
+    def run(
+        self,
+        code: str,
+        files: Mapping[str, bytes],
+        call: Call | None = None,
+        args: Sequence[str] = (),
+        stdin: bytes = b"",
+    ) -> Result:
+        call = call or Call()
+        limits = call.limits or self.limits
+        with self._child(limits, files) as child:
+            child.begin(limits, call.on_output)
+            with call.cancel.attached(child):
+                order = {"mode": "run", "code": code, "args": list(args)}
+                child.send(order | ({"stdin": stdin.hex()} if stdin else {}))
+                finish([child], child, time.monotonic() + limits.wall)
+            status, detail = child.verdict()
+            return child.result(status, detail, self.jail.mechanisms, child.exit_status)
 
-    def session(self, files: Mapping[str, bytes]) -> ProcessSession:
-        return ProcessSession(self, files)
+    def session(self, files: Mapping[str, bytes], limits: Limits | None = None) -> ProcessSession:
+        limits = limits or self.limits
+        child = self._spawn(replace(limits, cpu=_DAY), files)  # the host counts for each snippet
+        session = ProcessSession(child, limits, self.jail.mechanisms)
+        self._sessions.add(session)
+        return session
 
     def judge(self, code: str, check: str, entry: str) -> Verdict:
         """See `Sandbox.judge`. The test and its nonce go out once the candidate is imported."""
@@ -56,17 +78,24 @@ class Processes:
         ours, theirs = socket.socketpair()
         with contextlib.ExitStack() as stack:
             with ours, theirs:
-                candidate = stack.enter_context(self._child({}, ours))
-                tester = stack.enter_context(self._child({}, theirs))
+                candidate = stack.enter_context(self._child(self.limits, {}, ours))
+                tester = stack.enter_context(self._child(self.limits, {}, theirs))
             status, detail = self._outcome(candidate, tester, code, check, entry)
             both = [candidate, tester]
             for child in both:
                 child.kill()
-            watch(both, lambda: candidate.over and tester.over, _LAST)  # for what they used
+            ended = time.monotonic() + LAST  # for what they used
+            watch(both, lambda: candidate.over and tester.over, ended)
             ends = [child.exit or child.so_far() for child in both]
             cpu, memory = sum(e.cpu for e in ends), max(e.memory for e in ends)
             usage = Usage(time.monotonic() - start, cpu, memory)
             return Verdict(status, detail, usage, self.jail.mechanisms)
+
+    def close(self) -> None:
+        """End all processes and remove what they had."""
+        for session in list(self._sessions):
+            session.close()
+        self.jail.close()
 
     def _outcome(
         self, candidate: Child, tester: Child, code: str, check: str, entry: str
@@ -76,7 +105,7 @@ class Processes:
         candidate.send({"mode": "serve", "code": code, "entry": entry})
         _wait(both, candidate, "ready", deadline)
         if not candidate.says("ready"):
-            _finish(both, candidate, deadline)
+            finish(both, candidate, deadline)
             status, detail = candidate.verdict()
             if status == "ok":
                 return "error", "the code ended the process instead of defining a function"
@@ -86,13 +115,14 @@ class Processes:
         _wait(both, tester, "nonce", deadline)
         told = tester.says("nonce")
         if told is None or told["nonce"] != nonce:
-            _finish(both, tester, deadline)
+            finish(both, tester, deadline)
             status, detail = tester.verdict()
             return (status, detail) if status in _LIMITS else ("failed", "the test gave no verdict")
         if told.get("passed") is True and candidate.reason is None:
             return "passed", ""
-        if told.get("gone"):  # then the candidate's end says more
-            _finish(both, candidate, time.monotonic() + _MOMENT)
+        gone = bool(told.get("gone"))  # then the candidate's end says more
+        if gone and not watch(both, lambda: candidate.over, time.monotonic() + _MOMENT):
+            return "failed", one_line(told.get("detail", ""))
         status, detail = candidate.verdict()
         if candidate.exit is not None and status in _LIMITS:
             return status, detail
@@ -100,69 +130,39 @@ class Processes:
 
     @contextlib.contextmanager
     def _child(
-        self, files: Mapping[str, bytes], peer: socket.socket | None = None
+        self, limits: Limits, files: Mapping[str, bytes], peer: socket.socket | None = None
     ) -> Iterator[Child]:
         """A process in a work folder of its own; both are gone afterwards."""
-        if not self.jail.folder.exists():
-            raise SandboxError("the sandbox is closed; make another")
-        child = None
-        work = Path(tempfile.mkdtemp(dir=self.jail.folder))
+        child = self._spawn(limits, files, peer)
         try:
-            folder.fill(work, files)
-            child = self.jail.spawn(work, self.limits, peer)
             yield child
         finally:
-            if child is not None:
-                child.close()
-            folder.remove(work)
+            child.close()
 
-
-class ProcessSession:
-    """Snippets in one namespace of one process; its work folder lives as long."""
-
-    def __init__(self, processes: Processes, files: Mapping[str, bytes]) -> None:
-        self._limits = processes.limits
-        self._jail = processes.jail
-        self._stack = contextlib.ExitStack()
-        self._child = self._stack.enter_context(processes._child(files))
-        self._child.send({"mode": "session"})
-        _wait([self._child], self._child, "ready", time.monotonic() + _LAST)
-
-    @property
-    def alive(self) -> bool:
-        return self._child.exit is None and self._child.reason is None
-
-    def run(self, code: str) -> Result:
-        child = self._child
-        if not self.alive:
-            raise SandboxError("the session has ended with its process; start another")
-        child.restart()
-        deadline = time.monotonic() + self._limits.wall
-        child.send({"code": code})
-        _wait([child], child, "ready", deadline)
-        told = child.says("ready")
-        if told is None:
-            _finish([child], child, deadline)
-            status, detail = child.verdict()
-        else:
-            child.drain()
-            failed = told.get("code")
-            status, detail = child.reason or child.told(failed if isinstance(failed, int) else 1)
-        return child.result(status, detail, self._jail.mechanisms)
-
-    def close(self) -> None:
-        self._stack.close()
+    def _spawn(
+        self, limits: Limits, files: Mapping[str, bytes], peer: socket.socket | None = None
+    ) -> Child:
+        folder.check(files, limits)
+        if not self.jail.folder.exists():
+            raise SandboxError("the sandbox is closed; make another")
+        child = self.jail.spawn(limits, peer)
+        try:
+            folder.fill(child.folder, files)
+        except BaseException:
+            child.close()
+            raise
+        return child
 
 
 def _wait(children: list[Child], child: Child, key: str, deadline: float) -> None:
     """Until `child` has sent a message with this key, or has ended, or time is up."""
-    left = deadline - time.monotonic()
-    if not watch(children, lambda: child.over or child.says(key) is not None, left):
+    if not watch(children, lambda: child.over or child.says(key) is not None, deadline):
         child.end("timeout", f"more than {child.limits.wall:g} s")
 
 
-def _finish(children: list[Child], child: Child, deadline: float) -> None:
+def finish(children: list[Child], child: Child, deadline: float) -> None:
     """Until `child` has ended, by itself or at the deadline by us."""
-    if not watch(children, lambda: child.over, deadline - time.monotonic()):
+    if not watch(children, lambda: child.over, deadline):
         child.end("timeout", f"more than {child.limits.wall:g} s")
-        watch(children, lambda: child.over, _LAST)
+        watch(children, lambda: child.over, time.monotonic() + LAST)
+    child.look()

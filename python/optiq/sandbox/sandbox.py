@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal, Protocol, get_args
 
 from ..errors import SandboxUnavailable, UsageError
-from .limits import Limits, Result, Verdict
+from .call import Call, Cancel
+from .limits import Limits, OnOutput, Result, Verdict
 
 Level = Literal["interpreter", "process", "namespace"]
 NO_FILES: Mapping[str, bytes] = MappingProxyType({})
@@ -19,7 +20,15 @@ class _Session(Protocol):
     @property
     def alive(self) -> bool: ...
 
-    def run(self, code: str) -> Result: ...
+    def run(self, code: str, call: Call) -> Result: ...
+
+    def list(self) -> dict[str, int]: ...
+
+    def read(self, name: str) -> bytes: ...
+
+    def write(self, files: Mapping[str, bytes]) -> None: ...
+
+    def cancel(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -51,15 +60,30 @@ class Sandbox:
 
             self._interpreter = None
             self._processes = Processes(_jail(level), self.limits)
-            close = self._processes.jail.close
+            close = self._processes.close
         self._close = weakref.finalize(self, close)
 
-    def run(self, code: str, files: Mapping[str, bytes] = NO_FILES) -> Result:
+    def run(
+        self,
+        code: str,
+        files: Mapping[str, bytes] = NO_FILES,
+        *,
+        args: Sequence[str] = (),
+        stdin: bytes = b"",
+        limits: Limits | None = None,
+        on_output: OnOutput | None = None,
+        cancel: Cancel | None = None,
+    ) -> Result:
         """Run a program to its end, in a fresh process and a fresh work folder with `files`.
 
-        Whatever the code does is a Result. UsageError for a file name outside the folder.
+        `limits` stands in for the sandbox's. `on_output(stream, text)` is called as output
+        arrives, in this thread. Whatever the code does is a Result. UsageError for files that the
+        limits do not allow or whose names lead out of the folder.
         """
-        return (self._interpreter or self._processes).run(code, files)
+        call = Call(limits, on_output, cancel or Cancel())
+        if self._interpreter is not None:
+            return self._interpreter.run(code, files, call, args, stdin)
+        return self._processes.run(code, files, call, args, stdin)
 
     def judge(self, code: str, check: str, entry: str) -> Verdict:
         """Whether function `entry` of the untrusted `code` passes `check`, a trusted program.
@@ -74,12 +98,14 @@ class Sandbox:
             raise UsageError("level 'interpreter' judges no tests; take level='process'")
         return self._processes.judge(code, check, entry)
 
-    def session(self, files: Mapping[str, bytes] = NO_FILES) -> Session:
+    def session(
+        self, files: Mapping[str, bytes] = NO_FILES, *, limits: Limits | None = None
+    ) -> Session:
         """A process that keeps its variables and its work folder from one snippet to the next."""
-        return Session((self._interpreter or self._processes).session(files))
+        return Session((self._interpreter or self._processes).session(files, limits))
 
     def close(self) -> None:
-        """End all processes and remove the work folders."""
+        """End all processes, sessions too, and remove the work folders; from any thread."""
         self._close()
 
     def __enter__(self) -> Sandbox:
@@ -90,10 +116,11 @@ class Sandbox:
 
 
 class Session:
-    """Snippets that share variables; made by `Sandbox.session`.
+    """Snippets that share variables and a work folder; made by `Sandbox.session`.
 
-    A snippet that raises leaves the session alive. One that hits a limit or ends the process ends
-    the session too: then `alive` is False and `run` raises SandboxError.
+    A snippet that raises leaves the session alive, and so does one that is interrupted at a limit
+    of time or output. One that ends the process ends the session: then `alive` is False and `run`
+    raises SandboxError. Any thread may use a session; snippets of several wait for each other.
     """
 
     def __init__(self, session: _Session) -> None:
@@ -103,11 +130,38 @@ class Session:
     def alive(self) -> bool:
         return self._session.alive
 
-    def run(self, code: str) -> Result:
-        """Run one snippet. `usage.cpu` and `usage.memory` are of the session so far."""
-        return self._session.run(code)
+    def run(
+        self,
+        code: str,
+        *,
+        limits: Limits | None = None,
+        on_output: OnOutput | None = None,
+        cancel: Cancel | None = None,
+    ) -> Result:
+        """Run one snippet. `usage.cpu` and `usage.memory` are of the session so far.
+
+        `limits` may differ from the session's in `wall`, `cpu`, `output` and `returned`.
+        """
+        return self._session.run(code, Call(limits, on_output, cancel or Cancel()))
+
+    def list(self) -> dict[str, int]:
+        """The files of the work folder, and their sizes in bytes."""
+        return self._session.list()
+
+    def read(self, name: str) -> bytes:
+        """A file of the work folder; SandboxError where there is no such file."""
+        return self._session.read(name)
+
+    def write(self, files: Mapping[str, bytes]) -> None:
+        """Put files into the work folder, over what is there under their names."""
+        self._session.write(files)
+
+    def cancel(self) -> None:
+        """Interrupt the snippet that runs; from any thread."""
+        self._session.cancel()
 
     def close(self) -> None:
+        """End the session, and the snippet that runs; from any thread."""
         self._session.close()
 
     def __enter__(self) -> Session:

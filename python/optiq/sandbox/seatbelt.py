@@ -10,7 +10,6 @@ import ctypes
 import json
 import os
 import shutil
-import signal
 import socket
 import struct
 import subprocess
@@ -76,23 +75,25 @@ class Watched(Child):
         super().__init__(*child)
         self._process = process
 
-    def kill(self) -> None:
+    def signal(self, number: int) -> None:
         if self.exit is None:  # then nobody has waited for it, and the number is still its own
-            os.kill(self._process.pid, signal.SIGKILL)
+            os.kill(self._process.pid, number)
 
     def tick(self) -> None:
         super().tick()
-        _, entries = folder.used(self.work)
+        self._reap(os.WNOHANG)
+
+    def look(self) -> None:
+        super().look()
+        _, entries = folder.used(self.folder)
         if entries > self.limits.files:
             self.end("disk", f"more than {self.limits.files} files")
         if _footprint(self._process.pid) > self.limits.memory:
             self.end("memory", f"more than {self.limits.memory} bytes of memory")
-        self._reap(os.WNOHANG)
 
     def close(self) -> None:
         super().close()
-        if self.exit is None:
-            self._reap(0)
+        folder.remove(self.work)
 
     def _reap(self, options: int) -> None:
         if self.exit is not None:
@@ -113,8 +114,9 @@ class SeatbeltJail:
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="optiq-sandbox-")).resolve()
 
-    def spawn(self, work: Path, limits: Limits, peer: socket.socket | None = None) -> Watched:
+    def spawn(self, limits: Limits, peer: socket.socket | None = None) -> Watched:
         """A process that waits for its order over its channel."""
+        work = Path(tempfile.mkdtemp(dir=self.folder))
         ours, theirs = socket.socketpair()
         numbers = [theirs.fileno(), peer.fileno() if peer else -1]
         order = json.dumps({"work": str(work), "limits": asdict(limits)})
@@ -131,6 +133,7 @@ class SeatbeltJail:
             )
         except OSError as error:
             ours.close()
+            folder.remove(work)
             raise SandboxUnavailable(f"no jail: {error}") from error
         finally:
             theirs.close()
@@ -139,20 +142,21 @@ class SeatbeltJail:
         out, err = os.dup(process.stdout.fileno()), os.dup(process.stderr.fileno())
         process.stdout.close()
         process.stderr.close()
-        child = Watched(process, work, limits, out, err, ours)
+        inside = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
+        child = Watched(process, work, inside, limits, out, err, ours)
         ours.settimeout(_PATIENCE)
         try:
             told = wire.first(ours)
             if not told.get("locked") or not self.confined(process.pid):
                 raise SandboxUnavailable(f"no jail: {told.get('unlocked', 'the system says so')}")
         except (OSError, EOFError, wire.WireError) as error:
-            child.kill()  # then there is an end to what it says
-            reason = os.read(err, 300).decode(errors="replace").strip()
-            child.close()
+            child.close()  # then there is an end to what it says
+            reason = child.err.text().strip()
             raise SandboxUnavailable(f"no jail: {reason or error}") from error
         except SandboxUnavailable:
             child.close()
             raise
+        ours.setblocking(False)
         return child
 
     def wrapping(self, work: Path) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import ctypes
+import errno
 import math
 import os
 import resource
@@ -20,11 +21,13 @@ from . import seccomp
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
+_CAP_SYS_ADMIN = 1 << 21
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_CAPBSET_DROP, _PR_CAP_AMBIENT = 1, 38, 24, 47
 _CAPABILITY_VERSION = 0x20080522
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446  # on both architectures
 _SECCOMP = {"x86_64": 317, "aarch64": 277}
 _FILTER, _NEW_LISTENER = 1, 8
+_WAIT_KILLABLE = 32  # a question that was taken is not withdrawn by a signal; Linux 5.19
 
 # Landlock's rights by the version of its interface that brought them.
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
@@ -43,8 +46,11 @@ def landlock_version() -> int:
     return max(0, int(_libc.syscall(_LANDLOCK_CREATE, None, ctypes.c_size_t(0), 1)))
 
 
-def drop_privileges() -> None:
-    """Give up all capabilities for good, in every set; a program with setuid gives none back."""
+def drop_privileges(mounting: bool = False) -> None:
+    """Give up all capabilities for good, in every set; a program with setuid gives none back.
+
+    `mounting` keeps the one of the own namespace that lets a fork mount its work folder.
+    """
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     _prctl(_PR_CAP_AMBIENT, 4)  # clear all
     # Only a privileged process may empty the bounding set, and only for it does the set matter.
@@ -52,7 +58,8 @@ def drop_privileges() -> None:
         if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0):
             break
     header = struct.pack("=Ii", _CAPABILITY_VERSION, 0)
-    _check(_libc.capset(header, bytes(24)), "capset")
+    kept = _CAP_SYS_ADMIN if mounting else 0
+    _check(_libc.capset(header, struct.pack("=6I", kept, kept, 0, 0, 0, 0)), "capset")
 
 
 def die_with_parent() -> None:
@@ -113,16 +120,29 @@ def _allow_beneath(ruleset: int, path: str, rights: int) -> None:
     os.close(place)
 
 
-def filter_calls(channel: int) -> None:
-    """Both filters; the descriptor on which the host answers goes to it over `channel`."""
-    machine = _architecture()
-    listener = _install(seccomp.counted(machine), _NEW_LISTENER)
+def ask_host(channel: int, entries: bool) -> None:
+    """From now on the host is asked about some calls; `entries`: of new files and folders, too.
+
+    The descriptor on which it answers goes to it over `channel`, and with it one of the work
+    folder. Before `limit`: the kernel allows a user no more descriptors under way than the sender
+    may have open.
+    """
+    work = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    program = seccomp.counted(_architecture(), entries)
+    listener = _install(program, _NEW_LISTENER | _WAIT_KILLABLE)
+    if listener < 0 and ctypes.get_errno() == errno.EINVAL:
+        listener = _install(program, _NEW_LISTENER)
     _check(listener, "seccomp listener")
     with socket.socket(fileno=os.dup(channel)) as host:
-        rights = array.array("i", [listener])
+        rights = array.array("i", [listener, work])
         host.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
     os.close(listener)
-    _check(_install(seccomp.allow_list(machine, os.getpid()), 0), "seccomp")
+    os.close(work)
+
+
+def filter_calls() -> None:
+    """Refuse every call that is not on the list."""
+    _check(_install(seccomp.allow_list(_architecture(), os.getpid()), 0), "seccomp")
 
 
 def _architecture() -> str:

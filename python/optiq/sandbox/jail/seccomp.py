@@ -85,6 +85,8 @@ _UNCONDITIONAL = """
     epoll_wait
 """
 
+# Done by the host. The other filter lets them pass, since of two answers the stricter counts.
+ON_BEHALF = ("chmod", "fchmod", "fchmodat", "utimensat", "readlink", "readlinkat")
 # With the number of another process they would tell whether there is one.
 _OF_A_PROCESS = ("getpgid", "getsid", "sched_getaffinity")
 # shutil.copy2 goes on without attributes where there are none.
@@ -113,6 +115,7 @@ def _conditional(pid: int) -> dict[str, list[Rule]]:
         "recvfrom": [Rule(ALLOW, (Test(3, [0], _MSG_OOB),))],
         **{call: [Rule(ALLOW, (Test(0, [0, pid]),))] for call in _OF_A_PROCESS},
         **{call: [Rule(UNSUPPORTED)] for call in _ATTRIBUTES},
+        **{call: [Rule()] for call in ON_BEHALF},
         "clone3": [Rule(ABSENT)],
         "openat2": [Rule(ABSENT)],
     }
@@ -123,12 +126,18 @@ def allow_list(architecture: str, pid: int) -> bytes:
     return _program(architecture, _UNCONDITIONAL, _conditional(pid), REFUSE)
 
 
-def counted(architecture: str) -> bytes:
-    """The filter that asks the host before a file, a folder or a thread comes to be."""
+def counted(architecture: str, entries: bool) -> bytes:
+    """The filter that asks the host before a thread or, with `entries`, a file or folder is made.
+
+    And it asks the host to change modes and times and to read links, which the host does itself,
+    and for the work folder only: the kernel would do it wherever the user may.
+    """
     ask = [Rule(NOTIFY)]
-    rules = dict.fromkeys(("mkdir", "mkdirat", "symlink", "symlinkat"), ask)
-    rules["openat"] = [Rule(NOTIFY, (Test(2, [O_CREAT], O_CREAT),))]
+    rules = dict.fromkeys(ON_BEHALF, ask)
     rules["clone"] = [Rule(NOTIFY, (Test(0, [CLONE_THREAD], CLONE_THREAD),))]
+    if entries:
+        rules |= dict.fromkeys(("mkdir", "mkdirat", "symlink", "symlinkat"), ask)
+        rules["openat"] = [Rule(NOTIFY, (Test(2, [O_CREAT], O_CREAT),))]
     return _program(architecture, "", rules, ALLOW)
 
 

@@ -27,7 +27,8 @@ X86_64 = _table(
     prctl=157 clone3=435 openat2=437 renameat=264 stat=4 lstat=6 access=21 pipe=22 select=23
     dup2=33 pause=34 alarm=37 getrlimit=97 rename=82 mkdir=83 rmdir=84 unlink=87 symlink=88
     getpgrp=111 arch_prctl=158 time=201 epoll_wait=232 getxattr=191 lgetxattr=192 fgetxattr=193
-    listxattr=194 llistxattr=195 flistxattr=196
+    listxattr=194 llistxattr=195 flistxattr=196 chmod=90 fchmod=91 fchmodat=268
+    utimensat=280 readlink=89 readlinkat=267
     """
 )
 
@@ -49,6 +50,6 @@ AARCH64 = _table(
     pipe2=59 preadv=69 pwritev=70 prlimit64=261 getrandom=278 copy_file_range=285 preadv2=286
     pwritev2=287 statx=291 rseq=293 faccessat2=439 close_range=436 epoll_pwait2=441 prctl=167
     clone3=435 openat2=437 renameat=38 getxattr=8 lgetxattr=9 fgetxattr=10 listxattr=11
-    llistxattr=12 flistxattr=13
+    llistxattr=12 flistxattr=13 fchmod=52 fchmodat=53 utimensat=88 readlinkat=78
     """
 )

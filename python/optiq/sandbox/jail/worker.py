@@ -16,19 +16,14 @@ from __future__ import annotations
 import atexit
 import builtins
 import contextlib
-import errno
-import linecache
 import os
 import sys
 import threading
-import traceback
-import types
 from typing import Any, NoReturn
 
-from . import wire
+from . import policy, program, wire
 
 CHANNEL, PEER = 3, 4  # descriptors: to the host; between a candidate and its test
-_NAME = "main.py"
 
 
 def obey() -> NoReturn:
@@ -36,42 +31,65 @@ def obey() -> NoReturn:
     code = 1
     try:
         order = wire.receive(CHANNEL)
+        policy.install()
         code = _MODES[order["mode"]](order)
     except BaseException as error:
-        _print_traceback(error)
+        program.print_traceback(error)
     finally:
         os._exit(code)
 
 
 def _run(order: dict[str, Any]) -> int:
-    """The exit status of the program; how an uncaught exception ended it goes to the host."""
-    code = _execute(order["code"], _main())
+    """The exit status of the program; how it ended goes to the host."""
+    if "stdin" in order:
+        _read_from(bytes.fromhex(order["stdin"]))
+    ended = program.execute(order["code"], program.main_module(order["args"]))
+    wire.send(CHANNEL, ended)
     _last_words()
-    return code
+    return int(ended["code"])
+
+
+def _read_from(data: bytes) -> None:
+    """Make it the standard input: a file without a name, under the limits of the work folder."""
+    name = ".stdin"
+    file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    os.unlink(name)
+    wire.write(file, data)
+    os.lseek(file, 0, os.SEEK_SET)
+    os.dup2(file, 0)
+    os.close(file)
 
 
 def _session(order: dict[str, Any]) -> int:
-    """After each snippet, its number and how it ended."""
-    module = _main()
-    cell = code = 0
+    """After each snippet the nonce that came with it, and how it ended."""
+    module = program.main_module([])
+    cell, ended = 0, {"code": 0}
     while True:
-        wire.send(CHANNEL, {"ready": cell, "code": code})
+        wire.send(CHANNEL, {"ready": order["nonce"], **ended})
         try:
-            source = wire.receive(CHANNEL)["code"]
+            order = wire.receive(CHANNEL)
         except EOFError:
             return 0
         cell += 1
-        code = _execute(source, module, f"<cell {cell}>")
+        program.allow_interrupts()
+        ended = program.execute(order["code"], module, f"<cell {cell}>")
         _flush()
 
 
 def _serve(order: dict[str, Any]) -> int:
-    module = _main()
-    code = _execute(order["code"], module, quiet=True)
+    module = program.main_module([])
+    try:
+        program.show(order["code"], program.NAME)
+        exec(compile(order["code"], program.NAME, "exec", dont_inherit=True), module.__dict__)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        wire.send(CHANNEL, program.failure(error, quiet=True))
+        return 1
     entry = module.__dict__.get(order["entry"])
-    if code or not callable(entry):
-        if not code:
-            wire.send(CHANNEL, {"status": "error", "detail": f"{order['entry']} is no function"})
+    if not callable(entry):
+        detail = f"{order['entry']} is not a function"
+        wire.send(CHANNEL, {"status": "error", "detail": detail})
         return 1
     wire.send(CHANNEL, {"ready": 0})
     while True:
@@ -85,7 +103,7 @@ def _serve(order: dict[str, Any]) -> int:
         except (KeyboardInterrupt, SystemExit):
             return 1
         except BaseException as error:
-            answer = wire.encode({"error": type(error).__name__, "detail": _text(error)})
+            answer = wire.encode({"error": type(error).__name__, "detail": program.text(error)})
         wire.write(PEER, answer)
 
 
@@ -97,16 +115,16 @@ def _packed(value: Any) -> Any:
 
 
 def _check(order: dict[str, Any]) -> int:
-    module = _main()
+    module = program.main_module([])
     candidate = Candidate()
     verdict: dict[str, Any] = {"nonce": order["nonce"], "passed": False}
     try:
-        exec(compile(order["check"], "check.py", "exec"), module.__dict__)
+        exec(compile(order["check"], "check.py", "exec", dont_inherit=True), module.__dict__)
         module.__dict__[order["entry"]] = candidate  # some tests call it by its own name
         module.__dict__["check"](candidate)
         verdict["passed"] = not candidate.gone
     except BaseException as error:
-        verdict["detail"] = _line(error)
+        verdict["detail"] = program.line(error)
     if candidate.gone:
         verdict |= {"detail": candidate.gone, "gone": True}
     wire.send(CHANNEL, verdict)
@@ -153,74 +171,13 @@ def _made(kind: type[Exception], detail: str) -> Exception:
         return RuntimeError(detail)
 
 
-def _main() -> types.ModuleType:
-    """A fresh `__main__`."""
-    module = types.ModuleType("__main__")
-    module.__dict__["__builtins__"] = builtins
-    sys.modules["__main__"] = module
-    sys.argv = [_NAME]
-    return module
-
-
-def _execute(code: str, module: types.ModuleType, name: str = _NAME, quiet: bool = False) -> int:
-    """The exit status; the host is told about an exception, the traceback goes to stderr."""
-    linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
-    try:
-        exec(compile(code, name, "exec"), module.__dict__)
-    except SystemExit as stop:
-        if quiet:
-            raise
-        return _exit_status(stop)
-    except BaseException as error:
-        status = "error"
-        if isinstance(error, MemoryError):
-            status = "memory"
-        elif isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EACCES):
-            status = "denied"
-        if not quiet:
-            _print_traceback(error)
-        wire.send(CHANNEL, {"status": status, "detail": _line(error)})
-        return 1
-    return 0
-
-
-def _exit_status(stop: SystemExit) -> int:
-    """As the interpreter has it: none is 0, a number is itself, anything else is printed."""
-    if stop.code is None:
-        return 0
-    if isinstance(stop.code, int):
-        return stop.code & 0xFF
-    print(stop.code, file=sys.stderr)
-    return 1
-
-
-def _print_traceback(error: BaseException) -> None:
-    """Without the frames of this file."""
-    trace = error.__traceback__
-    try:
-        traceback.print_exception(type(error), error, trace.tb_next if trace else None)
-    except BaseException:  # its __str__ or __repr__ failed, or stderr is closed
-        os.write(2, f"{type(error).__name__}\n".encode())
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {_text(error)}".split())[:500].rstrip(": ")
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return f"{error}"
-    except BaseException:  # untrusted, like everything about it
-        return ""
-
-
 def _last_words() -> None:
     """What the interpreter does at its end: other threads, atexit, what is still buffered."""
     try:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
     except BaseException as error:
-        _print_traceback(error)
+        program.print_traceback(error)
     _flush()
 
 

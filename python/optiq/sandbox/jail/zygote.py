@@ -1,10 +1,10 @@
 """A Python that has given up its privileges and forks a locked-in worker for each order.
 
-Started by the host with the number of a socket and, as JSON, the paths that workers may read. It
-never runs untrusted code itself. An order is one packet with the work folder, the limits and the
-worker's descriptors: stdout, stderr, the channel, a socket for reports and, for a candidate and
-its test, their common one. Over the report socket go a handle of the worker that its host can
-kill it by, and at its end how it ended and what it used.
+Started by the host with the number of a socket and, as JSON, a `Setup`. It never runs untrusted
+code itself. An order is one packet with the work folder, the limits and the worker's descriptors:
+stdout, stderr, the channel, a socket for reports and, for a candidate and its test, their common
+one. Over the report socket go a handle of the worker that its host can kill it by, and at its end
+how it ended and what it used; or why there is no worker.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import os
 import select
 import signal
 import socket
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from . import linux, wire, worker
+from . import linux, mounts, wire, worker
 
 # What programs import most, so that a worker, which inherits what is loaded, need not.
 _POPULAR = ("collections", "copy", "functools", "heapq", "itertools", "math", "string", "typing")
@@ -28,65 +29,95 @@ _FIRST_FREE = 5  # descriptors a worker keeps: 0 to worker.PEER
 PACKET = 2**16
 
 
-def main(control: str, readable_paths: str) -> NoReturn:
+@dataclass(frozen=True)
+class Setup:
+    """What all workers of a zygote have in common.
+
+    They may read `readable`. `place` is where each mounts its work folder, "" where they shall use
+    the folders that the host makes; `inside`: bubblewrap has made the namespaces already.
+    """
+
+    readable: list[str]
+    place: str
+    inside: bool
+
+
+def main(control: str, setup: str) -> NoReturn:
     """Serve the host until it closes."""
-    host, readable = socket.socket(fileno=int(control)), json.loads(readable_paths)
-    linux.drop_privileges()
+    host, common = socket.socket(fileno=int(control)), Setup(**json.loads(setup))
+    mounting = bool(common.place) and mounts.possible(common.place, common.inside)
+    if mounting:
+        mounts.enter(common.inside)
+    linux.drop_privileges(mounting)
     for name in _POPULAR:
         importlib.import_module(name)
     gc.freeze()  # so that a collection in a worker copies none of these pages
-    host.send(json.dumps({"landlock": linux.landlock_version()}).encode())
+    hello = {"landlock": linux.landlock_version(), "mounting": mounting}
+    host.send(json.dumps(hello).encode())
     reports: dict[int, tuple[int, socket.socket]] = {}  # by handle: process id, socket
+    poll = select.poll()
+    poll.register(host.fileno(), select.POLLIN)
     while True:
-        ready, _, _ = select.select([host.fileno(), *reports], [], [])
-        for handle in ready:
+        for handle, _ in poll.poll():
             if handle in reports:
+                poll.unregister(handle)
                 _report(handle, *reports.pop(handle))
                 continue
             packet, descriptors, _, _ = socket.recv_fds(host, PACKET, 8)
             if not packet:  # the host has closed, or is no more: so end we, and with us the workers
                 os._exit(0)
-            order = json.loads(packet)
-            pid = os.fork()
-            if pid == 0:
-                _work(order, descriptors, readable)
-            process = os.pidfd_open(pid)
             out, err, channel, report, *peer = descriptors
-            for descriptor in (out, err, channel, *peer):
-                os.close(descriptor)
             reporter = socket.socket(fileno=report)
+            try:
+                pid = os.fork()
+                if pid == 0:
+                    _work(json.loads(packet), [out, err, channel, *peer], common, mounting)
+                process = os.pidfd_open(pid)
+            except OSError as error:  # there are too many processes or descriptors
+                with reporter, contextlib.suppress(OSError):
+                    reporter.send(f"{error}".encode())
+                continue
+            finally:
+                for descriptor in (out, err, channel, *peer):
+                    os.close(descriptor)
             reports[process] = (pid, reporter)
+            poll.register(process, select.POLLIN)
             try:
                 socket.send_fds(reporter, [b"\0"], [process])
             except OSError:  # the host is not interested any more
                 os.kill(pid, signal.SIGKILL)
 
 
-def _work(order: dict[str, Any], descriptors: list[int], readable: list[str]) -> NoReturn:
+def _work(order: dict[str, Any], descriptors: list[int], common: Setup, mounting: bool) -> NoReturn:
     """In the fork: lock the process in, say so, and do what the host orders."""
     try:
         linux.die_with_parent()
-        out, err, channel, _, *peer = [fcntl.fcntl(d, fcntl.F_DUPFD, 100) for d in descriptors]
+        out, err, channel, *peer = [fcntl.fcntl(d, fcntl.F_DUPFD, 100) for d in descriptors]
         null = os.open(os.devnull, os.O_RDONLY)
         for source, target in zip(
             (null, out, err, channel, *peer), range(_FIRST_FREE), strict=False
         ):
             os.dup2(source, target)
         os.closerange(_FIRST_FREE if peer else _FIRST_FREE - 1, 1 << 20)
-        _lock_in(order, readable)
+        _lock_in(order, common, mounting)
         worker.obey()
     finally:
         os._exit(1)
 
 
-def _lock_in(order: dict[str, Any], readable: list[str]) -> None:
+def _lock_in(order: dict[str, Any], common: Setup, mounting: bool) -> None:
+    work, limits = order["work"], order["limits"]
     try:
-        os.chdir(order["work"])
+        if mounting:
+            mounts.mount(work, limits["disk"], limits["files"])
+            linux.drop_privileges()
+        os.chdir(work)
         os.umask(0o077)
-        os.environ.update(HOME=order["work"], TMPDIR=order["work"])
-        linux.limit(order["limits"])
-        version = linux.landlock(order["work"], readable)
-        linux.filter_calls(worker.CHANNEL)
+        os.environ.update(HOME=work, TMPDIR=work)
+        version = linux.landlock(work, common.readable)
+        linux.ask_host(worker.CHANNEL, entries=not mounting)
+        linux.limit(limits)
+        linux.filter_calls()
     except BaseException as error:
         wire.send(worker.CHANNEL, {"unlocked": f"{type(error).__name__}: {error}"})
         raise

@@ -1,0 +1,158 @@
+"""Snippets in one namespace of one process, which is frozen between them."""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ..errors import SandboxError, UsageError
+from . import folder
+from .call import CANCELLED, Call
+from .child import LAST, Child
+from .limits import Limits, Result, Status
+from .loop import watch
+
+_GRACE = 1.0  # seconds for an interrupted snippet to end
+_FREEZE = 1.0  # seconds for threads to stop; they do within microseconds
+
+
+class ProcessSession:
+    """A session's process; any thread may use it, one at a time.
+
+    Between snippets all its threads are stopped (SIGSTOP, which no process can refuse), so nothing
+    is written, counted or said that no snippet is charged with. Every snippet has a nonce of the
+    host's, so that what was said before it cannot be taken for its end.
+    """
+
+    def __init__(self, child: Child, limits: Limits, mechanisms: tuple[str, ...]) -> None:
+        self.limits = limits
+        self._mechanisms = mechanisms
+        self._child = child
+        self._turn = threading.Lock()  # held while descriptors of the child are used
+        self._state = threading.Lock()
+        self._running = False
+        self._release = weakref.finalize(self, child.close)
+        child.gentle = True
+        nonce = secrets.token_hex(16)
+        child.send({"mode": "session", "nonce": nonce})
+        child.begin(limits, None)
+        if not watch(
+            [child], lambda: child.over or child.answer(nonce) is not None, time.monotonic() + LAST
+        ):
+            child.end("timeout", "the session does not start")
+        self._freeze()
+
+    @property
+    def alive(self) -> bool:
+        return not (self._child.closing or self._child.exit or self._child.reason)
+
+    def run(self, code: str, call: Call | None = None) -> Result:
+        """One snippet. At a limit of time or output it is interrupted, and killed if it goes on."""
+        call = call or Call()
+        limits = self._allowed(call.limits)
+        with self._turn:
+            if not self.alive:
+                raise SandboxError("the session has ended with its process; start another")
+            child = self._child
+            child.begin(limits, call.on_output)
+            self._mark(running=True)
+            try:
+                with call.cancel.attached(child):
+                    status, detail, code_ = self._snippet(code, limits)
+            finally:
+                self._mark(running=False)
+            return child.result(status, detail, self._mechanisms, code_)
+
+    def list(self) -> dict[str, int]:
+        """The files of the work folder and their sizes."""
+        with self._turn:
+            return {f.name: f.size for f in folder.files(self._open()).values()}
+
+    def read(self, name: str) -> bytes:
+        with self._turn:
+            return folder.read(self._open(), name, self.limits.disk)
+
+    def write(self, files: Mapping[str, bytes]) -> None:
+        folder.check(files, self.limits)
+        with self._turn:
+            folder.fill(self._open(), files)
+            self._child.look()
+
+    def cancel(self) -> None:
+        """Interrupt the snippet that runs, if one does; from any thread."""
+        with self._state:
+            if self._running:
+                self._child.cancelled = CANCELLED
+
+    def close(self) -> None:
+        """End the process, also while another thread waits for a snippet of it."""
+        self._child.closing = True
+        with self._turn:
+            self._release()
+
+    def _mark(self, running: bool) -> None:
+        with self._state:
+            self._running = running
+            self._child.cancelled = ""
+
+    def _open(self) -> int:
+        if self._child.closing:
+            raise SandboxError("the session is closed; start another")
+        return self._child.folder
+
+    def _allowed(self, limits: Limits | None) -> Limits:
+        """UsageError where limits differ in what a living process cannot change."""
+        if limits is None:
+            return self.limits
+        own = self.limits
+        same = replace(limits, wall=own.wall, cpu=own.cpu, output=own.output, returned=own.returned)
+        if same != own:
+            raise UsageError("a snippet may have its own wall, cpu, output and returned, no more")
+        return limits
+
+    def _snippet(self, source: str, limits: Limits) -> tuple[Status, str, int | None]:
+        """(status, detail, exit status where it ended by itself)."""
+        child = self._child
+        nonce = secrets.token_hex(16)
+        child.cpu_until = child.so_far().cpu + limits.cpu
+        child.send({"code": source, "nonce": nonce})
+        child.signal(signal.SIGCONT)
+
+        def done() -> bool:
+            return child.over or child.answer(nonce) is not None
+
+        deadline = time.monotonic() + limits.wall
+        if not watch([child], lambda: done() or child.overdue is not None, deadline):
+            child.stop("timeout", f"more than {limits.wall:g} s")
+        if not done() and child.overdue is not None:
+            child.signal(signal.SIGINT)
+            if not watch([child], done, time.monotonic() + _GRACE):
+                child.end(*child.overdue)
+        if child.answer(nonce) is None or child.over:
+            watch([child], lambda: child.over, time.monotonic() + LAST)
+            return *child.verdict(), child.exit_status
+        self._freeze()
+        child.drain()
+        child.look()
+        if child.reason is not None:
+            return *child.reason, None
+        if child.overdue is not None:
+            status, detail = child.overdue
+            return status, f"{detail}; the snippet was interrupted, the session goes on", None
+        code = (child.answer(nonce) or {}).get("code")
+        code = code if isinstance(code, int) else 1
+        return *child.told(code), code
+
+    def _freeze(self) -> None:
+        self._child.signal(signal.SIGSTOP)
+        patience = time.monotonic() + _FREEZE
+        while not self._child.frozen():
+            if time.monotonic() > patience:
+                self._child.end("killed", "its threads do not stop")
+                return
+            time.sleep(1e-4)
