@@ -7,46 +7,23 @@ under the eyes of the watcher; `held` names what must be true of the end.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from optiq.errors import UsageError
-from optiq.sandbox import Limits, Sandbox
-from optiq.sandbox.kernel_jail import KernelJail
-from optiq.sandbox.processes import Processes
+from optiq.sandbox import Sandbox
+from tests.sandbox.conftest import BOUNDS
 from tests.sandbox.holding import holding
 from tests.sandbox.levels import process_level
 
 pytestmark = process_level()
 MB = 2**20
-LIMITS = Limits(wall=3, cpu=3, memory=256 * MB, output=MB, disk=8 * MB, files=20, threads=6)
+LIMITS = BOUNDS
 LIBC = "import ctypes, os, time\nlibc = ctypes.CDLL(None, use_errno=True)\n"
 
 
 IDENTITY = "def check(f): assert f(3) == 3"
-
-
-@pytest.fixture(scope="module")
-def box() -> Iterator[Sandbox]:
-    with Sandbox(LIMITS) as sandbox:
-        yield sandbox
-
-
-@pytest.fixture(scope="module")
-def watched() -> Iterator[Sandbox]:
-    """As where the kernel allows no namespaces: the host looks at the work folder."""
-    with Sandbox(LIMITS) as sandbox:
-        sandbox._processes = Processes(KernelJail(False, mounts=False), LIMITS)
-        yield sandbox
-        sandbox._processes.close()
-
-
-@pytest.fixture(params=["box", "watched"])
-def both(request: pytest.FixtureRequest) -> Sandbox:
-    sandbox: Sandbox = request.getfixturevalue(request.param)
-    return sandbox
 
 
 REFUSED = {

@@ -16,6 +16,7 @@ from optiq.sandbox import Limits, Sandbox, bubblewrap, cpython, mechanisms
 from optiq.sandbox.jail import linux
 from optiq.sandbox.kernel_jail import KernelJail
 from optiq.sandbox.processes import Processes
+from tests.sandbox.conftest import open_descriptors
 from tests.sandbox.levels import process_level
 
 pytestmark = process_level()
@@ -363,17 +364,13 @@ def test_closing_ends_processes_and_removes_folders() -> None:
 
 def test_descriptors_do_not_leak(box: Sandbox) -> None:
     box.run("")
-    before = _open_descriptors()
+    before = open_descriptors()
     for _ in range(5):
         box.run("1")
         with box.session() as session:
             session.run("import os; os._exit(1)")
         box.judge("def f(x): return x", "def check(c): assert c(1) == 1", "f")
-    assert _open_descriptors() == before
-
-
-def _open_descriptors() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
+    assert open_descriptors() == before
 
 
 @pytest.mark.parametrize("limit", [{"wall": 0}, {"memory": 1}, {"files": 10**6}, {"threads": 0}])

@@ -142,13 +142,17 @@ class Child:
 
     def tick(self) -> None:
         """Look at what no event tells of."""
+        self.heed()
+        if self.cpu_until is not None and self.so_far().cpu > self.cpu_until:
+            self.stop("timeout", f"more than {self.limits.cpu:g} s of CPU time")
+        self.look()
+
+    def heed(self) -> None:
+        """Stop where another thread asks for it."""
         if self.closing:
             self.end("cancelled", "the session was closed")
         if self.cancelled:
             self.stop("cancelled", self.cancelled)
-        if self.cpu_until is not None and self.so_far().cpu > self.cpu_until:
-            self.stop("timeout", f"more than {self.limits.cpu:g} s of CPU time")
-        self.look()
 
     def look(self) -> None:
         """End it if its work folder is above the limit, where the kernel does not see to that."""

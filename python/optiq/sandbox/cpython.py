@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import mimetypes
 import os
 import sys
 import sysconfig
+import zoneinfo
 from pathlib import Path
 
 HERE = str(Path(__file__).parent)  # where the package `jail` lies
 
 # Nothing of the caller's environment comes along. The hash seed makes runs repeatable.
-ENVIRONMENT = {
+_ENVIRONMENT = {
     "LANG": "C.UTF-8",
+    "LOGNAME": "sandbox",
+    "MPLBACKEND": "agg",
     "PYTHONHASHSEED": "0",
     "PYTHONUTF8": "1",
     "MALLOC_ARENA_MAX": "1",  # else every thread reserves 64 MB of the memory limit
+    "OMP_NUM_THREADS": "1",  # and no threads are there when programs are forked
+    "OPENBLAS_NUM_THREADS": "1",
 }
+
+
+def environment(fonts: Path | None = None) -> dict[str, str]:
+    """Of the processes of a jail; matplotlib, imported beforehand, keeps its list in `fonts`."""
+    return {**_ENVIRONMENT, **({"MPLCONFIGDIR": str(fonts)} if fonts else {})}
 
 
 def executable() -> str:
@@ -40,7 +51,7 @@ def readable() -> list[str]:
     for path in _mapped():
         if Path(path).name.startswith(("libc.so", "libc-", "libpython", "ld-")):
             paths.add(str(Path(path).parent))
-    paths.add("/etc/ld.so.cache")
+    paths |= {"/etc/ld.so.cache", *zoneinfo.TZPATH, *map(str, mimetypes.knownfiles)}
     return sorted({os.path.realpath(path) for path in paths if path and Path(path).exists()})
 
 

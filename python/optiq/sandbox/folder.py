@@ -154,6 +154,8 @@ def changed(
     for name, found in files(folder).items():
         if name in before and before[name].mark == found.mark:
             continue
+        if name.startswith(".") or "/." in name:  # what libraries keep for themselves
+            continue
         try:
             if found.size > most:
                 raise ValueError("too large")

@@ -23,6 +23,7 @@ from .jail import wire
 from .jail.zygote import PACKET, Setup
 from .limits import Limits
 from .own_files import OwnFiles
+from .packages import NO_PACKAGES, Packages
 
 _PATIENCE = 30.0  # seconds for a process to start on a busy machine
 
@@ -37,6 +38,7 @@ class Worker(Child):
         listener: int,
         report: socket.socket,
         exact: bool,
+        packages: str,
         *child: Any,
     ) -> None:
         super().__init__(*child)
@@ -45,7 +47,7 @@ class Worker(Child):
         self._pid = pid
         self._report = report
         report.setblocking(False)
-        own = OwnFiles(self.work, self.folder)
+        own = OwnFiles(self.work, self.folder, packages)
         self._broker = Broker(listener, pid, own, self.limits)
         self.sources[listener] = self._answer
         self.sources[report.fileno()] = self._ended
@@ -103,11 +105,19 @@ class KernelJail:
     each work folder is a file system of its own, where the kernel allows that.
     """
 
-    def __init__(self, namespaces: bool | None = None, mounts: bool = True) -> None:
+    def __init__(
+        self,
+        namespaces: bool | None = None,
+        mounts: bool = True,
+        packages: Packages = NO_PACKAGES,
+    ) -> None:
         self.mechanisms: tuple[str, ...] = ()
         self.folder = Path(tempfile.mkdtemp(prefix="optiq-sandbox-")).resolve()
         self._place = self.folder / "work"  # where each worker mounts its own
         self._place.mkdir()
+        self._preload = packages.preload
+        self._path, visible = packages.lay(self.folder / "packages")
+        self._readable = [*cpython.readable(), *visible]
         self._tries = (True, False) if namespaces is None else (namespaces,)
         self._mounts = mounts
         self._mounting = False
@@ -154,7 +164,7 @@ class KernelJail:
             opened.pop_all()
         listener, inside = passed
         child = (work, inside, limits, out, err, channel)
-        return Worker(handles[0], pid, listener, report, self._mounting, *child)
+        return Worker(handles[0], pid, listener, report, self._mounting, self._path, *child)
 
     def close(self) -> None:
         """End the zygote, and with it every worker, and remove the folder."""
@@ -190,11 +200,11 @@ class KernelJail:
         self, wrapped: bool, ours: socket.socket, theirs: socket.socket
     ) -> tuple[dict[str, Any] | None, str]:
         """(what the zygote says at its start or None, why there is none)."""
-        runtime = cpython.readable()
-        setup = Setup(runtime, str(self._place) if self._mounts else "", wrapped)
+        place = str(self._place) if self._mounts else ""
+        setup = Setup(self._readable, place, wrapped, self._path, list(self._preload))
         line = cpython.command("zygote", str(theirs.fileno()), json.dumps(asdict(setup)))
         if wrapped:
-            visible = [*runtime, f"{cpython.HERE}/jail"]
+            visible = [*self._readable, f"{cpython.HERE}/jail"]
             wrapping = bubblewrap.command(visible, str(self.folder), line)
             if wrapping is None:
                 return None, "bubblewrap is not installed"
@@ -204,7 +214,7 @@ class KernelJail:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            env=cpython.ENVIRONMENT,
+            env=cpython.environment(self.folder / "fonts" if self._preload else None),
             cwd="/",
             pass_fds=[theirs.fileno()],
             start_new_session=True,

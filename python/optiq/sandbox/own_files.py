@@ -27,10 +27,14 @@ _HANDLE = os.O_PATH | os.O_CLOEXEC
 
 
 class OwnFiles:
-    """The work folder `folder`, which a worker knows as `work`."""
+    """The work folder `folder`, which a worker knows as `work`.
 
-    def __init__(self, work: Path, folder: int) -> None:
+    Of the folder `packages`, "" for none, which the host has made of links, these are read, too.
+    """
+
+    def __init__(self, work: Path, folder: int, packages: str) -> None:
         self.folder = folder
+        self._packages = os.fsencode(packages)
         self._work = os.fsencode(work)
 
     def carry_out(
@@ -51,7 +55,10 @@ class OwnFiles:
             call, a = call + "at", [_HERE, *a]
         at = _int(a[0])
         if call == "readlinkat":
-            return self._read_link(self._open(task, at, a[1], True, memory), a[2], a[3], memory)
+            content = self._link(task, at, a[1], memory)
+            if _int(a[3]) <= 0:
+                raise OSError(errno.EINVAL, "no room")
+            return os.pwrite(memory, content[: _int(a[3])], a[2])
         if call == "fchmod":
             return self._chmod(self._open(task, at, 0, False, memory), a[1])
         if call in ("chmodat", "fchmodat"):
@@ -85,14 +92,15 @@ class OwnFiles:
             os.close(handle)
         return 0
 
-    def _read_link(self, handle: int, target: int, size: int, memory: int) -> int:
+    def _link(self, task: int, at: int, name: int, memory: int) -> bytes:
+        folder, _, package = _text(memory, name).rpartition(b"/")
+        if self._packages and folder == self._packages and package not in (b"", b".", b".."):
+            return os.readlink(folder + b"/" + package)
+        handle = self._open(task, at, name, True, memory)
         try:
-            content = os.readlink(b"", dir_fd=handle)
+            return os.readlink(b"", dir_fd=handle)
         finally:
             os.close(handle)
-        if _int(size) <= 0:
-            raise OSError(errno.EINVAL, "no room")
-        return os.pwrite(memory, content[: _int(size)], target)
 
     def _open(self, task: int, at: int, name: int, no_follow: bool, memory: int) -> int:
         """A handle of the file, which lies in the work folder: by descriptor, or below one."""

@@ -59,6 +59,7 @@ class Processes:
         with self._child(limits, files) as child:
             child.begin(limits, call.on_output)
             with call.cancel.attached(child):
+                child.heed()
                 order = {"mode": "run", "code": code, "args": list(args)}
                 child.send(order | ({"stdin": stdin.hex()} if stdin else {}))
                 finish([child], child, time.monotonic() + limits.wall)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, Protocol, get_args
 
 from ..errors import SandboxUnavailable, UsageError
 from .call import Call, Cancel
 from .limits import Limits, OnOutput, Result, Verdict
+from .packages import Packages, find
+from .waiting import awaited
 
 Level = Literal["interpreter", "process", "namespace"]
 NO_FILES: Mapping[str, bytes] = MappingProxyType({})
@@ -43,14 +46,24 @@ class Sandbox:
 
     Where the level cannot be had, the first run raises SandboxUnavailable. The first run also
     starts what later ones are forked from; any number of threads may run code at a time.
+
+    `packages`: names of installed packages, which programs may import with all they require, or a
+    folder of packages. They are read-only. UsageError where one is not there.
     """
 
-    def __init__(self, limits: Limits | None = None, level: Level = "process") -> None:
+    def __init__(
+        self,
+        limits: Limits | None = None,
+        level: Level = "process",
+        packages: Sequence[str] | Path = (),
+    ) -> None:
         if level not in get_args(Level):
             raise UsageError(f"sandbox level {level!r} is none of {', '.join(get_args(Level))}")
         self.limits = limits or Limits()
         self.level = level
         if level == "interpreter":
+            if packages:
+                raise UsageError("level 'interpreter' has no packages; take level='process'")
             from .interpreter import Interpreter
 
             self._interpreter: Interpreter | None = Interpreter(self.limits)
@@ -59,7 +72,7 @@ class Sandbox:
             from .processes import Processes
 
             self._interpreter = None
-            self._processes = Processes(_jail(level), self.limits)
+            self._processes = Processes(_jail(level, find(packages)), self.limits)
             close = self._processes.close
         self._close = weakref.finalize(self, close)
 
@@ -84,6 +97,31 @@ class Sandbox:
         if self._interpreter is not None:
             return self._interpreter.run(code, files, call, args, stdin)
         return self._processes.run(code, files, call, args, stdin)
+
+    async def run_async(
+        self,
+        code: str,
+        files: Mapping[str, bytes] = NO_FILES,
+        *,
+        args: Sequence[str] = (),
+        stdin: bytes = b"",
+        limits: Limits | None = None,
+        on_output: OnOutput | None = None,
+    ) -> Result:
+        """`run`, awaited. Cancelling the task ends the program."""
+
+        def call(hear: OnOutput | None, cancel: Cancel) -> Result:
+            return self.run(
+                code,
+                files,
+                args=args,
+                stdin=stdin,
+                limits=limits,
+                on_output=hear,
+                cancel=cancel,
+            )
+
+        return await awaited(call, on_output)
 
     def judge(self, code: str, check: str, entry: str) -> Verdict:
         """Whether function `entry` of the untrusted `code` passes `check`, a trusted program.
@@ -144,6 +182,16 @@ class Session:
         """
         return self._session.run(code, Call(limits, on_output, cancel or Cancel()))
 
+    async def run_async(
+        self, code: str, *, limits: Limits | None = None, on_output: OnOutput | None = None
+    ) -> Result:
+        """`run`, awaited. Cancelling the task interrupts the snippet; the session goes on."""
+
+        def call(hear: OnOutput | None, cancel: Cancel) -> Result:
+            return self.run(code, limits=limits, on_output=hear, cancel=cancel)
+
+        return await awaited(call, on_output)
+
     def list(self) -> dict[str, int]:
         """The files of the work folder, and their sizes in bytes."""
         return self._session.list()
@@ -171,13 +219,13 @@ class Session:
         self.close()
 
 
-def _jail(level: Level):  # type: ignore[no-untyped-def]
+def _jail(level: Level, packages: Packages):  # type: ignore[no-untyped-def]
     if sys.platform == "linux":
         from .kernel_jail import KernelJail
 
-        return KernelJail(True if level == "namespace" else None)
+        return KernelJail(True if level == "namespace" else None, packages=packages)
     if sys.platform == "darwin" and level == "process":
         from .seatbelt import SeatbeltJail
 
-        return SeatbeltJail()
+        return SeatbeltJail(packages)
     raise SandboxUnavailable(f"level {level!r} cannot be had on {sys.platform}")

@@ -25,6 +25,7 @@ from . import cpython, folder
 from .child import Child, Exit
 from .jail import wire
 from .limits import Limits
+from .packages import NO_PACKAGES, Packages
 
 _PATIENCE = 30.0
 _SYSTEM = ("/usr/lib", "/System/Library", "/System/Volumes/Preboot/Cryptexes")
@@ -111,22 +112,23 @@ class SeatbeltJail:
 
     mechanisms = ("seatbelt", "rlimits", "watchdogs")
 
-    def __init__(self) -> None:
+    def __init__(self, packages: Packages = NO_PACKAGES) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="optiq-sandbox-")).resolve()
+        self._path, self._visible = packages.lay(self.folder / "packages")
 
     def spawn(self, limits: Limits, peer: socket.socket | None = None) -> Watched:
         """A process that waits for its order over its channel."""
         work = Path(tempfile.mkdtemp(dir=self.folder))
         ours, theirs = socket.socketpair()
         numbers = [theirs.fileno(), peer.fileno() if peer else -1]
-        order = json.dumps({"work": str(work), "limits": asdict(limits)})
+        order = json.dumps({"work": str(work), "limits": asdict(limits), "path": self._path})
         try:
             process = subprocess.Popen(
                 [*self.wrapping(work), *cpython.command("alone", *map(str, numbers), order)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env=cpython.ENVIRONMENT,
+                env=cpython.environment(),
                 cwd="/",
                 pass_fds=[n for n in numbers if n >= 0],
                 start_new_session=True,
@@ -162,7 +164,8 @@ class SeatbeltJail:
     def wrapping(self, work: Path) -> list[str]:
         """What a command line is put behind."""
         prefix = os.path.realpath(sys.base_prefix)
-        return ["/usr/bin/sandbox-exec", "-p", profile(str(work), cpython.readable(), prefix)]
+        readable = [*cpython.readable(), *self._visible]
+        return ["/usr/bin/sandbox-exec", "-p", profile(str(work), readable, prefix)]
 
     def confined(self, pid: int) -> bool:
         """Whether the system says that a process is in a sandbox."""

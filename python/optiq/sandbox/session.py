@@ -120,6 +120,7 @@ class ProcessSession:
         child = self._child
         nonce = secrets.token_hex(16)
         child.cpu_until = child.so_far().cpu + limits.cpu
+        child.heed()
         child.send({"code": source, "nonce": nonce})
         child.signal(signal.SIGCONT)
 

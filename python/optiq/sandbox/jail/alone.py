@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import sys
 from typing import Any, NoReturn
 
 from . import wire, worker
@@ -18,6 +19,7 @@ def main(channel: str, peer: str, orders: str) -> NoReturn:
     os.chdir(order["work"])
     os.umask(0o077)
     os.environ.update(HOME=order["work"], TMPDIR=order["work"])
+    sys.path += [order["path"]] if order["path"] else []
     _limit(order["limits"])
     try:
         os.listdir("/")

@@ -68,14 +68,29 @@ def explain(error: BaseException) -> tuple[str, str]:
     for cause in _causes(error):
         if isinstance(cause, MemoryError):
             return "memory", ""
-        number = cause.errno if isinstance(cause, OSError) else None
-        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not isinstance(cause, OSError):
+            continue
+        if _in_multiprocessing(cause):
+            return "denied", _PROCESSES
+        if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return "disk", _FULL
-        if number in (errno.EPERM, errno.EACCES):
-            known = isinstance(cause, OSError) and cause.strerror in RULES.values()
-            named = isinstance(cause, OSError) and cause.filename is not None
-            return "denied", "" if known else _FILES if named else _CALLS
+        if cause.errno in (errno.EPERM, errno.EACCES, errno.EROFS):
+            known = cause.strerror in RULES.values()
+            return "denied", "" if known else _FILES if cause.filename is not None else _CALLS
+        outside = not str(cause.filename).startswith(os.environ["HOME"])
+        if cause.errno == errno.ENOENT and str(cause.filename).startswith("/") and outside:
+            return "error", _FILES
     return "error", ""
+
+
+def _in_multiprocessing(error: OSError) -> bool:
+    """Its locks need shared memory, which looks like a missing file."""
+    trace = error.__traceback__
+    while trace is not None:
+        if f"{os.sep}multiprocessing{os.sep}" in trace.tb_frame.f_code.co_filename:
+            return True
+        trace = trace.tb_next
+    return False
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

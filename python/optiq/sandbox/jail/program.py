@@ -69,17 +69,25 @@ def show(code: str, name: str) -> None:
 
 def evaluate(code: str, module: types.ModuleType, name: str) -> Any:
     """The value of the last expression; None where the last statement is another."""
-    flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
     try:
-        tree = compile(code, name, "exec", ast.PyCF_ONLY_AST | flags, dont_inherit=True)
+        parts = _parts(code, name)
     except (RecursionError, MemoryError):  # nested deeper than a tree of objects may be
-        exec(compile(code, name, "exec", dont_inherit=True), module.__dict__)
-        return None
+        parts = [compile(code, name, "exec", dont_inherit=True)]
+    value = None
+    for part in parts:
+        value = _finish(part, module)
+    return value
+
+
+def _parts(code: str, name: str) -> list[types.CodeType]:
+    """All statements, and apart from them the expression that may be the last one."""
+    flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    tree = compile(code, name, "exec", ast.PyCF_ONLY_AST | flags, dont_inherit=True)
     last = None
     if tree.body and isinstance(tree.body[-1], ast.Expr):
         last = ast.Expression(tree.body.pop().value)
-    _finish(compile(tree, name, "exec", flags, dont_inherit=True), module)
-    return last and _finish(compile(last, name, "eval", flags, dont_inherit=True), module)
+    parts = [compile(tree, name, "exec", flags, dont_inherit=True)]
+    return parts + ([compile(last, name, "eval", flags, dont_inherit=True)] if last else [])
 
 
 def _finish(code: types.CodeType, module: types.ModuleType) -> Any:

@@ -18,6 +18,7 @@ import os
 import select
 import signal
 import socket
+import sys
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -34,12 +35,15 @@ class Setup:
     """What all workers of a zygote have in common.
 
     They may read `readable`. `place` is where each mounts its work folder, "" where they shall use
-    the folders that the host makes; `inside`: bubblewrap has made the namespaces already.
+    the folders that the host makes; `inside`: bubblewrap has made the namespaces already. `path`
+    is an entry of `sys.path`, "" for none; `preload` are modules to import before the first fork.
     """
 
     readable: list[str]
     place: str
     inside: bool
+    path: str
+    preload: list[str]
 
 
 def main(control: str, setup: str) -> NoReturn:
@@ -49,8 +53,10 @@ def main(control: str, setup: str) -> NoReturn:
     if mounting:
         mounts.enter(common.inside)
     linux.drop_privileges(mounting)
-    for name in _POPULAR:
-        importlib.import_module(name)
+    sys.path += [common.path] if common.path else []
+    for name in (*_POPULAR, *common.preload):
+        with contextlib.suppress(Exception):  # the program will see it
+            importlib.import_module(name)
     gc.freeze()  # so that a collection in a worker copies none of these pages
     hello = {"landlock": linux.landlock_version(), "mounting": mounting}
     host.send(json.dumps(hello).encode())
