@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import platform
+import select
 import struct
 from functools import partial
 
@@ -46,7 +47,8 @@ class Broker:
         try:
             fcntl.ioctl(self.listener, _RECEIVE, question)
         except OSError as error:
-            return error.errno == errno.ENOENT  # a signal has withdrawn the question
+            # Without a question a signal has withdrawn it, or there is nobody any more.
+            return error.errno == errno.ENOENT and not self._alone()
         number, task, _, call, _, _, *arguments = _QUESTION.unpack(question)
         result = refusal = flags = 0
         try:
@@ -63,6 +65,11 @@ class Broker:
         except OSError as error:
             return error.errno == errno.ENOENT
         return True
+
+    def _alone(self) -> bool:
+        poll = select.poll()
+        poll.register(self.listener, select.POLLIN)
+        return any(event & select.POLLHUP for _, event in poll.poll(0))
 
     def _threads(self) -> int:
         try:

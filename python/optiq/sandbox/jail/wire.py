@@ -78,11 +78,11 @@ def decode(data: bytes) -> Any:
 
 
 def first(channel: socket.socket, begun: bytes = b"") -> dict[str, Any]:
-    """The first message of a process, of which some bytes may have been read; and no more."""
+    """The first message of a process that then waits; some bytes of it may have been read."""
     inbox = Inbox()
     messages = inbox.feed(begun)
     while not messages:
-        data = channel.recv(1)
+        data = channel.recv(2**12)
         if not data:
             raise EOFError("it has ended")
         messages = inbox.feed(data)
