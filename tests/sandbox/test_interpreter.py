@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from optiq.errors import SandboxError, SandboxUnavailable
+from optiq.errors import SandboxError, SandboxUnavailable, UsageError
 from optiq.sandbox import Limits, Sandbox
 
 
@@ -73,3 +73,41 @@ def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyP
         pytest.raises(SandboxUnavailable, match=r"pip install 'optiq-mlx\[sandbox\]'"),
     ):
         sandbox.run("1")
+
+
+def test_a_long_error_is_bounded(box: Sandbox) -> None:
+    result = box.run("raise ValueError('x' * 10**5)")
+    assert (result.truncated, len(result.stderr)) == (True, 1000)
+    flood = "while True:\n try: print('x' * 999)\n except BaseException: pass"
+    result = box.run(flood)
+    assert (result.status, len(result.stdout)) == ("output", 1000)
+
+
+def test_values_streams_and_cancelling(box: Sandbox) -> None:
+    heard: list[tuple[str, str]] = []
+    result = box.run("print('a')\n[1, 2]", on_output=lambda s, t: heard.append((s, t)))
+    assert (result.value, "".join(t for _, t in heard)) == ("[1, 2]", "a\n")
+    with box.session() as session:
+        loop = "while True: print(1)"
+        result = session.run(loop, on_output=lambda s, t: session.cancel())
+        assert result.status == "cancelled"
+
+    def fail(stream: str, text: str) -> None:
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        box.run("print(1)", on_output=fail)
+
+
+def test_what_it_does_not_have(box: Sandbox) -> None:
+    for options in ({"args": ("x",)}, {"stdin": b"x"}):
+        with pytest.raises(UsageError, match="take 'process'"):
+            box.run("", **options)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="of the limit disk"):
+        box.run("", {"x": bytes(2**20)}, limits=Limits(disk=1000))
+    with box.session() as session:
+        for act in (session.list, lambda: session.read("x"), lambda: session.write({})):
+            with pytest.raises(UsageError, match="level 'interpreter'"):
+                act()
+        with pytest.raises(UsageError, match="its own output limit alone"):
+            session.run("1", limits=Limits(wall=9))

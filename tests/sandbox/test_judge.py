@@ -78,6 +78,13 @@ def test_a_test_may_swallow_exceptions_but_not_the_end_of_the_candidate(box: San
 
 
 @PROCESS
+def test_a_broken_protocol_is_not_a_timeout(box: Sandbox) -> None:
+    code = "import os, time\ndef f(x):\n os.write(4, b'junk' * 9)\n time.sleep(9)"
+    verdict = box.judge(code, SQUARE, "f")
+    assert (verdict.status, "not an answer" in verdict.detail) == ("failed", True), verdict
+
+
+@PROCESS
 def test_exceptions_keep_their_kind(box: Sandbox) -> None:
     check = """
 def check(candidate):

@@ -123,10 +123,10 @@ class InterpreterSession:
         if output.failure is not None:
             self._alive = False
             raise output.failure
-        if output.truncated:
-            status, detail = "output", f"more than {limits.output} bytes of output"
-        elif output.cancelled:
+        if output.cancelled:
             status, detail = "cancelled", output.cancelled
+        elif output.truncated:
+            status, detail = "output", f"more than {limits.output} bytes of output"
         # After a limit was hit the interpreter's state is not to be relied on.
         self._alive = status in ("ok", "error", "denied")
         usage = Usage(time.monotonic() - start, None, None)

@@ -156,7 +156,7 @@ class Candidate:
             self.gone = "the candidate ended during the test"
             raise RuntimeError(self.gone) from None
         except (wire.WireError, TypeError, KeyError) as error:
-            self.gone = f"the candidate's answer is none: {error}"
+            self.gone = f"what the candidate sent is not an answer: {error}"
             raise RuntimeError(self.gone) from None
         known = getattr(builtins, kind, None)
         if isinstance(known, type) and issubclass(known, Exception):
