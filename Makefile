@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc metal -name '*.cpp' -o -name '*.h' -o -name '*.metal')
 
-.PHONY: demo test families fuzz bench lint format clean wheel-macos wheel-linux test-aarch64 evidence
+.PHONY: demo test families attacks fuzz bench lint format clean wheel-macos wheel-linux test-aarch64 evidence
 
 # A changed kernel, binding or dependency reinstalls the package; Python files are used in place.
 $(VENV)/.installed: pyproject.toml CMakeLists.txt cmake/embed_metal.cmake $(SOURCES)
@@ -29,6 +29,10 @@ test: $(VENV)/.installed
 # A tiny model of every model file of mlx-lm; writes docs/families.md.
 families: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m families tests/families
+
+# The long part of the attacks on the sandbox, from a seed of its own: make attacks SEED=7.
+attacks: $(VENV)/.installed
+	OPTIQ_ATTACK_SEED=$(or $(SEED),1000) $(BIN)/python -m pytest -m attacks tests/sandbox
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest bench --benchmark-only

@@ -27,7 +27,8 @@ def holding(box: Sandbox) -> Iterator[dict[str, int]]:
     def noted(*arguments: Any) -> Any:
         child = spawn(*arguments)
         most["watched"] = int(not child.exact)
-        folders.append(os.dup(child.folder))
+        # Opened anew: a duplicate would share its place in the folder with the host's own look.
+        folders.append(os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=child.folder))
         return child
 
     def look() -> None:

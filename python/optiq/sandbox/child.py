@@ -258,7 +258,7 @@ class Child:
             return "timeout", f"more than {self.limits.cpu:g} s of CPU time"
         if code < 0:
             return "killed", f"ended by {_signal(-code)}"
-        return self.told(code)
+        return self.told(code, self.says("code") or {})
 
     @property
     def exit_status(self) -> int | None:
@@ -274,22 +274,26 @@ class Child:
         """The first message with this key."""
         return next((m for m in self.inbox if key in m), None)
 
-    def told(self, code: int) -> tuple[Status, str]:
+    def told(self, code: int, said: Mapping[str, Any]) -> tuple[Status, str]:
         """(status, detail) of an exit status and what the process itself says about it."""
         if code == 0:
             return "ok", ""
-        told = self.says("status") or {}
-        detail = one_line(told.get("detail") or f"exit status {code}")
-        status: Status = next((s for s in _TOLD_STATUS if s == told.get("status")), "error")
+        detail = one_line(said.get("detail")) or f"exit status {code}"
+        status: Status = next((s for s in _TOLD_STATUS if s == said.get("status")), "error")
         return status, detail
 
     def result(
-        self, status: Status, detail: str, mechanisms: tuple[str, ...], code: int | None
+        self,
+        ended: tuple[Status, str],
+        mechanisms: tuple[str, ...],
+        code: int | None,
+        said: Mapping[str, Any],
     ) -> Result:
-        """What came of it; `code` is the exit status where it ended by itself."""
+        """What came of it: (status, detail), exit status if it has one, what the process said."""
         if self.failure is not None:
             raise self.failure
-        value = (self.says("value") or {}).get("value")
+        status, detail = ended
+        value = said.get("value") if status == "ok" else None
         files, left_out = folder.changed(self.folder, self._before, self.limits.returned)
         return Result(
             status,
@@ -338,4 +342,5 @@ def _signal(number: int) -> str:
 
 def one_line(untrusted: object) -> str:
     """Text of a process as one short line, without characters that a terminal would obey."""
-    return "".join(c if c.isprintable() else " " for c in str(untrusted)[:500])
+    text = str(untrusted) if isinstance(untrusted, (str, Exception)) else ""
+    return "".join(c if c.isprintable() else " " for c in text[:500])

@@ -63,8 +63,8 @@ class Processes:
                 order = {"mode": "run", "code": code, "args": list(args)}
                 child.send(order | ({"stdin": stdin.hex()} if stdin else {}))
                 finish([child], child, time.monotonic() + limits.wall)
-            status, detail = child.verdict()
-            return child.result(status, detail, self.jail.mechanisms, child.exit_status)
+            said = child.says("code") or {}
+            return child.result(child.verdict(), self.jail.mechanisms, child.exit_status, said)
 
     def session(self, files: Mapping[str, bytes], limits: Limits | None = None) -> ProcessSession:
         limits = limits or self.limits

@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from ..errors import SandboxError, UsageError
 from . import folder
@@ -63,10 +64,10 @@ class ProcessSession:
             self._mark(running=True)
             try:
                 with call.cancel.attached(child):
-                    status, detail, code_ = self._snippet(code, limits)
+                    ended, status, said = self._snippet(code, limits)
             finally:
                 self._mark(running=False)
-            return child.result(status, detail, self._mechanisms, code_)
+            return child.result(ended, self._mechanisms, status, said)
 
     def list(self) -> dict[str, int]:
         """The files of the work folder and their sizes."""
@@ -115,8 +116,10 @@ class ProcessSession:
             raise UsageError("a snippet may have its own wall, cpu, output and returned, no more")
         return limits
 
-    def _snippet(self, source: str, limits: Limits) -> tuple[Status, str, int | None]:
-        """(status, detail, exit status where it ended by itself)."""
+    def _snippet(
+        self, source: str, limits: Limits
+    ) -> tuple[tuple[Status, str], int | None, Mapping[str, Any]]:
+        """((status, detail), exit status where it ended by itself, what it said of its end)."""
         child = self._child
         nonce = secrets.token_hex(16)
         child.cpu_until = child.so_far().cpu + limits.cpu
@@ -134,20 +137,22 @@ class ProcessSession:
             child.signal(signal.SIGINT)
             if not watch([child], done, time.monotonic() + _GRACE):
                 child.end(*child.overdue)
-        if child.answer(nonce) is None or child.over:
+        said = child.answer(nonce)
+        if said is None or child.over:
             watch([child], lambda: child.over, time.monotonic() + LAST)
-            return *child.verdict(), child.exit_status
+            return child.verdict(), child.exit_status, {}
         self._freeze()
         child.drain()
         child.look()
         if child.reason is not None:
-            return *child.reason, None
+            return child.reason, None, {}
         if child.overdue is not None:
             status, detail = child.overdue
-            return status, f"{detail}; the snippet was interrupted, the session goes on", None
-        code = (child.answer(nonce) or {}).get("code")
-        code = code if isinstance(code, int) else 1
-        return *child.told(code), code
+            goes_on = f"{detail}; the snippet was interrupted, the session goes on"
+            return (status, goes_on), None, {}
+        code = said.get("code")
+        code = code if type(code) is int and 0 <= code < 256 else 1
+        return child.told(code, said), code, said
 
     def _freeze(self) -> None:
         self._child.signal(signal.SIGSTOP)

@@ -89,7 +89,7 @@ def _serve(order: dict[str, Any]) -> int:
     entry = module.__dict__.get(order["entry"])
     if not callable(entry):
         detail = f"{order['entry']} is not a function"
-        wire.send(CHANNEL, {"status": "error", "detail": detail})
+        wire.send(CHANNEL, {"code": 1, "status": "error", "detail": detail})
         return 1
     wire.send(CHANNEL, {"ready": 0})
     while True:
