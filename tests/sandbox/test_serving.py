@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -67,6 +68,10 @@ def test_a_session_gives_and_takes_files(both: Sandbox) -> None:
             session.write({"p": b"x"})
         with pytest.raises(UsageError, match="leads out"):
             session.write({"../x": b""})
+        session.write({"large": bytes(6 * 2**20)})
+        with pytest.raises(UsageError, match="above the limit disk"):
+            session.write({"larger": bytes(3 * 2**20)})
+        assert session.run("1").status == "ok"
     with pytest.raises(SandboxError, match="closed"):
         session.list()
 
@@ -283,6 +288,50 @@ def test_closing_from_another_thread(both: Sandbox) -> None:
     assert open_descriptors() == before
     folder = both._processes.jail.folder
     assert {p.name for p in folder.iterdir()} <= {"work", "fonts"}
+
+
+def test_an_interrupted_host_ends_the_session(both: Sandbox) -> None:
+    def interrupt(stream: str, text: str) -> None:
+        raise KeyboardInterrupt
+
+    with both.session() as session:
+        with pytest.raises(KeyboardInterrupt):
+            session.run("print(1, flush=True)\nwhile True: pass", on_output=interrupt)
+        assert not session.alive
+    with pytest.raises(KeyboardInterrupt):
+        both.run("print(1, flush=True)\nwhile True: pass", on_output=interrupt)
+
+
+def test_a_fork_of_the_host_leaves_sessions_alone(both: Sandbox) -> None:
+    with both.session() as session:
+        code = "x = 5"
+        session.run(code)
+        pid = os.fork()
+        if pid == 0:
+            session._session._release()  # type: ignore[attr-defined]
+            os._exit(0)
+        os.waitpid(pid, 0)
+        assert session.run("x").value == "5"
+
+
+def test_closing_while_others_start() -> None:
+    for _ in range(5):
+        box = Sandbox(LIMITS)
+        box.run("")
+
+        def run(box: Sandbox = box) -> str:
+            try:
+                return box.run("while True: pass").status
+            except SandboxError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(6) as pool:
+            ends = [pool.submit(run) for _ in range(6)]
+            time.sleep(0.02)
+            box.close()
+            found = {end.result() for end in ends}
+        assert all(f in ("killed", "cancelled") or "closed" in f or "no jail" in f for f in found)
+        assert not box._processes.jail.folder.exists()
 
 
 def test_the_async_api() -> None:

@@ -68,8 +68,11 @@ def _plain(path: PurePosixPath) -> tuple[str, ...]:
     return path.parts
 
 
-def fill(folder: int, files: Mapping[str, bytes]) -> None:
-    """Write checked files, over what is there under their names."""
+def fill(folder: int, files: Mapping[str, bytes], disk: int | None = None) -> None:
+    """Write checked files, over what is there by their names; no more than `disk` bytes in all."""
+    size = sum(memoryview(data).nbytes for data in files.values())
+    if disk is not None and used(folder)[0] + size > disk:
+        raise UsageError(f"{size} bytes more are above the limit disk={disk} of the work folder")
     for name, data in files.items():
         path = PurePosixPath(name)
         try:

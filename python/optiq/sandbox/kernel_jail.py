@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..errors import SandboxUnavailable
+from ..errors import SandboxError, SandboxUnavailable
 from . import bubblewrap, cpython, folder
 from .broker import Broker
 from .child import Child, Exit, one_line
@@ -122,6 +123,7 @@ class KernelJail:
         self._mounts = mounts
         self._mounting = False
         self._owner = os.getpid()
+        self._closed = False
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -160,7 +162,9 @@ class KernelJail:
                 pid = _pid(handles[0])
                 _verify(pid)
             except (OSError, EOFError) as error:
-                raise SandboxUnavailable(f"no jail: {error}") from error
+                few = isinstance(error, OSError) and error.errno == errno.EMFILE
+                fix = "; each session takes 7 descriptors, raise ulimit -n" if few else ""
+                raise SandboxUnavailable(f"no jail: {error}{fix}") from error
             opened.pop_all()
         listener, inside = passed
         child = (work, inside, limits, out, err, channel)
@@ -171,12 +175,15 @@ class KernelJail:
         if os.getpid() != self._owner:  # a fork of the process that they belong to
             return
         with self._lock:
+            self._closed = True
             self._stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _zygote(self) -> socket.socket:
         """The control socket of a zygote that lives."""
         with self._lock:
+            if self._closed:
+                raise SandboxError("the sandbox is closed; make another")
             if self._process is not None and self._process.poll() is not None:
                 self._stop()
             return self._control or self._start()

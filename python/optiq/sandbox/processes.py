@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from ..errors import SandboxError
 from . import folder
 from .call import Call
 from .child import LAST, Child, one_line
@@ -144,8 +143,6 @@ class Processes:
         self, limits: Limits, files: Mapping[str, bytes], peer: socket.socket | None = None
     ) -> Child:
         folder.check(files, limits)
-        if not self.jail.folder.exists():
-            raise SandboxError("the sandbox is closed; make another")
         child = self.jail.spawn(limits, peer)
         try:
             folder.fill(child.folder, files)

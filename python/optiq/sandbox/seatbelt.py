@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..errors import SandboxUnavailable
+from ..errors import SandboxError, SandboxUnavailable
 from . import cpython, folder
 from .child import Child, Exit
 from .jail import wire
@@ -118,6 +118,8 @@ class SeatbeltJail:
 
     def spawn(self, limits: Limits, peer: socket.socket | None = None) -> Watched:
         """A process that waits for its order over its channel."""
+        if not self.folder.exists():
+            raise SandboxError("the sandbox is closed; make another")
         work = Path(tempfile.mkdtemp(dir=self.folder))
         ours, theirs = socket.socketpair()
         numbers = [theirs.fileno(), peer.fileno() if peer else -1]

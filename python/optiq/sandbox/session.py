@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import signal
 import threading
@@ -37,7 +38,7 @@ class ProcessSession:
         self._turn = threading.Lock()  # held while descriptors of the child are used
         self._state = threading.Lock()
         self._running = False
-        self._release = weakref.finalize(self, child.close)
+        self._release = weakref.finalize(self, _release, child, os.getpid())
         child.gentle = True
         nonce = secrets.token_hex(16)
         child.send({"mode": "session", "nonce": nonce})
@@ -81,8 +82,7 @@ class ProcessSession:
     def write(self, files: Mapping[str, bytes]) -> None:
         folder.check(files, self.limits)
         with self._turn:
-            folder.fill(self._open(), files)
-            self._child.look()
+            folder.fill(self._open(), files, self.limits.disk)
 
     def cancel(self) -> None:
         """Interrupt the snippet that runs, if one does; from any thread."""
@@ -125,18 +125,11 @@ class ProcessSession:
         child.cpu_until = child.so_far().cpu + limits.cpu
         child.heed()
         child.send({"code": source, "nonce": nonce})
-        child.signal(signal.SIGCONT)
-
-        def done() -> bool:
-            return child.over or child.answer(nonce) is not None
-
-        deadline = time.monotonic() + limits.wall
-        if not watch([child], lambda: done() or child.overdue is not None, deadline):
-            child.stop("timeout", f"more than {limits.wall:g} s")
-        if not done() and child.overdue is not None:
-            child.signal(signal.SIGINT)
-            if not watch([child], done, time.monotonic() + _GRACE):
-                child.end(*child.overdue)
+        try:
+            self._wait(nonce, limits.wall)
+        except BaseException:  # such as Ctrl-C in the host
+            child.end("cancelled", "the host was interrupted")
+            raise
         said = child.answer(nonce)
         if said is None or child.over:
             watch([child], lambda: child.over, time.monotonic() + LAST)
@@ -154,6 +147,22 @@ class ProcessSession:
         code = code if type(code) is int and 0 <= code < 256 else 1
         return child.told(code, said), code, said
 
+    def _wait(self, nonce: str, seconds: float) -> None:
+        """Until the snippet has ended, by itself, interrupted or killed."""
+        child = self._child
+
+        def done() -> bool:
+            return child.over or child.answer(nonce) is not None
+
+        deadline = time.monotonic() + seconds
+        child.signal(signal.SIGCONT)
+        if not watch([child], lambda: done() or child.overdue is not None, deadline):
+            child.stop("timeout", f"more than {seconds:g} s")
+        if not done() and child.overdue is not None:
+            child.signal(signal.SIGINT)
+            if not watch([child], done, time.monotonic() + _GRACE):
+                child.end(*child.overdue)
+
     def _freeze(self) -> None:
         self._child.signal(signal.SIGSTOP)
         patience = time.monotonic() + _FREEZE
@@ -162,3 +171,8 @@ class ProcessSession:
                 self._child.end("killed", "its threads do not stop")
                 return
             time.sleep(1e-4)
+
+
+def _release(child: Child, owner: int) -> None:
+    if os.getpid() == owner:  # and not a fork of the process that the child belongs to
+        child.close()
