@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -416,6 +417,18 @@ def test_pictures() -> None:
         assert all(data.startswith(b"\x89PNG") for data in result.files.values())
         assert set(session.run("plt.plot([1]); None").files) == {"figure-3.png"}
         assert session.run("1").files == {}
+
+
+def test_the_examples_of_the_page_run(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "sandbox.md").read_text()
+    examples = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    assert len(examples) == 2
+    for example in examples:
+        exec(compile(example, "sandbox.md", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out == (
+        "ok hello\n {'b.txt': b'x'}\n42\nTrue passed \nstdout 10.0\n\n"
+        "{'data.csv': 8, 'x.bin': 32} 32\n"
+    )
 
 
 def test_many_sessions_at_once() -> None:
