@@ -52,7 +52,8 @@ class Options:
     after `answer_tokens`.
     Prompts that were read are kept in `prefix_memory` bytes of it (by default a quarter, 2 GB at
     most) and, for after a restart, in the folder `prefix_cache`, in `prefix_cache_bytes` at most.
-    When the server stops, answers have `drain` seconds to finish. An answer may take `deadline` seconds.
+    When the server stops, answers have `drain` seconds to finish. An answer may take `deadline`
+    seconds.
 
     A body may have `body_bytes` and take `body_seconds` to arrive, headers `idle_seconds`, and
     rendering a conversation `preparing_seconds`. `ping_seconds` is how often a silent stream shows
