@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import takewhile
 
 from ...errors import OverloadedError
 
@@ -89,6 +90,7 @@ class Scheduler:
     _jobs: dict[int, Job] = field(default_factory=dict)
     _waiting: dict[str, deque[int]] = field(default_factory=dict)  # by client, who takes turns
     _turns: deque[int] = field(default_factory=deque)  # of readers
+    _alike: dict[tuple[int, int], int] = field(default_factory=dict)  # tokens that two begin with
 
     def submit(self, job: Job) -> None:
         """Raises OverloadedError when as many as may already wait."""
@@ -104,6 +106,7 @@ class Scheduler:
     def remove(self, ticket: int) -> None:
         """Of a job that is over, in any phase."""
         job = self._jobs.pop(ticket)
+        self._alike = {pair: n for pair, n in self._alike.items() if ticket not in pair}
         if job.phase is Phase.WAITING:
             self._leave_queue(job)
         elif job.phase is Phase.READING:
@@ -190,10 +193,18 @@ class Scheduler:
     def _others_read_it(self, job: Job) -> bool:
         """Whether waiting for another reader saves more tokens than that one has to read."""
         return job.share and any(
-            _common(job.prompt, other.prompt) >= max(SHARED, other.length - other.done)
+            self._common(job, other) >= max(SHARED, other.length - other.done)
             for other in self._jobs.values()
             if other.phase is Phase.READING
         )
+
+    def _common(self, job: Job, other: Job) -> int:
+        """Tokens with which both prompts begin."""
+        pair = job.ticket, other.ticket
+        if pair not in self._alike:
+            both = zip(job.prompt, other.prompt, strict=False)
+            self._alike[pair] = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both))
+        return self._alike[pair]
 
     def _slice(self, pace: Pace, decoding: bool) -> Slice | None:
         if not self._turns:
@@ -211,15 +222,3 @@ class Scheduler:
         if job.done >= job.length and job.phase is Phase.READING:
             job.phase = Phase.DECODING
             self._turns.remove(job.ticket)
-
-
-def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """Tokens with which both begin."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[:middle] == b[:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
