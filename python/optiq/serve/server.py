@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import socket
 import threading
@@ -44,6 +45,8 @@ def serve(
     """
     with Server.open(model, kv=kv, revision=revision, **options) as server:
         print(server.greeting(), flush=True)
+        gc.collect()
+        gc.freeze()  # or each collection goes over all that was loaded, while every stream waits
         server.wait()
 
 
