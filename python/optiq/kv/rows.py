@@ -57,8 +57,6 @@ class Rows:
     def __init__(self, caches: Sequence[Any]) -> None:
         self.rows = caches
         self._fetched: list[tuple[Any, Any]] = []
-        for cache in caches:
-            _make_room(cache)
 
     @property
     def offset(self) -> mx.array:
@@ -127,16 +125,6 @@ class StateRows:
     def advance(self, n: int) -> None:
         for cache in self.states:
             cache.advance(n)
-
-
-def _make_room(cache: Any) -> None:
-    """Room for one more row, as the cache would make itself when the row is written."""
-    if not isinstance(cache, KVCache) or cache.keys is None or cache.offset < cache.keys.shape[2]:
-        return
-    cache.keys, cache.values = (
-        mx.concatenate([x, mx.zeros((*x.shape[:2], cache.step, x.shape[3]), x.dtype)], axis=2)
-        for x in (cache.keys, cache.values)
-    )
 
 
 def together(model: nn.Module, rows: int) -> str:

@@ -132,6 +132,7 @@ class Engine:
         self._pace = Pace(self._measured.step_seconds, self._measured.token_seconds)
         self._eos = frozenset(tokenizer.eos_token_ids)
         self._answers: dict[int, Answer] = {}
+        self._joined: tuple[list[Caches], Caches] = [], []  # of a group, and as one
         self._cancelled: deque[int] = deque()
         self._tickets = count(1)
         self._changed = threading.Condition()
@@ -361,7 +362,10 @@ class Engine:
         """Logits `[B, V]` after the next token of each."""
         inputs = mx.array([[answer.next] for answer in group])
         caches = [answer.caches for answer in group]
-        logits = self._model(inputs, cache=caches[0] if len(group) == 1 else joined(caches))
+        if len(group) > 1 and self._joined[0] != caches:
+            self._joined = caches, joined(caches)
+        together = caches[0] if len(group) == 1 else self._joined[1]
+        logits = self._model(inputs, cache=together)
         logits = logits[:, -1].astype(mx.float32)
         if self._measured.states:
             mx.eval(logits, [cache.state for each in caches for cache in each])
@@ -456,6 +460,7 @@ class Engine:
                 self._stats.answers += 1
             self._changed.notify_all()
         answer.caches = []
+        self._joined = [], []
         if event is not None:
             self._tell(answer, event)
 
