@@ -8,6 +8,7 @@ what they were. Prints the figures, and exits with 1 where one is out of bounds.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import random
@@ -141,9 +142,11 @@ def requests(model: str, count: int, seed: int) -> list[tuple[str, dict[str, Any
 
 
 def memory() -> int:
-    """Resident bytes, without what MLX keeps to use again."""
+    """Resident bytes, without what MLX and malloc keep to use again."""
     gc.collect()
     mx.clear_cache()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096
 

@@ -183,7 +183,8 @@ class Answering:
         if isinstance(event, Reading):
             return Progress(event.cached)
         if isinstance(event, Piece):
-            self._time(choice, now)
+            if event.tokens:
+                self._time(choice, now)
             parts = choice.reader.feed(event.text)
             choice.note(parts, len(event.tokens))
             return Step(tuple(parts), event.tokens) if parts or event.tokens else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -113,8 +113,6 @@ class Answers:
     def _request(
         self, tokens: tuple[int, ...], wishes: Wishes, boundaries: tuple[int, ...]
     ) -> Request:
-        self._check_ids(tokens, "prompt")
-        self._check_ids(wishes.sampling.logit_bias, "logit_bias")
         return Request(
             tokens=tokens,
             max_tokens=wishes.max_tokens or self._answer_tokens,
@@ -125,18 +123,6 @@ class Answers:
             deadline=self._deadline,
             client=wishes.client,
         )
-
-    def _check_ids(self, ids: Sequence[int] | Mapping[int, float], param: str) -> None:
-        """MLX reads and writes beyond its arrays where an index is out of range."""
-        if ids and not 0 <= min(ids) <= max(ids) < self.engine.vocabulary:
-            wrong = next(i for i in ids if not 0 <= i < self.engine.vocabulary)
-            raise RequestError(
-                f"'{param}' has token {wrong}, and the model's tokens are 0 to "
-                f"{self.engine.vocabulary - 1}",
-                param,
-            )
-        if param == "prompt" and not ids:
-            raise RequestError("the prompt is empty; give at least one token", param)
 
     def _answering(
         self,

@@ -8,7 +8,7 @@ from typing import Any
 from ..chat.notation import notation
 from ..chat.prompt import Prompt, render
 from ..chat.reader import Reader
-from ..errors import ChatError, RequestError
+from ..errors import ChatError, RequestError, TooLongError
 from .asked import Chat
 from .engine.request import Guide
 from .grammar import AnswerForm, Grammars, Tool
@@ -21,8 +21,10 @@ BUDGETS = {"minimal": 512, "low": 2048, "medium": 8192, "high": None, "xhigh": N
 class Language:
     """What is known of a model beside its weights. All of it may be used from several threads."""
 
-    def __init__(self, tokenizer: Any, vocabulary: int) -> None:
+    def __init__(self, tokenizer: Any, vocabulary: int, context: int) -> None:
         self._tokenizer = tokenizer
+        # A text of more characters cannot fit; so huge ones need not be made into tokens.
+        self._most = context * max(map(len, tokenizer.get_vocab()))
         self._notation = notation(tokenizer)
         self._grammars = Grammars(tokenizer, self._notation, vocabulary)
         self.tokens = TokenBytes(tokenizer)
@@ -36,6 +38,7 @@ class Language:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """A text as it is, without a chat template."""
+        self._check_length(len(text))
         return tuple(self._tokenizer.encode(text))
 
     def decode(self, tokens: tuple[int, ...]) -> str:
@@ -43,6 +46,7 @@ class Language:
 
     def prompt(self, chat: Chat) -> Prompt:
         """Raises RequestError for a conversation that the chat template refuses."""
+        self._check_length(sum(len(message["content"]) for message in chat.messages))
         arguments = dict(chat.arguments)
         if chat.thinking.effort is not None and self._knows_effort:
             arguments["reasoning_effort"] = chat.thinking.effort
@@ -56,6 +60,13 @@ class Language:
             )
         except ChatError as error:
             raise RequestError(str(error), "messages") from error
+
+    def _check_length(self, characters: int) -> None:
+        if characters > self._most:
+            raise TooLongError(
+                f"the prompt has {characters} characters, more than any {self._most} that fit the "
+                "context; shorten it"
+            )
 
     def guide(self, chat: Chat, prompt: Prompt) -> Callable[[], Guide] | None:
         """Makes a guide for each answer; None where any text will do."""

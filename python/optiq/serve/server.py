@@ -90,7 +90,7 @@ class Server:
         metrics = Metrics(self._engine.stats)
         self._answers = Answers(
             self._engine,
-            Language(opened.tokenizer, self._engine.vocabulary),
+            Language(opened.tokenizer, self._engine.vocabulary, self._engine.context),
             metrics,
             answer_tokens=options.answer_tokens,
             deadline=options.deadline,

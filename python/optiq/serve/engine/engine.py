@@ -24,7 +24,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ...base.text import one_line
-from ...errors import DeadlineError, RequestError, ServeError, TooLongError
+from ...errors import DeadlineError, OverloadedError, RequestError, ServeError, TooLongError
 from ...kv.rows import Caches, Unbatchable, joined
 from ...ops import metal
 from .model import Measured, measure
@@ -39,6 +39,7 @@ Listener = Callable[[Event], None]
 
 FAILURES = 3  # of the model, after which an answer is given up
 ALONE = 8  # steps that an answer takes alone after a failure, so that it is known whose it is
+STOPPED = 5  # seconds after which a client may ask again: perhaps the server is restarted
 SMOOTHING = 0.2  # of the pace, by each new step
 
 
@@ -162,7 +163,7 @@ class Engine:
         length = len(request.tokens) - 1
         with self._changed:
             if self._closing:
-                raise ServeError("the server is shutting down")
+                raise OverloadedError("the server is shutting down", STOPPED)
             ticket = next(self._tickets)
             self._scheduler.submit(
                 Job(
@@ -213,14 +214,15 @@ class Engine:
         """The request with an answer that fits the context."""
         n = len(request.tokens)
         if n == 0:
-            raise RequestError("the prompt has no tokens; give some text")
-        outside = [t for t in request.tokens if not 0 <= t < self.vocabulary]
-        outside += [t for t in request.sampling.logit_bias if not 0 <= t < self.vocabulary]
-        if outside:
-            raise RequestError(
-                f"token {outside[0]} is not one of the model's {self.vocabulary}; "
-                "give ids of its tokenizer"
-            )
+            raise RequestError("the prompt has no tokens; give some text", "prompt")
+        for param, ids in (("prompt", request.tokens), ("logit_bias", request.sampling.logit_bias)):
+            outside = next((t for t in ids if not 0 <= t < self.vocabulary), None)
+            if outside is not None:
+                raise RequestError(
+                    f"token {outside} is not one of the model's {self.vocabulary}; "
+                    "give ids of its tokenizer",
+                    param,
+                )
         if n >= self.context:
             raise TooLongError(
                 f"the prompt has {n} tokens and the context {self.context}; shorten the prompt"
@@ -292,7 +294,8 @@ class Engine:
             if ticket in self._answers:
                 answer = self._answers[ticket]
                 if answer.until == -np.inf:
-                    self._end(answer, Failed(ServeError("the server is shutting down")))
+                    stopped = OverloadedError("the server is shutting down", STOPPED)
+                    self._end(answer, Failed(stopped))
                 else:
                     self._end(answer, self._finished(answer, "cancelled"))
         now = time.monotonic()

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from ...errors import RequestError
 
 MAX_DEPTH = 100
-MAX_VALUES = 2_000_000  # of a body, at any depth
+MAX_VALUES = 500_000  # of a body, at any depth
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
