@@ -24,7 +24,7 @@ from ..protocols.protocol import Dialect, Endpoint, Reply, Service
 from . import log
 from .body import Bodies, ClientGone
 from .guard import Guard
-from .sending import send_body, send_json, start, unless_gone, with_pings
+from .sending import Stream, send_body, send_json, start, unless_gone
 
 LARGE_BODY = 64 * 2**10  # from here on parsing is left to a thread
 
@@ -96,15 +96,17 @@ class Posted:
 
     async def _stream(self, reply: Reply, scope: Scope, send: Send) -> None:
         await send(start(200, "text/event-stream; charset=utf-8", EVENT_HEADERS))
+        stream = Stream(send, self._dialect.ping, self._ping_seconds)
         try:
-            async for text in with_pings(reply.events(), self._dialect.ping, self._ping_seconds):
-                await send_body(send, text.encode(), more=True)
+            async for text in reply.events():
+                await stream.write(text)
         except (asyncio.CancelledError, ClientGone):
             raise
         except Exception as error:
             told = _told(error, scope, self._metrics)
-            text = self._dialect.error_event(told, scope["optiq.id"])
-            await send_body(send, text.encode(), more=True)
+            await stream.write(self._dialect.error_event(told, scope["optiq.id"]))
+        finally:
+            await stream.close()
         await send_body(send, b"", more=False)
 
 
