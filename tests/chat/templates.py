@@ -105,6 +105,22 @@ MISTRAL = """\
 [TOOL_CALLS]{{ call.function.name }}[ARGS]{{ call.function.arguments | tojson }}{% endfor %}\
 {{ m.content }}</s>{% endif %}{% endfor %}"""
 
+# Kimi K2 writes the id of a call, and no name.
+KIMI_K2 = """\
+{% for tool in tools or [] %}{% if loop.first %}<|im_system|>tools<|im_middle|>{% endif %}\
+{{ tool | tojson }}{% if loop.last %}<|im_end|>{% endif %}{% endfor %}{% for m in messages %}\
+<|im_{{ m.role }}|>{{ m.role }}<|im_middle|>{% if m.role == 'tool' %}## Return of \
+{{ m.tool_call_id }}
+{% endif %}{{ m.content }}{% for call in m.tool_calls or [] %}{% if loop.first %}\
+<|tool_calls_section_begin|>{% endif %}<|tool_call_begin|>{{ call.id }}\
+<|tool_call_argument_begin|>{{ call.function.arguments | tojson }}<|tool_call_end|>\
+{% if loop.last %}<|tool_calls_section_end|>{% endif %}{% endfor %}<|im_end|>{% endfor %}\
+{% if add_generation_prompt %}<|im_assistant|>assistant<|im_middle|>{% endif %}"""
+# A template that knows how to write calls and results, but not what tools there are.
+DEEPSEEK_R1 = DEEPSEEK_V31.replace(
+    "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}", ""
+)
+
 TEMPLATES = {
     "qwen3": QWEN3,
     "always thinks": ALWAYS_THINKS,
@@ -112,6 +128,8 @@ TEMPLATES = {
     "llama3": LLAMA3,
     "harmony": HARMONY,
     "mistral": MISTRAL,
+    "kimi_k2": KIMI_K2,
+    "deepseek_r1": DEEPSEEK_R1,
 }
 SPECIAL = {
     "qwen3": ("<|im_start|>", "<|im_end|>"),
@@ -148,12 +166,28 @@ SPECIAL = {
         "<|call|>",
     ),
     "mistral": ("<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[ARGS]"),
+    "kimi_k2": (
+        "[BOS]",
+        "<|im_end|>",
+        "<|im_user|>",
+        "<|im_assistant|>",
+        "<|im_system|>",
+        "<|im_tool|>",
+        "<|im_middle|>",
+        "<|tool_calls_section_begin|>",
+        "<|tool_calls_section_end|>",
+        "<|tool_call_begin|>",
+        "<|tool_call_argument_begin|>",
+        "<|tool_call_end|>",
+    ),
 }
+SPECIAL["deepseek_r1"] = SPECIAL["deepseek_v31"]
 # Tokens that are added, but not special.
 ADDED = {
     "qwen3": ("<think>", "</think>", "<tool_call>", "</tool_call>"),
     "always thinks": ("<think>", "</think>"),
     "deepseek_v31": ("<think>", "</think>"),
+    "deepseek_r1": ("<think>", "</think>"),
 }
 
 

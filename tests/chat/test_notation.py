@@ -9,7 +9,7 @@ import mlx_lm.tool_parsers
 import pytest
 
 from optiq.chat.notation import Span, named, notation
-from tests.chat.answers import CALLS
+from tests.chat.answers import ARGUMENTS, CALLS, calls_of, read
 from tests.chat.templates import family, wrapped
 
 
@@ -21,6 +21,8 @@ from tests.chat.templates import family, wrapped
         ("deepseek_v31", "deepseek_v31", True),
         ("llama3", "llama3", False),
         ("mistral", "mistral", False),
+        ("kimi_k2", "kimi_k2", False),
+        ("deepseek_r1", "json_tools", True),  # its template leaves out what tools there are
     ],
 )
 def test_families(name: str, expected: str, reasons: bool) -> None:
@@ -55,9 +57,15 @@ def test_a_template_without_tools_is_told_of_them_in_text() -> None:
     assert notation(wrapped(None)).name == "json_tools"
 
 
+def test_calls_that_a_conversation_as_text_asks_for_are_read_of_any_model() -> None:
+    for name in ("llama3", "mistral", "deepseek_v31", "deepseek_r1"):
+        for case in (name.replace("_r1", "_v31"), "json_tools"):
+            assert calls_of(read(notation(family(name)), CALLS[case])[0]) == [("price", ARGUMENTS)]
+
+
 def test_structure_that_no_client_should_see() -> None:
     marks = ("<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>")
-    found = notation(wrapped("{{ messages }}", ("<s>", *marks)))
+    found = notation(wrapped("{{ tools }}{{ messages }}", ("<s>", *marks)))
     assert found.name == "kimi_k3"
     assert "<|close|>message<|sep|>" in found.dropped
     assert found.reasoning == Span("<|open|>think<|sep|>", "<|close|>think<|sep|>")

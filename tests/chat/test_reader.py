@@ -302,4 +302,4 @@ def test_long_answers_take_linear_time(case: str, unit: str) -> None:
     pieces = [answer[i : i + 7] for i in range(0, len(answer), 7)]
     begun = time.process_time()
     read(notation, pieces)
-    assert time.process_time() - begun < 2
+    assert time.process_time() - begun < 5

@@ -511,7 +511,7 @@ def test_harmony_reasons_in_its_own_channel() -> None:
 
 def test_marks_of_several_tokens() -> None:
     special = ("<s>", "</s>", "<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>")
-    tokenizer = wrapped("{{ messages }}", special)
+    tokenizer = wrapped("{{ tools }}{{ messages }}", special)
     guide = made(grammars(tokenizer).compile(AnswerForm(reasoning=True, reasoning_budget=2)))
     for token in encode(tokenizer, "ab"):
         guide.accept(token)

@@ -41,6 +41,25 @@ def _nine_character_ids(messages: Messages, tools: Tools) -> Chat:
     return renamed, tools
 
 
+def _function_ids(messages: Messages, tools: Tools) -> Chat:
+    """Call ids as functions.NAME:NUMBER: Kimi templates write them in the place of names."""
+    ids: dict[str, str] = {}
+    renamed = []
+    for message in messages:
+        message = dict(message)
+        if "tool_calls" in message:
+            calls = []
+            for call in message["tool_calls"]:
+                written = f"functions.{call['function']['name']}:{len(ids)}"
+                ids[call.get("id", written)] = written
+                calls.append({**call, "id": written})
+            message["tool_calls"] = calls
+        if "tool_call_id" in message:
+            message["tool_call_id"] = ids.get(message["tool_call_id"], message["tool_call_id"])
+        renamed.append(message)
+    return renamed, tools
+
+
 def tools_as_text(messages: Messages, tools: Tools) -> Chat:
     """Tools as JSON in the system message, calls in the assistant's text, results as user turns."""
     written = []
@@ -72,14 +91,17 @@ def _merged_system(messages: Messages, tools: Tools) -> Chat:
     return list(_joined(written)), []
 
 
+Form = Callable[[Messages, Tools], Chat]
+_TEXT: dict[str, Form] = {"tools as text": tools_as_text, "merged system": _merged_system}
 # The forms a chat is offered in, in this order.
-FORMS: dict[str, Callable[[Messages, Tools], Chat]] = {
+FORMS: dict[str, Form] = {
     "native": _native,
     "json arguments": _json_arguments,
     "nine-character ids": _nine_character_ids,
-    "tools as text": tools_as_text,
-    "merged system": _merged_system,
+    **_TEXT,
 }
+# For Kimi templates in prompts.
+KIMI_FORMS: dict[str, Form] = {"function ids": _function_ids, **_TEXT}
 
 
 def _joined(messages: Messages) -> Iterator[dict[str, Any]]:

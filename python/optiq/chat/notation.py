@@ -1,8 +1,7 @@
 """How a model marks its reasoning and writes its tool calls.
 
 The notation is found as mlx-lm finds it, in the chat template and the vocabulary; Llama 3, DeepSeek
-and harmony (gpt-oss), which mlx-lm does not know, are found here. A model whose template shows no
-notation is told of its tools in text (forms.py), and asked for `<tool_call>` with JSON.
+and harmony (gpt-oss), which mlx-lm does not know, are found here.
 """
 
 from __future__ import annotations
@@ -10,8 +9,12 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
+
+from .time_limit import LIMIT, within
 
 _NOTHING = r"(?!)"  # matches no text
 
@@ -192,12 +195,29 @@ _OWN: dict[str, tuple[Any, ...]] = {
 
 
 def notation(tokenizer: Any) -> Notation:
-    """The notation of the model that `tokenizer` (mlx-lm's TokenizerWrapper) belongs to."""
+    """The notation of the model that `tokenizer` (mlx-lm's TokenizerWrapper) belongs to.
+
+    Where the template has no place for tools they are given as text, which asks for `<tool_call>`
+    with JSON; a conversation that is given as text asks for it of any model.
+    """
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-    found = replace(named(_name(tokenizer, template)), dropped=tuple(tokenizer.structural_markers))
-    if tokenizer.has_thinking and found.channels is None:
-        return replace(found, reasoning=Span(tokenizer.think_start, tokenizer.think_end))
-    return found
+    found = named(_name(tokenizer, template))
+    if found.channels is None:
+        if all(form.start != _JSON_TOOLS.start for form in found.calls):
+            found = replace(found, calls=(*found.calls, _JSON_TOOLS))
+        if not _takes_tools(tokenizer):
+            found = replace(found, name="json_tools")
+    return replace(
+        found, reasoning=reasoning_span(tokenizer), dropped=tuple(tokenizer.structural_markers)
+    )
+
+
+def reasoning_span(tokenizer: Any) -> Span | None:
+    """The marks of the model's reasoning; None if it has none, or reasons in a channel."""
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    if not tokenizer.has_thinking or named(_name(tokenizer, template)).channels is not None:
+        return None
+    return Span(tokenizer.think_start, tokenizer.think_end)
 
 
 def named(name: str) -> Notation:
@@ -208,6 +228,18 @@ def named(name: str) -> Notation:
     start, end, read = parser.tool_call_start, parser.tool_call_end, parser.parse_tool_call
     calls = TaggedCalls(start, end, read, *_TAGGED[name])
     return Notation(name, (calls,), channels=_MUSE_SPARK if name == "muse_spark" else None)
+
+
+def _takes_tools(tokenizer: Any) -> bool:
+    """Whether the template writes the tools it is given."""
+    system, user = ({"role": role, "content": "Hello"} for role in ("system", "user"))
+    tool = {"type": "function", "function": {"name": "zqmark", "parameters": {"type": "object"}}}
+    for messages in ([system, user], [user]):
+        apply = partial(tokenizer.apply_chat_template, messages, tools=[tool], tokenize=False)
+        with suppress(Exception):  # of a template, which is foreign code
+            if "zqmark" in within(LIMIT, apply):
+                return True
+    return False
 
 
 def _name(tokenizer: Any, template: str) -> str:

@@ -14,15 +14,13 @@ from typing import Any
 
 from ..errors import ChatError
 from .controls import Controls
-from .forms import FORMS, Chat, Messages, Tools
-from .notation import notation
+from .forms import FORMS, KIMI_FORMS, Chat, Messages, Tools
+from .notation import reasoning_span
 from .template import REFUSALS, fitting_form, plain_text
-from .time_limit import within
+from .time_limit import LIMIT, within
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _SYSTEM = ("system", "developer")
-# Seconds that a template has for one rendering; real ones take milliseconds.
-LIMIT = 10.0
 # How many ends of messages are looked for: that of the system message, and the last ones.
 MOST_BOUNDARIES = 8
 
@@ -91,7 +89,8 @@ class _Template:
 
     def __init__(self, tokenizer: Any, thinking: bool | None, arguments: Mapping[str, Any]) -> None:
         self.source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-        self._span = notation(tokenizer).reasoning
+        self._forms = KIMI_FORMS if "<|tool_call_argument_begin|>" in self.source else FORMS
+        self._span = reasoning_span(tokenizer)
         span = (self._span.start, self._span.end) if self._span else ()
         self.controls = Controls(tokenizer, self.source, span)
         self._tokenizer = tokenizer
@@ -116,12 +115,14 @@ class _Template:
 
     def prompt(self, messages: Messages, tools: Tools) -> Prompt:
         chat = fitting_form(
-            (messages, tools), lambda messages, tools: self._apply(messages, tools, answer=True)
+            (messages, tools),
+            lambda messages, tools: self._apply(messages, tools, answer=True),
+            self._forms,
         )
         if chat is None:
             reason = self._refused or "it leaves out part of it"
             raise ChatError(f"the chat template refuses the conversation: {reason}")
-        form, text = FORMS[chat.form], chat.text
+        form, text = self._forms[chat.form], chat.text
         ends = []
         for count in _counts(messages):
             prefix = self._apply(*form(messages[:count], tools), answer=False)

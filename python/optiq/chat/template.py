@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import date
 from itertools import count
 from typing import Any, NamedTuple, Protocol
 
 from jinja2 import TemplateError
 
-from .forms import FORMS, Chat, Messages, Tools, tools_as_text
+from .forms import FORMS, Chat, Form, Messages, Tools, tools_as_text
 
 # Templates that print today's date get this one, so that the tokens do not change overnight.
 # It is the default of the Llama 3.1 template.
@@ -82,13 +82,17 @@ def chat_text(
     return plain_text(chat, answer)
 
 
-def fitting_form(chat: Chat, apply: Callable[[Messages, Tools], str | None]) -> ChatText | None:
+def fitting_form(
+    chat: Chat,
+    apply: Callable[[Messages, Tools], str | None],
+    forms: Mapping[str, Form] = FORMS,
+) -> ChatText | None:
     """The conversation in the first form that `apply` takes with nothing left out.
 
     `apply` is the template; it returns None for what it refuses.
     """
     marked, marks = _mark(*chat)
-    for name, form in FORMS.items():
+    for name, form in forms.items():
         probe = apply(*form(*marked))
         if probe is None or not all(mark in probe for mark in marks):
             continue

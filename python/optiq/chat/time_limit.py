@@ -10,6 +10,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+# Seconds that a chat template has for one conversation; real ones take milliseconds.
+LIMIT = 10.0
+
 
 class _Overtime(BaseException):
     """Raised in the code that takes too long, from outside."""
