@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from optiq.chat import prompt as prompt_module
+from optiq.chat.any_of import any_of
 from optiq.chat.prompt import MOST_BOUNDARIES, render
 from optiq.errors import ChatError
 from tests.calibration.conftest import KINDS, build
@@ -140,9 +141,10 @@ def test_thinking(name: str, thinking: bool | None, reasoning: bool, end: str) -
     assert tokenizer.decode(prompt.tokens).endswith(end)
 
 
-def test_a_model_that_always_reasons_says_so() -> None:
+@pytest.mark.parametrize("name", ["always thinks", "harmony"])
+def test_a_model_that_always_reasons_says_so(name: str) -> None:
     with pytest.raises(ChatError, match="always reasons"):
-        render(TALK[:2], family("always thinks"), thinking=False)
+        render(TALK[:2], family(name), thinking=False)
 
 
 def test_reasoning_in_what_a_user_writes_opens_none() -> None:
@@ -295,6 +297,30 @@ def test_reasoning_that_a_client_left_in_the_text_is_the_templates_to_handle() -
     tokenizer = wrapped(template, SPECIAL["qwen3"], ADDED["qwen3"])
     talk = [{"role": "assistant", "content": "<think>\nhm\n</think>\n\nYes."}]
     assert text_of(talk, tokenizer) == "[hm]Yes.<|im_end|>"
+
+
+def test_thousands_of_special_tokens_take_no_time() -> None:
+    """Gemma has six thousand; a page of HTML has as many places where one could stand."""
+    special = ("<s>", "</s>", *(f"<unused{i}>" for i in range(6000)))
+    tokenizer = wrapped("{{ messages[0].content }}", special)
+    page = "<unused59><unused599x <p>" * 4000
+    begun = time.process_time()
+    prompt = render([{"role": "user", "content": page}], tokenizer)
+    assert time.process_time() - begun < 10
+    assert tokenizer.decode(prompt.tokens) == page
+    assert control_tokens(tokenizer, prompt.tokens) == []
+    with pytest.raises(ChatError, match="more than 20000 special tokens as text"):
+        render([{"role": "user", "content": "<s>" * 20_001}], tokenizer)
+
+
+@given(st.lists(st.text("ab<", min_size=1, max_size=4), max_size=6), st.text("ab<", max_size=12))
+def test_any_of_finds_the_longest_text(texts: list[str], text: str) -> None:
+    expected, at = [], 0
+    while at < len(text):
+        found = max((t for t in texts if text.startswith(t, at)), key=len, default="")
+        expected += [(at, found)] if found else []
+        at += len(found) or 1
+    assert [(m.start(), m[0]) for m in any_of(texts).finditer(text)] == expected
 
 
 def test_a_tokenizer_that_cannot_write_it_as_text_says_so() -> None:

@@ -613,6 +613,59 @@ def test_what_cannot_be_held_to_is_refused(
         assert reason in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["json_tools", "qwen3_coder", "gemma4", "pythonic"])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"properties": [1]},
+        {"properties": {"a": 3}},
+        {"properties": {"a": {"enum": 3}}},
+        {"properties": {"a": {"type": "string", "pattern": 5}}},
+        {"properties": {"a b>": {"type": "string"}}},
+        {"required": 5},
+        {"type": "array"},
+        {"properties": {"a": {"multipleOf": float("inf")}, "b": {"multipleOf": 0}}},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}},
+        {
+            "properties": {"a": {"$ref": "#/$defs/a"}},
+            "$defs": {"a": {"properties": {k: {"$ref": "#/$defs/a"} for k in "xy"}}},
+        },
+        {
+            "properties": {"a": {"$ref": "#/$defs/a"}},
+            "$defs": {
+                "a": {"type": "object", "properties": {k: {"$ref": "#/$defs/a"} for k in "xy"}}
+            },
+        },
+        [1],
+        5,
+    ],
+)
+def test_any_json_may_stand_where_a_schema_should(
+    tiny: TokenizerWrapper, name: str, parameters: Any
+) -> None:
+    """What is no schema, or none that the notation can hold to: refused if strict, else free."""
+    known = named(name)
+    compiler = grammars(tiny, known)
+    try:
+        compiler.compile(AnswerForm(tools=(Tool("f", parameters, True),), tool_choice="f"))
+    except RequestError as error:
+        assert error.param == "tools"  # noqa: PT017
+    loose = compiler.compile(AnswerForm(tools=(Tool("f", parameters),), tool_choice="f"))
+    assert words(made(loose), VOCAB) is not None
+
+
+def test_a_tokenizer_that_is_written_in_python(tiny: TokenizerWrapper) -> None:
+    class Slow:
+        eos_token_ids = tiny.eos_token_ids
+        get_vocab = tiny.get_vocab
+        encode = tiny.encode
+
+    compiler = Grammars(Slow(), named("json_tools"), VOCAB)
+    assert compiler.compile(AnswerForm(tools=TOOLS, tool_choice="none")) is None
+    with pytest.raises(RequestError, match="written in Python"):
+        compiler.compile(AnswerForm("json_object"))
+
+
 def test_without_llguidance(tiny: TokenizerWrapper, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(OptiqError, match=r"pip install 'optiq-mlx\[serve\]'"):

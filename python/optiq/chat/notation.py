@@ -200,24 +200,21 @@ def notation(tokenizer: Any) -> Notation:
     Where the template has no place for tools they are given as text, which asks for `<tool_call>`
     with JSON; a conversation that is given as text asks for it of any model.
     """
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-    found = named(_name(tokenizer, template))
-    if found.channels is None:
-        if all(form.start != _JSON_TOOLS.start for form in found.calls):
-            found = replace(found, calls=(*found.calls, _JSON_TOOLS))
-        if not _takes_tools(tokenizer):
-            found = replace(found, name="json_tools")
-    return replace(
-        found, reasoning=reasoning_span(tokenizer), dropped=tuple(tokenizer.structural_markers)
-    )
+    found = native_notation(tokenizer)
+    if found.channels is not None:
+        return found
+    if all(form.start != _JSON_TOOLS.start for form in found.calls):
+        found = replace(found, calls=(*found.calls, _JSON_TOOLS))
+    return found if _takes_tools(tokenizer) else replace(found, name="json_tools")
 
 
-def reasoning_span(tokenizer: Any) -> Span | None:
-    """The marks of the model's reasoning; None if it has none, or reasons in a channel."""
+def native_notation(tokenizer: Any) -> Notation:
+    """The notation that the model's template and vocabulary show."""
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-    if not tokenizer.has_thinking or named(_name(tokenizer, template)).channels is not None:
-        return None
-    return Span(tokenizer.think_start, tokenizer.think_end)
+    found = replace(named(_name(tokenizer, template)), dropped=tuple(tokenizer.structural_markers))
+    if tokenizer.has_thinking and found.channels is None:
+        return replace(found, reasoning=Span(tokenizer.think_start, tokenizer.think_end))
+    return found
 
 
 def named(name: str) -> Notation:

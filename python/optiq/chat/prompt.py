@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import ChatError
 from .controls import Controls
 from .forms import FORMS, KIMI_FORMS, Chat, Messages, Tools
-from .notation import reasoning_span
+from .notation import native_notation
 from .template import REFUSALS, fitting_form, plain_text
 from .time_limit import LIMIT, within
 
@@ -90,7 +90,9 @@ class _Template:
     def __init__(self, tokenizer: Any, thinking: bool | None, arguments: Mapping[str, Any]) -> None:
         self.source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
         self._forms = KIMI_FORMS if "<|tool_call_argument_begin|>" in self.source else FORMS
-        self._span = reasoning_span(tokenizer)
+        known = native_notation(tokenizer)
+        self._span = known.reasoning
+        self._always_reasons = known.channels is not None
         span = (self._span.start, self._span.end) if self._span else ()
         self.controls = Controls(tokenizer, self.source, span)
         self._tokenizer = tokenizer
@@ -166,10 +168,9 @@ class _Template:
 
     def _reasons(self, begin: str) -> bool:
         """Whether `begin`, what the template writes for the answer, opens reasoning."""
-        if self._span is None:
-            return False
-        open = begin.rfind(self._span.start) > begin.rfind(self._span.end)
-        if open and self._thinking is False:
+        span = self._span
+        open = span is not None and begin.rfind(span.start) > begin.rfind(span.end)
+        if (open or self._always_reasons) and self._thinking is False:
             raise ChatError("this model always reasons: its chat template cannot switch it off")
         return open
 

@@ -5,11 +5,12 @@ A parser is a generator: it asks for more text with `yield from`, and so may sto
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Generator, Sequence
 from functools import cache
 
 import regex
+
+from .any_of import any_of
 
 # Headers of calls and the like are short; what is longer is none, and is not looked at again.
 LONGEST = 1000
@@ -51,7 +52,7 @@ class Pull:
         self, marks: Sequence[str], put: Callable[[str], None]
     ) -> Generator[None, str | None, str]:
         """Pass on what stands before the next of `marks`; that mark, which is not taken."""
-        find = _any(tuple(marks))
+        find = any_of(marks)
         while True:
             found = find.search(self._text, self._at)
             stop = found.start() if found else len(self._text) - self._begun(marks)
@@ -98,11 +99,6 @@ class Pull:
                 put(rest)
             yield from self.more()
         put(self.take(stop - self._at))
-
-
-@cache
-def _any(marks: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, marks)) or "(?!)")
 
 
 @cache

@@ -7,6 +7,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -42,19 +43,22 @@ class Grammars:
             raise OptiqError(
                 "structured output needs llguidance: pip install 'optiq-mlx[serve]'"
             ) from None
-        backend = tokenizer.backend_tokenizer
-        words = backend.get_vocab(with_added_tokens=True)
-        self._ends = sorted(tokenizer.eos_token_ids)
+        words: Mapping[str, int] = tokenizer.get_vocab()
+        ends = sorted(tokenizer.eos_token_ids)
         self._size = max(vocabulary, max(words.values()) + 1)
-        self._tokenizer = LLTokenizer(backend.to_str(), n_vocab=self._size, eos_token=self._ends)
-        self._matcher = LLMatcher
         self._known = _bits((id for id in words.values() if id < vocabulary), vocabulary)
-        self._free = self._known & ~_bits((id for id in self._ends if id < vocabulary), vocabulary)
-        self._special = {
-            token.content: id
-            for id, token in backend.get_added_tokens_decoder().items()
-            if self._tokenizer.is_special_token(id)
-        }
+        self._free = self._known & ~_bits((id for id in ends if id < vocabulary), vocabulary)
+        self._matcher = LLMatcher
+        self._tokenizer: Any = None
+        self._special: dict[str, int] = {}
+        if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+            backend = copy(backend)
+            backend.no_padding()
+            backend.no_truncation()
+            self._tokenizer = LLTokenizer(backend.to_str(), n_vocab=self._size, eos_token=ends)
+            for id, token in backend.get_added_tokens_decoder().items():
+                if self._tokenizer.is_special_token(id):
+                    self._special[token.content] = id
         self._notation = notation
         self._frame = FRAMES.get(notation.name, Frame(""))
         self._calls = _call_form(notation, self._special)
@@ -102,7 +106,11 @@ class Grammars:
                 self._kept.move_to_end(key)
                 return self._kept[key]
         matcher = None
-        if source := self._source(form):
+        try:
+            source = self._source(form)
+        except RecursionError:
+            raise RequestError("the schema is nested too deeply", "response_format") from None
+        if source is not None:
             matcher = self._matcher(self._tokenizer, source, log_level=0)
             self._try(matcher, "response_format" if form.kind != "text" else "tools")
         with self._lock:
@@ -130,6 +138,12 @@ class Grammars:
         loose = form.parallel and not any(tool.strict for tool in tools)
         if answer is None and not forced and (not tools or loose):
             return None
+        if self._tokenizer is None:
+            raise RequestError(
+                "this model's tokenizer is written in Python, so its answers cannot be held to a "
+                "form; ask for text",
+                "response_format" if answer else "tools",
+            )
         rules = Rules(self._special)
         start = self._start(form, rules, tools, forced, answer is not None)
         grammars = [{"name": "top", "lark_grammar": rules.grammar(start)}]
@@ -168,22 +182,27 @@ class Grammars:
             raise RequestError(
                 f"tool {tool.name!r}: a name has up to 128 letters, digits, dots, - and _", "tools"
             )
-        schema = dict(tool.parameters or {})
-        rules = Rules(self._special)
         try:
-            call = required_calls(rules, self._calls, [(tool.name, schema, tool.strict)], False)
-            source = json.dumps(
-                {"grammars": [{"name": "call", "lark_grammar": rules.grammar(call)}]}
-            )
-            if error := self._matcher.validate_grammar(source, self._tokenizer):
-                raise Unwritable(_first_line(error))
+            self._check_tool(tool)
         except Unwritable as error:
             if tool.strict:
-                raise RequestError(
-                    f"tool {tool.name!r} cannot be strict: {error}", "tools"
-                ) from None
+                message = f"tool {tool.name!r} cannot be strict: {error}"
+                raise RequestError(message, "tools") from None
             return tool.name, {}, False
-        return tool.name, schema, tool.strict
+        return tool.name, tool.parameters or {}, tool.strict
+
+    def _check_tool(self, tool: Tool) -> None:
+        """Unwritable for a schema that a call cannot be held to."""
+        rules = Rules(self._special)
+        function = (tool.name, tool.parameters or {}, tool.strict)
+        try:
+            call = required_calls(rules, self._calls, [function], False)
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            # Any JSON may stand where a schema should.
+            raise Unwritable(f"its parameters are not a JSON schema ({error})") from None
+        source = {"grammars": [{"name": "call", "lark_grammar": rules.grammar(call)}]}
+        if fault := self._matcher.validate_grammar(json.dumps(source), self._tokenizer):
+            raise Unwritable(_first_line(fault))
 
 
 def _call_form(notation: Notation, special: Mapping[str, int]) -> CallForm:

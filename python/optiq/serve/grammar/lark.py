@@ -7,9 +7,10 @@ grammar never matches a special token, so a grammar has to say which it is.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
+
+from ...chat.any_of import any_of
 
 ANY = "/(?s:.*)/"
 SOME = "/(?s:.+)/"
@@ -20,8 +21,7 @@ class Rules:
 
     def __init__(self, special: Mapping[str, int]) -> None:
         self._special = special
-        longest = sorted(special, key=len, reverse=True)
-        self._find = re.compile("|".join(map(re.escape, longest)) or "(?!)")
+        self._find = any_of(special)
         self._rules: list[str] = []
 
     def rule(self, expression: str) -> str:

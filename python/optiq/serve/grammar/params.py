@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
+import math
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from decimal import Decimal
@@ -16,6 +18,8 @@ from .notations import Params
 WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 # A number of this many states takes a tenth of a second.
 MOST_STATES = 10_000
+# Values of one function, so that schemas that refer to themselves come to an end.
+MOST_VALUES = 2000
 # The escapes in strings that mean the same in JSON and in Python.
 ESCAPES = 'nrbtf\\"'
 # Of a schema: what says nothing about values, and what a notation of its own can be held to.
@@ -46,7 +50,7 @@ def _check_multiples(schema: Any) -> None:
     """The states that multiples of a number take are as many as it, without its factors 2 and 5."""
     if isinstance(schema, Mapping):
         number = schema.get("multipleOf", 1)
-        if isinstance(number, (int, float)) and number > 0:
+        if type(number) in (int, float) and 0 < number < math.inf:
             digits = Decimal(repr(number)).normalize().as_tuple().digits
             states = int("".join(map(str, digits)))
             for factor in (2, 5):
@@ -79,12 +83,15 @@ class _Arguments:
         self._strict = strict
         self._root = root
         self._defs = {key: root[key] for key in ("$defs", "definitions") if key in root}
+        self._name = r"[\w.-]+" if params.strings == "raw" else r"\w+"
+        self._values = 0
 
     def object(self, schema: Mapping[str, Any], each: str, between: str) -> str:
         """The properties in the order of the schema, the optional ones or not."""
         self._only(schema, _OBJECT)
         if not schema.get("properties"):
-            return self._any_properties(each, between) if not self._strict else '""'
+            none = self._strict or schema.get("additionalProperties") is False
+            return '""' if none else self._any_properties(each, between)
         required = set(schema.get("required", ()))
         if self._strict and not required <= set(schema["properties"]):
             raise Unwritable("it requires properties that it does not define")
@@ -92,6 +99,8 @@ class _Arguments:
         separator = self._rules.exactly(between)
         first, later = '""', '""'  # what may follow when nothing is written yet, and when it is
         for key, value in reversed(schema["properties"].items()):
+            if not re.fullmatch(self._name, key):
+                raise Unwritable(f"the name {key!r} cannot be written")
             one = self._rules.rule(
                 f"{self._rules.exactly(before.replace('KEY', key))} {self._value(value, after)}"
             )
@@ -111,6 +120,9 @@ class _Arguments:
 
     def _value(self, schema: Any, after: str) -> str:
         """A value, and the text after it."""
+        self._values += 1
+        if self._values > MOST_VALUES:
+            raise Unwritable("it is too large, or refers to itself")
         written = self._rules.exactly(after)
         if self._params.strings == "json":
             return f"{schema_value(self._with_defs(schema), ESCAPES)} {written}"
