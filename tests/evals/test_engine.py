@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from optiq.errors import EvalError
 from optiq.evals.engine import Engine, Prompt, shared_length
 from optiq.runtime.loading import load
 from tests.tiny import BOS, EOS, tiny_folder
@@ -124,3 +127,37 @@ def test_one_bos(engine: Engine) -> None:
     assert chat.count(BOS) == 1
     assert text.endswith("<|im_start|>assistant\n")
     assert engine.text("hello").count(BOS) == 1
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_one_by_one_is_batched(engine: Engine, shared: bool) -> None:
+    """What is asked where mlx-lm has no batches of the model's caches."""
+    alone = replace(engine, batch=1)
+    asked = [Prompt(tokens, 3 + i) for i, tokens in enumerate(prompts(6, shared=shared))]
+    assert alone.answers(asked) == engine.answers(asked)
+    contexts, endings = prompts(4, shared=shared, seed=2), [[[7], [9, 10]]] * 4
+    found, want = (np.array(e.log_likelihoods(contexts, endings)) for e in (alone, engine))
+    np.testing.assert_allclose(found, want, atol=5e-3)
+
+
+def test_batches_are_left_where_mlx_lm_has_none(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert engine.suited("m") == engine
+
+    def broken(*args: object, **options: object) -> None:
+        raise ValueError("no batching\nwith history")
+
+    # The package has a function of the module's name.
+    monkeypatch.setattr(sys.modules["mlx_lm.generate"], "BatchGenerator", broken)
+    assert engine.suited("m").batch == 1
+
+    class Broken(type(engine.model)):  # type: ignore[misc]
+        def __call__(self, *args: object, **options: object) -> None:
+            raise RuntimeError("no kernel\nfor this")
+
+    model = Broken.__new__(Broken)
+    model.__dict__.update(engine.model.__dict__)
+    dict.update(model, engine.model)
+    with pytest.raises(EvalError, match=r"cannot generate with m: no kernel for this$"):
+        replace(engine, model=model).suited("m")

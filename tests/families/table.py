@@ -25,7 +25,6 @@ COMMON: dict[str, Any] = _TABLE["common"]
 FAMILIES: dict[str, dict[str, Any]] = _TABLE["families"]
 UNTRIED = {
     "olmo": "its file exits without the package ai2-olmo",
-    "phi3small": "it masks words with infinite logits, which the measurement refuses",
     "prism_hadamard_qwen35": "its files are quantized already",
 }
 _ARGUMENTS = ("ModelArgs", "TextModelArgs", "TextArgs", "TextConfig")

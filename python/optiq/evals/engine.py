@@ -6,18 +6,22 @@ subject) is run once; every sequence starts from a copy of its cache.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..base.text import one_line
 from ..chat.forms import Messages, Tools
 from ..chat.template import chat_text, encode
+from ..errors import EvalError
 from ..ops import metal
+from ..sources.folder import mlx_lm_version
 
 Tokens = list[int]
 # Where an answer that is still being written ends for good, or None while it may go on.
@@ -49,8 +53,23 @@ class Engine:
 
     model: nn.Module
     tokenizer: Any
-    batch: int = 16
+    batch: int = 16  # 1: without batches
     finished: Callable[[], None] = lambda: None
+
+    def suited(self, name: str) -> Engine:
+        """This one, or one without batches where mlx-lm has none for the model's caches.
+
+        Raises EvalError where it cannot run the model `name` at all.
+        """
+        start = [0, 1, 2, 3] * (MIN_SHARED // 4 + 1)
+        trial = [[*start, 1], [*start, 2], [*start, 2, 3]], [2, 2, 2], lambda *_: False
+        for engine in (self, replace(self, batch=1)):
+            try:
+                replace(engine, finished=lambda: None)._run(*trial)
+                return engine
+            except Exception as error:  # whatever a model file, a cache or a generator raises
+                reason = one_line(error)
+        raise EvalError(f"mlx-lm {mlx_lm_version()} cannot generate with {name}: {reason}")
 
     @property
     def has_chat(self) -> bool:
@@ -131,6 +150,8 @@ class Engine:
         from mlx_lm.generate import BatchGenerator
 
         shared = shared_length(sequences)
+        if self.batch == 1:
+            return self._one_by_one(sequences, limits, see, shared)
         order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
         rests = [sequences[index][shared:] for index in order]
         caches = [self._cache(sequences[0][:shared])] * len(order) if shared else None
@@ -154,11 +175,26 @@ class Engine:
         finally:
             generator.close()
 
-    def _cache(self, tokens: Tokens) -> list[Any]:
+    def _one_by_one(
+        self, sequences: Sequence[Tokens], limits: Sequence[int], see: See, shared: int
+    ) -> None:
+        begun = self._cache(sequences[0][:shared])
+        for index, (tokens, limit) in enumerate(zip(sequences, limits, strict=True)):
+            cache = self._cache(tokens[shared:-1], copy.deepcopy(begun))
+            token = tokens[-1]
+            for _ in range(limit):
+                logits = self.model(mx.array([[token]]), cache=cache)[0, -1]
+                log_p = logits - mx.logsumexp(logits)
+                token = int(np.asarray(mx.argmax(log_p)))
+                if see(index, token, log_p):
+                    break
+            self.finished()
+
+    def _cache(self, tokens: Tokens, cache: list[Any] | None = None) -> list[Any]:
         """The cache after `tokens`. BatchGenerator copies it when it makes a batch."""
         from mlx_lm.models.cache import make_prompt_cache
 
-        cache: list[Any] = make_prompt_cache(self.model)
+        cache = make_prompt_cache(self.model) if cache is None else cache
         for start in range(0, len(tokens), PREFILL):
             self.model(mx.array([tokens[start : start + PREFILL]]), cache=cache)
             mx.eval([layer.state for layer in cache])

@@ -53,6 +53,8 @@ def evaluate(
                 records.check(_path(folder, name), header)
     accelerate(loaded.model)
     engine = Engine(loaded.model, loaded.tokenizer)
+    if tasks:
+        engine = engine.suited(source.name)
     if "size" in asked.tasks:
         sizes.save(folder)
     seconds = {}

@@ -272,7 +272,7 @@ def _check_forward(model: nn.Module) -> None:
     tokens = mx.array([[0, 1, 2, 3]])
     try:
         logits = model(tokens, cache=make_prompt_cache(model))
-        finite = mx.all(mx.isfinite(logits)).item()
+        finite = mx.all(logits < mx.inf).item()  # minus infinity: a word that is never said
     except Exception as error:  # whatever a model file raises
         raise _mismatch(f"it does not run ({one_line(error)})") from error
     if not finite:

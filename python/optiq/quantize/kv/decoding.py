@@ -19,8 +19,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
+from ...models.blocks import whole_text_caches
 from ...models.roles import Module, Role, role_of
-from ..replay.replay import ALL, Replay, Tape, arrays
+from ..replay.replay import ALL, Pass, Replay, Tape, arrays
 
 # Tokens of a prefill step: scores of a chunk against all keys are in memory at once.
 CHUNK = 512
@@ -47,6 +48,7 @@ class Decoder(Replay):
         super().__init__(model, heads(model))
         self.owners: dict[int, int] = {}
         self._caches: Sequence[Any] = ()
+        self._sharing = whole_text_caches(model) is not None
 
     def __enter__(self) -> Decoder:
         super().__enter__()
@@ -80,7 +82,8 @@ class Decoder(Replay):
         """
         for keys, values in context.written[index]:
             cache.update_and_fetch(keys, values)
-        first = self.owners[index]
+        # Where later blocks read the caches of earlier ones, all run.
+        first = 0 if self._sharing else self.owners[index]
         caches = [
             copy.deepcopy(c) if self.owners.get(i, -1) >= first else _placed(c)
             for i, c in enumerate(context.caches)
@@ -95,6 +98,18 @@ class Decoder(Replay):
                 if self.owners.get(i, -1) < first and hasattr(c, "offset"):
                     c.offset += tape.tokens.shape[1]  # masks are made from where it is
         return found
+
+    def run(
+        self,
+        tokens: mx.array,
+        outputs: Sequence[Any],
+        live: range,
+        cache: list[Any] | None = None,
+    ) -> Pass:
+        """As `Replay.run`; where blocks read one another's caches, none of them is ever empty."""
+        if cache is None and self._sharing:
+            cache = clones(self._caches)
+        return super().run(tokens, outputs, live, cache)
 
     def visit(self, index: int, inner: nn.Module, args: Any, kwargs: Any) -> Any:
         given = {id(value) for value in (*args, *kwargs.values())}

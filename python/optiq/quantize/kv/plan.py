@@ -27,6 +27,7 @@ from ...nn.accelerate import accelerate
 from ...quality.statistics import rank_correlation
 from ...sources import LoadedModel, load, resolve
 from ...sources.config import holders
+from ..preflight import check_graph
 from ..sensitivity.checkpoint import Checkpoint
 from . import choose
 from .configs import measure_configs
@@ -131,6 +132,7 @@ def _prepare(model: str, options: KVOptions) -> Job:
     source = resolve(model, revision=options.revision)
     loaded = load(source, allow_quantized=True)
     length = _length(options.context, loaded.config)
+    check_graph(loaded.model, source.name)
     dense = KVConfig(
         entries(loaded.model), options.fp_recent, options.fp_sink, model=identity(source)
     )
