@@ -275,6 +275,13 @@ def test_names_that_transformers_gives_a_value_are_synonyms(tmp_path: Path) -> N
     np.testing.assert_array_equal(logits(folder), want)
 
 
+def test_a_null_is_what_transformers_takes_for_it(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path)
+    want = stock(folder)
+    edit(folder, rope_theta=None)
+    np.testing.assert_array_equal(logits(folder), want)
+
+
 def test_values_that_change_nothing_are_taken(tmp_path: Path) -> None:
     nothing = {
         "sliding_window": 4096,

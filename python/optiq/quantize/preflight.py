@@ -10,7 +10,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from ..base.text import one_line
 from ..errors import BudgetError, SensitivityError, SourceError, UsageError
 from ..formats import DENSE, Format
 from ..models.places import Wrapper, place_at
@@ -18,6 +17,7 @@ from ..models.roles import Module, allowed, blocks, quantizable
 from ..planning.files import read_scores
 from ..planning.plan import parameters, uniform_plan
 from ..planning.size import Size
+from ..runtime.loading import cannot_run, check_graph, first_run
 from ..sources import LoadedModel, Source, check_finite, open_model
 from ..sources.folder import mlx_lm_version
 from .describe import describe_model
@@ -89,31 +89,12 @@ def check_runs(loaded: LoadedModel, sequences: Sequence[Sequence[int]]) -> None:
             return
         where = _overflow(model, sequences)
     except Exception as error:  # whatever a model file raises
-        raise _cannot_run(loaded.source.name, error) from error
+        raise cannot_run(loaded.source.name, error) from error
     if where:
         raise SourceError(
             f"{loaded.source.name} overflows float16 at {where}, where mlx-lm {mlx_lm_version()} "
             'gives infinite or NaN values; write "torch_dtype": "bfloat16" into its config.json'
         )
-
-
-def check_graph(model: nn.Module, name: str) -> None:
-    """Raise SourceError unless mlx-lm can build the graph of a run; nothing is computed."""
-    try:
-        _run(model, (0, 1, 2, 3))
-    except Exception as error:  # whatever a model file raises
-        raise _cannot_run(name, error) from error
-
-
-def _cannot_run(name: str, error: Exception) -> SourceError:
-    return SourceError(f"mlx-lm {mlx_lm_version()} cannot run {name}: {one_line(error)}")
-
-
-def _run(model: nn.Module, tokens: Sequence[int]) -> mx.array:
-    from mlx_lm.models.cache import make_prompt_cache
-
-    logits: mx.array = model(mx.array([list(tokens)]), cache=make_prompt_cache(model))
-    return logits
 
 
 def _overflow(model: nn.Module, sequences: Sequence[Sequence[int]]) -> str:
@@ -127,7 +108,7 @@ def _overflow(model: nn.Module, sequences: Sequence[Sequence[int]]) -> str:
     try:
         for tokens in sequences:
             notes.clear()
-            logits = _run(model, tokens[:left])
+            logits = first_run(model, tokens[:left])
             notes.append(("its logits", mx.all(logits < mx.inf)))
             mx.eval([finite for _, finite in notes])
             if wrong := [path for path, finite in notes if not finite.item()]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
+from ..base.text import one_line
+from ..errors import SourceError
 from ..kv import KVConfig, attach, identity, route
 from ..nn.accelerate import accelerate
 from ..sources import Source, resolve
 from ..sources import load as load_source
+from ..sources.folder import mlx_lm_version
 
 
 def load(
@@ -39,3 +44,24 @@ def open_source(
     if kv is not None:
         route(model)
     return model, loaded.tokenizer
+
+
+def first_run(model: nn.Module, tokens: Sequence[int]) -> mx.array:
+    """Logits of `tokens` with new caches, not computed yet."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    logits: mx.array = model(mx.array([list(tokens)]), cache=make_prompt_cache(model))
+    return logits
+
+
+def check_graph(model: nn.Module, name: str) -> None:
+    """Raise SourceError unless mlx-lm can build the graph of a run; nothing is computed."""
+    try:
+        first_run(model, (0, 1, 2, 3))
+    except Exception as error:  # whatever a model file raises
+        raise cannot_run(name, error) from error
+
+
+def cannot_run(name: str, error: Exception) -> SourceError:
+    """mlx-lm has raised `error` running the model `name`."""
+    return SourceError(f"mlx-lm {mlx_lm_version()} cannot run {name}: {one_line(error)}")

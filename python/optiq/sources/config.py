@@ -92,6 +92,9 @@ def _rope(config: Json) -> Json:
         for key, value in wanted.items()
         if config.get(key) is None and not (value is None and key in config)
     }
+    usual = getattr(family_of(config), "default_theta", None)
+    if "rope_theta" in config and config["rope_theta"] is None and usual is not None:
+        added.setdefault("rope_theta", usual)
     written = config.get("rope_scaling")
     if isinstance(written, dict) and None in written.values():  # mlx-lm computes with a null
         added["rope_scaling"] = {k: v for k, v in written.items() if v is not None}

@@ -25,9 +25,9 @@ from ...kv.report import (
 )
 from ...nn.accelerate import accelerate
 from ...quality.statistics import rank_correlation
+from ...runtime.loading import check_graph
 from ...sources import LoadedModel, load, resolve
 from ...sources.config import holders
-from ..preflight import check_graph
 from ..sensitivity.checkpoint import Checkpoint
 from . import choose
 from .configs import measure_configs
