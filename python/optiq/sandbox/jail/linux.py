@@ -62,8 +62,11 @@ def drop_privileges(mounting: bool = False) -> None:
     _check(_libc.capset(header, struct.pack("=6I", kept, kept, 0, 0, 0, 0)), "capset")
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int) -> None:
+    """At once, where it has died already."""
     _prctl(_PR_SET_PDEATHSIG, 9)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def limit(limits: dict[str, Any]) -> None:

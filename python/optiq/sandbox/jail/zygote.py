@@ -61,6 +61,7 @@ def main(control: str, setup: str) -> NoReturn:
     hello = {"landlock": linux.landlock_version(), "mounting": mounting}
     host.send(json.dumps(hello).encode())
     reports: dict[int, tuple[int, socket.socket]] = {}  # by handle: process id, socket
+    own = os.getpid()
     poll = select.poll()
     poll.register(host.fileno(), select.POLLIN)
     while True:
@@ -77,7 +78,8 @@ def main(control: str, setup: str) -> NoReturn:
             try:
                 pid = os.fork()
                 if pid == 0:
-                    _work(json.loads(packet), [out, err, channel, *peer], common, mounting)
+                    ends = [out, err, channel, *peer]
+                    _work(own, json.loads(packet), ends, common, mounting)
                 process = os.pidfd_open(pid)
             except OSError as error:  # there are too many processes or descriptors
                 with reporter, contextlib.suppress(OSError):
@@ -94,10 +96,12 @@ def main(control: str, setup: str) -> NoReturn:
                 os.kill(pid, signal.SIGKILL)
 
 
-def _work(order: dict[str, Any], descriptors: list[int], common: Setup, mounting: bool) -> NoReturn:
+def _work(
+    parent: int, order: dict[str, Any], descriptors: list[int], common: Setup, mounting: bool
+) -> NoReturn:
     """In the fork: lock the process in, say so, and do what the host orders."""
     try:
-        linux.die_with_parent()
+        linux.die_with_parent(parent)
         out, err, channel, *peer = [fcntl.fcntl(d, fcntl.F_DUPFD, 100) for d in descriptors]
         null = os.open(os.devnull, os.O_RDONLY)
         for source, target in zip(
