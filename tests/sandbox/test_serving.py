@@ -248,6 +248,20 @@ def test_a_snippet_is_cancelled_and_the_session_goes_on(both: Sandbox) -> None:
         assert not session.alive
 
 
+def test_a_snippet_may_be_cancelled_at_any_moment(both: Sandbox) -> None:
+    """Before it has begun, too: the session goes on."""
+    cancelled = Cancel()
+    cancelled.cancel()
+    with both.session() as session:
+        assert session.run("x = 1", cancel=cancelled).status == "cancelled"
+        assert session.run("'x' in globals()").value == "False"
+        for i in range(20):
+            cancel = Cancel()
+            later(0.001 * i, cancel.cancel)
+            assert session.run("import time\ntime.sleep(60)", cancel=cancel).status == "cancelled"
+            assert session.run(f"{i}").value == f"{i}"
+
+
 def test_a_limit_interrupts_first(both: Sandbox) -> None:
     with both.session() as session:
         quick = replace(LIMITS, wall=0.3)

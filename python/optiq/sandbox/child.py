@@ -266,9 +266,9 @@ class Child:
         own = self.exit is not None and self.reason is None and self.exit.code >= 0
         return self.exit.code if own and self.exit else None
 
-    def answer(self, nonce: str) -> dict[str, Any] | None:
-        """What it said of the snippet with this nonce."""
-        return next((m for m in self.inbox if m.get("ready") == nonce), None)
+    def said(self, key: str, nonce: str) -> dict[str, Any] | None:
+        """Its message with this key and the nonce of the snippet."""
+        return next((m for m in self.inbox if m.get(key) == nonce), None)
 
     def says(self, key: str) -> dict[str, Any] | None:
         """The first message with this key."""

@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ..errors import SandboxError, UsageError
@@ -44,7 +45,9 @@ class ProcessSession:
         child.send({"mode": "session", "nonce": nonce})
         child.begin(limits, None)
         if not watch(
-            [child], lambda: child.over or child.answer(nonce) is not None, time.monotonic() + LAST
+            [child],
+            lambda: child.over or child.said("ready", nonce) is not None,
+            time.monotonic() + LAST,
         ):
             child.end("timeout", "the session does not start")
         self._freeze()
@@ -124,13 +127,15 @@ class ProcessSession:
         nonce = secrets.token_hex(16)
         child.cpu_until = child.so_far().cpu + limits.cpu
         child.heed()
+        if child.overdue is not None:  # it was cancelled beforehand
+            return child.overdue, None, {}
         child.send({"code": source, "nonce": nonce})
         try:
             self._wait(nonce, limits.wall)
         except BaseException:  # such as Ctrl-C in the host
             child.end("cancelled", "the host was interrupted")
             raise
-        said = child.answer(nonce)
+        said = child.said("ready", nonce)
         if said is None or child.over:
             watch([child], lambda: child.over, time.monotonic() + LAST)
             return child.verdict(), child.exit_status, {}
@@ -152,15 +157,18 @@ class ProcessSession:
         child = self._child
 
         def done() -> bool:
-            return child.over or child.answer(nonce) is not None
+            return child.over or child.said("ready", nonce) is not None
 
         deadline = time.monotonic() + seconds
         child.signal(signal.SIGCONT)
         if not watch([child], lambda: done() or child.overdue is not None, deadline):
             child.stop("timeout", f"more than {seconds:g} s")
         if not done() and child.overdue is not None:
+            patience = time.monotonic() + _GRACE
+            begun = partial(child.said, "begun", nonce)  # before that there is nothing to interrupt
+            watch([child], lambda: done() or begun() is not None, patience)
             child.signal(signal.SIGINT)
-            if not watch([child], done, time.monotonic() + _GRACE):
+            if not watch([child], done, patience):
                 child.end(*child.overdue)
 
     def _freeze(self) -> None:

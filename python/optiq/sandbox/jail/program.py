@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,21 @@ def main_module(arguments: list[str]) -> types.ModuleType:
     return module
 
 
-def execute(code: str, module: types.ModuleType, name: str = NAME) -> dict[str, Any]:
-    """How it ended: exit status, and a status and a line for an exception, or the last value."""
+def execute(
+    code: str,
+    module: types.ModuleType,
+    name: str = NAME,
+    begun: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
+    """How it ended: exit status, and a status and a line for an exception, or the last value.
+
+    `begun` is called once it can be interrupted.
+    """
     global _running
     show(code, name)
     _running = True
     try:
+        begun()
         value = evaluate(code, module, name)
         shown = None if value is None else _shown(value)
         _save_figures()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import atexit
 import builtins
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -72,7 +73,8 @@ def _session(order: dict[str, Any]) -> int:
             return 0
         cell += 1
         program.allow_interrupts()
-        ended = program.execute(order["code"], module, f"<cell {cell}>")
+        begun = functools.partial(wire.send, CHANNEL, {"begun": order["nonce"]})
+        ended = program.execute(order["code"], module, f"<cell {cell}>", begun)
         _flush()
 
 
