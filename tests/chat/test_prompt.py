@@ -313,6 +313,7 @@ def test_thousands_of_special_tokens_take_no_time() -> None:
         render([{"role": "user", "content": "<s>" * 20_001}], tokenizer)
 
 
+@settings(deadline=None)
 @given(st.lists(st.text("ab<", min_size=1, max_size=4), max_size=6), st.text("ab<", max_size=12))
 def test_any_of_finds_the_longest_text(texts: list[str], text: str) -> None:
     expected, at = [], 0

@@ -66,8 +66,8 @@ def render(
     """The prompt that asks for an answer to `messages`.
 
     Messages and tools have OpenAI's shape; an assistant's may have "reasoning_content". `thinking`
-    switches reasoning on or off where the template can; None leaves it to the model's default.
-    `arguments` are variables for the template.
+    switches reasoning on or off where the template can; with None it is as mlx-lm has it, which
+    tells the template to reason if the model can. `arguments` are variables for the template.
     """
     if not messages:
         raise ChatError("the conversation has no messages; send at least one")
