@@ -26,9 +26,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-# A tiny model of every model file of mlx-lm; writes docs/families.md.
+# A tiny model of every model file of mlx-lm; writes docs/families.md. Where torch is installed, saved
+# configs are also compared with the models of transformers.
 families: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m families tests/families
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m families tests
 
 # The long part of the attacks on the sandbox, from a seed of its own: make attacks SEED=7.
 attacks: $(VENV)/.installed
