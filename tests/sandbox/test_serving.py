@@ -269,6 +269,9 @@ def test_a_limit_interrupts_first(both: Sandbox) -> None:
         assert (result.status, session.alive) == ("timeout", True)
         assert "interrupted, the session goes on" in result.detail
         assert session.run("x").value == "3"
+        with both.session() as mute:
+            result = mute.run("import os, time\nos.close(3)\ntime.sleep(60)", limits=quick)
+            assert (result.status, mute.alive) == ("timeout", False)
         lean = replace(LIMITS, cpu=0.2)
         result = session.run("while True: pass", limits=lean)
         assert (result.status, session.alive) == ("timeout", True)

@@ -138,7 +138,7 @@ class ProcessSession:
         said = child.said("ready", nonce)
         if said is None or child.over:
             watch([child], lambda: child.over, time.monotonic() + LAST)
-            return child.verdict(), child.exit_status, {}
+            return child.reason or child.overdue or child.verdict(), child.exit_status, {}
         self._freeze()
         child.drain()
         child.look()
@@ -173,12 +173,13 @@ class ProcessSession:
 
     def _freeze(self) -> None:
         self._child.signal(signal.SIGSTOP)
-        patience = time.monotonic() + _FREEZE
+        start = time.monotonic()
         while not self._child.frozen():
-            if time.monotonic() > patience:
+            waited = time.monotonic() - start
+            if waited > _FREEZE:
                 self._child.end("killed", "its threads do not stop")
                 return
-            time.sleep(1e-4)
+            time.sleep(0 if waited < 1e-3 else 1e-3)
 
 
 def _release(child: Child, owner: int) -> None:
