@@ -32,6 +32,17 @@ def test_snippet(benchmark: BenchmarkFixture) -> None:
         assert benchmark(session.run, "print(1)").status == "ok"
 
 
+def test_numpy_in_a_warm_session(benchmark: BenchmarkFixture) -> None:
+    with Sandbox(packages=("numpy",)) as box:
+        box.run("")
+
+        def imported() -> None:
+            with box.session() as session:
+                assert session.run("import numpy\nnumpy.arange(3).sum()").status == "ok"
+
+        benchmark(imported)
+
+
 def test_verdict(benchmark: BenchmarkFixture) -> None:
     with Sandbox() as box:
         assert benchmark(box.judge, "def f(x): return x * x", CHECK, "f").passed
