@@ -190,6 +190,45 @@ def test_a_name_of_a_process_says_nothing(both: Sandbox, name: bytes) -> None:
     assert both.judge(f"{code}\ndef f(x): return x", IDENTITY, "f").passed
 
 
+def test_threads_that_ask_in_the_same_moment(both: Sandbox) -> None:
+    code = """
+import ctypes, os, threading, time
+libc = ctypes.CDLL(None)
+made, go, stop = [], threading.Event(), threading.Event()
+def race():
+    go.wait()
+    for _ in range(10):
+        t = ctypes.c_ulong()
+        made.append(libc.pthread_create(ctypes.byref(t), None, libc.sleep, ctypes.c_void_p(9)))
+    stop.wait()
+for _ in range(3): threading.Thread(target=race).start()
+go.set()
+while len(made) < 30: time.sleep(.001)
+print(4 + made.count(0), flush=True)
+os._exit(0)
+"""
+    # Three times, since on a very busy machine a task may not get to run for too long.
+    assert f"{LIMITS.threads}\n" in [both.run(code).stdout for _ in range(3)]
+
+
+def test_files_that_are_made_in_the_same_moment(both: Sandbox) -> None:
+    code = """
+import os, threading
+go = threading.Event()
+def race():
+    go.wait()
+    try:
+        for n in range(30): open(f"{threading.get_ident()}-{n}", "w").close()
+    except OSError: pass
+threads = [threading.Thread(target=race) for _ in range(5)]
+for t in threads: t.start()
+go.set()
+for t in threads: t.join()
+print(len(os.listdir(".")))
+"""
+    assert f"{LIMITS.files}\n" in [both.run(code).stdout for _ in range(3)]
+
+
 def test_signals_leave_the_broker_in_place(both: Sandbox) -> None:
     code = """
 import os, signal

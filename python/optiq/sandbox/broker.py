@@ -14,7 +14,9 @@ import os
 import platform
 import select
 import struct
+import time
 from functools import partial
+from pathlib import Path
 
 from . import folder
 from .jail.seccomp import ARCHITECTURES, ON_BEHALF
@@ -26,6 +28,41 @@ _VALID = 0x40082102  # SECCOMP_IOCTL_NOTIF_ID_VALID
 _QUESTION = struct.Struct("=QIIiI7Q")  # id, pid, flags, call, architecture, address, arguments
 _ANSWER = struct.Struct("=QqiI")  # id, result, error, flags
 _CONTINUE = 1
+_PATIENCE = 0.2  # seconds for tasks to run that have been allowed something
+
+
+class _Granted:
+    """Tasks of process `pid` that were allowed something, which they may not have done yet."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._ran: dict[int, bytes] = {}  # for how long each had run when it was allowed
+
+    def __len__(self) -> int:
+        return len(self._ran)
+
+    def add(self, task: int) -> None:
+        self._ran[task] = self._runtime(task)
+
+    def discard(self, task: int) -> None:
+        """It asks again, so it has done what it was allowed."""
+        self._ran.pop(task, None)
+
+    def settle(self) -> None:
+        """Wait until each has run since, and so has done it; on a busy machine that may take."""
+        patience = time.monotonic() + _PATIENCE
+        while self._ran and time.monotonic() < patience:
+            for task, ran in list(self._ran.items()):
+                if self._runtime(task) != ran:
+                    del self._ran[task]
+            time.sleep(1e-3)  # for one that is in the middle of it, too
+        self._ran.clear()
+
+    def _runtime(self, task: int) -> bytes:
+        try:
+            return Path(f"/proc/{self._pid}/task/{task}/schedstat").read_bytes().split()[0]
+        except (OSError, IndexError):
+            return b""
 
 
 class Broker:
@@ -36,6 +73,7 @@ class Broker:
         self._pid = pid
         self._own = own
         self._limits = limits
+        self._making, self._opening = _Granted(pid), _Granted(pid)  # threads; files and folders
         self._left = 0  # openings to grant before the folder is looked at again
         calls = ARCHITECTURES[platform.machine()][1]
         self._clone = calls["clone"]
@@ -56,7 +94,7 @@ class Broker:
                 valid = partial(fcntl.ioctl, self.listener, _VALID, struct.pack("=Q", number))
                 result = self._own.carry_out(self._on_behalf[call], task, arguments, valid)
             else:
-                refusal = self._threads() if call == self._clone else self._entries()
+                refusal = self._threads(task) if call == self._clone else self._entries(task)
                 flags = 0 if refusal else _CONTINUE
         except OSError as error:
             refusal = error.errno or errno.EPERM
@@ -71,20 +109,34 @@ class Broker:
         poll.register(self.listener, select.POLLIN)
         return any(event & select.POLLHUP for _, event in poll.poll(0))
 
-    def _threads(self) -> int:
-        try:
-            count = os.stat(f"/proc/{self._pid}/task").st_nlink - 2  # a name could say anything
-        except OSError:
-            return errno.EAGAIN  # it is ending
-        return errno.EAGAIN if count >= self._limits.threads else 0
+    def _threads(self, task: int) -> int:
+        """A thread that was allowed is not there yet. Near the limit we wait for such ones; that of
+        a task that asks again has been made."""
+        self._making.discard(task)
+        most = self._limits.threads
+        if self._count() < most <= self._count() + len(self._making):
+            self._making.settle()
+        if self._count() >= most:
+            return errno.EAGAIN
+        self._making.add(task)
+        return 0
 
-    def _entries(self) -> int:
+    def _count(self) -> int:
+        try:
+            return os.stat(f"/proc/{self._pid}/task").st_nlink - 2  # a name could say anything
+        except OSError:
+            return self._limits.threads  # it is ending
+
+    def _entries(self, task: int) -> int:
         """A grant need not make an entry: the file may be there already. So grants are dealt out,
-        and when they are used up the entries are counted."""
+        and when they are used up the entries are counted, once other tasks have made theirs."""
+        self._opening.discard(task)
         if self._left == 0:
+            self._opening.settle()
             size, entries = folder.used(self._own.folder)
             self._left = max(0, self._limits.files - entries) if size < folder.ENDLESS else 0
         if self._left == 0:
             return errno.EDQUOT
         self._left -= 1
+        self._opening.add(task)
         return 0
