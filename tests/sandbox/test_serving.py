@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import re
@@ -330,6 +331,17 @@ def test_a_fork_of_the_host_leaves_sessions_alone(both: Sandbox) -> None:
             os._exit(0)
         os.waitpid(pid, 0)
         assert session.run("x").value == "5"
+
+
+def test_a_session_keeps_its_sandbox() -> None:
+    session = Sandbox(LIMITS).session()
+    gc.collect()
+    assert session.run("1").value == "1"
+    folder = session._sandbox._processes.jail.folder
+    session.close()
+    del session
+    gc.collect()
+    assert not folder.exists()
 
 
 def test_closing_while_others_start() -> None:

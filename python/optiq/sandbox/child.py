@@ -181,7 +181,7 @@ class Child:
         try:
             self.outgoing += wire.encode(message)
         except wire.WireError as error:
-            raise UsageError(f"the code is too long: {error}") from None
+            raise UsageError(f"the code and its stdin are too long: {error}") from None
         self.flush()
 
     def flush(self) -> None:

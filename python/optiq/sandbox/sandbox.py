@@ -140,7 +140,7 @@ class Sandbox:
         self, files: Mapping[str, bytes] = NO_FILES, *, limits: Limits | None = None
     ) -> Session:
         """A process that keeps its variables and its work folder from one snippet to the next."""
-        return Session((self._interpreter or self._processes).session(files, limits))
+        return Session((self._interpreter or self._processes).session(files, limits), self)
 
     def close(self) -> None:
         """End all processes, sessions too, and remove the work folders; from any thread."""
@@ -161,8 +161,9 @@ class Session:
     raises SandboxError. Any thread may use a session; snippets of several wait for each other.
     """
 
-    def __init__(self, session: _Session) -> None:
+    def __init__(self, session: _Session, sandbox: Sandbox) -> None:
         self._session = session
+        self._sandbox = sandbox  # which would close with its last reference
 
     @property
     def alive(self) -> bool:
