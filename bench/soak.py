@@ -30,6 +30,7 @@ from optiq.serve.server import Server
 from tests.tiny import tiny_folder
 
 PATHS = ("/v1/chat/completions", "/v1/messages", "/v1/completions")
+M_ARENA_MAX = -8
 GROWTH = 1.02  # most that memory may grow
 WORDS = ("river", "evening", "light", "boxes", "pens", "weather", "Lisbon", "capital", "answer")
 
@@ -151,6 +152,12 @@ def memory() -> int:
     return pages * 4096
 
 
+def one_arena() -> None:
+    """Have malloc keep one heap for all threads, so that its size is not a matter of chance."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+
+
 def footprint() -> tuple[int, int]:
     return threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
 
@@ -172,12 +179,13 @@ def burst(soak: Soak, seeds: range, streams: int) -> None:
 
 
 def run(model: str | Path, count: int, streams: int, seed: int) -> bool:
+    one_arena()
     before = footprint()
     with Server.open(model, port=0, name="soak", prefix_memory=2**24, drain=0.0) as server:
         soak = Soak(server.url, "soak", requests("soak", 60, seed))
         with soak.client() as client:
             soak.alone = [soak.ask(client, i, False) for i in range(len(soak.bodies))]
-        burst(soak, range(seed + 10**6, seed + 10**6 + max(count // 5, 200)), streams)  # warm
+        burst(soak, range(seed + 10**6, seed + 10**6 + count), streams)  # heaps find their size
         soak.outcomes.clear()
         start, running = memory(), footprint()
         began = time.perf_counter()

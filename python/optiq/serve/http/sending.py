@@ -48,6 +48,7 @@ class Stream:
     async def write(self, text: str) -> None:
         self._idle = False
         await send_body(self._send, text.encode(), more=True)
+        await asyncio.sleep(0)  # neither may have waited, and it may be time to stop
 
     async def _keep_pinging(self) -> None:
         with suppress(ClientGone):
