@@ -33,7 +33,7 @@ MANY = settings(FEW, max_examples=4000)
 @pytest.fixture(scope="module")
 def fuzzed() -> Iterator[Asked]:
     """Of a model that reasons and calls, with small limits."""
-    options = {"deadline": 5.0, "answer_tokens": 40, "body_bytes": 200_000}
+    options = {"answer_tokens": 40, "body_bytes": 200_000, "preparing_seconds": 120.0}
     with scripted(tiny_tokenizer(thinking=True), **options) as asked:
         yield asked
 
