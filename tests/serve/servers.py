@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -163,6 +164,14 @@ def message_body(content: Any = "SAY:Hello", **fields: Any) -> dict[str, Any]:
 def content_of(chunks: list[ChatCompletionChunk], choice: int = 0) -> str:
     deltas = (c.delta for chunk in chunks for c in chunk.choices if c.index == choice)
     return "".join(delta.content or "" for delta in deltas)
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not happen in thirty seconds")
 
 
 class Recorded:

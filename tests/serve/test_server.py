@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,14 @@ from optiq.serve.http.log import log_to_stderr
 from optiq.serve.opening import _name, check_libraries
 from optiq.serve.options import Options
 from optiq.serve.server import Server
-from tests.serve.servers import Asked, chat_body, content_of, doubled, message_body, scripted
+from tests.serve.servers import (
+    chat_body,
+    content_of,
+    doubled,
+    message_body,
+    scripted,
+    wait_until,
+)
 from tests.tiny import tiny_folder
 
 CHAT = "/v1/chat/completions"
@@ -37,14 +43,6 @@ def in_thread(work: Any) -> tuple[threading.Thread, list[Any]]:
     thread = threading.Thread(target=lambda: results.append(work()))
     thread.start()
     return thread, results
-
-
-def wait_for_running(asked: Asked) -> None:
-    for _ in range(1000):
-        if asked.engine.stats().running:
-            return
-        time.sleep(0.01)
-    raise AssertionError("nothing runs")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +61,7 @@ def _log_as_before() -> Iterator[None]:
 def test_streams_finish_when_the_server_stops() -> None:
     with scripted() as asked:
         thread, results = in_thread(lambda: asked.chunks("SAY(delay=0.02):One two three four"))
-        wait_for_running(asked)
+        wait_until(lambda: asked.engine.stats().running)
         asked.server.stop(30)
         thread.join()
         assert content_of(results[0]) == "One two three four"
@@ -74,15 +72,12 @@ def test_streams_finish_when_the_server_stops() -> None:
 
 def test_streams_are_told_when_they_cannot_finish() -> None:
     with scripted() as asked:
-        say = "SAY(delay=0.05):" + "word " * 30
+        say = "SAY(delay=0.2):" + "word " * 30
         openai, told = in_thread(lambda: asked.events(CHAT, chat_body(say, stream=True)))
         body = message_body(say, stream=True)
         anthropic, told_too = in_thread(lambda: asked.events("/v1/messages", body))
         plain, answered = in_thread(lambda: asked.http.post(CHAT, json=chat_body(say)))
-        for _ in range(1000):
-            if asked.engine.stats().running == 3:
-                break
-            time.sleep(0.01)
+        wait_until(lambda: asked.engine.stats().running == 3)
         asked.server.stop(0)
         for thread in (openai, anthropic, plain):
             thread.join()
@@ -121,7 +116,7 @@ def test_nothing_is_left_behind() -> None:
         with scripted() as asked:
             asked.chat()
             asked.chunks()
-    assert count() == before
+    wait_until(lambda: count() == before)  # threads take a moment to end
 
 
 def test_a_busy_port_is_refused_before_the_model_is_read() -> None:
