@@ -356,7 +356,7 @@ def test_how_mlx_lm_departs_from_the_original_goes_with_the_model(
     assert Plan.from_json(json.loads((out / "optiq/plan.json").read_text())) == result.plan
     model, _ = load_model(out)
     found = of_module(model.layers[0].self_attn.rope)
-    wanted = rotation({**yarn, "truncate": False, "rope_theta": 1e4}, window, 16)
+    wanted = rotation({**yarn, "truncate": False, "rope_theta": 1e6}, window, 16)
     assert found is not None
     assert wanted is not None
     assert wanted.like(found)

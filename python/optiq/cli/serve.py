@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 from ..errors import UsageError
@@ -87,11 +89,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="time for answers to finish when the server is told to stop (default: 30)",
     )
+    options.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from ..serve.http.log import log_to_stderr
-    from ..serve.server import serve
+    from ..serve.server import Server, serve
+
+    def show(server: Server) -> None:
+        facts = {"url": server.url, **asdict(server.models)}
+        print(json.dumps(facts) if args.json else server.greeting(), flush=True)
 
     log_to_stderr()
     serve(
@@ -112,6 +119,7 @@ def run(args: argparse.Namespace) -> int:
         prefix_cache=args.prefix_cache,
         prefix_cache_bytes=_bytes("--prefix-cache-bytes", args.prefix_cache_bytes) or 0,
         drain=args.drain,
+        show=show,
     )
     return 0
 

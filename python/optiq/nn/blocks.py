@@ -150,7 +150,9 @@ def _attend(
             return parts.step(x, (), (), [Place(0, rows, 0)], mask, with_mlp)[0]
         caches = getattr(cache, "rows", (cache,))
         formats = _in_place(caches[0])
-        places = [p for c in caches if _in_place(c) == formats and (p := _place(c, rows))]
+        places: list[Place] = []
+        if formats is not None:
+            places = [p for c in caches if _in_place(c) == formats and (p := _place(c, rows))]
         if formats is not None and len(places) == len(caches):
             h, *stored = parts.step(
                 x, [c.keys for c in caches], [c.values for c in caches], places, mask, with_mlp,
@@ -197,8 +199,6 @@ def _float32(cache: Cache) -> bool:
 
 def _place(cache: Cache, rows: int) -> Place | None:
     """Where the stock class would put so many new rows; None where it would make room first."""
-    if cache.keys is None:
-        return None
     start, size = cache.offset, cache.keys.shape[2]
     if isinstance(cache, KVCache):
         return Place(start, start + rows, start) if start + rows <= size else None

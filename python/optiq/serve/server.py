@@ -6,7 +6,7 @@ import gc
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -33,18 +33,19 @@ def serve(
     *,
     kv: KVConfig | Path | str | None = None,
     revision: str | None = None,
+    show: Callable[[Server], object] = lambda server: print(server.greeting(), flush=True),
     **options: Unpack[ServeFields],
 ) -> None:
     """Answer OpenAI's and Anthropic's clients until Ctrl-C or SIGTERM.
 
     `model` and `kv` are as in `optiq.load`, or `model` is what it returned. `options` are the
     fields of `serve.options.Options`, such as `port=8080`. When it is told to stop, answers have
-    `drain` seconds to finish; told again, none.
+    `drain` seconds to finish; told again, none. `show` is called when it is ready.
 
     Raises UsageError, SourceError, KVError and ServeError, before anything is served.
     """
     with Server.open(model, kv=kv, revision=revision, **options) as server:
-        print(server.greeting(), flush=True)
+        show(server)
         gc.collect()
         gc.freeze()  # or each collection goes over all that was loaded, while every stream waits
         server.wait()

@@ -49,7 +49,9 @@ def check_every_suffix(model: nn.Module, cached: bool = False) -> None:
             assert replay.executions - ran == len(model.layers) - (block or 0)
             ran = replay.executions
         halves = [replay.logits(tape, tape.hidden[0, i : i + 10]) for i in (0, 10)]
-        np.testing.assert_allclose(np.concatenate([np.array(h) for h in halves]), expected, 1e-5)
+        # Stock layers multiply ten rows by another kernel than twenty.
+        together = np.concatenate([np.array(h) for h in halves])
+        np.testing.assert_allclose(together, expected, 1e-5, 2e-6 * np.abs(expected).max())
         assert replay.executions == ran  # logits run no block
         # in-place arithmetic in the model has not reached what was kept
         for kept, array in zip(recorded, arrays(tape.outputs), strict=True):
