@@ -22,12 +22,13 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.cache import KVCache
 
 from ...base.text import one_line
 from ...errors import DeadlineError, OverloadedError, RequestError, ServeError, TooLongError
 from ...kv.rows import Caches, Unbatchable, joined
 from ...ops import metal
-from .model import Measured, measure
+from .model import GROWTH, Measured, measure
 from .request import Event, Failed, Finished, Piece, Reading, Request, Token
 from .sampling import Floats, Sampler, choose
 from .scheduler import Job, Limits, Pace, Phase, Scheduler, Slice
@@ -315,6 +316,8 @@ class Engine:
                 answer.caches = []
         if not answer.caches:
             answer.caches, length = self._measured.make_caches(), 0
+        # Room for the whole prompt at once: growing a long cache copies all of it.
+        _grow_by(answer.caches, len(tokens) + GROWTH)
         if not answer.generated:
             answer.cached = length
             self._stats.cached_tokens += length
@@ -336,6 +339,8 @@ class Engine:
         self._stats.prompt_tokens += len(tokens)
         with self._changed:
             self._scheduler.read(part)
+        if part.end == len(answer.held):
+            _grow_by(answer.caches, GROWTH)
         if part.end == len(answer.held) or part.end in answer.request.boundaries:
             self._keep(answer, part.end)
         total = len(answer.request.tokens)
@@ -466,6 +471,13 @@ class Engine:
         self._joined = [], []
         if event is not None:
             self._tell(answer, event)
+
+
+def _grow_by(caches: Caches, tokens: int) -> None:
+    """The room that these caches make when theirs is used up."""
+    for cache in caches:
+        if isinstance(cache, KVCache):
+            cache.step = (tokens + GROWTH - 1) // GROWTH * GROWTH
 
 
 def _until_gone(thread: threading.Thread) -> None:
