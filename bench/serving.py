@@ -11,7 +11,7 @@ All servers run as processes of their own, from the start to the end, and are as
 clients do: streamed chat completions at temperature 0, end of text forbidden. In each round each
 server has its turn; medians over the rounds with their quartiles, and the median of the ratios
 within a round. On a CPU, plain caches of this model are float32, so twice as large as in 16 bits. A
-figure of one server alone (`kv`, `overhead`) has rounds, too.
+figure of one server alone (`kv`, `overhead`) also has rounds.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def accelerate(model: nn.Module, *, blocks: bool = True) -> Accelerated:
 def _rehearse(model: nn.Module) -> None:
     """Build the graph of one token, so that all it launches is tried: with the dtypes that reach
     each layer, and the kernels of the model's own cache."""
-    with suppress(Exception):  # what is no language model is tried as it goes
+    with suppress(Exception):  # a model that is not a language model is tried later, as it runs
         model(mx.zeros((1, 1), dtype=mx.int32), cache=make_prompt_cache(model))
 
 

@@ -99,7 +99,7 @@ def _move(partial: Path, out: Path) -> None:
     if not out.is_dir():
         partial.rename(out)
         return
-    try:  # the config comes last: without it there is no model
+    try:  # the config comes last: a folder without it is not a model
         for entry in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
             entry.rename(out / entry.name)
     except BaseException:

@@ -29,7 +29,7 @@ _HANDLE = os.O_PATH | os.O_CLOEXEC
 class OwnFiles:
     """The work folder `folder`, which a worker knows as `work`.
 
-    Of the folder `packages`, "" for none, which the host has made of links, these are read, too.
+    Links in the folder `packages`, which the host has made, may also be read; "" is no folder.
     """
 
     def __init__(self, work: Path, folder: int, packages: str) -> None:

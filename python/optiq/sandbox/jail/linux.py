@@ -124,7 +124,7 @@ def _allow_beneath(ruleset: int, path: str, rights: int) -> None:
 
 
 def ask_host(channel: int, entries: bool) -> None:
-    """From now on the host is asked about some calls; `entries`: of new files and folders, too.
+    """Ask the host about some calls from now on; with `entries`, also about new files and folders.
 
     The descriptor on which it answers goes to it over `channel`, and with it one of the work
     folder. Before `limit`: the kernel allows a user no more descriptors under way than the sender

@@ -4,7 +4,7 @@ Started by the host with the number of a socket and, as JSON, a `Setup`. It neve
 code itself. An order is one packet with the work folder, the limits and the worker's descriptors:
 stdout, stderr, the channel, a socket for reports and, for a candidate and its test, their common
 one. Over the report socket go a handle of the worker that its host can kill it by, and at its end
-how it ended and what it used; or why there is no worker.
+how it ended and what it used; or why it could not start a worker.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ class Grammars:
     ) -> str:
         named = [tool for tool in tools if tool.name == form.tool_choice]
         if forced and not named and form.tool_choice != "required":
-            raise RequestError(f"there is no tool {form.tool_choice!r}", "tool_choice")
+            raise RequestError(f"the request has no tool {form.tool_choice!r}", "tool_choice")
         functions = [self._function(tool) for tool in (named or tools)]
         several = form.parallel and not named
         frame = self._frame

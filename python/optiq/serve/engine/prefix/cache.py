@@ -124,7 +124,7 @@ class PrefixCache:
         return _Found(path.length, spans, state.content if state else None)
 
     def _on_disk(self, disk: Disk, ids: Tokens, divisible: bool, found: _Found) -> _Found:
-        """What is stored, where that is more than was `found` in memory; it is kept there, too."""
+        """What is stored, where that is more than was `found`; memory then also keeps it."""
         while True:
             stored, last = disk.walk(ids).reusable(divisible)
             disk.use(stored, last)

@@ -70,7 +70,7 @@ class _Head:
 class Disk:
     """Blocks in `folder`, of at most `nbytes` bytes in all.
 
-    Folders of other keys count, too, but for those in use by another server, and go first. At most
+    Folders of other keys also count, except those that another server uses, and go first. At most
     `waiting` bytes are held in memory until they are written; more is not stored.
     """
 
@@ -165,7 +165,7 @@ class Disk:
                     f"{self._folder} cannot be written ({error.strerror}); from now on, prefixes "
                     "are kept in memory only"
                 )
-            del job  # and what it holds, while there is no other
+            del job  # and what it holds, until the next one comes
 
     def _write(self, file: File, head: _Head, piece: Piece) -> None:
         try:
@@ -225,7 +225,7 @@ class Disk:
     # At the start
 
     def _index(self) -> None:
-        """Find what is there; what is no part of it goes."""
+        """Find what is stored; delete what does not belong to it."""
         names = {path.name for path in self._folder.iterdir()} - {_LOCK}
         branches: dict[str, list[_Head]] = defaultdict(list)
         for name in names:
