@@ -119,7 +119,7 @@ def rotation(parameters: Json, config: Json, dims: int) -> Rotation | None:
     """What transformers makes of rotary parameters; None for a kind that it has no formula for."""
     base = parameters.get("rope_theta")
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    make = _KINDS.get(kind)
+    make = _KINDS.get(kind) if isinstance(kind, str) else None
     if make is None or not isinstance(base, (int, float)) or base <= 0 or dims < 2:
         return None
     plain = [float(base) ** (-2 * i / dims) for i in range(dims // 2)]
