@@ -82,6 +82,33 @@ OPTIQ_INLINE void add_group(fw& y, iw products, fw scale, fw bias, float step, f
   y += __builtin_convertvector(products, fw) * scale * step;
 }
 
+// Asks for a stretch of memory bit by bit, while something else is computed in `steps` steps. The
+// rows of a tile are too many streams for the processor to foresee, and without this a weight that
+// comes from memory takes up to three times as long.
+class Prefetch {
+ public:
+  // The tile after this one, in `steps`.
+  Prefetch(const Tile& tile, size_t steps) : at_(tile.rows + kWide * tile.stride) {
+    size_t bytes = kWide * tile.stride;
+    end_ = bytes <= kMost ? at_ + bytes : at_;
+    each_ = (bytes / 64 + steps) / steps * 64;
+  }
+
+  OPTIQ_INLINE void some() {
+    const uint8_t* until = at_ + each_ < end_ ? at_ + each_ : end_;
+    for (; at_ < until; at_ += 64) {
+      __builtin_prefetch(at_, 0, 2);
+    }
+  }
+
+ private:
+  // Larger ones push what is in use out of the first-level cache, and gain nothing.
+  static constexpr size_t kMost = 1 << 15;
+  const uint8_t* at_;
+  const uint8_t* end_;
+  size_t each_;
+};
+
 // ROWS rows of x times one tile, into out[row].
 template <int BITS, int ROWS>
 void multiply(const Tile& tile, const FixedRows& x, fw* out) {
@@ -93,12 +120,14 @@ void multiply(const Tile& tile, const FixedRows& x, fw* out) {
   uw transposed[kLongestSpan<BITS>];
   fw y[ROWS] = {};
   const int32_t* pairs = x.pairs;
+  Prefetch next_tile(tile, groups * units);
   for (int g = 0, first = 0; g < groups; first += span) {
     int left = row_words - first, count = left < span ? left : span;
     transpose_words(tile.rows + 4 * size_t(first), tile.stride, count, left, transposed);
     for (const uw* at = transposed; at < transposed + count; g++) {
       iw acc[ROWS][chains] = {};
       for (int u = 0; u < units; u++, at += BITS) {
+        next_tile.some();
 #pragma GCC unroll 16
         for (int i = 0; i < kPairs; i++) {
           iw codes = unpack<BITS>(at, i);
@@ -125,27 +154,6 @@ void multiply(const Tile& tile, const FixedRows& x, fw* out) {
     out[r] = y[r];
   }
 }
-
-// Asks for a stretch of memory bit by bit, while something else is computed in `steps` steps. The
-// rows of a tile are too many streams for the processor to foresee, and without this a weight that
-// comes from memory takes up to three times as long.
-class Prefetch {
- public:
-  Prefetch(const uint8_t* at, size_t bytes, size_t steps)
-      : at_(at), end_(at + bytes), each_((bytes / 64 + steps) / steps * 64) {}
-
-  OPTIQ_INLINE void some() {
-    const uint8_t* until = at_ + each_ < end_ ? at_ + each_ : end_;
-    for (; at_ < until; at_ += 64) {
-      __builtin_prefetch(at_, 0, 2);
-    }
-  }
-
- private:
-  const uint8_t* at_;
-  const uint8_t* end_;
-  size_t each_;
-};
 
 // Adds 16 bytes of each row of a tile, in the 128-bit pieces of words[0..4), to the sums.
 template <int BITS>
@@ -181,10 +189,7 @@ fw multiply_one(const Tile& tile, const FixedRows& x) {
     }
   };
   int g = 0, quad = 0; // the group, and the quads of it that are done
-  // Larger ones push what is in use out of the first-level cache, and gain nothing.
-  constexpr size_t kMostAhead = 1 << 15;
-  size_t bytes = kWide * tile.stride;
-  Prefetch next_tile(tile.rows + bytes, bytes <= kMostAhead ? bytes : 0, groups * QUADS);
+  Prefetch next_tile(tile, groups * QUADS);
   // Whole cache lines of the rows: with rows a power of two apart, 16 bytes of each in turn would
   // drive each other's lines out of the cache.
   for (int left = groups * QUADS; left >= kStep; left -= kStep, row += 16 * kStep) {
