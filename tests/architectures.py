@@ -71,6 +71,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 0.5,
         "full_attention_interval": 2,
     },
+    "gemma3_text": {
+        "num_hidden_layers": 4,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "sliding_window_pattern": 2,
+    },
     "gemma4_text": {
         "enable_moe_block": True,
         "num_experts": 4,

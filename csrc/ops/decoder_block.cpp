@@ -145,4 +145,20 @@ void DecoderBlock::set_mlp(const std::vector<Matrix>& gate_up, const Matrix& dow
   mlp = std::move(layer);
 }
 
+const cpu::AttentionLayer& DecoderBlock::attention_over(const array& h, bool with_mlp) const {
+  if (!attention || (with_mlp && !mlp)) {
+    fail_block("the block has no ", attention ? "MLP" : "attention");
+  }
+  if (h.ndim() != 3 || h.shape(2) != attention->width() || h.dtype() != mx::float32) {
+    fail_block("h is ", h.shape(), " ", h.dtype(), "; it must be [batch, rows, ",
+        attention->width(), "] float32");
+  }
+  return *attention;
+}
+
+AttentionShape DecoderBlock::shape(int batch, int rows) const {
+  const auto& a = *attention;
+  return {batch, a.heads, a.kv_heads, rows, a.head_dim, a.head_dim};
+}
+
 } // namespace optiq

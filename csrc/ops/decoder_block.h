@@ -10,6 +10,7 @@
 
 #include "cpu/block.h"
 #include "ops/fail.h"
+#include "ops/key_values.h"
 #include "ops/matmul.h"
 
 namespace optiq {
@@ -17,6 +18,10 @@ namespace optiq {
 template <class... Parts>
 [[noreturn]] void fail_block(Parts&&... parts) {
   fail("decoder_block", parts...);
+}
+
+[[noreturn]] inline void fail_on_gpu() {
+  throw std::runtime_error("[decoder_block] has no GPU kernel; run the block's layers there");
 }
 
 /** The caches that steps give which are scheduled and not yet over. MLX holds them until then. */
@@ -62,6 +67,11 @@ class DecoderBlock {
   void set_mlp(const std::vector<Matrix>& gate_up, const Matrix& down,
       const std::string& activation, const Norm& in, const Norm& post, float gain);
 
+  /** Throws std::invalid_argument unless h is its input [batch, rows, width] and it has attention
+   * and, if `with_mlp`, an MLP. */
+  const cpu::AttentionLayer& attention_over(const array& h, bool with_mlp = false) const;
+  AttentionShape shape(int batch, int rows) const;
+
   std::optional<cpu::AttentionLayer> attention;
   std::optional<cpu::MlpLayer> mlp;
   Given given;
@@ -74,5 +84,7 @@ class DecoderBlock {
 
   std::vector<array> kept_;
 };
+
+using BlockPtr = std::shared_ptr<DecoderBlock>;
 
 } // namespace optiq

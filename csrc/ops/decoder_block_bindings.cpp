@@ -8,6 +8,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "format_caster.h"
+#include "ops/block_parts.h"
 #include "ops/block_steps.h"
 
 namespace nb = nanobind;
@@ -95,22 +96,55 @@ void bind_decoder_block(nb::module_& m) {
       "mlp"_a = false, "k_format"_a = AffineFormat{}, "v_format"_a = AffineFormat{}, "window"_a = 0,
       "starts"_a = nb::none(), "first"_a = nb::none(), "recent"_a = nb::none(), nb::kw_only(),
       "stream"_a = nb::none());
+  using Places = std::vector<std::tuple<int, int, int>>;
+  auto at = [](const Places& places) {
+    std::vector<CachePlace> out;
+    for (const auto& [start, length, offset] : places) {
+      out.push_back({start, length, offset});
+    }
+    return out;
+  };
   m.def(
       "block_step",
-      [](const Handle& h, const array& x, const std::vector<array>& keys,
-          const std::vector<array>& values, const std::vector<std::tuple<int, int, int>>& places,
-          const std::string& masking, const MaybeArray& mask, bool mlp, AffineFormat k_format,
-          AffineFormat v_format, mx::StreamOrDevice s) {
+      [at](const Handle& h, const array& x, const std::vector<array>& keys,
+          const std::vector<array>& values, const Places& places, const std::string& masking,
+          const MaybeArray& mask, bool mlp, AffineFormat k_format, AffineFormat v_format,
+          mx::StreamOrDevice s) {
         KeyValues kv{k_format, v_format, masking, mask, 0, {}, {}, {}};
-        std::vector<CachePlace> at;
-        for (const auto& [start, length, offset] : places) {
-          at.push_back({start, length, offset});
-        }
-        return block_step(h.block, x, keys, values, at, kv, mlp, s);
+        return block_step({h.block, keys, values, at(places), kv}, x, mlp, s);
       },
       "block"_a, "h"_a, "keys"_a, "values"_a, "places"_a, "masking"_a, "mask"_a = nb::none(),
       "mlp"_a = false, "k_format"_a = AffineFormat{}, "v_format"_a = AffineFormat{}, nb::kw_only(),
       "stream"_a = nb::none());
+  // Of several blocks, each with (keys, values, places, k_format, v_format). None where a cache is
+  // held by something else than what gives it and the list, so that it may not be written to.
+  using Given = std::tuple<nb::list, nb::list, Places, AffineFormat, AffineFormat>;
+  m.def(
+      "block_stack",
+      [at](const std::vector<const Handle*>& blocks, const array& x,
+          const std::vector<Given>& caches, const std::string& masking,
+          mx::StreamOrDevice s) -> MaybeArray {
+        if (blocks.size() != caches.size()) {
+          fail_block(blocks.size(), " blocks but caches of ", caches.size());
+        }
+        std::vector<BlockStep> steps;
+        for (size_t i = 0; i < blocks.size(); i++) {
+          const auto& [keys, values, places, k_format, v_format] = caches[i];
+          BlockStep& step = steps.emplace_back(BlockStep{blocks[i]->block, {}, {}, at(places),
+              {k_format, v_format, masking, {}, 0, {}, {}, {}}});
+          for (auto [from, to] : {std::pair(&keys, &step.keys), {&values, &step.values}}) {
+            for (nb::handle cache : *from) {
+              const array& a = nb::cast<const array&>(cache);
+              if (!a.is_available() || !a.is_donatable() || Py_REFCNT(cache.ptr()) > 2) {
+                return std::nullopt;
+              }
+              to->push_back(a);
+            }
+          }
+        }
+        return block_stack(steps, x, s);
+      },
+      "blocks"_a, "h"_a, "caches"_a, "masking"_a, nb::kw_only(), "stream"_a = nb::none());
 }
 
 } // namespace optiq

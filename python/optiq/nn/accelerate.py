@@ -34,6 +34,7 @@ from .layers import (
     stock_classes,
 )
 from .parts import Description
+from .stack import Stacked, stack, stackable
 
 FAILED = "its Metal kernel does not run here, or not right"
 
@@ -142,6 +143,18 @@ def _fuse_blocks(model: nn.Module, report: Accelerated) -> None:
         else:
             place_at(model, path).set(fused)
             report.fused[path] = "attention and MLP" if anatomy.mlp else "attention"
+    if native.on_cpu():
+        _stack_blocks(model)
+
+
+def _stack_blocks(model: nn.Module) -> None:
+    """Let the module whose `layers` are all the blocks run them as one node."""
+    paths = blocks_of(model)
+    parents = {path.rpartition(".layers.")[0] for path in paths}
+    if len(parents) == 1 and (parent := parents.pop()) and stackable(list(paths.values())):
+        place = place_at(model, parent)
+        if len(place.get()["layers"]) == len(paths) and not isinstance(place.get(), Stacked):
+            place.set(stack(place.get()))
 
 
 def quantized(

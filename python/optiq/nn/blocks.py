@@ -1,4 +1,5 @@
-"""Decoder blocks that run as a whole: one node of the graph per block where the extension runs.
+"""Decoder blocks that run as a whole: one node of the graph per block where the extension runs, or
+one for all of them (optiq.nn.stack).
 
 A fused block has the class, the children and the parameters of the block it replaces; only
 `__call__` differs. Where its parts were replaced (LoRA), its input is being traced (gradients,
@@ -15,8 +16,10 @@ A cache may also stand for one cache of each row of the batch, its `rows` (optiq
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,6 +32,16 @@ from .layers import Adopting
 from .parts import PLAIN, Composed, Native, Place
 
 Cache = Any
+
+
+class Run(Protocol):
+    """One call of a model whose blocks run as one node."""
+
+    def take(self, block: Fused, x: mx.array, mask: Any, cache: Cache) -> mx.array | None:
+        """What the last block gives, in place of what this one would; None where it has to run."""
+
+
+RUN: ContextVar[Run | None] = ContextVar("RUN", default=None)
 # Parents, keys and children: child i is what parent i has at key i.
 Links = tuple[tuple[Any, ...], tuple[str, ...], tuple[Any, ...]]
 _fused_classes: dict[type[nn.Module], type[nn.Module]] = {}
@@ -48,8 +61,16 @@ def fuse(block: nn.Module, anatomy: Block) -> nn.Module:
 class Fused(Adopting):
     """Mixed into the class of the original block."""
 
+    @property
+    def runner(self) -> Runner:
+        own: Runner = self.__dict__["_runner"]
+        return own
+
     def __call__(self, x: mx.array, mask: Any = None, cache: Cache = None) -> mx.array:
-        runner: Runner = self.__dict__["_runner"]
+        run = RUN.get()
+        if run is not None and (last := run.take(self, x, mask, cache)) is not None:
+            return last
+        runner = self.runner
         parts = runner.parts(self, x)
         if parts is None or _foreign(parts, cache):
             out: mx.array = super().__call__(x, mask, cache)
@@ -70,7 +91,7 @@ class FusedSharing(Fused):
         shared_kv: tuple[mx.array, mx.array] | None = None,
         offset: Any = None,
     ) -> tuple[mx.array, tuple[mx.array, mx.array], Any]:
-        parts = self.__dict__["_runner"].parts(self, x)
+        parts = self.runner.parts(self, x)
         if parts is None or _foreign(parts, cache):
             out: tuple[mx.array, tuple[mx.array, mx.array], Any] = super(Fused, self).__call__(
                 x, mask, cache, per_layer_input, shared_kv, offset
@@ -148,22 +169,11 @@ def _attend(
     if isinstance(parts, Native):
         if cache is None:
             return parts.step(x, (), (), [Place(0, rows, 0)], mask, with_mlp)[0]
-        caches = getattr(cache, "rows", (cache,))
-        formats = _in_place(caches[0])
-        places: list[Place] = []
-        if formats is not None:
-            places = [p for c in caches if _in_place(c) == formats and (p := _place(c, rows))]
-        if formats is not None and len(places) == len(caches):
+        if (slots := slots_of(cache, rows)) is not None:
             h, *stored = parts.step(
-                x, [c.keys for c in caches], [c.values for c in caches], places, mask, with_mlp,
-                formats,
+                x, *slots.arrays(), slots.places, mask, with_mlp, slots.formats
             )  # fmt: skip
-            for c, place, keys, values in zip(
-                caches, places, stored[::2], stored[1::2], strict=True
-            ):
-                c.keys, c.values, c.offset = keys, values, place.position + rows
-                if isinstance(c, RotatingKVCache):
-                    c._idx = place.start + 1
+            slots.store(stored, rows)
             return h
     if hasattr(cache, "rows"):  # some of them have to grow or turn over
         return mx.concatenate(
@@ -174,6 +184,47 @@ def _attend(
         cache.write(k, v)
         return parts.attend(x, q, mask=mask, mlp=with_mlp, **cache.inputs())
     return _run(parts, x, mask, cache, with_mlp)[0]
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where the new rows of a block go: caches into which the extension may itself write."""
+
+    caches: Sequence[Cache]
+    places: list[Place]
+    formats: tuple[Format, Format]
+
+    def arrays(self) -> tuple[list[mx.array], list[mx.array]]:
+        """Keys and values of the caches."""
+        return [c.keys for c in self.caches], [c.values for c in self.caches]
+
+    def store(self, stored: Sequence[mx.array], rows: int) -> None:
+        """Keep what a step gave: keys and values in turn."""
+        for c, keys, values in zip(self.caches, stored[::2], stored[1::2], strict=True):
+            c.keys, c.values = keys, values
+        self.advance(rows)
+
+    def advance(self, rows: int) -> None:
+        """Note that the caches hold so many more."""
+        for c, place in zip(self.caches, self.places, strict=True):
+            c.offset = place.position + rows
+            if isinstance(c, RotatingKVCache):
+                c._idx = place.start + 1
+
+
+def slots_of(cache: Cache, rows: int) -> Slots | None:
+    """None where a cache has to be asked, or has to make room first."""
+    caches = getattr(cache, "rows", (cache,))
+    formats = _in_place(caches[0])
+    if formats is None:
+        return None
+    places = []
+    for c in caches:
+        place = _place(c, rows) if c is caches[0] or _in_place(c) == formats else None
+        if place is None:
+            return None
+        places.append(place)
+    return Slots(caches, places, formats)
 
 
 def _of_records(cache: Cache) -> bool:
