@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
@@ -17,9 +16,12 @@ from typing import Any, Literal, Protocol
 
 from ..chat.parts import CallEnd, Part, Reasoning, Text
 from ..errors import OverloadedError
+from .courier import Courier
 from .engine.request import Event, Failed, Finished, Guide, Piece, Reading, Request, Token
 from .metrics import Metrics
 from .usage import Usage
+
+Heard = tuple[int, Event, float]  # choice, what happened to it, perf_counter()
 
 
 class Engine(Protocol):
@@ -119,10 +121,10 @@ class Answering:
         readers: Sequence[Callable[[], Parts]],
         guide: Callable[[], Guide] | None,
         n: int,
+        courier: Courier[Heard],
     ) -> None:
-        self._engine, self._metrics = engine, metrics
-        self._queue: asyncio.Queue[tuple[int, Event, float]] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
+        self._engine, self._metrics, self._courier = engine, metrics, courier
+        self._queue: asyncio.Queue[Heard] = asyncio.Queue()
         self._choices: list[_Choice] = []
         self._open = len(requests) * n
         self.prompts = [request.tokens for request in requests]
@@ -146,8 +148,7 @@ class Answering:
 
     def _heard(self, index: int, event: Event) -> None:
         """In the engine's thread."""
-        with suppress(RuntimeError):  # the loop is closed, so nobody waits for this
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event, perf_counter()))
+        self._courier.send(self._queue, (index, event, perf_counter()))
 
     def cancel(self) -> None:
         for choice in self._choices:

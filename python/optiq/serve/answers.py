@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 from anyio import fail_after
 
 from ..errors import DeadlineError, OverloadedError, RequestError
-from .answering import Answering, Engine, Parts, PlainText
+from .answering import Answering, Engine, Heard, Parts, PlainText
 from .asked import Chat, Wishes
+from .courier import Courier
 from .engine.request import Guide, Request
 from .language import Language
 from .metrics import Metrics
@@ -48,6 +49,7 @@ class Answers:
         self._deadline, self._preparing = deadline, preparing
         self._pool = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="optiq-prepare")
         self._in_pool = 0
+        self._courier: Courier[Heard] | None = None
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -132,4 +134,6 @@ class Answers:
         n: int,
     ) -> Answering:
         readers = [reader] * len(requests)
-        return Answering(self.engine, self._metrics, requests, readers, guide, n)
+        if self._courier is None:
+            self._courier = Courier(asyncio.get_running_loop())
+        return Answering(self.engine, self._metrics, requests, readers, guide, n, self._courier)
