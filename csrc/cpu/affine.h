@@ -133,7 +133,7 @@ void multiply(const Tile& tile, const FixedRows& x, fw* out) {
           iw codes = unpack<BITS>(at, i);
 #pragma GCC unroll 16
           for (int r = 0; r < ROWS; r++) {
-            acc[r][i % chains] = dot_pairs(acc[r][i % chains], codes, splat(pairs[i * ROWS + r]));
+            acc[r][i % chains] = dot_pairs(acc[r][i % chains], codes, splat(pairs[r * kPairs + i]));
           }
         }
         pairs += kPairs * ROWS;

@@ -179,11 +179,12 @@ struct AttentionTiles {
       std::memset(out, 0, sizeof(float) * n * stride);
     }
     if (uniform(t, begin, begin + n)) {
-      if (x.format.dense() && x.type == Float::f32 && stride == size_t(dim)) {
-        return {static_cast<const float*>(x.data) + place(t, x, begin), x.row};
+      if (x.format.dense() && x.type != Float::bf16 && stride == size_t(dim)) {
+        return {
+            static_cast<const char*>(x.data) + place(t, x, begin) * size_of(x.type), x.row, x.type};
       }
       decode(x, place(t, x, begin), n, dim, out);
-      return {out, stride};
+      return {out, stride, Float::f32};
     }
     int exact = t.start + a.first, inexact = a.keys - a.recent;
     for (int j = begin; j < begin + n; j++) {
@@ -192,14 +193,15 @@ struct AttentionTiles {
       int token = j - (late ? inexact : early ? t.start : 0);
       decode(from, place(t, from, token), 1, dim, out + (j - begin) * stride);
     }
-    return {out, stride};
+    return {out, stride, Float::f32};
   }
 
   // kWide keys or fewer, a key per column.
   void key_columns(const Tile& t, int begin, int n, const Room& room) const {
     if (a.k.format.dense() || !uniform(t, begin, begin + n)) {
       Chunk rows = vectors(t, a.k, a.first_k, a.recent_k, a.dim, begin, n, room.chunk);
-      return transpose_rows(rows, n, a.dim, room.columns);
+      return of_type(
+          rows, [&]<Float TYPE>() { transpose_rows<TYPE>(rows, n, a.dim, room.columns); });
     }
     at_width(a.k.format.bits, [&]<int BITS>(Width<BITS>) {
       auto* records = static_cast<const uint32_t*>(a.k.data) + place(t, a.k, begin);
@@ -228,7 +230,7 @@ struct AttentionTiles {
     for (int c = 0; c < n; c += kChunk) {
       int some = n - c < kChunk ? n - c : kChunk;
       Chunk v = vectors(t, a.v, a.first_v, a.recent_v, a.value_dim, begin + c, some, room.chunk);
-      add_values(t, v, some, room.scores + c, out);
+      of_type(v, [&]<Float TYPE>() { add_values<TYPE>(t, v, some, room.scores + c, out); });
     }
   }
 
@@ -257,19 +259,20 @@ struct AttentionTiles {
     }
   }
 
+  template <Float TYPE>
   void add_values(const Tile& t, Chunk v, int n, const float* weights, float* out) const {
     for (int d = 0; d < width; d += 4 * kWide) {
       int vectors = width - d < 4 * kWide ? (width - d) / kWide : 4;
-      Chunk part = {v.rows + d, v.stride};
+      Chunk part = {static_cast<const char*>(v.rows) + d * size_of(TYPE), v.stride, TYPE};
       for (int r = 0; r < t.rows; r += 4) {
         int rows = t.rows - r < 4 ? t.rows - r : 4;
         const float* p = weights + r * kSplit;
         float* o = out + r * width + d;
-        vectors == 4 ? rows == 4   ? weighted<4, 4>(p, part, n, o)
-                       : rows == 3 ? weighted<3, 4>(p, part, n, o)
-                       : rows == 2 ? weighted<2, 4>(p, part, n, o)
-                                   : weighted<1, 4>(p, part, n, o)
-                     : ragged(p, part, n, rows, vectors, o);
+        vectors == 4 ? rows == 4   ? weighted<TYPE, 4, 4>(p, part, n, o)
+                       : rows == 3 ? weighted<TYPE, 3, 4>(p, part, n, o)
+                       : rows == 2 ? weighted<TYPE, 2, 4>(p, part, n, o)
+                                   : weighted<TYPE, 1, 4>(p, part, n, o)
+                     : ragged<TYPE>(p, part, n, rows, vectors, o);
       }
     }
   }
@@ -321,7 +324,7 @@ struct AttentionTiles {
   }
 
   // o[r, :] += sum_j p[r, j] v[j, :] for a few rows and a few vectors, all in registers.
-  template <int ROWS, int VECTORS>
+  template <Float TYPE, int ROWS, int VECTORS>
   OPTIQ_INLINE void weighted(const float* p, Chunk v, int n, float* o) const {
     fw acc[ROWS][VECTORS];
     for (int r = 0; r < ROWS; r++) {
@@ -332,7 +335,7 @@ struct AttentionTiles {
     for (int j = 0; j < n; j++) {
       fw vj[VECTORS];
       for (int d = 0; d < VECTORS; d++) {
-        vj[d] = load<fw>(v.rows + j * v.stride + kWide * d);
+        vj[d] = load_wide<TYPE>(v.rows, j * v.stride + kWide * d);
       }
       for (int r = 0; r < ROWS; r++) {
         for (int d = 0; d < VECTORS; d++) {
@@ -347,11 +350,12 @@ struct AttentionTiles {
     }
   }
 
+  template <Float TYPE>
   void ragged(const float* p, Chunk v, int n, int rows, int vectors, float* o) const {
     for (int r = 0; r < rows; r++) {
       for (int d = 0; d < vectors; d++) {
-        Chunk part = {v.rows + kWide * d, v.stride};
-        weighted<1, 1>(p + r * kSplit, part, n, o + r * width + kWide * d);
+        Chunk part = {static_cast<const char*>(v.rows) + kWide * d * size_of(TYPE), v.stride, TYPE};
+        weighted<TYPE, 1, 1>(p + r * kSplit, part, n, o + r * width + kWide * d);
       }
     }
   }

@@ -1,5 +1,7 @@
 #include "block.h"
 
+#include "memory.h"
+
 #include <algorithm>
 #include <cmath>
 
@@ -9,11 +11,7 @@ namespace {
 // Intermediate values of an MLP that are alive at once; more rows are taken in turns.
 constexpr size_t kMlpValues = size_t(1) << 22;
 
-using Values = std::unique_ptr<float[]>;
-
-Values values(size_t n) {
-  return Values(new float[n]); // not initialised
-}
+using Values = Buffer<float>;
 
 void multiply(const float* x, int rows, const Projection* from, int count, float* const* y) {
   Part parts[3];
@@ -85,15 +83,14 @@ void project(const AttentionLayer& layer, const float* h, int batch, int rows, P
     HeadsOut q, HeadsOut k, HeadsOut v) {
   size_t m = size_t(batch) * rows;
   int width = layer.qkv[0].w.cols;
-  Values normed;
+  Values normed(layer.in ? m * width : 0);
   if (layer.in) {
-    normed = values(m * width);
     norm(*layer.in, h, m, width, normed.get());
     h = normed.get();
   }
   size_t q_width = size_t(layer.heads) * layer.head_dim;
   size_t kv_width = size_t(layer.kv_heads) * layer.head_dim;
-  Values out = values(m * (q_width + 2 * kv_width));
+  Values out(m * (q_width + 2 * kv_width));
   bool packed = layer.qkv.size() == 1;
   float* parts[3] = {out.get(), out.get() + (packed ? 1 : m) * q_width,
       out.get() + (packed ? 1 : m) * (q_width + kv_width)};
@@ -135,8 +132,8 @@ void project(const AttentionLayer& layer, const float* h, int batch, int rows, P
 
 void attend(
     const AttentionLayer& layer, const float* h, int rows, Attention* all, int count, float* y) {
-  Values context = values(size_t(rows) * layer.out.w.cols);
-  Values out = values(size_t(rows) * layer.width());
+  Values context(size_t(rows) * layer.out.w.cols);
+  Values out(size_t(rows) * layer.width());
   float* next = context.get();
   for (int i = 0; i < count; i++) {
     Attention& a = all[i];
@@ -160,9 +157,9 @@ void mlp(const MlpLayer& layer, const float* h, int rows, float* y) {
   bool packed = layer.gate_up.size() == 1;
   int most = int(std::clamp<size_t>(kMlpValues / (3 * inner), 32, std::max(rows, 32)));
   most = std::min(most, rows);
-  Values normed = values(layer.in ? most * width : 0);
-  Values gate_up = values(most * 2 * inner), gated = values(most * inner);
-  Values out = values(most * width);
+  Values normed(layer.in ? most * width : 0);
+  Values gate_up(most * 2 * inner), gated(most * inner);
+  Values out(most * width);
   for (int begin = 0; begin < rows; begin += most) {
     int m = std::min(most, rows - begin);
     const float* x = h + begin * width;

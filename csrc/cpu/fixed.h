@@ -6,12 +6,14 @@
 // activation of the group; rounding to it is 180 times finer than the rounding of bfloat16.
 #pragma once
 
+#include <utility>
+
 #include "unpack.h"
 
 namespace optiq::cpu::OPTIQ_ISA {
 
 // Rows [begin, begin + rows) of x, ready for codes of one width and group size:
-// `pairs[unit][i][row]` in the order in which codes are unpacked, `step[group][row]` and
+// `pairs[unit][row][i]` in the order in which codes are unpacked, `step[group][row]` and
 // `sum[group][row]` = step * (sum of i over the group). Rows up to `padded` are zero.
 struct FixedRows {
   int32_t* pairs;
@@ -53,6 +55,17 @@ inline void fix_group(const float* x, int n, int16_t* out, float* step, float* s
   *sum = *step * float(sum_lanes(total));
 }
 
+typedef int16_t Unit __attribute__((vector_size(2 * kUnit)));
+
+// The integers of a unit in the order of its pairs, the low one of each first.
+template <int BITS, int... I>
+OPTIQ_INLINE Unit in_pairs(Unit x, std::integer_sequence<int, I...>) {
+  constexpr auto place = [](int i) {
+    return i % 2 ? code_pair<BITS>(i / 2).high : code_pair<BITS>(i / 2).low;
+  };
+  return __builtin_shufflevector(x, x, place(I)...);
+}
+
 template <int BITS>
 void fix_rows(const float* x, int rows, int cols, int group_size, const FixedRows& out) {
   Scratch<int16_t> row(cols);
@@ -68,15 +81,10 @@ void fix_rows(const float* x, int rows, int cols, int group_size, const FixedRow
         *step = *sum = 0;
       }
     }
-    int32_t* pairs = out.pairs + r;
-    for (int k = 0; k < cols; k += kUnit) {
-#pragma GCC unroll 16
-      for (int i = 0; i < kPairs; i++, pairs += out.padded) {
-        constexpr auto pair = code_pair<BITS>;
-        uint16_t low = r < rows ? row[k + pair(i).low] : 0;
-        uint16_t high = r < rows ? row[k + pair(i).high] : 0;
-        *pairs = int32_t(low | uint32_t(high) << 16);
-      }
+    int32_t* pairs = out.pairs + size_t(r) * kPairs;
+    for (int k = 0; k < cols; k += kUnit, pairs += size_t(kPairs) * out.padded) {
+      Unit codes = r < rows ? load<Unit>(row + k) : Unit{};
+      store(pairs, in_pairs<BITS>(codes, std::make_integer_sequence<int, kUnit>{}));
     }
   }
 }

@@ -11,11 +11,22 @@ inline constexpr int padded(int dim) {
   return (dim + kWide - 1) / kWide * kWide;
 }
 
-// Some consecutive keys or values of a head, `stride` floats apart.
+// Some consecutive keys or values of a head, in float32 or float16, `stride` elements apart.
 struct Chunk {
-  const float* rows;
+  const void* rows;
   size_t stride;
+  Float type;
 };
+
+// f.template operator()<TYPE>() with the type of the chunk.
+template <class F>
+OPTIQ_INLINE void of_type(const Chunk& x, F&& f) {
+  if (x.type == Float::f32) {
+    f.template operator()<Float::f32>();
+  } else {
+    f.template operator()<Float::f16>();
+  }
+}
 
 // `n` tokens of a head from the at-th element on, as floats padded(dim) apart.
 inline void decode(const Vectors& x, size_t at, int n, int dim, float* out) {
@@ -36,11 +47,12 @@ inline void decode(const Vectors& x, size_t at, int n, int dim, float* out) {
 }
 
 // `n` <= kWide rows, the last one in place of those that are missing, as columns out[dim][kWide].
-inline void transpose_rows(Chunk x, int n, int dim, float* out) {
+template <Float TYPE>
+void transpose_rows(Chunk x, int n, int dim, float* out) {
   for (int i = 0; i < dim; i += kWide) {
     uw block[kWide];
     for (int r = 0; r < kWide; r++) {
-      block[r] = load<uw>(x.rows + (r < n ? r : n - 1) * x.stride + i);
+      block[r] = uw(load_wide<TYPE>(x.rows, (r < n ? r : n - 1) * x.stride + i));
     }
     transpose(block);
     for (int j = 0; j < kWide && i + j < dim; j++) {

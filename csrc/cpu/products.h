@@ -42,7 +42,12 @@ struct AffineProducts {
           [&]<int BITS>(Width<BITS>) { multiply<BITS>(block.padded, tile, block, out); });
       for (int r = 0; r < x.rows_in(i); r++) {
         size_t row = size_t(i) * kMostRows + r;
-        std::memcpy(y + row * tile.w.rows + tile.first, &out[r], tile.lanes * sizeof(float));
+        float* to = y + row * tile.w.rows + tile.first;
+        if (tile.lanes == kWide) {
+          store(to, out[r]);
+        } else {
+          *to = out[r][0];
+        }
       }
     }
   }

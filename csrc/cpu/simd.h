@@ -12,6 +12,7 @@
 #include <arm_neon.h>
 #endif
 
+#include "memory.h"
 #include "types.h"
 
 #define OPTIQ_INLINE inline __attribute__((always_inline))
@@ -292,6 +293,20 @@ OPTIQ_INLINE f32x8 load_float(const void* base, Float type, size_t i) {
   }
 }
 
+// kWide values; TYPE is f32 or f16.
+template <Float TYPE>
+OPTIQ_INLINE fw load_wide(const void* base, size_t i) {
+  if constexpr (TYPE == Float::f32) {
+    return load<fw>(static_cast<const float*>(base) + i);
+  } else {
+#if defined(__AVX512F__)
+    return fw(_mm512_cvtph_ps(load<__m256i>(static_cast<const uint16_t*>(base) + i)));
+#else
+    return load_float(base, TYPE, i);
+#endif
+  }
+}
+
 // The n < 8 values at the end of an array, the other lanes zero.
 OPTIQ_INLINE f32x8 load_tail(const void* base, Float type, size_t i, size_t n) {
   char buffer[32] = {};
@@ -318,7 +333,13 @@ inline void narrow(const float* in, size_t n, void* out, Float type) {
     return;
   }
   auto* halves = static_cast<uint16_t*>(out);
-  for (size_t i = 0; i < n; i++) {
+  size_t i = 0;
+#if defined(__F16C__)
+  for (; type == Float::f16 && i + 8 <= n; i += 8) {
+    store(halves + i, _mm256_cvtps_ph(__m256(load<f32x8>(in + i)), _MM_FROUND_TO_NEAREST_INT));
+  }
+#endif
+  for (; i < n; i++) {
     halves[i] = type == Float::bf16 ? f32_to_bf16(in[i]) : f32_to_f16(in[i]);
   }
 }
@@ -383,10 +404,9 @@ OPTIQ_INLINE void transpose(uw* v) {
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(size_t n)
-      : data_(static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t{64}))) {}
+  explicit Scratch(size_t n) : bytes_(n * sizeof(T)), data_(static_cast<T*>(take_memory(bytes_))) {}
   ~Scratch() {
-    ::operator delete(data_, std::align_val_t{64});
+    give_memory(data_, bytes_);
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -395,6 +415,7 @@ class Scratch {
   }
 
  private:
+  size_t bytes_;
   T* data_;
 };
 

@@ -1,5 +1,10 @@
 #include "ops/block_steps.h"
 
+#include "cpu/memory.h"
+
+#include <algorithm>
+#include <limits>
+
 #include <mlx/allocator.h>
 #include <mlx/backend/cpu/encoder.h>
 #include <mlx/ops.h>
@@ -18,9 +23,13 @@ void write_rows(
   for (int i = 0; i < batch * heads; i++, x += size_t(rows) * dim) {
     size_t at = i / heads * cache.batch + i % heads * cache.head + start * cache.row;
     if (cache.format.dense()) {
-      auto* to = static_cast<float*>(const_cast<void*>(cache.data)) + at;
-      for (int r = 0; r < rows; r++) {
-        std::copy_n(x + size_t(r) * dim, dim, to + r * cache.row);
+      auto* to = static_cast<char*>(const_cast<void*>(cache.data)) + at * cpu::size_of(cache.type);
+      std::vector<float> row(dim);
+      float top = cache.type == cpu::Float::f16 ? 65504.0f : std::numeric_limits<float>::infinity();
+      for (int r = 0; r < rows; r++, to += cache.row * cpu::size_of(cache.type)) {
+        std::transform(x + size_t(r) * dim, x + size_t(r + 1) * dim, row.begin(),
+            [=](float value) { return std::clamp(value, -top, top); });
+        cpu::kernels().from_f32(row.data(), cache.type, to, dim);
       }
     } else {
       auto* to = static_cast<uint32_t*>(const_cast<void*>(cache.data)) + at;
@@ -57,14 +66,14 @@ void take(const Step& step, std::vector<cpu::Attention> all, bool cached, const 
   int dim = layer.head_dim, kv_heads = layer.kv_heads, count = int(all.size());
   int share = batch / count; // batch entries of each cache
   size_t m = size_t(batch) * rows, q_size = m * layer.heads * dim, kv_size = m * kv_heads * dim;
-  std::unique_ptr<float[]> own(new float[q_size + 2 * kv_size]);
+  cpu::Buffer<float> own(q_size + 2 * kv_size);
   float* q = own.get();
   float* kv[2] = {q + q_size, q + q_size + kv_size};
   cpu::HeadsOut to[2];
   bool direct[2]; // project() writes into the cache
   for (int i = 0; i < 2; i++) {
     const cpu::Vectors& x = i == 0 ? all[0].k : all[0].v;
-    direct[i] = cached && count == 1 && x.format.dense();
+    direct[i] = cached && count == 1 && x.format.dense() && x.type == cpu::Float::f32;
     to[i] = heads_out(kv[i], kv_heads, rows, dim);
     if (direct[i]) {
       float* data = static_cast<float*>(const_cast<void*>(x.data));
@@ -230,8 +239,10 @@ Step checked(const BlockStep& given, const array& h, bool mlp) {
     const auto& [start, length, offset] = places[i];
     step.layout = kv.check("decoder_block", shape, keys[i], values[i], length);
     for (const auto* cache : {&keys[i], &values[i]}) {
-      if (cache->dtype() != mx::float32 && cache->dtype() != mx::uint32) {
-        fail_block("a cache is ", cache->dtype(), "; it must be float32, or uint32 records");
+      if (cache->dtype() != mx::float32 && cache->dtype() != mx::float16 &&
+          cache->dtype() != mx::uint32) {
+        fail_block(
+            "a cache is ", cache->dtype(), "; it must be float32, float16 or uint32 records");
       }
     }
     if (start < 0 || start + rows > length || length > keys[i].shape(2)) {

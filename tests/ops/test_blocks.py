@@ -451,8 +451,8 @@ def test_wrong_input_is_named() -> None:
     with pytest.raises(ValueError, match="do not fit a cache"):
         ext.block_step(block, h, [k], [k], [(4, 6, 4)], "")
     keys, values = empty_records(1, 2, 8, 16)
-    with pytest.raises(ValueError, match="it must be float32, or uint32 records"):
-        ext.block_step(block, h, [k.astype(mx.float16)], [k.astype(mx.float16)], [(3, 5, 3)], "")
+    with pytest.raises(ValueError, match="must be float32, float16 or uint32 records"):
+        ext.block_step(block, h, [k.astype(mx.bfloat16)], [k.astype(mx.bfloat16)], [(3, 5, 3)], "")
     with pytest.raises(ValueError, match="in records of 5 words"):
         ext.block_step(block, h, [keys], [values], [(3, 5, 3)], "", None, False, (32, 8), (64, 4))
     with pytest.raises(ValueError, match="keys: bits is 7"):

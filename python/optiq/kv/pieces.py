@@ -16,6 +16,7 @@ from mlx_lm.models.cache import CacheList, KVCache
 
 from .caches import KVRecords
 from .codec import Arrays, describe, read, restore
+from .half import HalfKVCache
 
 _ROWS = ("keys", "values")
 
@@ -113,7 +114,7 @@ def _leaves(caches: Sequence[Any]) -> Iterator[Any]:
 
 
 def _has_rows(cache: Any) -> bool:
-    return type(cache) in (KVCache, KVRecords)
+    return type(cache) in (KVCache, HalfKVCache, KVRecords)
 
 
 def _exact(cache: Any) -> bool:

@@ -13,12 +13,12 @@ does more with keys and values raises Unbatchable, or another error, in the tria
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 from ..base.text import one_line
 from ..ops import native
@@ -127,14 +127,14 @@ class StateRows:
             cache.advance(n)
 
 
-def together(model: nn.Module, rows: int) -> str:
+def together(model: nn.Module, rows: int, make: Callable[[], Caches]) -> str:
     """Why so many sequences cannot share the steps of this model; empty where they can.
 
-    They take some steps together, and the same steps alone. On the CPU both have to give the same
-    bits.
+    They take some steps together, and the same steps alone, over caches that `make` gives. On the
+    CPU both have to give the same bits.
     """
     try:
-        read = [make_prompt_cache(model) for _ in range(2)]
+        read = [make() for _ in range(2)]
         for caches, prompt in zip(read, ([1, 2, 3, 4, 5], [3, 1, 2]), strict=True):
             mx.eval(model(mx.array([prompt]), cache=caches), [c.state for c in caches])
         alone, shared = ([copy.deepcopy(read[i % 2]) for i in range(rows)] for _ in range(2))
@@ -150,12 +150,12 @@ def together(model: nn.Module, rows: int) -> str:
     return ""
 
 
-def cuttable(model: nn.Module) -> bool:
+def cuttable(model: nn.Module, make: Callable[[], Caches]) -> bool:
     """Whether a prompt gives the same wherever its slices end; on the CPU, the same bits."""
     prompt = mx.array([[1 + i % 7 for i in range(48)]])
     logits = []
     for cuts in ((), (9, 27)):
-        caches = make_prompt_cache(model)
+        caches = make()
         slices = mx.split(prompt, cuts, axis=1)
         logits.append(mx.concatenate([model(part, cache=caches) for part in slices], axis=1))
     return not _difference(*logits)

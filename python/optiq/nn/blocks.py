@@ -236,16 +236,16 @@ def _in_place(cache: Cache) -> tuple[Format, Format] | None:
     class; None where the cache has to do it.
     """
     if not _of_records(cache):
-        stock = type(cache) in (KVCache, RotatingKVCache)
-        return PLAIN if stock and cache.keys is not None and _float32(cache) else None
+        stock = type(cache) in (KVCache, RotatingKVCache) or hasattr(cache, "blocks_may_write")
+        return PLAIN if stock and cache.keys is not None and _floats(cache) else None
     layout = cache.layout
     if cache.keys is None or layout.sink or layout.recent or DENSE in (layout.k, layout.v):
         return None
     return (layout.k, layout.v) if isinstance(cache, (KVCache, RotatingKVCache)) else None
 
 
-def _float32(cache: Cache) -> bool:
-    return bool(cache.keys.dtype == mx.float32)
+def _floats(cache: Cache) -> bool:
+    return cache.keys.dtype in (mx.float32, mx.float16)
 
 
 def _place(cache: Cache, rows: int) -> Place | None:

@@ -13,6 +13,7 @@ import mlx.nn as nn
 
 from ..errors import ServeError, UsageError
 from ..kv import KVConfig
+from ..kv.half import halvable
 from ..kv.model import digest
 from ..kv.prefix import Key
 from ..runtime.loading import open_source
@@ -67,7 +68,8 @@ def open_model(
         source = resolve(str(model), revision=revision)
         loaded, tokenizer = open_source(source, kv=kv)
         name = _name(str(model), source.kind)
-        key = Key(source.fingerprint, config=digest(loaded))
+        dtype = "float16" if halvable(loaded) else ""
+        key = Key(source.fingerprint, config=digest(loaded) + dtype)
     prefix = _prefix_cache(key, options)
     limits = EngineOptions(
         running=options.max_concurrent, memory=options.memory, beside=options.prefix_bytes

@@ -17,6 +17,7 @@ from ...base.notice import notice
 from ...base.text import one_line
 from ...errors import ServeError
 from ...kv import route
+from ...kv.half import halvable, halved
 from ...kv.rows import Caches, cuttable, together
 from ...ops import metal
 
@@ -95,14 +96,16 @@ def measure(model: nn.Module, running: int, context: int | None = None) -> Measu
 
 def _measure(model: nn.Module, running: int, context: int | None) -> Measured:
     route(model)
-    shared = _together(model, running)
     parameters: Any = tree_flatten(model.parameters())
     weights = sum(x.nbytes for _, x in parameters)
 
+    half = halvable(model)
+
     def make() -> Caches:
         caches: Caches = make_prompt_cache(model)
-        return caches
+        return halved(caches) if half else caches
 
+    shared = _together(model, running, make)
     caches = make()
     prompt = mx.zeros((1, TRIED), dtype=mx.int32)
     mx.eval(model(mx.zeros((1, TRIED), dtype=mx.int32), cache=make()))  # compiles what is compiled
@@ -127,7 +130,7 @@ def _measure(model: nn.Module, running: int, context: int | None) -> Measured:
         fixed_bytes=sum(int(c.nbytes) for c in leaves if c not in kv),
         weight_bytes=weights,
         work_bytes=work,
-        grid=0 if all(isinstance(c, KVCache) for c in leaves) and cuttable(model) else GRID,
+        grid=0 if all(isinstance(c, KVCache) for c in leaves) and cuttable(model, make) else GRID,
         states=any(isinstance(c, ArraysCache) for c in leaves),
         together=shared,
         step_seconds=step,
@@ -135,12 +138,12 @@ def _measure(model: nn.Module, running: int, context: int | None) -> Measured:
     )
 
 
-def _together(model: nn.Module, running: int) -> int:
+def _together(model: nn.Module, running: int, make: Callable[[], Caches]) -> int:
     """The most sequences up to `running` that can share a step."""
     reason = ""
     for rows in (running, FEW):
         if 1 < rows <= running:
-            reason = together(model, rows)
+            reason = together(model, rows, make)
             if not reason:
                 return rows
     if reason:
