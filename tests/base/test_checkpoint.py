@@ -45,7 +45,7 @@ def test_what_differs_is_named_with_both_values(
     assert text.startswith(f"{path} belongs to another job ({key}: ")
     assert json.dumps(other)[:37] in text
     assert json.dumps(identity[key])[:37] in text
-    assert text.endswith("repeat the original command, or delete the file to start anew")
+    assert text.endswith("or use --restart to discard it (restart=True in Python)")
 
 
 def test_a_key_that_an_earlier_build_did_not_know_differs(tmp_path: Path) -> None:
@@ -58,10 +58,10 @@ def test_a_key_that_an_earlier_build_did_not_know_differs(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", r"is damaged \(not JSON: .*\); delete it and start without --resume"),
+        ("{", r"is damaged \(not JSON: .*\); start anew with --restart"),
         ("[" * 100_000, "is damaged"),
         ("[]", "is damaged .not a JSON object"),
-        ('{"kind": "other"}', "is not a checkpoint of this job; delete it"),
+        ('{"kind": "other"}', "is not a checkpoint of this job; start anew with --restart"),
         ('{"kind": "optiq.test"}', "is damaged .no identity"),
     ],
 )
@@ -79,5 +79,16 @@ def test_unfinished_work_is_not_overwritten(tmp_path: Path) -> None:
     here.touch()
     checkpoint.check_unfinished([absent], resume=False)
     checkpoint.check_unfinished([absent, here], resume=True)
-    with pytest.raises(UsageError, match=r"here holds an unfinished measurement; add --resume"):
+    with pytest.raises(UsageError, match=r"here holds unfinished work; --resume goes on"):
         checkpoint.check_unfinished([absent, here], resume=False)
+
+
+def test_restart_discards_unfinished_work(tmp_path: Path) -> None:
+    here, other = tmp_path / "here", tmp_path / "other"
+    here.touch()
+    other.touch()
+    checkpoint.check_unfinished([here], resume=False, restart=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["other"]
+    with pytest.raises(UsageError, match=r"--resume goes on .* --restart discards it; choose one"):
+        checkpoint.check_unfinished([other], resume=True, restart=True)
+    assert other.exists()

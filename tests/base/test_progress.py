@@ -1,12 +1,15 @@
-"""Progress lines: on a terminal, in a log, and when nobody asked."""
+"""Progress: one line on a terminal of any width, a line every 30 seconds in a log, or nothing."""
 
 from __future__ import annotations
 
 import io
+import re
+import threading
 
 import pytest
 
-from optiq.base.progress import Progress, duration, peak_memory
+from optiq.base import lines
+from optiq.base.progress import Job, Progress, duration, peak_memory, silenced, tell
 
 
 class Terminal(io.StringIO):
@@ -21,81 +24,164 @@ class Clock:
         return self.now
 
 
-def test_terminal_line_is_rewritten_in_place() -> None:
-    stream, clock = Terminal(), Clock()
-    with Progress(4, "probes", stream=stream, clock=clock) as progress:
-        for i in range(4):
-            clock.now += 10
-            progress.step(note=f"layer {i}")
-        progress.say("half way")
-    lines = stream.getvalue().split("\r")
-    assert lines[0] == ""
-    assert lines[1].startswith("probes 1/4 (25 %), 30 s left, peak ")
-    assert lines[1].rstrip().endswith("GB, layer 0")
-    assert lines[4].startswith("probes 4/4 (100 %), 0 s left")
-    assert lines[5].rstrip() == "half way"
-    assert lines[5].endswith("\n")
-
-
-def test_fast_steps_are_not_all_drawn() -> None:
-    stream, clock = Terminal(), Clock()
-    progress = Progress(1000, "x", stream=stream, clock=clock)
-    for _ in range(1000):
-        clock.now += 0.001
-        progress.step()
-    assert stream.getvalue().count("\r") <= 12
-    assert "x 1000/1000" in stream.getvalue()
-
-
-def shown(output: str) -> list[str]:
-    """The lines that a terminal shows: after a carriage return, new letters replace old ones."""
-    lines = []
-    for line in output.split("\n"):
-        cells: list[str] = []
-        for part in line.split("\r"):
-            cells[: len(part)] = part
-        lines.append("".join(cells).rstrip())
-    return lines
-
-
-def test_shorter_lines_cover_longer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr("optiq.base.progress.peak_memory", lambda: 1_500_000_000)
-    stream, clock = Terminal(), Clock()
-    progress = Progress(3, "x", stream=stream, clock=clock)
-    for note, line in (
-        ("a long note", "x 1/3 (33 %), 2 s left, peak 1.5 GB, a long note"),
-        ("short", "x 2/3 (66 %), 1 s left, peak 1.5 GB, short"),
-        ("", "x 3/3 (100 %), 0 s left, peak 1.5 GB"),
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+def drawn(job: Job, columns: int, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The line of `job` as it is now, on a terminal of this width."""
+    from rich.console import Console
+
+    stream = Terminal()
+    monkeypatch.setenv("COLUMNS", str(columns))
+    line = lines.Terminal(stream, job._shown)
+    Console(file=stream, width=columns).print(line._line())
+    return plain(stream.getvalue())
+
+
+@pytest.mark.parametrize("columns", [60, 80, 140])
+def test_the_line_fits_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, expected = Clock(), {"measuring sensitivity": 9000.0, "writing": 3000.0}
+    with (
+        Job(stream=Terminal(), clock=clock) as job,
+        Progress(1000, "measuring sensitivity", clock=clock) as progress,
     ):
-        clock.now += 1
-        progress.step(note=note)
-        assert shown(stream.getvalue()) == [line]
-    progress.say("done")
-    assert shown(stream.getvalue()) == ["done", ""]
+        job.expect(expected)
+        clock.now = 5000.0
+        progress.step(500, "model.layers.31.block_sparse_moe.experts.gate_up_proj " * 3)
+        shown = drawn(job, columns, monkeypatch)
+    assert shown.count("\n") == 1
+    assert len(shown.rstrip("\n")) <= columns
+    for part in ("measuring sensitivity", "50 %", "2 h 13 min left"):
+        assert part in shown
 
 
-def test_a_log_is_quiet_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OPTIQ_PROGRESS", raising=False)
-    stream = io.StringIO()
-    with Progress(10, "x", stream=stream) as progress:
+def test_a_terminal_is_left_clean() -> None:
+    stream = Terminal()
+    with Job(stream=stream) as job:
+        job.expect({"reading": 1.0, "writing": 1.0})
+        with Progress(4, "reading") as progress:
+            progress.step(4)
+            progress.say("half way")
+        with Progress(1, "writing") as progress:
+            progress.step()
+    left = [line.split("\r")[-1].rstrip() for line in plain(stream.getvalue()).split("\n")]
+    for line in ("reading                 0 s", "half way", "writing                 0 s"):
+        assert line in left
+    assert "━" not in left[-2]  # the live line is wiped
+    assert job.seconds_left() is None
+
+
+def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def colours() -> list[str]:
+        stream = Terminal()
+        with Progress(4, "reading", stream=stream) as progress:
+            progress.step(2)
+        return re.findall(r"\x1b\[[0-9;]*3[0-9][0-9;]*m", stream.getvalue())
+
+    assert colours()
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not colours()
+
+
+def test_a_log_gets_a_line_every_30_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    clock, stream = Clock(), io.StringIO()
+    with Progress(100, "reading", stream=stream, clock=clock) as progress:
+        for _ in range(100):
+            clock.now += 1
+            progress.step()
+    assert stream.getvalue().splitlines() == [
+        "reading: 30 %, 70 s left, peak 1.5 GB",
+        "reading: 60 %, 40 s left, peak 1.5 GB",
+        "reading: 90 %, 10 s left, peak 1.5 GB",
+    ]
+
+
+def test_a_log_gets_lines_while_one_step_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = threading.Event()
+
+    class Stream(io.StringIO):
+        def write(self, text: str) -> int:
+            printed.set()
+            return super().write(text)
+
+    monkeypatch.setattr(lines, "EVERY", 0.01)
+    stream = Stream()
+    with Progress(0, "reading", stream=stream):
+        assert printed.wait(30)
+    assert stream.getvalue().startswith("reading: time left unknown, peak 1.5 GB\n")
+
+
+def test_short_work_prints_nothing_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(10, "reading") as progress:
         progress.step(10)
-        progress.say("done")
+        tell("said")
+    tell("said")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_was_said_is_in_the_log_of_longer_work() -> None:
+    clock, stream = Clock(), io.StringIO()
+    with Progress(4, "reading", stream=stream, clock=clock) as progress:
+        progress.say("first")
+        clock.now = 40
+        progress.step(2)
+        progress.say("second")
+    said = ["first", "reading: 50 %, 40 s left, peak 1.5 GB", "second"]
+    assert stream.getvalue().splitlines() == said
+
+
+@pytest.mark.parametrize("stream", [Terminal(), io.StringIO()])
+def test_silence(stream: io.StringIO, capsys: pytest.CaptureFixture[str]) -> None:
+    with silenced(), Job(stream=stream), Progress(10, "reading") as progress:
+        progress.step(10)
+        progress.say("said")
+        tell("said")
+    with Progress(10, "reading", stream=stream, enabled=False) as progress:
+        progress.say("said")
+    tell("said", enabled=False)
     assert stream.getvalue() == ""
+    assert capsys.readouterr().err == ""
 
 
-def test_a_log_gets_a_line_per_5_percent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPTIQ_PROGRESS", "1")
-    stream = io.StringIO()
-    progress = Progress(1000, "x", stream=stream)
-    for _ in range(1000):
-        progress.step()
-    lines = stream.getvalue().splitlines()
-    assert len(lines) == 20
-    assert lines[0].startswith("x 50/1000 (5 %), ")
-    assert lines[-1].startswith("x 1000/1000 (100 %), ")
-    progress = Progress(10, "x", stream=stream, enabled=False)
-    progress.step(10)
-    assert len(stream.getvalue().splitlines()) == 20
+def test_time_left_is_that_of_the_whole_job() -> None:
+    clock = Clock()
+    expected = {"reading": 10.0, "fitting": 100.0, "writing": 50.0}
+    with Job(stream=io.StringIO(), clock=clock) as job:
+        job.expect(expected)
+        job.phase("reading")
+        assert job.seconds_left() == 160
+        clock.now = 20  # twice as slow as expected, so will be the others
+        with Progress(10, "fitting", clock=clock) as progress:
+            assert job.seconds_left() == 300
+            clock.now += 100
+            progress.step(1)  # slower still: at its own pace 900 s are left
+            assert job.seconds_left() == pytest.approx(1000)
+            progress.step(9)
+            assert job.seconds_left() == pytest.approx(100)
+
+
+def test_work_within_work_shows_the_time_of_the_outer() -> None:
+    clock = Clock()
+    with (
+        Progress(4, "measuring models", stream=io.StringIO(), clock=clock) as outer,
+        Progress(10, "fitting weights", clock=clock) as inner,
+    ):
+        clock.now = 5
+        outer.step()
+        inner.step()
+        assert outer._job is not None
+        shown = outer._job._shown()
+    assert (shown.phase, shown.share, shown.note) == ("measuring models", 0.25, "fitting weights")
+    assert shown.left == "15 s left"
 
 
 def test_time_left_counts_only_this_run() -> None:
@@ -105,13 +191,6 @@ def test_time_left_counts_only_this_run() -> None:
     clock.now = 20
     progress.step(10)
     assert progress.seconds_left() == pytest.approx(60)
-
-
-def test_nothing_to_do() -> None:
-    stream = Terminal()
-    with Progress(0, "x", stream=stream) as progress:
-        progress.step(0)
-    assert "x 0/0 (100 %)" in stream.getvalue()
 
 
 @pytest.mark.parametrize(

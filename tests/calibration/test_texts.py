@@ -35,7 +35,7 @@ def test_no_row_is_in_two_texts() -> None:
 def test_too_little_text_to_choose_by_is_said_and_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("OPTIQ_PROGRESS", "1")
+    monkeypatch.setattr("optiq.base.lines.EVERY", 0)  # what is said is printed at once
     for lengths in ([99, 20, 99], [99, 99]):  # the second of three chooses; of two, none does
         path = mix(tmp_path, a=lengths)
         assert gather_selection(Letters(), path, 0) == []

@@ -324,7 +324,8 @@ def front(model: Path) -> Card:
     def front(source: str, **options: Any) -> dict[str, Any]:
         path = model / "optiq" / "plan.json"
         plan = json.loads(path.read_text())
-        plan["model"]["name"] = source
+        kind = "folder" if Path(source).is_absolute() else "hub"
+        plan["model"] |= {"name": source, "kind": kind, "path": None if kind == "hub" else source}
         path.write_text(json.dumps(plan))
         optiq.card(model, **options)
         data: dict[str, Any] = ModelCard.load(model / "README.md").data.to_dict()
@@ -405,6 +406,19 @@ def test_base_model_on_the_hub(front: Card, model: Path, monkeypatch: pytest.Mon
     assert "[x-2](https://example.org/licence)" in licence
     with pytest.raises(UsageError, match="--base-model base is not a hub id"):
         front("org/base", base_model="base")
+
+
+@pytest.mark.parametrize("kind", [None, "folder", "gguf"])
+def test_what_looks_like_a_hub_id_but_is_a_path(model: Path, kind: str | None) -> None:
+    """A relative path with one slash; plans of earlier versions do not say what it is."""
+    path = model / "optiq" / "plan.json"
+    plan = json.loads(path.read_text())
+    name = "demo/SmolLM2-135M-Instruct.Q4_1.gguf"
+    plan["model"] |= {"name": name, "kind": kind, "path": kind and f"/gone/{name}"}
+    path.write_text(json.dumps(plan))
+    optiq.card(model)
+    assert "base_model" not in ModelCard.load(model / "README.md").data.to_dict()
+    assert "huggingface.co/demo" not in (model / "README.md").read_text()
 
 
 def test_only_an_unchanged_card_is_replaced(model: Path) -> None:

@@ -74,7 +74,7 @@ def test_a_dry_run_says_where_its_scores_are(optiq: Optiq, tmp_path: Path) -> No
     quick = ["--tokens", "320", "--formats", "4,8"]
     text = optiq("convert", "model", "-o", out, *quick, "--dry-run")
     assert f"{out}.optiq-work" in text
-    assert "--resume" in text
+    assert "--scores" in text
     assert not (tmp_path / "q").exists()
     json.loads(optiq("convert", "model", "-o", out, *quick, "--resume", "--dry-run", "--json"))
 
@@ -110,7 +110,9 @@ def test_sensitivity_and_plan(optiq: Optiq, folder: Path, tmp_path: Path) -> Non
     formats = [line.split()[0] for line in text.split("\n\n")[0].splitlines()[1:]]
     assert {Format.parse(f).bits for f in formats} == {4, 8}
 
-    data = json.loads(optiq(*measure, "--formats", "4", "--sensitivity", "kl", "--json"))
+    data = json.loads(
+        optiq(*measure, "--formats", "4", "--sensitivity", "kl", "--overwrite", "--json")
+    )
     assert data["method"] == "kl"
     assert data == json.loads(file.read_text())
 
@@ -217,7 +219,6 @@ def test_doctor_prints_advice_under_its_finding(
 
 def test_demo(optiq: Optiq, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(demo_module, "fetch", lambda folder, say: "model")
-    monkeypatch.setenv("OPTIQ_PROGRESS", "0")  # which the demo would switch on
     monkeypatch.setattr(demo_module, "TOKENS", 320)
     monkeypatch.setattr(demo_module, "HELD_OUT_TOKENS", 320)
     text = optiq("demo", "--dir", str(tmp_path))
@@ -248,5 +249,8 @@ def test_sensitivity_never_overwrites_what_is_not_scores(
     assert file.read_text() == "precious"
     scores = tmp_path / "scores.json"
     optiq("sensitivity", "model", "-o", str(scores), "--tokens", "320", "--formats", "4")
-    optiq("sensitivity", "model", "-o", str(scores), "--tokens", "320", "--formats", "4,8")
+    again = ["sensitivity", "model", "-o", str(scores), "--tokens", "320", "--formats", "4,8"]
+    assert main(again) == 2
+    assert "--overwrite replaces it" in capsys.readouterr().err
+    optiq(*again, "--overwrite")
     assert "8g64" in scores.read_text()

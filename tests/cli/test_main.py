@@ -23,6 +23,7 @@ ARGUMENTS = {
     "sandbox": ["run", "a.py"],
     "bench": [],
     "doctor": [],
+    "completion": ["bash"],
     "demo": [],
 }
 

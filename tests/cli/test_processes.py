@@ -94,7 +94,7 @@ def test_a_hub_id_without_network(tmp_path: Path) -> None:
 def test_a_conversion_prints_its_result_and_nothing_else(tmp_path: Path, native: str) -> None:
     """With the native part and, as OPTIQ_NATIVE=0, without it."""
     tiny_folder(tmp_path, "qwen3_moe", name="model")
-    quick = ["--tokens", "200", "--size", "7bpw", "--formats", "4,8", "--json"]
+    quick = ["--tokens", "200", "--size", "7bpw", "--formats", "4,8", "--json", "--quiet"]
     environment = {**os.environ, "OPTIQ_NATIVE": native}
     done = optiq("convert", "model", "-o", "out", *quick, cwd=tmp_path, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
@@ -121,7 +121,7 @@ def test_the_reader_of_the_output_may_leave(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_while_measuring_and_resume(tmp_path: Path, stop: signal.Signals) -> None:
     tiny_folder(tmp_path, name="model", num_hidden_layers=4)
-    job = ["convert", "model", "-o", "out", "--sensitivity", "kl", "--tokens", "640"]
+    job = ["convert", "model", "-o", "out", "--sensitivity", "kl", "--tokens", "640", "--quiet"]
     process = subprocess.Popen(
         [sys.executable, "-c", CODE, *job],
         cwd=tmp_path,
@@ -144,7 +144,7 @@ def test_a_stop_while_measuring_and_resume(tmp_path: Path, stop: signal.Signals)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out.optiq-work"]
     done = optiq(*job, cwd=tmp_path)
     assert done.returncode == 2
-    assert "holds an unfinished measurement; add --resume" in done.stderr
+    assert "holds unfinished work; --resume goes on" in done.stderr
     (tmp_path / "out.optiq-work" / "mine.txt").write_text("not optiq's")
     done = optiq(*job, "--resume", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")

@@ -204,7 +204,7 @@ def launched_by_mlx(method: str, folder: Path) -> subprocess.CompletedProcess[st
     launch = ["-c", "from mlx._distributed_utils.launch import main; main()"]
     return subprocess.run(
         [sys.executable, *launch, "-n", "2", "--starting-port", port, "--", sys.executable,
-         *job(method), "-o", "out.json", "--json"],
+         *job(method), "-o", "out.json", "--json", "--overwrite"],
         cwd=folder, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL,
     )  # fmt: skip
 
@@ -235,7 +235,7 @@ def test_a_dead_rank_is_named_and_the_run_goes_on(alone: Path, killed: int) -> N
     assert err == f"\noptiq: rank {killed} died; what is measured is kept, go on with --resume\n"
     assert not out.exists()
 
-    with pytest.raises(UsageError, match="holds an unfinished measurement; add --resume"):
+    with pytest.raises(UsageError, match="holds unfinished work; --resume goes on"):
         check_unfinished(existing(alone / (out.name + ".checkpoint")), resume=False)
     more = [*command, "--resume"]
     if killed:  # a single process goes on from the files of both

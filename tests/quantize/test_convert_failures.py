@@ -139,7 +139,7 @@ def test_rows_that_do_not_divide_into_groups_of_64(
     heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}
     tiny_folder(tmp_path, name="narrow", hidden_size=96, intermediate_size=224, **heads)
     refused("raise --size or add 4g32 to --formats", "narrow", "-o", "out", "--size", "5bpw")
-    monkeypatch.setenv("OPTIQ_PROGRESS", "1")
+    monkeypatch.setattr("optiq.base.lines.EVERY", 0)  # what is said is printed at once
     assert main(["convert", *QUICK, "narrow", "-o", "out"]) == 1  # only to measure is left
     assert "15 modules stay unquantized: their rows do not divide" in capsys.readouterr().err
 
@@ -193,7 +193,7 @@ def test_wrong_usage(
 def test_a_target_in_use(tmp_path: Path, model: Path, refused: Callable[..., None]) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("precious")
-    refused("full exists and is not empty; remove it", "model", "-o", "full")
+    refused("full exists and is not empty; choose another folder", "model", "-o", "full")
     refused("mine is a file; choose another folder", "model", "-o", "full/mine")
     refused("cannot be written: Not a directory", "model", "-o", "full/mine/out")
     refused("model exists and is not empty", "model", "-o", "model")

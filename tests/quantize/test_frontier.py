@@ -146,7 +146,7 @@ def test_interrupted_and_resumed_it_writes_the_same_file(
     with pytest.raises(KeyboardInterrupt):
         again()
     assert names(tmp_path) == ["out.optiq-work"]
-    with pytest.raises(UsageError, match=r"unfinished measurement; add --resume"):
+    with pytest.raises(UsageError, match=r"unfinished work; --resume goes on"):
         again()
     with pytest.raises(CheckpointError, match=r"another job \(.*seed: 0 then, 1 now"):
         again(seed=1, resume=True)
@@ -173,7 +173,7 @@ def test_without_scores_they_are_measured_and_kept(
         with pytest.raises(MemoryError):
             again()
     assert names(tmp_path) == ["model", "out.optiq-work"]
-    with pytest.raises(UsageError, match=r"unfinished measurement; add --resume"):
+    with pytest.raises(UsageError, match=r"unfinished work; --resume goes on"):
         again()
     # Nothing is measured anew.
     monkeypatch.setattr("optiq.quantize.sensitivity.fisher._Batch.score", None)
@@ -271,7 +271,7 @@ def test_sizes_that_the_scores_cannot_give(home: SimpleNamespace, tmp_path: Path
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, content: str) -> None:
     path = tmp_path / "points.json"
     path.write_text(content)
-    with pytest.raises(OptiqError, match=r"points.json is damaged .*; delete it"):
+    with pytest.raises(OptiqError, match=r"points.json is damaged .*; start anew with --restart"):
         frontier_files.Finished(path, {}, resume=True)
     assert path.read_text() == content
 
@@ -301,9 +301,11 @@ def test_the_command_replaces_its_own_files(
     command += ["--scores", str(home.scores), "--rounding", "minmax", "--tokens", "320"]
     assert main(command) == 0
     text = capsys.readouterr().out
-    for word in ("optiq uniform4", "uniform 8-bit", "mixed_3_4", "over uniform", "frontier.html"):
+    for word in ("optiq uniform4", "uniform 8-bit", "mixed_3_4", "/ uniform", "frontier.html"):
         assert word in text
-    assert main([*command, "--json", "--seed", "1"]) == 0
+    assert main([*command, "--json", "--seed", "1"]) == 2
+    assert "frontier.json exists; --overwrite replaces it" in capsys.readouterr().err
+    assert main([*command, "--json", "--seed", "1", "--overwrite"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data == json.loads((tmp_path / "out" / "frontier.json").read_text())
     assert data["seed"] == 1

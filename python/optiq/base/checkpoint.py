@@ -38,7 +38,7 @@ def read(path: Path, kind: str, identity: Identity | None = None) -> Mapping[str
     if not isinstance(state, dict):
         raise damaged(path, "not a JSON object")
     if state.get("kind") != kind:
-        raise CheckpointError(f"{path} is not a checkpoint of this job; delete it to start anew")
+        raise CheckpointError(f"{path} is not a checkpoint of this job; start anew with --restart")
     if not isinstance(state.get("identity"), dict):
         raise damaged(path, "no identity")
     if identity is not None:
@@ -56,22 +56,29 @@ def check_identity(path: Path, ours: Identity, theirs: Identity) -> None:
     if differing:
         raise CheckpointError(
             f"{path} belongs to another job ({'; '.join(differing)}); repeat the original command, "
-            "or delete the file to start anew"
+            "or use --restart to discard it (restart=True in Python)"
         )
 
 
-def check_unfinished(files: Iterable[Path], resume: bool) -> None:
-    """Raise UsageError rather than overwrite what an interrupted job left."""
-    left = [path for path in files if path.exists()]
-    if left and not resume:
+def check_unfinished(files: Iterable[Path], *, resume: bool, restart: bool = False) -> None:
+    """Raise UsageError rather than overwrite what an interrupted job left; `restart` removes it."""
+    if resume and restart:
         raise UsageError(
-            f"{left[0]} holds an unfinished measurement; add --resume to go on with it, or "
-            "delete it"
+            "--resume goes on with an interrupted run and --restart discards it; choose one"
+        )
+    left = [path for path in files if path.exists()]
+    if left and restart:
+        for path in left:
+            path.unlink()
+    elif left and not resume:
+        raise UsageError(
+            f"{left[0]} holds unfinished work; --resume goes on with it, --restart discards it "
+            "(resume=True or restart=True in Python)"
         )
 
 
 def damaged(path: Path, what: object) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged ({what}); delete it and start without --resume")
+    return CheckpointError(f"{path} is damaged ({what}); start anew with --restart")
 
 
 def _short(value: object) -> str:

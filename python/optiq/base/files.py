@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import ExportError
+from ..errors import ExportError, UsageError
 
 
 @contextmanager
@@ -47,6 +47,14 @@ def write_json(path: Path, data: Any, *, indent: int | None = 1) -> None:
         raise ExportError(
             f"{path} cannot be written ({error}); free space or name another place"
         ) from error
+
+
+def check_absent(path: Path, overwrite: bool) -> None:
+    """Raise UsageError if a result lies at `path` already, unless `overwrite`."""
+    if path.exists() and not overwrite:
+        raise UsageError(
+            f"{path} exists; --overwrite replaces it (overwrite=True in Python), or name another"
+        )
 
 
 def check_writable(path: Path) -> None:

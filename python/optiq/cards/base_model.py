@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..planning.scores import ModelInfo
 from ..sources.beside import CARD
 from ..sources.hub import TIMEOUT_SECONDS, is_repo_id
 
@@ -25,22 +26,32 @@ class BaseModel:
 
 
 def describe(
-    source: str, kept: Path, hub_id: str | None = None, license: str | None = None
+    source: ModelInfo, kept: Path, hub_id: str | None = None, license: str | None = None
 ) -> BaseModel:
-    """The model that plan.json calls `source`.
+    """The model that plan.json says `source` of.
 
     `hub_id` and `license` override what is found: in `kept`, the copy of the source's card, in a
     README.md beside a local model, else on the hub where it can be asked.
     """
-    local = Path(source).expanduser()
-    if hub_id is None and is_repo_id(source) and not local.exists():
-        hub_id = source
+    local = Path(source.path or source.name).expanduser()
+    if hub_id is None and _is_from_hub(source, local):
+        hub_id = source.name
     said = _card(kept) or _card(local / CARD) or (_hub_card(hub_id) if hub_id else {})
     keys = ("license", "license_name", "license_link", "language")
     base = BaseModel(hub_id, hub_id or local.name, **{key: said.get(key) for key in keys})
     if license is not None:
         return replace(base, license=license, license_name=None, license_link=None)
     return base
+
+
+def _is_from_hub(source: ModelInfo, local: Path) -> bool:
+    """Whether its name is a hub id. Plans of earlier versions do not say: there it is one if it
+    looks like one and is neither a file nor a folder here.
+    """
+    if source.kind is not None:
+        return source.kind == "hub"
+    gguf = source.name.lower().endswith(".gguf")
+    return is_repo_id(source.name) and not gguf and not local.exists()
 
 
 def _card(file: Path) -> Mapping[str, Any]:

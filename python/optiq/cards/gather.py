@@ -47,7 +47,7 @@ def gather(folder: Path, options: CardOptions) -> Facts:
     rows, whole = _against(stock, finished)
     return Facts(
         name=options.name or folder.resolve().name,
-        base=describe(plan.model.name, folder / SOURCE_CARD, options.base_model, options.license),
+        base=describe(plan.model, folder / SOURCE_CARD, options.base_model, options.license),
         fingerprint=mark,
         plan=plan,
         scores=tuple(_score(m, found.get(m.task), rows.get(m)) for m in metrics.METRICS),

@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 failed (one line that says why and what to do), 2 wrong us
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import signal
@@ -14,8 +13,9 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..base.progress import silenced
 from ..errors import OptiqError, UsageError
-from ..version import __version__
+from .parser import parse
 
 COMMANDS = {
     "convert": "measure, plan, round and write a model",
@@ -25,12 +25,14 @@ COMMANDS = {
     "frontier": "size against KL: ours, uniform widths and mlx-lm's mixed recipes",
     "compare": "KL, top-1 agreement and perplexity of models against a reference",
     "eval": "five benchmarks, KL and size of a model, with intervals",
-    "card": "the model card, of what was measured and nothing else",
+    "card": "write the model card from what was measured; upload it with the model",
+    "info": "what a model folder is: source, formats, measured KL, evaluations",
     "generate": "answer one prompt",
     "serve": "answer OpenAI's and Anthropic's clients",
     "sandbox": "run untrusted Python, held by the kernel and under limits",
     "bench": "time the kernels against stock MLX on this machine",
     "doctor": "what this machine runs optiq with, and what to improve",
+    "completion": "completion of commands and options for your shell",
     "demo": "fetch a small real model, convert it and compare it with uniform 4-bit",
 }
 
@@ -39,19 +41,7 @@ SHARED = "sensitivity"  # the command that several processes can do together
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="optiq", description="Mixed-precision quantization of language models for MLX."
-    )
-    parser.add_argument("--version", action="version", version=f"optiq {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    argv = sys.argv[1:] if argv is None else list(argv)
-    chosen = next((a for a in argv if not a.startswith("-")), None)
-    for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=f"optiq {name}: {text}.")
-        command.add_argument("--debug", action="store_true", help="print the traceback of an error")
-        if name == chosen:  # only this command's options are needed
-            importlib.import_module(f".{name}", __package__).add_arguments(command)
-    args = parser.parse_args(argv)
+    args = parse(sys.argv[1:] if argv is None else list(argv), COMMANDS)
     from ..distributed.ranks import launched  # here: it imports numpy, and --help is quick
 
     _prepare_process()
@@ -62,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"optiq {SHARED} MODEL -o FILE, then convert with --scores FILE"
             )
         module = importlib.import_module(f".{args.command}", __package__)
-        code: int = module.run(args)
+        with silenced(args.quiet):
+            code: int = module.run(args)
         return code
     except OptiqError as error:
         if args.debug:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from . import options
 
@@ -20,21 +21,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="stock uniform build of the same bytes to compare its records with",
     )
     parser.add_argument("--force", action="store_true", help="replace a file of other making")
+    parser.add_argument(
+        "--upload-repo", metavar="ORG/NAME", help="upload the model with this card to the hub"
+    )
+    parser.add_argument("--private", action="store_true", help="with --upload-repo: for you alone")
     options.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from ..cards.card import card
+    from ..cards.upload import check_upload, upload
+    from ..errors import UsageError
     from .tables import card_table
 
+    if args.private and not args.upload_repo:
+        raise UsageError("--private is for --upload-repo; add it, or leave both out")
+    if args.upload_repo:
+        check_upload(args.upload_repo)
     written = card(
         args.model,
         args.out,
-        name=args.name,
+        name=args.name or args.upload_repo,
         base_model=args.base_model,
         license=args.license,
         uniform=args.uniform,
         force=args.force,
     )
+    if args.upload_repo:
+        url = upload(args.model, args.upload_repo, private=args.private)
     print(json.dumps(written.facts.to_json(), indent=1) if args.json else card_table(written))
+    if args.upload_repo:
+        print(f"uploaded   {url}", file=sys.stderr if args.json else sys.stdout)
     return 0

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=options.positive, default=TOKENS, help="tokens to measure on"
     )
-    parser.add_argument("--seed", type=options.seed, default=0)
+    options.add_seed(parser)
     options.add_json(parser)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from pathlib import Path
 
 from . import options
@@ -11,7 +13,7 @@ from . import options
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
-    parser.add_argument("-o", "--out", required=True, help="folder to write; must not exist")
+    parser.add_argument("-o", "--out", required=True, help="folder to write")
     options.add_size(parser)
     options.add_measuring(parser)
     parser.add_argument(
@@ -26,22 +28,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="calibration tokens to train on at most, with --refine (default: 16384)",
     )
-    parser.add_argument("--scores", metavar="FILE", help="use this sensitivity.json, don't measure")
+    options.add_scores(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="stop at the plan of least predicted KL"
+    )
+    parser.add_argument(
+        "--upload-repo", metavar="ORG/NAME", help="then upload the model with its card to the hub"
     )
     options.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..cards.upload import check_upload, upload
     from ..errors import UsageError
     from ..quantize.convert import convert
     from ..quantize.prepare import CHECKPOINT, SCORES, work_folder
     from ..quantize.rounding import distill
-    from .tables import plan_table, scores_line
+    from .tables import plan_table, summary
 
     if args.refine_tokens and not args.refine:
         raise UsageError("--refine-tokens is for --refine; add it, or leave both out")
+    if args.upload_repo:
+        check_upload(args.upload_repo)
     work = work_folder(Path(args.out).expanduser().resolve())
     fields = options.measuring(args)
     fields["size"] = args.size
@@ -56,11 +64,16 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result.plan.to_json(), indent=1))
     else:
-        print(plan_table(result.plan, result.path))
-        print(f"scores     {scores_line(result.scores)}")
-    if args.dry_run and not (args.scores or args.json):
-        print(
-            f"\nscores     {work / SCORES}; the same command with --resume and without --dry-run "
-            "writes the model"
-        )
+        print(plan_table(result.plan) + "\n")
+        print(_following(args, work / SCORES) if args.dry_run else summary(result, args.out))
+    if args.upload_repo and not args.dry_run:
+        url = upload(args.out, args.upload_repo)
+        print(f"uploaded   {url}", file=sys.stderr if args.json else sys.stdout)
     return 0
+
+
+def _following(args: argparse.Namespace, scores: Path) -> str:
+    """Where the scores of a dry run are, and how to go on with them."""
+    scores = Path(args.scores) if args.scores else scores
+    command = shlex.join(["optiq", "convert", args.model, "-o", args.out, "--size", args.size])
+    return f"scores     {scores}\n\nNext:\n  {command} \\\n    --scores {shlex.quote(str(scores))}"

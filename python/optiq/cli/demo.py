@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -18,10 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    os.environ.setdefault("OPTIQ_PROGRESS", "1")
     from ..quantize.demo import QUESTION
     from ..quantize.demo import run as run_demo
-    from .tables import plan_table
+    from .tables import plan_table, summary
 
     started = time.monotonic()
     steps = sys.stderr if args.json else sys.stdout
@@ -32,7 +30,8 @@ def run(args: argparse.Namespace) -> int:
         found = {"model": outcome.source, "question": QUESTION, "answers": answers}
         print(json.dumps({**found, "plan": plan.to_json()}, indent=1))
         return 0
-    print("\n" + plan_table(plan, outcome.result.path))
+    print("\n" + plan_table(plan) + "\n")
+    print(summary(outcome.result, str(outcome.result.path)))
     print(f"\nasked      {QUESTION}")
     print(f"optiq      {outcome.answer!r} (stock mlx-lm, float32)")
     print(f"uniform 4  {outcome.uniform4_answer!r}")

@@ -40,14 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--out", type=Path, help="folder of the records (default: MODEL/optiq/evals)"
     )
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    options.add_resume(parser)
     options.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from ..evals.runner import evaluate
 
-    names = ("limit", "full", "data", "reference", "revision", "resume")
+    names = ("limit", "full", "data", "reference", "revision", "resume", "restart")
     try:
         summary = evaluate(
             args.model, args.out, tasks=args.suite, **{name: getattr(args, name) for name in names}

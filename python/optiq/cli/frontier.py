@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="sizes of ours, as for convert --size (default: 3.5bpw,4bpw,uniform4,5bpw,6bpw)",
     )
     options.add_measuring(parser)
-    parser.add_argument("--scores", metavar="FILE", help="use this sensitivity.json, don't measure")
+    options.add_scores(parser)
     options.add_json(parser)
 
 

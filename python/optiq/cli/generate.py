@@ -15,9 +15,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     parser.add_argument("-p", "--prompt", required=True, help="the prompt; - reads it from stdin")
     parser.add_argument("--system", help="a system message")
-    parser.add_argument("-m", "--max-tokens", type=options.positive, default=256)
+    parser.add_argument(
+        "-m", "--max-tokens", type=options.positive, default=256, help="of the answer, at most"
+    )
     parser.add_argument("--temp", type=float, default=0.0, help="0 (the default) is greedy")
-    parser.add_argument("--seed", type=options.seed, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0, help="1 takes all words")
+    parser.add_argument("--top-k", type=int, default=0, help="0 takes all words")
+    parser.add_argument("--min-p", type=float, default=0.0, help="0 takes all words")
+    options.add_seed(parser)
     parser.add_argument("--raw", action="store_true", help="no chat template")
     parser.add_argument(
         "--kv",
@@ -50,6 +55,9 @@ def run(args: argparse.Namespace) -> int:
         system=args.system,
         max_tokens=args.max_tokens,
         temperature=args.temp,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
         seed=args.seed,
         raw=args.raw,
     )

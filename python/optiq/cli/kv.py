@@ -27,7 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of a context (default: 4096, or what the model allows)",
     )
     parser.add_argument(
-        "--samples", type=options.positive, help="contexts to score, choose and judge on, each"
+        "--samples",
+        type=options.positive,
+        help="contexts to score, choose and judge on, each (default: as many as the text has, "
+        "up to 4)",
     )
     parser.add_argument(
         "--fp-recent",
@@ -38,9 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fp-sink", type=int, metavar="N", help="first tokens, likewise (default: 4)"
     )
-    parser.add_argument("--calibration", metavar="MIX.jsonl", help="your own samples")
-    parser.add_argument("--seed", type=options.seed, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    options.add_calibration(parser)
+    options.add_seed(parser)
+    options.add_resume(parser)
+    options.add_overwrite(parser)
     options.add_json(parser)
 
 
@@ -64,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
             revision=args.revision,
             seed=args.seed,
             resume=args.resume,
+            restart=args.restart,
+            overwrite=args.overwrite,
         )
     if args.json:
         print(json.dumps(report.to_json(), indent=1))

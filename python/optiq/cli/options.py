@@ -13,19 +13,19 @@ if TYPE_CHECKING:
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+    """A whole number of at least 1; 8k is 8,000."""
+    written = text.strip().lower().replace("_", "").replace(",", "")
+    digits, thousands = written.removesuffix("k"), written.endswith("k")
+    if not digits.isdecimal() or int(digits) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(digits) * (1000 if thousands else 1)
 
 
 def seed(text: str) -> int:
     """A whole number that seeds every generator in use."""
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 4294967295")
-    return value
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 4294967295")
+    return int(text)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +45,36 @@ def add_size(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_scores(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--scores", metavar="FILE", help="use the scores of this sensitivity.json, measure none"
+    )
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=seed, default=0, help="of every random choice")
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--calibration",
+        metavar="PATH",
+        help="your own text: a .txt file, JSON Lines with text, messages or prompt and completion, "
+        "or a folder of such files (default: a mix that comes with optiq)",
+    )
+
+
+def add_resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    parser.add_argument("--restart", action="store_true", help="discard an interrupted run")
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a result of optiq's that is there"
+    )
+
+
 def add_formats(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--formats", help="menu of widths or formats (default: 3,4,5,6,8,bf16; also 4g64, nvfp4)"
@@ -57,8 +87,9 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
         "--sensitivity",
         choices=("auto", "kl", "fisher"),
         default="auto",
-        help="kl: exact, one module and format at a time; fisher: estimated from one backward "
-        "pass; auto: fisher, but kl for experts, routers and what the plan at --size hangs on",
+        help="kl: measure every module in every format (exact, slow); fisher: estimate all from "
+        "one backward pass; auto: estimate, but measure experts, routers and modules whose choice "
+        "at --size is still open",
     )
     parser.add_argument(
         "--reference",
@@ -66,17 +97,23 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="what the rest of the model runs in while one module is measured (auto: by memory)",
     )
-    parser.add_argument("--calibration", metavar="MIX.jsonl", help="your own samples")
-    parser.add_argument("--tokens", type=positive, help="calibration tokens")
+    add_calibration(parser)
+    parser.add_argument(
+        "--tokens",
+        type=positive,
+        metavar="N",
+        help="calibration tokens (default: 8192 to fit weights with, of which 2048 give the "
+        "scores)",
+    )
     parser.add_argument(
         "--rounding",
         choices=("descent", "search", "minmax"),
-        help="descent (the default): weights fitted to what each layer's output loses; search: "
-        "scales fitted to what drives each column; minmax: as stock. Scores are made with minmax "
-        "or else search",
+        help="descent (the default): round so that each layer's output changes least; search: "
+        "search the best scales; minmax: as stock",
     )
-    parser.add_argument("--seed", type=seed, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    add_seed(parser)
+    add_resume(parser)
+    add_overwrite(parser)
 
 
 def measuring(args: argparse.Namespace) -> OptionFields:
@@ -92,6 +129,8 @@ def measuring(args: argparse.Namespace) -> OptionFields:
         "revision": args.revision,
         "seed": args.seed,
         "resume": args.resume,
+        "restart": args.restart,
+        "overwrite": args.overwrite,
     }
 
 

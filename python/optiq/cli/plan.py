@@ -20,5 +20,5 @@ def run(args: argparse.Namespace) -> int:
     from .tables import plan_table
 
     found = plan(args.file, args.size, args.formats)
-    print(json.dumps(found.to_json(), indent=1) if args.json else plan_table(found, None))
+    print(json.dumps(found.to_json(), indent=1) if args.json else plan_table(found))
     return 0

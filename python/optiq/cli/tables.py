@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import sys
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
+from string import ascii_uppercase
 from typing import TYPE_CHECKING
 
+from ..base.progress import duration
 from ..formats import UNIFORM4
 
 if TYPE_CHECKING:  # a plan is printed without MLX
@@ -18,11 +24,23 @@ if TYPE_CHECKING:  # a plan is printed without MLX
     from ..planning.plan import Plan, Selection
     from ..planning.scores import Scores
     from ..quality.results import Mean, Measured
+    from ..quantize.convert import Result
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that stdout is; None where it is none, and lines may be long."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def grid(rows: Sequence[Sequence[str]], *, words: int = 0) -> str:
-    """Columns two spaces apart, right-aligned but for the first and the last `words` of them."""
+    """Columns two spaces apart, right-aligned but for the first and the last `words` of them.
+
+    Where the terminal is too narrow for them, each row is a paragraph with a line for each column.
+    """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    columns = terminal_width()
+    if columns is not None and sum(widths) + 2 * (len(widths) - 1) > columns:
+        return _paragraphs(rows)
     left = {0, *range(len(widths) - words, len(widths))}
     lines = (
         "  ".join(
@@ -32,6 +50,41 @@ def grid(rows: Sequence[Sequence[str]], *, words: int = 0) -> str:
         for row in rows
     )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _paragraphs(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    width = max(map(len, head))
+    return "\n".join(
+        "\n".join(
+            [
+                row[0],
+                *(
+                    f"  {name.ljust(width)}  {cell}"
+                    for name, cell in zip(head[1:], row[1:], strict=True)
+                    if cell
+                ),
+            ]
+        )
+        for row in body
+    )
+
+
+def facts(rows: Sequence[tuple[str, str]]) -> str:
+    """A name and a text on each line; on a terminal long texts go on below themselves."""
+    columns, indent = terminal_width(), " " * 11
+    lines = []
+    for name, text in rows:
+        line = name.ljust(11) + text
+        if columns is not None and len(line) > columns and len(text.split()) > 1:
+            line = "\n".join(
+                textwrap.wrap(
+                    line, columns, subsequent_indent=indent, break_long_words=False,
+                    break_on_hyphens=False,
+                )
+            )  # fmt: skip
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def number(value: float | None, se: float | None = None) -> str:
@@ -52,9 +105,14 @@ def size(nbytes: int) -> str:
 
 def metrics_table(metrics: Mapping[str, Measured]) -> str:
     """One column per model, one row per metric; KL in nats per token."""
-    columns = list(metrics.values())
+    columns, names = list(metrics.values()), list(metrics)
+    legend: list[str] = []
+    if terminal_width() is not None and sum(max(16, len(name)) + 2 for name in names) > 60:
+        letters = ascii_uppercase[: len(names)]
+        legend = [f"{letter}: {name}" for letter, name in zip(letters, names, strict=True)]
+        names = list(letters)
     rows = [
-        ["", *metrics],
+        ["", *names],
         ["size", *(size(m.nbytes) for m in columns)],
         ["bits per weight", *(f"{m.bpw:.3f}" for m in columns)],
         ["KL mean", *(number(m.kl.mean, m.kl.se) for m in columns)],
@@ -67,10 +125,10 @@ def metrics_table(metrics: Mapping[str, Measured]) -> str:
         ["perplexity ratio", *(f"{m.ppl_ratio:.4f}" for m in columns)],
         ["tokens", *(str(m.tokens) for m in columns)],
     ]
-    return grid(rows)
+    return "\n".join([*legend, *([""] if legend else []), grid(rows)])
 
 
-def plan_table(plan: Plan, path: Path | None) -> str:
+def plan_table(plan: Plan) -> str:
     """What was planned, and if it was written and measured, how it compares."""
     count, nbytes = Counter[str](), Counter[str]()
     for module in plan.modules:
@@ -79,24 +137,63 @@ def plan_table(plan: Plan, path: Path | None) -> str:
     rows = [["format", "modules", "bytes"]]
     rows += [[fmt, str(count[fmt]), f"{nbytes[fmt]:,}"] for fmt in sorted(count)]
     lines = [
-        grid(rows),
-        "",
-        f"size       {plan.nbytes:,} bytes, {plan.bpw:.3f} bits per weight",
-        f"budget     {plan.budget:,} bytes ({plan.asked}), "
-        f"{100 * plan.nbytes / plan.budget:.2f} % used",
-        f"predicted  KL {number(plan.predicted_kl)} nats per token, "
-        f"optimal within {100 * (plan.gap or 0):.2g} %",
+        ("size", f"{plan.nbytes:,} bytes, {plan.bpw:.3f} bits per weight"),
+        (
+            "budget",
+            f"{plan.budget:,} bytes ({plan.asked}), {100 * plan.nbytes / plan.budget:.2f} % used",
+        ),
+        (
+            "predicted",
+            f"KL {number(plan.predicted_kl)} nats per token, "
+            f"optimal within {100 * (plan.gap or 0):.2g} %",
+        ),
     ]
     if plan.selection:
-        lines.append(f"chosen     {_chosen(plan.selection)}")
+        lines.append(("chosen", _chosen(plan.selection)))
+    shown = f"{grid(rows)}\n\n{facts(lines)}"
     if plan.measured:
         both = {"optiq": plan.measured}
         if plan.uniform4 and plan.uniform4.measured:
             both["uniform 4-bit"] = plan.uniform4.measured
-        lines += ["", metrics_table(both)]
-    if path is not None:
-        lines += ["", f"model      {path}", f"report     {path / 'optiq' / 'report.html'}"]
-    return "\n".join(lines)
+        shown += f"\n\n{metrics_table(both)}"
+    return shown
+
+
+def summary(result: Result, name: str) -> str:
+    """The end of a conversion, for somebody who reads nothing else; `name` is the folder's."""
+    plan = result.plan
+    assert result.path is not None
+    before = plan.dense_nbytes + plan.model.fixed_bytes
+    lines = [
+        ("size", f"{size(before)} before, {size(plan.nbytes)} now "
+         f"({100 * plan.nbytes / before:.0f} %)"),
+        ("quality", _quality(plan)),
+        ("scores", scores_line(result.scores)),
+        ("time", duration(result.seconds)),
+        ("model", str(result.path)),
+        ("report", str(result.path / "optiq" / "report.html")),
+    ]  # fmt: skip
+    quoted = shlex.quote(name)
+    following = [
+        f'optiq generate {quoted} -p "Why is the sky blue?"',
+        f"optiq eval {quoted} --limit 20",
+    ]
+    return "\n".join([facts(lines), "", "Next:", *(f"  {command}" for command in following)])
+
+
+def _quality(plan: Plan) -> str:
+    """KL of ours, and of stock uniform 4-bit with its size."""
+    if plan.measured is None:
+        return "KL was not measured, because memory does not hold the models to compare"
+    ours = plan.measured.kl
+    text = f"KL {number(ours.mean, ours.se)} nats per token"
+    stock = plan.uniform4
+    if stock is None or stock.measured is None:
+        return text
+    kl = stock.measured.kl
+    same = abs(stock.nbytes / plan.nbytes - 1) < 0.01
+    where = "of the same size" if same else f"({size(stock.nbytes)})"
+    return f"{text}; stock uniform 4-bit {where}: {number(kl.mean, kl.se)}"
 
 
 def _chosen(selection: Selection) -> str:
@@ -111,13 +208,17 @@ def _chosen(selection: Selection) -> str:
 
 def frontier_table(frontier: Frontier) -> str:
     """One row per model by rising bytes, then what was left out."""
-    rows = [["", "size", "bits per weight", "KL mean", "over uniform", "same top token", ""]]
+    rows = [["", "size", "bits", "KL mean", "/ uniform", "same top token"]]
     for p in frontier.points:
-        kl, mark = p.measured.kl, "dominated" if p.dominated else ""
+        kl, mark = p.measured.kl, " *" if p.dominated else ""
         figures = [size(p.nbytes), f"{p.measured.bpw:.3f}", number(kl.mean, kl.se)]
         ratio = number(p.uniform.ratio) if p.uniform else "-"
-        rows.append([p.name, *figures, ratio, _percent(p.measured.top1), mark])
-    return "\n".join([grid(rows), *(["", *frontier.notes] if frontier.notes else [])])
+        rows.append([p.name + mark, *figures, ratio, _percent(p.measured.top1)])
+    legend = (
+        "bits: per weight. / uniform: KL over that of stock uniform widths at the same bytes;\n"
+        "below 1 is better. *: another model here is no larger and no worse."
+    )
+    return "\n".join([grid(rows), "", legend, *frontier.notes])
 
 
 def evals_table(compared: Comparison, names: Sequence[str]) -> str:
@@ -187,21 +288,24 @@ def kv_table(report: KVReport) -> str:
         figures = [size(p.nbytes), number(kl.mean, kl.se), number(kl.p99)]
         points.append([p.name, *figures, _percent(top1), f"{p.divergence.ppl_ratio:.4f}"])
     exact = report.exact
-    return "\n".join(
-        [
-            grid(rows),
-            "",
-            f"size       {report.nbytes:,} bytes after {report.context:,} tokens, "
+    lines = [
+        (
+            "size",
+            f"{report.nbytes:,} bytes after {report.context:,} tokens, "
             f"{100 * report.nbytes / report.dense_nbytes:.1f} % of 16 bits",
-            f"budget     {report.budget:,} bytes ({report.asked})",
-            f"exact      last {exact.recent} and first {exact.sink} tokens, "
-            f"{exact.nbytes:,} bytes on top",
-            f"chosen     {report.chosen}, of {len(report.candidates)} by measured KL"
+        ),
+        ("budget", f"{report.budget:,} bytes ({report.asked})"),
+        (
+            "exact",
+            f"last {exact.recent} and first {exact.sink} tokens, {exact.nbytes:,} bytes on top",
+        ),
+        (
+            "chosen",
+            f"{report.chosen}, of {len(report.candidates)} by measured KL"
             + (f", measured / predicted {report.ratio:.2f}" if report.ratio else ""),
-            "",
-            grid(points),
-        ]
-    )
+        ),
+    ]
+    return f"{grid(rows)}\n\n{facts(lines)}\n\n{grid(points)}"
 
 
 def scores_table(scores: Scores, path: Path) -> str:

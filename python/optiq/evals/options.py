@@ -27,6 +27,7 @@ class EvalFields(TypedDict, total=False):
     reference: str | None
     revision: str | None
     resume: bool
+    restart: bool
     progress: bool
 
 
@@ -41,6 +42,7 @@ class EvalOptions:
         reference: What the KL is to (default: the model that optiq made this one from).
         revision: Branch, tag or commit of a model on the hub.
         resume: Go on with what the folder holds; finished tasks are not run again.
+        restart: Discard the records that the folder holds of these tasks.
     """
 
     tasks: tuple[str, ...] = TASKS
@@ -51,6 +53,7 @@ class EvalOptions:
     reference: str | None = None
     revision: str | None = None
     resume: bool = False
+    restart: bool = False
     progress: bool = True
 
     @classmethod

@@ -73,7 +73,7 @@ def _reference(source: Source, name: str | None) -> Source:
     try:
         written = json.loads(plan.read_text(encoding="utf-8"))
         made_from = ModelInfo.from_json(written["model"])
-        found = resolve(made_from.name)
+        found = resolve(made_from.path or made_from.name)
     except (OSError, ValueError, LookupError, TypeError, SourceError) as error:
         raise _NoReference(
             f"the model this one was made from is not there ({error}); {fix}"

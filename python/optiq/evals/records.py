@@ -73,7 +73,8 @@ def create(path: Path, header: Header) -> None:
     """Start a file; EvalError if there is one."""
     if path.exists():
         raise EvalError(
-            f"{path} holds results already; --resume goes on, -o OUT puts new ones elsewhere"
+            f"{path} holds results already; --resume goes on with them, --restart discards them, "
+            "-o OUT puts new ones elsewhere"
         )
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

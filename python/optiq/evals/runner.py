@@ -39,15 +39,20 @@ def evaluate(
     asked = EvalOptions.parse(**options)
     source = resolve(str(model), revision=asked.revision)
     folder = default_folder(source, asked.limit) if out is None else Path(out).expanduser()
-    if not asked.resume and (old := [p for n in asked.tasks if (p := _path(folder, n)).exists()]):
+    old = [path for name in asked.tasks if (path := _path(folder, name)).exists()]
+    if old and not (asked.resume or asked.restart):
         raise EvalError(
-            f"{old[0]} holds results already; --resume goes on, -o OUT puts new ones elsewhere"
+            f"{old[0]} holds results already; --resume goes on with them, --restart discards them, "
+            "-o OUT puts new ones elsewhere"
         )
     loaded = load(source, allow_quantized=True)
     sizes = _sizes(source, loaded)
     tasks, left_out = prepare(loaded, source, asked)
     headers = {task.name: _header(task, source, asked.limit) for task in tasks}
-    if asked.resume:
+    if asked.restart:
+        for path in old:
+            path.unlink()
+    else:
         for name, header in headers.items():
             if _path(folder, name).exists():
                 records.check(_path(folder, name), header)
@@ -80,7 +85,7 @@ def run(
     items = [item.id for wave in task.waves for item in wave]
     if [record.id for record in kept] != items[: len(kept)]:
         raise EvalError(f"{path} holds other items than asked for; delete it and run again")
-    with Progress(len(items), task.name, done=len(kept), enabled=progress) as bar:
+    with Progress(len(items), f"asking {task.name}", done=len(kept), enabled=progress) as bar:
         for wave, end in zip(task.waves, boundaries, strict=True):
             if end > len(kept):
                 left = _Steps(bar, len(wave))

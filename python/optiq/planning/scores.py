@@ -37,7 +37,8 @@ class ModelInfo:
 
     `itemsize` is in bytes, of the model's floating `dtype`; `fixed_bytes` are those of all tensors
     that are never quantized, `header_bytes` a bound on what weight files hold beside tensors.
-    `departures` say how mlx-lm's model differs from the original, if it does.
+    `departures` say how mlx-lm's model differs from the original, if it does. `kind` is "hub",
+    "folder" or "gguf", and `path` where a local one lay.
     """
 
     name: str
@@ -48,6 +49,8 @@ class ModelInfo:
     fixed_bytes: int
     header_bytes: int = 0
     departures: tuple[str, ...] = ()
+    kind: str | None = None
+    path: str | None = None
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelInfo:
@@ -55,6 +58,8 @@ class ModelInfo:
             **{key: data[key] for key in _MODEL},
             header_bytes=data.get("header_bytes") or 0,
             departures=tuple(map(str, data.get("departures") or ())),
+            kind=data.get("kind"),
+            path=data.get("path"),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def measure(
     """How far each candidate is from the reference."""
     tables: dict[str, Table] = {name: [] for name in candidates}
     total = sum(len(s.tokens) for s in sequences)
-    with Progress(total, "tokens compared", enabled=progress) as bar:
+    with Progress(total, "checking", enabled=progress) as bar:
         for sample in sequences:
             for name, column in columns(reference, candidates, sample.tokens).items():
                 tables[name].append(column)

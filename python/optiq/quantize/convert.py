@@ -8,6 +8,7 @@ an interrupted run goes on with `resume=True`, and a failure after measuring cos
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,9 @@ from ..base.checkpoint import check_unfinished
 from ..base.command import command_line
 from ..base.files import check_space, check_writable, write_json
 from ..base.memory import available_memory
-from ..calibration import Calibration, gather
-from ..errors import ExportError
+from ..base.progress import Job, silenced, tell
+from ..calibration import Calibration, Texts, gather
+from ..errors import ExportError, UsageError
 from ..nn.accelerate import accelerate
 from ..planning.plan import Baseline, Plan, build, uniform_plan
 from ..planning.scores import Scores
@@ -27,12 +29,14 @@ from ..quality import divergence
 from ..quality.results import Measured
 from ..runtime.loading import load as load_native
 from ..sources import LoadedModel, Source, load, resolve
-from .export import check_target, clear, export
+from .estimate import estimate
+from .export import check_ours, check_target, clear, export, replacing
 from .options import Options
 from .preflight import check_budget
-from .prepare import CHECKPOINT, prepare, remove_work, texts_of, work_folder
+from .prepare import CHECKPOINT, SCORES, prepare, remove_work, texts_of, work_folder
 from .rounding import distill
 from .rounding.render import render_model
+from .rounding.weights import Rounding
 from .select import Refine
 from .sensitivity.checkpoint import existing
 
@@ -42,13 +46,17 @@ if TYPE_CHECKING:
     from .options import OptionFields
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
-    """What `convert` made. `kl` is measured on held-out text in nats per token, if it was."""
+    """What `convert` made, in how many seconds; without a `path` nothing was written.
+
+    `kl` is measured on held-out text in nats per token, if it was.
+    """
 
     plan: Plan
     scores: Scores
     path: Path | None
+    seconds: float
 
     @property
     def kl(self) -> float | None:
@@ -57,6 +65,10 @@ class Result:
     @property
     def nbytes(self) -> int:
         return self.plan.nbytes
+
+    def __repr__(self) -> str:
+        kl = "not measured" if self.kl is None else f"{self.kl:.4g}"
+        return f"Result(path={str(self.path)!r}, nbytes={self.nbytes}, kl={kl})"
 
 
 def convert(
@@ -71,7 +83,7 @@ def convert(
 
     Args:
         model: A Hugging Face or mlx-lm folder, a hub id, or a .gguf file.
-        out: A folder that does not exist or is empty.
+        out: A folder that does not exist or is empty, or with `overwrite` a model of optiq's.
         refine_tokens: Train scales and biases on at most so many calibration tokens (see
             distill.py); kept if it lowers the KL on other text. By default not done.
         dry_run: Stop at the plan; nothing is written but the work folder's scores.
@@ -81,43 +93,86 @@ def convert(
     """
     chosen = Options.parse(**options)
     out = Path(out).expanduser().resolve()
+    with silenced(not chosen.progress):
+        if not chosen.overwrite or not out.exists():
+            check_target(out)
+            return _convert(str(model), out, out, refine_tokens, dry_run, chosen)
+        check_ours(out)
+        with replacing(out) as fresh:
+            return _convert(str(model), fresh, out, refine_tokens, dry_run, chosen)
+
+
+def _convert(
+    model: str, target: Path, out: Path, refine_tokens: int, dry_run: bool, options: Options
+) -> Result:
+    """Write the folder `target`, which is to be `out` in the end."""
+    started = time.monotonic()
     work = work_folder(out)
-    check_target(out)
     check_writable(out)
-    if chosen.scores is None:
-        check_unfinished(existing(work / CHECKPOINT), chosen.resume)
-    if refine_tokens:
-        check_unfinished([work / distill.CHECKPOINT], chosen.resume)
-    source = resolve(str(model), revision=chosen.revision)
-    loaded = load(source)
-    texts = texts_of(chosen, loaded.tokenizer)
-    refine = _refine(loaded, work, refine_tokens, chosen) if refine_tokens else None
-    if chosen.scores is None:
-        needed = check_budget(loaded, chosen.size, chosen.menu)
-        if not dry_run:
-            check_space(out, needed)
-    ready = prepare(loaded, texts, work, chosen, unrounded=dry_run)
-    del loaded  # its weights are in memory by now
-    scores, command = ready.scores, command_line()
-    if dry_run:
-        plan = build(scores, chosen.size, chosen.formats, seed=chosen.seed, command=command)
-        return Result(plan, scores, None)
-    plan, rounding = ready.best(chosen.size, command, refine=refine)
-    stood = out.is_dir()
+    _check_unfinished(work, refine_tokens, options)
+    source = resolve(model, revision=options.revision)
+    with Job() as job:
+        job.phase("reading")
+        loaded = load(source)
+        texts = texts_of(options, loaded.tokenizer)
+        refine = _refine(loaded, work, refine_tokens, options) if refine_tokens else None
+        if options.scores is None:
+            needed = check_budget(loaded, options.size, options.menu)
+            if not dry_run:
+                check_space(out, needed)
+        expected = estimate(loaded, texts, options, dry_run=dry_run, refining=bool(refine))
+        tell(f"estimate: {expected}")
+        job.expect(expected.seconds)
+        ready = prepare(loaded, texts, work, options, unrounded=dry_run)
+        del loaded  # its weights are in memory by now
+        scores, command = ready.scores, command_line()
+        if dry_run:
+            plan = build(scores, options.size, options.formats, seed=options.seed, command=command)
+            return Result(plan, scores, None, time.monotonic() - started)
+        plan, rounding = ready.best(options.size, command, refine=refine)
+        plan = _write(source, plan, target, scores, rounding, texts, work)
+    remove_work(work, distill.CHECKPOINT)
+    return Result(plan, scores, out, time.monotonic() - started)
+
+
+def _write(
+    source: Source,
+    plan: Plan,
+    target: Path,
+    scores: Scores,
+    rounding: Rounding,
+    texts: Texts,
+    work: Path,
+) -> Plan:
+    """Export, measure what was written, and report; returns the plan as it was measured."""
+    stood = target.is_dir()
     try:
-        export(source, plan, out, scores=scores, rounding=rounding)
+        export(source, plan, target, scores=scores, rounding=rounding)
     except ExportError as error:
         kept = f"; the scores are kept, --resume uses them ({work})" if work.exists() else ""
         raise ExportError(f"{error}{kept}") from error
     try:
-        plan = _measured(source, plan, out, texts.held_out, chosen.progress)
-        write_json(out / "optiq" / "plan.json", plan.to_json())
-        report.write(plan, scores, out / "optiq" / "report.html")
+        plan = _measured(source, plan, target, texts.held_out)
+        write_json(target / "optiq" / "plan.json", plan.to_json())
+        report.write(plan, scores, target / "optiq" / "report.html")
     except BaseException:  # also Ctrl-C: what is there is whole, or not there
-        clear(out, keep=stood)
+        clear(target, keep=stood)
         raise
-    remove_work(work, distill.CHECKPOINT)
-    return Result(plan, scores, out)
+    return plan
+
+
+def _check_unfinished(work: Path, refine_tokens: int, options: Options) -> None:
+    """Raise UsageError rather than discard what an earlier run left, unless that is wanted."""
+    left = [work / distill.CHECKPOINT] if refine_tokens else []
+    if options.scores is None:
+        left += existing(work / CHECKPOINT)
+        scores = work / SCORES
+        if left and scores.exists() and not (options.resume or options.restart):
+            raise UsageError(
+                f"{scores} holds unfinished work, the scores of an earlier run: --scores {scores} "
+                "plans with them, --resume goes on with the same job, --restart measures again"
+            )
+    check_unfinished(left, resume=options.resume, restart=options.restart)
 
 
 def _refine(loaded: LoadedModel, work: Path, tokens: int, options: Options) -> Refine:
@@ -133,7 +188,7 @@ def _refine(loaded: LoadedModel, work: Path, tokens: int, options: Options) -> R
     )
 
 
-def _measured(source: Source, plan: Plan, out: Path, held_out: Calibration, progress: bool) -> Plan:
+def _measured(source: Source, plan: Plan, out: Path, held_out: Calibration) -> Plan:
     """The plan with the KL of the exported folder, and of stock uniform 4-bit, in it."""
     baseline = uniform_plan(plan.model, [m.module for m in plan.modules])
     needed = plan.dense_nbytes + plan.nbytes + baseline.nbytes
@@ -145,7 +200,7 @@ def _measured(source: Source, plan: Plan, out: Path, held_out: Calibration, prog
         "exported": load_native(str(out))[0],
         "uniform4": render_model(load(source), baseline),
     }
-    found = divergence.measure(reference, candidates, held_out.sequences, progress=progress)
+    found = divergence.measure(reference, candidates, held_out.sequences)
     ours, stock = (
         Measured.of(found[name], of.nbytes, of.bpw)
         for name, of in (("exported", plan), ("uniform4", baseline))

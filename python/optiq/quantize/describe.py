@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -16,15 +17,18 @@ from ..sources.shards import header_bound
 
 def describe_model(loaded: LoadedModel, modules: Sequence[Module]) -> ModelInfo:
     """The source of `loaded`, which must be as it came from there."""
+    source = loaded.source
     parameters: dict[str, mx.array] = dict(tree_flatten(loaded.model.parameters()))
     shapes = {name: array.shape for name, array in parameters.items()}
     return ModelInfo(
-        name=loaded.source.name,
-        fingerprint=loaded.source.fingerprint,
+        name=source.name,
+        fingerprint=source.fingerprint,
         model_type=loaded.config["model_type"],
         dtype=dtype_name(loaded.dtype),
         itemsize=loaded.dtype.size,
         fixed_bytes=fixed_bytes(loaded.model, modules),
         header_bytes=header_bound(shapes, {f"{m.path}.weight" for m in modules}),
-        departures=loaded.source.departures,
+        departures=source.departures,
+        kind=source.kind,
+        path=None if source.kind == "hub" else str(Path(source.name).expanduser().resolve()),
     )

@@ -11,6 +11,7 @@ import json
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def export(
         _write_texts(partial, loaded, plan, scores)
         layout = _layout(loaded, plan)
         parameters = sum(array.size for array in _parameters(loaded.model).values())
-        with Progress(plan.nbytes / 1e6, "export, MB") as progress:
+        with Progress(plan.nbytes, "writing") as progress:
             tensors = _counted(_tensors(loaded, plan, rounding), progress)
             checksums = write_shards(
                 partial, layout, tensors, parameters=parameters, shard_bytes=shard_bytes
@@ -107,11 +108,44 @@ def _move(partial: Path, out: Path) -> None:
         raise
 
 
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write to. When all went well it takes the place of `out`."""
+    mark = secrets.token_hex(4)
+    fresh, old = (out.with_name(f".{out.name}.{mark}.{word}") for word in ("new", "old"))
+    try:
+        yield fresh
+        if fresh.exists():  # else nothing was to be written
+            out.rename(old)
+            try:
+                fresh.rename(out)
+            except OSError:
+                old.rename(out)
+                raise
+            shutil.rmtree(old)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def check_ours(out: Path) -> None:
+    """Raise ExportError unless the folder `out` is empty, or a model that optiq wrote."""
+    if out.is_dir() and any(out.iterdir()) and not (out / "optiq" / "plan.json").is_file():
+        raise ExportError(
+            f"{out} was not written by optiq convert, so --overwrite does not replace it; remove "
+            "it yourself, or choose another folder"
+        )
+    if not out.is_dir():
+        raise ExportError(f"{out} is a file; choose another folder")
+
+
 def check_target(out: Path) -> None:
     """Raise ExportError unless `out` does not exist or is an empty folder."""
     if out.is_dir():
         if any(out.iterdir()):
-            raise ExportError(f"{out} exists and is not empty; remove it or choose another folder")
+            raise ExportError(
+                f"{out} exists and is not empty; choose another folder, or replace a model of "
+                "optiq's with --overwrite"
+            )
     elif out.exists() or out.is_symlink():
         raise ExportError(f"{out} is a file; choose another folder")
 
@@ -205,7 +239,7 @@ def _counted(
 ) -> Iterator[tuple[str, mx.array]]:
     for name, array in tensors:
         yield name, array
-        progress.step(array.nbytes / 1e6, name)
+        progress.step(array.nbytes, name)
 
 
 def _write_texts(folder: Path, loaded: LoadedModel, plan: Plan, scores: Scores | None) -> None:

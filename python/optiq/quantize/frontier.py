@@ -98,11 +98,10 @@ def frontier(
     if not wanted:
         raise UsageError("there is no size to measure; write for example --sizes 4bpw,uniform4")
     measured_here = chosen.scores is None
-    check_replaceable(out, scores=measured_here)
+    check_replaceable(out, scores=measured_here, overwrite=chosen.overwrite)
     check_writable(out / JSON)
-    check_unfinished([work / POINTS], chosen.resume)
-    if measured_here:
-        check_unfinished(existing(work / CHECKPOINT), chosen.resume)
+    left = [work / POINTS, *(existing(work / CHECKPOINT) if measured_here else ())]
+    check_unfinished(left, resume=chosen.resume, restart=chosen.restart)
     source = resolve(str(model), revision=chosen.revision)
     loaded = load(source)
     texts = texts_of(chosen, loaded.tokenizer)
@@ -146,7 +145,7 @@ def _measure(
     candidates = list(_candidates(ready, sizes))
     done = sum(candidate.name in finished.points for candidate in candidates)
     with Progress(
-        len(candidates), "models measured", done=done, enabled=ready.options.progress
+        len(candidates), "measuring models", done=done, enabled=ready.options.progress
     ) as progress:
         for candidate in candidates:
             if candidate.name not in finished.points:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..base import checkpoint
 from ..base.checkpoint import Identity, damaged
-from ..base.files import whole
+from ..base.files import check_absent, whole
 from ..errors import ExportError, UsageError
 from ..planning.pareto import KIND, Frontier, Point
 from ..planning.scores import Scores
@@ -20,8 +20,8 @@ JSON, HTML = "frontier.json", "frontier.html"
 _KIND = "optiq.frontier.checkpoint"
 
 
-def check_replaceable(out: Path, *, scores: bool) -> None:
-    """Raise UsageError unless every file to be written is missing or of our making."""
+def check_replaceable(out: Path, *, scores: bool, overwrite: bool) -> None:
+    """Raise UsageError unless all files to be written are missing, or ours and `overwrite`."""
     marks = {JSON: f'"kind": "{KIND}"', HTML: page.MARK}
     for name, mark in marks.items():
         path = out / name
@@ -35,8 +35,9 @@ def check_replaceable(out: Path, *, scores: bool) -> None:
             raise UsageError(
                 f"{path} exists and was not made by optiq frontier; choose another folder"
             )
+        check_absent(path, overwrite)
     if scores:
-        preflight.check_replaceable(out / SCORES)
+        preflight.check_replaceable(out / SCORES, overwrite)
 
 
 def write(frontier: Frontier, scores: Scores | None, out: Path) -> None:

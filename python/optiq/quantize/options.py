@@ -34,6 +34,8 @@ class OptionFields(TypedDict, total=False):
     revision: str | None
     seed: int
     resume: bool
+    restart: bool
+    overwrite: bool
     progress: bool
 
 
@@ -58,6 +60,8 @@ class Options:
         revision: Branch, tag or commit of a model on the hub.
         seed: Of every draw; 0 to 2**32 - 1.
         resume: Go on with an interrupted run of the same job.
+        restart: Discard what an interrupted run left.
+        overwrite: Replace a result of optiq's that is there already.
         progress: Show progress on stderr.
     """
 
@@ -73,6 +77,8 @@ class Options:
     revision: str | None = None
     seed: int = 0
     resume: bool = False
+    restart: bool = False
+    overwrite: bool = False
     progress: bool = True
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from ..base.files import check_absent
 from ..errors import BudgetError, SensitivityError, SourceError, UsageError
 from ..formats import DENSE, Format
 from ..models.places import Wrapper, place_at
@@ -28,8 +29,8 @@ from .rounding.reference import choose, weight_bytes
 OVERFLOW_TOKENS = 512
 
 
-def check_replaceable(path: Path) -> None:
-    """Raise UsageError unless `path` does not exist or holds scores, which may be replaced."""
+def check_replaceable(path: Path, overwrite: bool) -> None:
+    """Raise UsageError unless `path` does not exist, or holds scores and `overwrite` is set."""
     if not path.exists() and not path.is_symlink():
         return
     try:
@@ -38,6 +39,7 @@ def check_replaceable(path: Path) -> None:
         read_scores(path)
     except SensitivityError as error:
         raise UsageError(f"{path} exists and holds no scores; name another file") from error
+    check_absent(path, overwrite)
 
 
 def check_budget(loaded: LoadedModel, size: Size, menu: Sequence[Format]) -> int:

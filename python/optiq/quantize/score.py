@@ -50,9 +50,9 @@ def score(model: str, out: Path | None, ranks: World, **options: Unpack[OptionFi
         out = out.expanduser().resolve()
         checkpoint = checkpoint_of(out)
         if ranks.rank == 0:  # the one who writes the file
-            check_replaceable(out)
+            check_replaceable(out, chosen.overwrite)
             check_writable(out)
-        check_unfinished(existing(checkpoint), chosen.resume)
+        check_unfinished(existing(checkpoint), resume=chosen.resume, restart=chosen.restart)
     source = resolve(model, revision=chosen.revision)
     loaded = load(source)
     if "size" in options:

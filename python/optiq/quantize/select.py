@@ -112,7 +112,7 @@ def decide(
             return kl.mean
 
         found: dict[str, float] = {}
-        with Progress(len(plans), "plans measured", enabled=progress) as bar:
+        with Progress(len(plans), "choosing formats", enabled=progress) as bar:
             for name in plans:
                 found[name] = measure(name, rounding)
                 bar.step(note=f"{name}: {found[name]:.4g}")

@@ -31,18 +31,28 @@ class RequestFields(TypedDict, total=False):
     system: str | None
     max_tokens: int
     temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
     seed: int
     raw: bool
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt; a temperature of 0 is greedy, `raw` leaves the chat template out."""
+    """One prompt; a temperature of 0 is greedy, `raw` leaves the chat template out.
+
+    Of the words that may be drawn, `top_p` keeps the likeliest up to this probability in all,
+    `top_k` so many, and `min_p` those at least that likely beside the likeliest.
+    """
 
     prompt: str
     system: str | None = None
     max_tokens: int = 256
     temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
     seed: int = 0
     raw: bool = False
 
@@ -51,6 +61,11 @@ class Request:
             raise UsageError(
                 f"a temperature of {self.temperature} cannot be sampled with; give 0 or more"
             )
+        for name, share in (("top_p", self.top_p), ("min_p", self.min_p)):
+            if not 0 <= share <= 1:
+                raise UsageError(f"{name} is {share}; give a share from 0 to 1")
+        if self.top_k < 0:
+            raise UsageError(f"top_k is {self.top_k}; give 0 (all words) or more")
         if self.max_tokens < 1:
             raise UsageError(f"max_tokens is {self.max_tokens}; give at least 1")
 
@@ -74,6 +89,9 @@ def stream(
     caches = prefix.start(model, tokens) if prefix else None
     unread = tokens[prefix.reused if prefix else 0 :]
     mx.random.seed(request.seed)
+    sampler = make_sampler(
+        temp=request.temperature, top_p=request.top_p, top_k=request.top_k, min_p=request.min_p
+    )
     answered = before = 0
     while True:
         pieces = stream_generate(
@@ -81,7 +99,7 @@ def stream(
             tokenizer,
             unread,
             max_tokens=request.max_tokens - answered,
-            sampler=make_sampler(temp=request.temperature),
+            sampler=sampler,
             prompt_cache=caches,
         )
         try:

@@ -169,7 +169,7 @@ def test_an_interrupted_run_goes_on_and_finds_the_same(
     with pytest.raises(KeyboardInterrupt):
         kv_plan(home.model, out, **QUICK)
     assert [p.name for p in tmp_path.iterdir()] == ["kv.checkpoint.json"]
-    with pytest.raises(UsageError, match="add --resume"):
+    with pytest.raises(UsageError, match="--resume goes on"):
         kv_plan(home.model, out, **QUICK)
     with pytest.raises(OptiqError, match=r"another job \(formats"):
         kv_plan(home.model, out, **QUICK, formats="4,8", resume=True)
@@ -241,7 +241,9 @@ def test_the_command(
         assert word in text
     config = KVConfig.load(out)
     assert (config.fp_recent, config.fp_sink) == (64, 4)
-    assert main([*argv, "--json"]) == 0  # its own file is replaced
+    assert main([*argv, "--json"]) == 2
+    assert "kv.json exists; --overwrite replaces it" in capsys.readouterr().err
+    assert main([*argv, "--json", "--overwrite"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["kind"] == "optiq.kv.report"
     # 68 tokens in 3 layers, with 2 heads of 16 keys and values of 2 bytes each

@@ -159,9 +159,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     with pytest.raises(CheckpointError, match=r"another job \(rounded model: "):
         refine(source, mixed(source), MINMAX, text, resume=True, **job)
     checkpoint.write_bytes(checkpoint.read_bytes()[:100])
-    with pytest.raises(
-        CheckpointError, match=r"is damaged .*; delete it and start without --resume"
-    ):
+    with pytest.raises(CheckpointError, match=r"is damaged .*; start anew with --restart"):
         refine(source, plan, MINMAX, text, resume=True, **job)
 
 
@@ -169,7 +167,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
 def test_a_diverging_run_keeps_the_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rate: float
 ) -> None:
-    monkeypatch.setenv("OPTIQ_PROGRESS", "1")
+    monkeypatch.setattr("optiq.base.lines.EVERY", 0)  # what is said is printed at once
     source = source_of(tmp_path)
     training = Training(learning_rate=rate)
     assert refine(source, uniform(source), MINMAX, text_of(), training=training) is MINMAX
@@ -268,7 +266,7 @@ def test_convert_refines_and_goes_on_after_a_stop(
         convert(folder, tmp_path / "out", progress=False, **job)
     state = work_folder(tmp_path / "out") / refining.CHECKPOINT
     assert state.exists()
-    with pytest.raises(UsageError, match="holds an unfinished"):
+    with pytest.raises(UsageError, match="holds unfinished work"):
         convert(folder, tmp_path / "out", progress=False, **job)
     monkeypatch.setattr(conversion, "export", kept)
     monkeypatch.setattr(refining._State, "update", None)  # nothing is trained twice

@@ -91,7 +91,7 @@ def test_a_damaged_one_is_refused(tmp_path: Path, damage: dict[str, Any]) -> Non
     path = tmp_path / "c.json"
     path.write_text(json.dumps(written(path) | damage))
     with pytest.raises(
-        CheckpointError, match=r"is damaged \(.*\); delete it and start without --resume"
+        CheckpointError, match=r"is damaged \(.*\); start anew with --restart"
     ) as error:
         Checkpoint(path, IDENTITY, resume=True)
     assert "\n" not in str(error.value)

@@ -37,7 +37,7 @@ def measure_configs(
     """The divergence of `model` with each configuration from itself in full precision."""
     tables: dict[str, Table] = {name: [] for name in configs}
     total = len(contexts) * (len(configs) + 1)
-    with Progress(total, "contexts decoded", enabled=progress) as bar:
+    with Progress(total, "checking", enabled=progress) as bar:
         for sample in contexts:
             for name, columns in decode(model, configs, sample.tokens).items():
                 tables[name].append(columns)

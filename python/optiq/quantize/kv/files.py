@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ...base.checkpoint import check_unfinished
-from ...base.files import check_writable, whole
+from ...base.files import check_absent, check_writable, whole
 from ...errors import ExportError, KVError, UsageError
 from ...kv.config import KVConfig
 from ...kv.report import KIND, KVReport
@@ -23,8 +23,8 @@ class Files:
             for suffix in (".report.json", ".report.html", ".checkpoint.json")
         )
 
-    def check(self, resume: bool) -> None:
-        """Raise an OptiqError unless all can be written, and what is there is of our making."""
+    def check(self, *, resume: bool, restart: bool, overwrite: bool) -> None:
+        """Raise an OptiqError unless all can be written; ours may be there with `overwrite`."""
         if self.out.exists() or self.out.is_symlink():
             try:
                 KVConfig.load(self.out)
@@ -32,13 +32,14 @@ class Files:
                 raise UsageError(
                     f"{self.out} exists and is not a KV configuration of optiq; name another file"
                 ) from error
+            check_absent(self.out, overwrite)
         for path, mark in ((self.report, f'"kind": "{KIND}"'), (self.page, page.MARK)):
             if path.exists() and mark not in path.read_text(encoding="utf-8", errors="replace"):
                 raise UsageError(
                     f"{path} exists and was not made by optiq kv; name another file with -o"
                 )
         check_writable(self.out)
-        check_unfinished([self.checkpoint], resume)
+        check_unfinished([self.checkpoint], resume=resume, restart=restart)
 
     def write(self, config: KVConfig, report: KVReport) -> None:
         """Write all, each whole or not at all and the configuration last; raises ExportError."""

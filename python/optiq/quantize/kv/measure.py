@@ -101,7 +101,7 @@ def _run(
     step = chunk(job.dense)
     with (
         Decoder(job.model) as decoder,
-        Progress(len(units), "caches scored", done=len(done), enabled=progress) as bar,
+        Progress(len(units), "measuring sensitivity", done=len(done), enabled=progress) as bar,
     ):
         if not by_cache.keys() <= decoder.owners.keys():
             raise KVError(

@@ -34,6 +34,8 @@ class KVFields(TypedDict, total=False):
     revision: str | None
     seed: int | None
     resume: bool | None
+    restart: bool | None
+    overwrite: bool | None
     progress: bool | None
 
 
@@ -82,6 +84,8 @@ class KVOptions:
     revision: str | None = None
     seed: int = 0
     resume: bool = False
+    restart: bool = False
+    overwrite: bool = False
     progress: bool = True
 
     @classmethod

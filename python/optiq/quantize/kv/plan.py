@@ -63,12 +63,14 @@ def kv_plan(model: str | Path, out: str | Path, **options: Unpack[KVFields]) -> 
         calibration: JSON Lines of rows in place of the bundled mix.
         revision, seed, progress: As for `convert`.
         resume: Go on with an interrupted run of the same job.
+        restart: Discard what an interrupted run left.
+        overwrite: Replace a configuration that is there already.
 
     Raises an OptiqError; then `out` is as it was.
     """
     wanted = KVOptions.parse(**options)
     files = Files(Path(out))
-    files.check(wanted.resume)
+    files.check(resume=wanted.resume, restart=wanted.restart, overwrite=wanted.overwrite)
     job = _prepare(str(model), wanted)
     scores, law = _score(job, files.checkpoint)
     proposals = choose.propose(job.slots, scores, job.budget, wanted.size.text.strip())

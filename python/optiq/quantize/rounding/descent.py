@@ -92,10 +92,9 @@ def descend(
     running = open_reference(chosen, source, model, modules, MINMAX)
     accelerate(model, blocks=False)
     fitted: dict[tuple[str, Format], Rounded] = {}
-    ways = Counter[str]()
     with (
         Replay(model, modules) as replay,
-        Progress(len(work), "layers rounded", enabled=progress) as bar,
+        Progress(len(work), "fitting weights", enabled=progress) as bar,
     ):
         tapes = _record(replay, [s.tokens for s in text.sequences])
         running.begin()
@@ -110,11 +109,9 @@ def descend(
             path, fmt = module.path, work[module.path].format
             weight = running.dense(path).weight.astype(loaded.dtype)
             fit = best if weight.ndim == 2 else best_of_each
-            way, fitted[path, fmt] = fit(weight, fmt, moments)
+            _, fitted[path, fmt] = fit(weight, fmt, moments)
             mx.eval(fitted[path, fmt])
-            ways[way] += 1
             bar.step(note=path)
-        bar.say("layers best rounded by " + ", ".join(f"{w}: {n}" for w, n in ways.most_common()))
     return replace(rounding, method="descent", fitted=fitted) if fitted else rounding
 
 

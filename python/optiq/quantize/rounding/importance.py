@@ -42,7 +42,7 @@ def column_squares(
         place_at(model, path).set(meter)
     total = sum(len(tokens) for tokens in sequences)
     try:
-        with Progress(total, "tokens weighed", enabled=progress) as bar:
+        with Progress(total, "measuring sensitivity", enabled=progress) as bar:
             for tokens in sequences:
                 caches = whole_text_caches(model)
                 model(mx.array([list(tokens)]), **({"cache": caches} if caches else {}))

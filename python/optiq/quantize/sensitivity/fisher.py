@@ -65,7 +65,7 @@ def score_by_fisher(job: Job) -> None:
         Replay(job.model, job.modules) as replay,
         Progress(
             (done + len(share)) * layers,
-            "rounded layers",
+            "measuring sensitivity",
             done=done * layers,
             enabled=job.progress,
         ) as progress,

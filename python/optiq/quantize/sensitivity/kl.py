@@ -41,7 +41,9 @@ def score_by_kl(job: Job) -> None:
     done = cost(job.done())
     with (
         Replay(job.model, job.modules) as replay,
-        Progress(done + cost(share), "block runs", done=done, enabled=job.progress) as progress,
+        Progress(
+            done + cost(share), "measuring sensitivity", done=done, enabled=job.progress
+        ) as progress,
     ):
         for b, units in groupby(share, key=lambda unit: unit[0]):
             job.reference.begin()

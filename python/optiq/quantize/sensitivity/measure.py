@@ -54,7 +54,7 @@ def measure(
     nbytes = weight_bytes(model)
     reference, why = _reference(options, nbytes, checkpoint, world)
     shared = f", shared by {world.size} ranks" if world.size > 1 else ""
-    tell(f"reference {reference}: {why}; method {options.sensitivity}{shared}", enabled=progress)
+    tell(f"reference {reference}: {why}{shared}", enabled=progress)
     identity = {
         "model": source.fingerprint,
         "calibration": text.sha256,

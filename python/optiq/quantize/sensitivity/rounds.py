@@ -101,7 +101,7 @@ def measure_auto(rounds: Rounds, scores: Scores, size: Size) -> Settled:
         try:
             found = contests(rounds.fill(scores), size)
         except BudgetError as error:
-            say(f"auto: no exact scores, for there is no plan to settle: {error}")
+            say(f"no module is measured exactly, because there is no plan yet: {error}")
             return Settled(size.text, 0, 0.0, None, None)
         work, cost = _affordable(rounds, found, EXACT_SHARE * full - spent)
         # One rank decides for all: on unlike machines the last bit of a sum may differ.
@@ -109,16 +109,17 @@ def measure_auto(rounds: Rounds, scores: Scores, size: Size) -> Settled:
         work, cost, contested, gain = job.world.gather(decision)[0]
         if not work:
             break
-        say(f"auto: {contested} modules are contested at {size}, {len(work)} are measured exactly")
         chosen = {path: tuple(map(Format.parse, names)) for path, names in work.items()}
         rounds.run("kl", chosen, size)
         spent += cost
         measured |= work.keys()
     share = spent / full if full else 0.0
-    say(
-        f"auto: {len(measured)} modules were measured for {share:.1%} of the work that exact "
-        f"scores of all take; {contested} are contested at {size} still, {gain:.2g} nats to gain"
-    )
+    if contested:
+        say(
+            f"{len(measured)} of {len(job.modules)} modules are measured exactly, the others "
+            f"estimated; the formats of {contested} are still open, worth at most {gain:.2g} nats "
+            "(--sensitivity kl measures all)"
+        )
     return Settled(size.text, len(measured), share, contested, gain)
 
 

@@ -118,7 +118,7 @@ def _write_folder(
     with (
         gguf.path.open("rb") as source,
         (folder / "model.safetensors").open("wb") as out,
-        Progress(elements / 1e6, f"{gguf.path.name}: million weights") as progress,
+        Progress(elements / 1e6, "reading") as progress,
     ):
         out.write(header)
         for tensor in tensors:
