@@ -19,6 +19,9 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .cards.card import card as card
+    from .cards.info import info as info
+    from .cards.upload import upload as upload
+    from .errors import OptiqError as OptiqError
     from .evals.runner import evaluate as evaluate
     from .nn.accelerate import accelerate as accelerate
     from .planning.files import plan as plan
@@ -38,6 +41,7 @@ blas.provide()
 
 # What is exported, and where it lies.
 _EXPORTS = {
+    "OptiqError": "errors",
     "Plan": "planning.plan",
     "Result": "quantize.convert",
     "Sandbox": "sandbox",
@@ -49,10 +53,12 @@ _EXPORTS = {
     "evaluate": "evals.runner",
     "frontier": "quantize.frontier",
     "generate": "runtime.generate",
+    "info": "cards.info",
     "kv_plan": "quantize.kv.plan",
     "load": "runtime.loading",
     "plan": "planning.files",
     "sensitivity": "quantize.score",
+    "upload": "cards.upload",
 }
 _ROOMS = ("nn", "ops", "serve")  # exported whole; serve can be called
 
@@ -68,7 +74,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, "__version__"])
 
 
 if next(Path(__file__).parent.parent.glob("mlx_optiq-*.dist-info"), None):

@@ -45,7 +45,9 @@ def write(path: Path, *rows: Any) -> Path:
         ("NaN", "NaN is not a JSON number"),
         ("[" * 5000, "nested too deeply"),
         ('{"domain": "x", "text": "\\ud800"}', "surrogate"),
-        ({"text": "a"}, "domain is missing"),
+        ({"prompt": "a"}, "completion is missing"),
+        ({"prompt": "", "completion": "b"}, "prompt is ''"),
+        ({"prompt": ["a"], "completion": "b"}, "prompt is a list"),
         ({"domain": " ", "text": "a"}, "domain is ' '"),
         ({"domain": 3, "text": "a"}, "domain is a number"),
         ({"domain": "x"}, "neither text nor messages"),
@@ -110,7 +112,6 @@ def test_files_that_hold_no_rows(tmp_path: Path) -> None:
     latin.write_bytes(json.dumps(TEXT).encode() + b"\n\xe9\n")
     for path, message in [
         (empty, "no rows"),
-        (tmp_path, "cannot be read (Is a directory)"),
         (tmp_path / "absent.jsonl", "cannot be read (No such file or directory)"),
         (latin, "line 2: not UTF-8"),
         ("a\0b", "cannot be read"),

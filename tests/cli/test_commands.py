@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,6 +79,85 @@ def test_a_dry_run_says_where_its_scores_are(optiq: Optiq, tmp_path: Path) -> No
     assert "--scores" in text
     assert not (tmp_path / "q").exists()
     json.loads(optiq("convert", "model", "-o", out, *quick, "--resume", "--dry-run", "--json"))
+
+
+def test_a_conversion_ends_with_what_one_asks_first(optiq: Optiq, tmp_path: Path) -> None:
+    out = tmp_path / "q"
+    text = optiq("convert", "model", "-o", str(out), "--tokens", "320")
+    for word in ("MB before, ", "stock uniform 4-bit of the same size: ", "time  ", "report  "):
+        assert word in text.partition("tokens  ")[2]
+    *_, generate, evaluate = text.splitlines()
+    assert generate.split()[:3] == ["optiq", "generate", str(out)]
+    assert evaluate.split()[:3] == ["optiq", "eval", str(out)]
+
+
+def test_a_model_is_only_replaced_when_asked_to(
+    optiq: Optiq, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out, job = tmp_path / "q", ["--tokens", "320", "--formats", "4,8", "--sensitivity", "fisher"]
+    optiq("convert", "model", "-o", str(out), *job)
+    before = (out / "config.json").read_bytes()
+    assert main(["convert", "model", "-o", str(out), *job, "--size", "6bpw"]) == 1
+    assert "replace a model of optiq's with --overwrite" in capsys.readouterr().err
+    assert main(["convert", "model", "-o", str(out), *job, "--size", "1bpw", "--overwrite"]) == 1
+    assert (out / "config.json").read_bytes() == before  # a failure loses nothing
+    optiq("convert", "model", "-o", str(out), *job, "--size", "6bpw", "--overwrite")
+    assert json.loads((out / "optiq" / "plan.json").read_text())["budget"]["asked"] == "6bpw"
+    assert [path.name for path in tmp_path.iterdir()] == ["q"]
+    (out / "optiq" / "plan.json").unlink()
+    assert main(["convert", "model", "-o", str(out), *job, "--overwrite"]) == 1
+    assert "was not written by optiq convert" in capsys.readouterr().err
+
+
+def test_restart_measures_again(
+    optiq: Optiq, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A dry run with another seed: the scores of the first are no obstacle."""
+    job = ["convert", "model", "-o", str(tmp_path / "q"), "--tokens", "320", "--dry-run"]
+    job += ["--formats", "4,8", "--sensitivity", "fisher"]
+    optiq(*job)
+    assert main([*job, "--seed", "3"]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in ("--scores", "--resume", "--restart"))
+    assert main([*job, "--seed", "3", "--resume"]) == 1
+    assert "another job (calibration: " in capsys.readouterr().err
+    data = json.loads(optiq(*job, "--seed", "3", "--restart", "--json"))
+    assert data["seed"] == 3
+
+
+def test_info(optiq: Optiq) -> None:
+    text = optiq("info", "out")
+    for word in ("made from  ", "KL  ", "stock uniform 4-bit", "4g64", "asked for uniform4"):
+        assert word in text
+    data = json.loads(optiq("info", "out", "--json"))
+    written = json.loads(Path("out/optiq/plan.json").read_text())
+    assert data["nbytes"] == written["nbytes"]
+    assert (
+        sum(f["nbytes"] for f in data["formats"]) + written["model"]["fixed_bytes"]
+        == data["nbytes"]
+    )
+    assert data["plan"]["measured"] == written["measured"]
+    plain = json.loads(optiq("info", "model", "--json"))
+    assert (plain["plan"], plain["quantized"], plain["formats"]) == (None, None, [])
+    assert main(["info", "nothing"]) == 1
+
+
+def test_completion_is_a_script_that_completes(optiq: Optiq) -> None:
+    if shutil.which("bash") is None:
+        pytest.skip("no bash")
+    script = optiq("completion", "bash")
+    asked = {
+        "optiq con": "convert",
+        "optiq convert --siz": "--size",
+        "optiq convert m --reference b": "bf16",
+    }
+    for line, found in asked.items():
+        at = f"COMP_WORDS=({line}); COMP_CWORD={len(line.split()) - 1}"
+        call = f"{script}\n{at}; _optiq; echo ${{COMPREPLY[0]}}"
+        done = subprocess.run(["bash", "-c", call], capture_output=True, text=True, check=True)
+        assert done.stdout == f"{found}\n"
+    assert "compdef" in optiq("completion", "zsh") or "bashcompinit" in optiq("completion", "zsh")
+    assert "complete -c optiq" in optiq("completion", "fish")
 
 
 def test_convert_refines(optiq: Optiq, tmp_path: Path) -> None:

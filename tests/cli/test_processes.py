@@ -85,7 +85,7 @@ def test_a_hub_id_without_network(tmp_path: Path) -> None:
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     done = optiq("convert", "org/none", "-o", str(tmp_path / "o"), env={**os.environ, **offline})
     assert (done.returncode, done.stdout) == (1, "")
-    assert "org/none is no local folder" in done.stderr
+    assert "org/none is not a folder here" in done.stderr
     assert "HF_HUB_OFFLINE is set" in done.stderr
     assert done.stderr.count("\n") == 1
 

@@ -119,12 +119,12 @@ def test_json(program: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["run", "nothing.py"], "nothing.py, --stdin and --file must be readable"),
-        (["run", "{program}", "--file", "nothing"], "must be readable"),
+        (["run", "nothing.py"], "nothing.py cannot be read: No such file"),
+        (["run", "{program}", "--file", "nothing"], "nothing cannot be read"),
         (["run", "{program}", "--wall", "0"], "limit wall=0.0 is not between"),
         (["run", "{program}", "--file", "a/x", "--file", "b/x"], "two files are named x; rename"),
         (["run", "-", "--stdin", "-"], "give --stdin a file"),
-        (["run", "{program}", "--stdin", "nothing"], "must be readable"),
+        (["run", "{program}", "--stdin", "nothing"], "nothing cannot be read"),
         (["run", "{program}", "--package", "no-such"], "'no-such' is not installed here"),
         (["run", "{program}", "--packages", "/nothing"], "is not a folder"),
         (["run", "{program}", "--package", "x", "--packages", "y"], "exclude each other"),

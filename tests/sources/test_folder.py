@@ -46,9 +46,11 @@ def test_a_sound_folder_is_taken_as_it_is(tmp_path: Path, kind: str) -> None:
 
 def test_names_that_are_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "neither an existing folder nor a .gguf file nor a hub id" in refused("nothing-here")
-    assert "neither an existing folder" in refused("/no/such/folder")
-    assert "neither an existing folder" in refused("../org/name")
+    assert "there is no folder nothing-here; a hub id is written organisation/model" in refused(
+        "nothing-here"
+    )
+    assert "there is no folder" in refused("/no/such/folder")
+    assert "there is no folder" in refused("../org/name")
     assert "no file" in refused("missing.gguf")
     Path("notes.txt").write_text("x")
     assert "is a file" in refused("notes.txt")

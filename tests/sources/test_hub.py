@@ -177,20 +177,20 @@ def test_download_then_cache_then_offline(hub: Hub, dead_url: str, tmp_path: Pat
     assert run("tiny/llama", "", tmp_path, dead_url) == first
     assert run("tiny/llama", "", tmp_path, dead_url, HF_HUB_OFFLINE="1") == first
     error = run("tiny/llama", "v1", tmp_path, dead_url)
-    assert "tiny/llama@v1 is no local folder, is not complete in the cache" in error
+    assert "tiny/llama@v1 is not a folder here nor in the hub's cache" in error
     assert run("tiny/llama", "v1", tmp_path, hub.url)[2] == TAGGED
 
 
 def test_what_the_hub_refuses(hub: Hub, tmp_path: Path) -> None:
     assert "tiny/llama has no revision 'v9'" in run("tiny/llama", "v9", tmp_path, hub.url)
     error = run("tiny/rocket", "", tmp_path, hub.url)
-    assert f"tiny/rocket is no local folder and no model at {hub.url}" in error
+    assert f"tiny/rocket is neither a folder here nor a model at {hub.url}" in error
     assert "tiny/gated is gated" in run("tiny/gated", "", tmp_path, hub.url)
 
 
 def test_no_network_and_no_cache_says_what_to_do(dead_url: str, tmp_path: Path) -> None:
     error = run("tiny/llama", "", tmp_path, dead_url)
-    assert f"{dead_url} cannot be reached; set HF_ENDPOINT" in error
+    assert f"{dead_url} cannot be reached; give a folder, or set HF_ENDPOINT" in error
     error = run("tiny/llama", "", tmp_path, dead_url, HF_HUB_OFFLINE="1")
     assert "HF_HUB_OFFLINE is set" in error
 

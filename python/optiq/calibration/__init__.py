@@ -1,7 +1,7 @@
-"""Calibration text: rows of JSON Lines -> balanced token sequences, each a sample from its start.
+"""Calibration text: rows of files -> balanced token sequences, each a sample from its start.
 
-rows.py reads and validates, render.py turns one row into tokens, batches.py picks and balances,
-texts.py makes the three texts of a conversion.
+files.py reads, rows.py validates, render.py turns one row into tokens, batches.py picks and
+balances, texts.py makes the three texts of a conversion.
 CALIBRATION.md describes the bundled mix `optiq.jsonl` and the row format.
 """
 
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from ..chat.template import Tokenizer
 from .batches import Calibration, Sample, batches, token_hash
+from .files import BUNDLED, load_rows
 from .render import render
-from .rows import BUNDLED, check_row, load_rows, split
+from .rows import check_row, split
 from .texts import (
     CALIBRATION_TOKENS,
     HELD_OUT_TOKENS,

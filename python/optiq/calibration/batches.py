@@ -16,8 +16,9 @@ import numpy as np
 
 from ..chat.template import Tokenizer
 from ..errors import CalibrationError
+from .files import BUNDLED
 from .render import render
-from .rows import BUNDLED, Row
+from .rows import Row
 
 MIN_ROW = 8  # tokens; a shorter row says more about its BOS than about its domain
 MIN_CUT = 32  # tokens; no sample is cut below this to hit a quota

@@ -1,47 +1,25 @@
-"""Read calibration rows from JSON Lines and name every fault by its line.
+"""Calibration rows: what one is, and which part of a conversion sees it.
 
-A row is `{"domain", "text"}` or `{"domain", "messages", "tools"?}` with messages and tools in the
-OpenAI shape. Other keys are kept and ignored, except `line`, which load_rows sets itself.
+A row is `{"text"}`, `{"messages", "tools"?}` with messages and tools in the OpenAI shape, or
+`{"prompt", "completion"}`, which becomes two messages. `domain` is optional. Other keys are kept
+and ignored, except `line`, which `files.load_rows` sets itself.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import CalibrationError
 
-BUNDLED = Path(__file__).with_name("optiq.jsonl")
+DOMAIN = "text"  # of a row that names none
 ROLES = ("system", "user", "assistant", "tool")
 EVERY = 8
 SPLITS = ("calibration", "selection", "heldout")
 
 Row = dict[str, Any]
-
-
-def load_rows(path: str | os.PathLike[str] | None = None) -> list[Row]:
-    """Rows of the file at `path` (None: the bundled mix), each with its 1-based `line`.
-
-    Tool-call arguments given as a JSON string come back as a dict. Blank lines are skipped.
-    Raises CalibrationError "PATH line N: what is wrong; what is expected" at the first bad row,
-    and for a file that cannot be read, is not UTF-8, or holds no rows.
-    """
-    where = BUNDLED if path is None else Path(path)
-    rows = []
-    for number, line in enumerate(_read(where).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append({**check_row(_parse(line)), "line": number})
-        except CalibrationError as fault:
-            raise CalibrationError(f"{where} line {number}: {fault}") from None
-    if not rows:
-        raise CalibrationError(f"{where}: no rows; expected JSON Lines, one sample on each line")
-    return rows
 
 
 def split(rows: Iterable[Row], which: str) -> list[Row]:
@@ -72,12 +50,14 @@ def check_row(value: object) -> Row:
     if not isinstance(value, dict):
         _bad(f"the row is {_kind(value)}", 'a JSON object like {"domain": "prose", "text": "..."}')
     row = {key: item for key, item in value.items() if item is not None}
-    domain = row.get("domain")
+    domain = row.setdefault("domain", DOMAIN)
     if not isinstance(domain, str) or not domain.strip():
-        _bad(f"domain is {_show(domain)}", "a non-empty string")
+        _bad(f"domain is {_show(domain)}", "a non-empty string, or none")
+    if "prompt" in row and not ("text" in row or "messages" in row):
+        row["messages"] = list(_question(row.pop("prompt"), row.pop("completion", None)))
     if ("text" in row) == ("messages" in row):
         found = "both text and messages" if "text" in row else "neither text nor messages"
-        _bad(f"the row has {found}", "exactly one of the two")
+        _bad(f"the row has {found}", "text, messages, or prompt and completion")
     if "text" in row:
         if not isinstance(row["text"], str) or not row["text"].strip():
             _bad(f"text is {_show(row['text'])}", "a non-empty string")
@@ -88,6 +68,13 @@ def check_row(value: object) -> Row:
         for index, tool in enumerate(_list(row.get("tools", []), "tools")):
             _function(tool, f"tools[{index}]")
     return row
+
+
+def _question(prompt: object, completion: object) -> Iterator[dict[str, Any]]:
+    for role, name, said in (("user", "prompt", prompt), ("assistant", "completion", completion)):
+        if not isinstance(said, str) or not said.strip():
+            _bad(f"{name} is {_show(said)}", "a non-empty string")
+        yield {"role": role, "content": said}
 
 
 def _messages(value: object) -> Iterator[dict[str, Any]]:
@@ -131,7 +118,7 @@ def _calls(value: object, where: str) -> Iterator[dict[str, Any]]:
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             try:
-                arguments = _parse(arguments)
+                arguments = parse(arguments)
             except CalibrationError:
                 _bad(f"{here}.function.arguments is not JSON text", "a JSON object")
         if not isinstance(arguments, dict):
@@ -158,24 +145,8 @@ def _list(value: object, where: str) -> list[Any]:
     return value
 
 
-def _read(where: Path) -> str:
-    try:
-        data = where.read_bytes()
-    except (OSError, ValueError) as fault:
-        reason = getattr(fault, "strerror", None) or fault
-        raise CalibrationError(
-            f"{where}: cannot be read ({reason}); expected a JSON Lines file"
-        ) from None
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as fault:
-        number = data.count(b"\n", 0, fault.start) + 1
-        raise CalibrationError(
-            f"{where} line {number}: not UTF-8 text; expected JSON Lines in UTF-8"
-        ) from None
-
-
-def _parse(text: str) -> object:
+def parse(text: str) -> object:
+    """The JSON value of a line; the CalibrationError names no line."""
     try:
         value: object = json.loads(text, parse_constant=_no_constant)
         # A lone surrogate is legal JSON ("\ud800") but no tokenizer can encode it.

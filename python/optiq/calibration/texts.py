@@ -12,7 +12,8 @@ from ..base.progress import tell
 from ..chat.template import Tokenizer
 from ..errors import CalibrationError
 from .batches import Calibration, Sample, TooLittleText, batches
-from .rows import BUNDLED, load_rows, split
+from .files import BUNDLED, load_rows
+from .rows import split
 
 # To round with. Scores need fewer: plans from the scores of 2,048 tokens lost 0.6 % at most
 # against those of 8,192 (docs/quality.md).

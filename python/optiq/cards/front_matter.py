@@ -34,7 +34,7 @@ def front_matter(facts: Facts) -> ModelCardData:
         language=base.language,
         model_name=facts.name if results else None,
         pipeline_tag="text-generation",
-        tags=["mlx", "optiq", "mixed-precision"],
+        tags=["mlx", "optiq", "mixed-precision", f"{round(plan.bpw)}-bit"],
         eval_results=results or None,
         base_model_relation="quantized" if base.hub_id else None,
         quantization={

@@ -9,7 +9,9 @@ from . import options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="a sensitivity.json, ours or mlx-optiq's")
+    parser.add_argument(
+        "file", help="a sensitivity.json, ours or mlx-optiq's, or a folder that optiq convert wrote"
+    )
     options.add_size(parser)
     options.add_formats(parser)
     options.add_json(parser)

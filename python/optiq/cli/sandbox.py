@@ -86,14 +86,11 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--package and --packages exclude each other")
     if args.program == "-" and args.stdin == "-":
         raise UsageError("the program is read from stdin; give --stdin a file")
-    try:
-        code = sys.stdin.read() if args.program == "-" else Path(args.program).read_text()
-        stdin = b""
-        if args.stdin is not None:
-            stdin = sys.stdin.buffer.read() if args.stdin == "-" else Path(args.stdin).read_bytes()
-        files = _files(args.file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{args.program}, --stdin and --file must be readable: {error}") from None
+    code = sys.stdin.read() if args.program == "-" else _read(args.program).decode(errors="replace")
+    stdin = b""
+    if args.stdin is not None:
+        stdin = sys.stdin.buffer.read() if args.stdin == "-" else _read(args.stdin)
+    files = _files(args.file)
     packages = Path(args.packages) if args.packages else tuple(args.package)
     with Sandbox(limits, args.level, packages) as sandbox:
         result = sandbox.run(code, files, args=args.arg, stdin=stdin)
@@ -112,6 +109,15 @@ def run(args: argparse.Namespace) -> int:
     return (1 if result.status != "ok" else 0) if ended is None else ended
 
 
+def _read(path: str | Path) -> bytes:
+    from ..errors import UsageError
+
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}; check the name") from None
+
+
 def _files(names: Sequence[str]) -> dict[str, bytes]:
     from ..errors import UsageError
 
@@ -119,7 +125,7 @@ def _files(names: Sequence[str]) -> dict[str, bytes]:
     for path in map(Path, names):
         if path.name in files:
             raise UsageError(f"two files are named {path.name}; rename one, they share a folder")
-        files[path.name] = path.read_bytes()
+        files[path.name] = _read(path)
     return files
 
 

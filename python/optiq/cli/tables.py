@@ -329,5 +329,5 @@ def scores_line(scores: Scores) -> str:
     text = scores.calibration
     return (
         f"method {scores.method}, reference {scores.reference}, {text.tokens} tokens of "
-        f"{text.source}, rounding {scores.rounding}"
+        f"{text.source} to score with, rounding {scores.rounding}"
     )

@@ -46,6 +46,11 @@ def locate(name: str | Path) -> Path:
     for folder in (path / FOLDER, path):
         if any((folder / f"{task}.jsonl").is_file() for task in TASKS):
             return folder
+    if quick := sorted((path / FOLDER).glob("limit-*")):
+        raise EvalError(
+            f"{name} has only quick looks; name one, such as {quick[0]}, or ask all questions with "
+            f"optiq eval {name}"
+        )
     raise EvalError(f"{name} has no evaluation records; make them with optiq eval {name}")
 
 

@@ -246,6 +246,11 @@ class KVConfig:
     @classmethod
     def load(cls, path: str | Path, entries: Sequence[Entry] | None = None) -> KVConfig:
         """Read a file; see `from_json`. Raises KVError that names it."""
+        if not Path(path).exists():
+            raise KVError(
+                f"{path} is neither a file nor bits such as 8/4 (keys/values), k8v4 or 8; optiq kv "
+                "makes a file"
+            )
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:

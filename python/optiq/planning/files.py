@@ -23,8 +23,11 @@ def read_scores(
 
     mlx-optiq's file knows neither shapes nor all modules: with `model` and `modules` of the model
     it is used for, those are taken, else what it lists is taken for the whole model.
-    Raises SensitivityError naming the file and the fix.
+    A model folder of optiq's stands for the scores in it. Raises SensitivityError naming the file
+    and the fix.
     """
+    if path.is_dir():
+        path = path / "optiq" / "sensitivity.json"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -41,7 +44,7 @@ def read_scores(
 
 def plan(
     scores: Scores | str | Path,
-    size: str | int = "uniform4",
+    size: str | float = "uniform4",
     formats: str | Sequence[Format] | None = None,
     *,
     seed: int = 0,

@@ -13,6 +13,9 @@ for _power, _letter in enumerate("kmgt", start=1):
     _UNITS |= {f"{_letter}b": 1000**_power, f"{_letter}ib": 1024**_power}
 
 
+_BITS = 32  # a plain number up to this is meant as bits per weight
+
+
 @dataclass(frozen=True)
 class Size:
     """`text` as it was written, and what it says: exactly one of the others, or uniform 4-bit."""
@@ -25,7 +28,7 @@ class Size:
         return self.text
 
     @classmethod
-    def parse(cls, text: str | int) -> Size:
+    def parse(cls, text: str | float) -> Size:
         """Read a size; UsageError for one that is not understood. GB and MB are decimal."""
         written = str(text)
         size = written.strip().lower().replace("_", "")
@@ -35,6 +38,10 @@ class Size:
             number, unit = Fraction(match[1]), match[2]
             if unit == "bpw":
                 return cls(written, bpw=number)
+            if not unit and number <= _BITS:
+                raise UsageError(
+                    f"size {size} would be bytes; write {size}bpw for bits per weight, or 6.1GB"
+                )
             if unit in _UNITS and (unit or number.denominator == 1):
                 return cls(written, nbytes=number * _UNITS[unit])
         raise UsageError(f"size {size!r} is not understood; write uniform4, 4.8bpw, 6.1GB or bytes")

@@ -22,7 +22,7 @@ ROUNDINGS = ("descent", "search", "minmax")
 class OptionFields(TypedDict, total=False):
     """What may be written for each field of `Options`."""
 
-    size: str | int
+    size: str | float
     formats: str | Sequence[Format] | None
     sensitivity: str
     reference: str

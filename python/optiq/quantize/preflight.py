@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from ..base.files import check_absent
+from ..base.progress import tell
 from ..errors import BudgetError, SensitivityError, SourceError, UsageError
 from ..formats import DENSE, Format
 from ..models.places import Wrapper, place_at
@@ -60,7 +61,13 @@ def check_budget(loaded: LoadedModel, size: Size, menu: Sequence[Format]) -> int
             f"{least:,} bytes ({8 * least / params:.2f} bits per weight); raise --size or add "
             f"{_narrower(modules, menu)}"
         )
-    return min(budget, model.fixed_bytes + sum(map(max, sizes)))
+    most = model.fixed_bytes + sum(map(max, sizes))
+    if budget >= most:
+        tell(
+            f"--size {size} is {budget:,} bytes and the model takes {most:,} in the widest "
+            "formats, so it has them everywhere"
+        )
+    return min(budget, most)
 
 
 def _narrower(modules: Sequence[Module], menu: Sequence[Format]) -> str:

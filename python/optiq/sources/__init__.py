@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from difflib import get_close_matches
 from pathlib import Path
 
 from ..base.notice import notice
@@ -11,6 +13,15 @@ from .folder import check_folder, fingerprint
 from .loading import LoadedModel, Source, check_finite, load, open_model
 
 __all__ = ["LoadedModel", "Source", "check_finite", "load", "open_model", "resolve"]
+
+
+def _near(path: Path) -> str:
+    """ "; did you mean X?" where a name nearly like this lies in its folder, else nothing."""
+    with contextlib.suppress(OSError):
+        names = [entry.name for entry in path.parent.iterdir()]
+        if found := get_close_matches(path.name, names, n=1, cutoff=0.7):
+            return f"; did you mean {path.with_name(found[0])}?"
+    return ""
 
 
 def resolve(name: str, *, revision: str | None = None, cache_dir: Path | None = None) -> Source:
@@ -31,15 +42,14 @@ def resolve(name: str, *, revision: str | None = None, cache_dir: Path | None = 
     elif path.suffix.lower() == ".gguf":
         kind = "gguf"
         if not path.is_file():
-            raise SourceError(f"there is no file {name}")
+            raise SourceError(f"there is no file {name}{_near(path)}")
     elif path.exists():
         raise SourceError(f"{name} is a file; give a model folder, a .gguf file or a hub id")
     elif hub.is_repo_id(name):
         kind = "hub"
     else:
         raise SourceError(
-            f"{name!r} is neither an existing folder nor a .gguf file nor a hub id "
-            "like organisation/model"
+            f"there is no folder {name}{_near(path) or '; a hub id is written organisation/model'}"
         )
     if revision is not None and kind != "hub":
         raise SourceError(f"{name} is local; a revision ({revision!r}) only applies to a hub id")

@@ -61,9 +61,8 @@ def _explain(repo_id: str, revision: str | None, refusal: Exception | None) -> S
         why = "HF_HUB_OFFLINE is set"
     at = f"@{revision}" if revision else ""
     return SourceError(
-        f"{repo_id}{at} is no local folder, is not complete in the cache "
-        f"{constants.HF_HUB_CACHE}, and {why}; "
-        "set HF_ENDPOINT to a mirror, or download the model elsewhere and give the folder"
+        f"{repo_id}{at} is not a folder here nor in the hub's cache, and {why}; give a folder, or "
+        "set HF_ENDPOINT to a mirror"
     )
 
 
@@ -81,7 +80,7 @@ def _refused(repo_id: str, revision: str | None, error: Exception) -> str | None
         return f"is gated; accept its terms at {endpoint}/{repo_id} and run `hf auth login`"
     if isinstance(error, RepositoryNotFoundError):
         return (
-            f"is no local folder and no model at {endpoint}; "
+            f"is neither a folder here nor a model at {endpoint}; "
             "check the spelling, or run `hf auth login` if it is private"
         )
     if isinstance(error, RevisionNotFoundError):
