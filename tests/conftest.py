@@ -10,8 +10,9 @@ import optiq  # noqa: F401
 
 
 @pytest.fixture(autouse=True, scope="session")
-def little_text_to_choose_by() -> Iterator[None]:
-    """A conversion measures half a dozen plans; in tests on few tokens each."""
+def short_conversions() -> Iterator[None]:
+    """A conversion measures half a dozen plans, in tests on few tokens each, and asks nothing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("optiq.calibration.texts.SELECTION_TOKENS", 320)
+        patch.setattr("optiq.quantize.convert.PROMPTS", ())
         yield

@@ -22,6 +22,7 @@ from optiq.planning.scores import Scores
 from optiq.planning.size import UNIFORM4_SIZE
 from optiq.quantize import demo as demo_module
 from optiq.quantize.convert import convert
+from tests.report.page import figures, read, rows
 from tests.scored import PEER
 from tests.tiny import tiny_folder
 
@@ -220,6 +221,21 @@ def test_compare(optiq: Optiq, folder: Path) -> None:
     assert data["models"]["model"]["bpw"] == 32
     sizes = [a.nbytes for a in load_model(folder / "model")[0].model.embed_tokens.values()]
     assert data["models"]["model"]["nbytes"] > sum(sizes)
+
+
+def test_compare_writes_a_page(
+    optiq: Optiq, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    job = ["compare", "model", "out", "--tokens", "320", "-o", str(page)]
+    data = json.loads(optiq(*job, "--json"))
+    root = read(page.read_text())
+    (cells,) = rows(root.first("table")).values()
+    kl = data["models"]["out"]["kl"]
+    assert figures(cells[2]) == [kl["mean"], kl["se"]]
+    assert main(job) == 2
+    assert "page.html exists; --overwrite replaces it" in capsys.readouterr().err
+    assert f"page       {page}" in optiq(*job, "--overwrite")
 
 
 def test_compare_gives_the_numbers_of_the_conversion(optiq: Optiq, folder: Path) -> None:

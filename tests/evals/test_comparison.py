@@ -19,6 +19,7 @@ from optiq.evals.records import Record
 from optiq.quality import statistics
 from optiq.quality.pairs import detectable, holm
 from tests.evals.fakes import BENCHMARKS, ITEMS, write_all, write_run
+from tests.report.page import figures, read, rows
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,21 @@ def test_table(
     assert line.split() == [*cells, *verdict.split()]
     assert f"A: a\nB: {other}" in table
     assert "Holm's correction over the main metric of 6 benchmarks" in table
+
+
+def test_page(
+    worse: Comparison, home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(home)
+    page = tmp_path / "page.html"
+    assert main(["compare", "--evals", "a", "worse", "-o", str(page)]) == 0
+    root = read(page.read_text())
+    table = rows(root.first("table"))
+    for row in worse.metrics:
+        a, b, change = (figures(cell) for cell in table[row.metric.label][1:4])
+        assert (a, b) == ([row.first.value], [row.second.value])
+        assert change == [row.paired.difference]
+    assert "There are differences" in root.first("header").text
 
 
 def test_json(

@@ -28,7 +28,9 @@ from optiq.quantize import prepare as preparation
 from optiq.quantize.convert import Result, convert
 from optiq.quantize.prepare import CHECKPOINT, work_folder
 from optiq.quantize.sensitivity.checkpoint import Checkpoint
+from optiq.runtime.generate import answer
 from optiq.sources.rotation import of_module, rotation
+from tests.report.page import read, rows
 from tests.tiny import tiny_folder
 
 QUICK: dict[str, Any] = {"tokens": 320, "held_out_tokens": 320, "progress": False}
@@ -360,3 +362,20 @@ def test_how_mlx_lm_departs_from_the_original_goes_with_the_model(
     assert found is not None
     assert wanted is not None
     assert wanted.like(found)
+
+
+def test_the_report_has_answers_of_all_three_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optiq.quantize.convert.PROMPTS", ("Why?", "What is it?"))
+    monkeypatch.setattr("optiq.quantize.convert.TOKENS", 6)
+    folder = tiny_folder(tmp_path, name="model")
+    convert(folder, tmp_path / "out", sensitivity="fisher", formats="4,8", **QUICK)
+    page = read((tmp_path / "out" / "optiq" / "report.html").read_text())
+    table = next(t for t in page.all("table") if "answers" in t.classes)
+    asked = rows(table)
+    assert list(asked) == ["Why?", "What is it?"]
+    model, tokenizer = stock_load(str(folder))
+    for prompt, (source, ours, _) in asked.items():
+        assert source.text == answer(model, tokenizer, prompt, 6)
+        assert ours.text == answer(*optiq.load(tmp_path / "out"), prompt, 6)

@@ -25,18 +25,20 @@ def root(given: Frontier) -> Element:
 
 def test_every_point_is_in_the_table_and_in_both_charts(given: Frontier, root: Element) -> None:
     table = rows(root.first("table"))
-    assert list(table) == [p.name for p in given.points]
+    named = [p.name + (" dominated" if p.dominated else "") for p in given.points]
+    assert list(table) == named
     for p, cells in zip(given.points, table.values(), strict=True):
         m = p.measured
         against = [p.uniform.ratio] if p.uniform else []
         exact = [m.nbytes, m.bpw, m.kl.mean, *against, m.top1.mean, m.top1.se, m.ppl_ratio]
         assert [x for cell in cells for x in figures(cell)] == exact
-        assert (cells[-1].text == "dominated") is p.dominated
     assert {p.dominated for p in given.points} == {False, True}
     for css in ("wide", "narrow"):
         svg = root.first("div", css).first("svg")
         said = [g.first("title").text.split(":")[0] for g in svg.all("g", "measured")]
-        assert sorted(said) == sorted(table)
+        assert sorted(said) == sorted(p.name for p in given.points)
+        described = svg.attrs["aria-label"]
+        assert all(f"{p.name}: " in described for p in given.points)
         assert len(list(svg.all("polyline"))) == 2
 
 

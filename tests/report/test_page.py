@@ -13,6 +13,7 @@ from optiq.errors import ExportError, SensitivityError
 from optiq.planning.plan import build
 from optiq.planning.scores import Scores
 from optiq.planning.size import Size
+from optiq.quality.answers import Answers
 from optiq.report import conversion_page, write
 from optiq.report.text import TIMES
 
@@ -57,7 +58,8 @@ def test_balanced_and_self_contained(small: Pair) -> None:
     assert not list(root.all("script"))
     assert not list(root.all("link"))
     for element in root.all():
-        assert not {"src", "href", "srcset", "data", "action"} & set(element.attrs)
+        assert not {"src", "srcset", "data", "action"} & set(element.attrs)
+        assert element.attrs.get("href", "#").startswith("#")
         assert not any(name.startswith("on") for name in element.attrs)
     style = root.first("style").text
     assert "url(" not in style
@@ -69,15 +71,39 @@ def test_order_of_sections(small: Pair) -> None:
     root = page(*small)
     assert root.first("h1").text == "tiny"
     assert [h.text for h in root.all("h2")] == [
+        "KL against size",
         "Against stock uniform 4-bit",
         "Sensitivity",
         "Formats",
         "Bytes per format",
         "Formats measured",
-        "KL against size",
         "Every module",
         "How the numbers were made",
     ]
+
+
+def test_every_section_has_a_link(shown: Shown) -> None:
+    names = [h.attrs["id"] for h in shown.root.all("h2")]
+    assert len(set(names)) == len(names) > 5
+    links = [a.attrs["href"] for a in shown.root.first("nav").all("a")]
+    assert links == [f"#{name}" for name in names]
+    assert [h.first("a").attrs["href"] for h in shown.root.all("h2")] == links
+
+
+def test_every_figure_is_labelled_for_narrow_screens(shown: Shown) -> None:
+    for table in shown.root.all("table", "figures"):
+        if "modules" not in table.classes:
+            head = [th.text.strip() for th in table.first("thead").all("th")][1:]
+            for cells in rows(table).values():
+                assert [td.attrs["data-label"] for td in cells] == head
+
+
+def test_answers_stand_side_by_side(small: Pair) -> None:
+    samples = [Answers("Why?", "Because.", "Because <b>.", "Be be be", 48)]
+    root = read(conversion_page(*parse(small), samples))
+    (cells,) = rows(section(root, "Answers side by side").first("table")).values()
+    assert [cell.text for cell in cells] == ["Because.", "Because <b>.", "Be be be"]
+    assert not [h for h in page(*small).all("h2") if h.text == "Answers side by side"]
 
 
 def test_every_module_is_in_both_maps_and_the_table(shown: Shown) -> None:
@@ -306,7 +332,7 @@ def test_the_method_and_the_reference_are_told_in_words(small: Pair) -> None:
     methods = {
         "kl": "One module at a time was rounded",
         "fisher": "one backward pass over the calibration text",
-        "auto": "for experts, for routers and where the plan hangs on it",
+        "auto": "for experts, for routers and for modules whose choice was open",
     }
     references = {"bf16": "stayed unquantized", "uniform4": "ran in uniform 4-bit"}
     for method, words in methods.items():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .. import calibration
+from ..base.command import command_line
+from ..base.machine import machine, versions
 from ..errors import UsageError
 from ..models.size import model_size
 from ..nn.accelerate import accelerate
@@ -25,6 +27,9 @@ class Comparison:
     reference: str
     text: str
     models: Mapping[str, Measured]
+    command: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    machine: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,4 +70,5 @@ def compare(
         accelerate(model)
     found = measure(base.model, candidates, drawn.sequences, progress=progress)
     measured = {name: Measured.of(found[name], *sizes[name]) for name in names}
-    return Comparison(first, str(text or "optiq.jsonl, held-out rows"), measured)
+    where = str(text or "optiq.jsonl, held-out rows")
+    return Comparison(first, where, measured, command_line(), versions(), machine())

@@ -12,7 +12,9 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import mlx.nn as nn
 
 from .. import report
 from ..base.checkpoint import check_unfinished
@@ -20,13 +22,16 @@ from ..base.command import command_line
 from ..base.files import check_space, check_writable, write_json
 from ..base.memory import available_memory
 from ..base.progress import Job, silenced, tell
+from ..base.text import one_line
 from ..calibration import Calibration, Texts, gather
 from ..errors import ExportError, UsageError
 from ..nn.accelerate import accelerate
 from ..planning.plan import Baseline, Plan, build, uniform_plan
 from ..planning.scores import Scores
 from ..quality import divergence
+from ..quality.answers import PROMPTS, TOKENS, Answers
 from ..quality.results import Measured
+from ..runtime.generate import answer
 from ..runtime.loading import load as load_native
 from ..sources import LoadedModel, Source, load, resolve
 from .estimate import estimate
@@ -152,9 +157,9 @@ def _write(
         kept = f"; the scores are kept, --resume uses them ({work})" if work.exists() else ""
         raise ExportError(f"{error}{kept}") from error
     try:
-        plan = _measured(source, plan, target, texts.held_out)
+        plan, samples = _measured(source, plan, target, texts.held_out)
         write_json(target / "optiq" / "plan.json", plan.to_json())
-        report.write(plan, scores, target / "optiq" / "report.html")
+        report.write(plan, scores, target / "optiq" / "report.html", samples)
     except BaseException:  # also Ctrl-C: what is there is whole, or not there
         clear(target, keep=stood)
         raise
@@ -188,21 +193,35 @@ def _refine(loaded: LoadedModel, work: Path, tokens: int, options: Options) -> R
     )
 
 
-def _measured(source: Source, plan: Plan, out: Path, held_out: Calibration) -> Plan:
-    """The plan with the KL of the exported folder, and of stock uniform 4-bit, in it."""
+def _measured(
+    source: Source, plan: Plan, out: Path, held_out: Calibration
+) -> tuple[Plan, list[Answers]]:
+    """The plan with the KL of the exported folder, and of stock uniform 4-bit, in it; answers."""
     baseline = uniform_plan(plan.model, [m.module for m in plan.modules])
     needed = plan.dense_nbytes + plan.nbytes + baseline.nbytes
     if needed > available_memory():
-        return plan  # the report says "not measured"
-    reference = load(source).model
+        return plan, []  # the report says "not measured"
+    original = load(source)
+    reference, tokenizer = original.model, original.tokenizer
     accelerate(reference)
-    candidates = {
-        "exported": load_native(str(out))[0],
-        "uniform4": render_model(load(source), baseline),
-    }
+    exported, uniform = load_native(str(out))[0], render_model(load(source), baseline)
+    candidates = {"exported": exported, "uniform4": uniform}
     found = divergence.measure(reference, candidates, held_out.sequences)
     ours, stock = (
         Measured.of(found[name], of.nbytes, of.bpw)
         for name, of in (("exported", plan), ("uniform4", baseline))
     )
-    return replace(plan, measured=ours, uniform4=Baseline(baseline.nbytes, stock))
+    samples = _answers((reference, exported, uniform), tokenizer)
+    return replace(plan, measured=ours, uniform4=Baseline(baseline.nbytes, stock)), samples
+
+
+def _answers(models: tuple[nn.Module, nn.Module, nn.Module], tokenizer: Any) -> list[Answers]:
+    """What the source, ours and stock uniform 4-bit answer; a model that cannot talk has none."""
+    found: list[Answers] = []
+    try:
+        for prompt in PROMPTS:
+            source, ours, uniform = (answer(model, tokenizer, prompt, TOKENS) for model in models)
+            found.append(Answers(prompt, source, ours, uniform, TOKENS))
+    except Exception as error:  # whatever a template or a cache of a model file raises
+        tell(f"the report has no answers of the models: {one_line(error)}")
+    return found

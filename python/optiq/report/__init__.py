@@ -1,5 +1,5 @@
-"""HTML pages that open offline: about a conversion, about a frontier, about formats of a cache."""
+"""HTML pages that open offline: about a conversion, a comparison, a frontier, a cache's formats."""
 
-from .conversion import conversion_page, write
+from .conversion import conversion_page, write, write_page
 
-__all__ = ["conversion_page", "write"]
+__all__ = ["conversion_page", "write", "write_page"]

@@ -10,6 +10,7 @@ from ..planning.plan import Plan
 from ..planning.prediction import uniform
 from ..planning.scores import Scores
 from ..quality.results import Distribution, Measured
+from .document import table as figures
 from .text import MISSING, TIMES, UNKNOWN, count, data, data_se, esc, number, plus_minus, size
 
 NATS = "nats per token"
@@ -124,15 +125,9 @@ _ROWS = (
 
 def table(ours: Side, stock: Side) -> str:
     """Every metric of both sides, one row each."""
-    body = "".join(
-        f'<tr><th scope="row">{name}</th><td>{a}</td><td>{b}</td></tr>'
-        for name, a, b in zip(_ROWS, _column(ours), _column(stock), strict=True)
-    )
-    return (
-        '<div class="scroll"><table class="figures compare"><thead><tr><th></th>'
-        "<th>this plan</th><th>stock <span>uniform 4-bit</span></th></tr></thead>"
-        f"<tbody>{body}</tbody></table></div><p>{_measured_on(ours, stock)}</p>"
-    )
+    rows = zip(_ROWS, _column(ours), _column(stock), strict=True)
+    head = ("", "this plan", "stock <span>uniform 4-bit</span>")
+    return f"{figures(head, rows, 'compare')}<p>{_measured_on(ours, stock)}</p>"
 
 
 def _column(side: Side) -> list[str]:

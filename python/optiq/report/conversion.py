@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ExportError
 from ..planning.plan import Plan
 from ..planning.scores import Scores, TextInfo
+from ..quality.answers import Answers
 from . import compare, maps, measured, proposed
 from .curve import Curve, trace
-from .document import code, document, drawings, facts, known, pairs
+from .document import code, document, drawings, facts, known, pairs, table
 from .layout import Grid, lay_out
 from .text import MISSING, count, data, esc, number
 
@@ -21,8 +23,8 @@ _METHODS = {
     "divergence that rounding one module to one format causes (Fisher information times squared "
     "rounding error).",
     "auto": "Each score estimates, from one backward pass over the calibration text, the KL "
-    "divergence that rounding one module to one format causes; for experts, for routers and where "
-    "the plan hangs on it, that KL was measured with the one module rounded.",
+    "divergence that rounding one module to one format causes; for experts, for routers and for "
+    "modules whose choice was open, that KL was measured with the one module rounded.",
 }
 _REFERENCES = {
     "bf16": "All other modules stayed unquantized.",
@@ -31,19 +33,23 @@ _REFERENCES = {
 }
 
 
-def write(plan: Plan, scores: Scores, path: str | Path) -> None:
-    """Write `conversion_page(plan, scores)` to `path` as UTF-8."""
-    page = conversion_page(plan, scores)
+def write(plan: Plan, scores: Scores, path: str | Path, samples: Sequence[Answers] = ()) -> None:
+    """Write `conversion_page(plan, scores, samples)` to `path` as UTF-8."""
+    write_page(Path(path), conversion_page(plan, scores, samples))
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write a page as UTF-8; raises ExportError."""
     try:
-        Path(path).write_text(page, encoding="utf-8")
+        path.expanduser().write_text(page, encoding="utf-8")
     except OSError as error:
         raise ExportError(
-            f"the report {path} cannot be written ({error.strerror}); choose a writable folder"
+            f"the page {path} cannot be written ({error.strerror}); choose a writable folder"
         ) from error
 
 
-def conversion_page(plan: Plan, scores: Scores) -> str:
-    """The page about a plan and the scores it was made from.
+def conversion_page(plan: Plan, scores: Scores, samples: Sequence[Answers] = ()) -> str:
+    """The page about a plan and the scores it was made from, the answer first.
 
     Raises SensitivityError when the two are about different models.
     """
@@ -54,13 +60,14 @@ def conversion_page(plan: Plan, scores: Scores) -> str:
         "optiq report",
         f"""{compare.headline(ours, stock)}
 </header>
+{_curve(trace(plan, scores))}
 <section>
 <h2>Against stock uniform 4-bit</h2>
 {compare.table(ours, stock)}
 </section>
+{_samples(samples)}
 {proposed.section(plan.selection)}
 {_maps(plan, grid)}
-{_curve(trace(plan, scores))}
 <section>
 <h2>Every module</h2>
 <details>
@@ -105,6 +112,23 @@ def _curve(curve: Curve) -> str:
 <p>The line is the lowest predicted KL at each size. Hollow marks are predicted, filled marks
 measured on the whole model, with one standard error up and down.</p>
 <figure>{figure}</figure>
+</section>"""
+
+
+def _samples(samples: Sequence[Answers]) -> str:
+    """What the three models answer; empty where they were not asked."""
+    if not samples:
+        return ""
+    rows = [
+        [esc(s.prompt), *(f'<span class="answer">{esc(a)}</span>' for a in s.answers)]
+        for s in samples
+    ]
+    head = ("asked", "unquantized", "this plan", "stock uniform 4-bit")
+    return f"""<section>
+<h2>Answers side by side</h2>
+<p>The likeliest word each time, at most {max(s.tokens for s in samples)} tokens. A few answers
+show what a KL looks like; they measure nothing.</p>
+{table(head, rows, "answers")}
 </section>"""
 
 

@@ -28,12 +28,16 @@ class Mark:
 
 @dataclass(frozen=True)
 class Curve:
-    """The least KL at each size and, where it is drawn, the KL of uniform widths; and models."""
+    """The least KL at each size and, where it is drawn, the KL of uniform widths; and models.
+
+    `across` names the axis of sizes.
+    """
 
     frontier: Line
     marks: list[Mark]
     unpredicted: list[int] = field(default_factory=list)  # uniform widths that have no prediction
     uniform: Line = field(default_factory=list)
+    across: str = "size of all tensors"
 
 
 def trace(plan: Plan, scores: Scores) -> Curve:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from ..planning.pareto import Frontier, Point
 from .curve import Curve, Mark
-from .document import code, document, drawings, facts, known, pairs
+from .document import code, document, drawings, facts, known, pairs, table
 from .text import MISSING, TIMES, count, data, data_se, esc, number, size
 
 KICKER = "optiq frontier"
@@ -62,43 +62,33 @@ def _verdict(points: Sequence[Point]) -> str:
     )
 
 
+_HEAD = ("model", "size", "bits per weight", "KL ± se", "over uniform", "same top token, % ± se",
+         "perplexity ratio")  # fmt: skip
+
+
 def _table(points: Sequence[Point]) -> str:
-    head = "".join(
-        f"<th>{title}</th>"
-        for title in (
-            "model", "size", "bits per weight", "KL ± se", "over uniform", "same top token, % ± se",
-            "perplexity ratio", "",
-        )
-    )  # fmt: skip
-    rows = "".join(_row(p) for p in points)
     return (
-        f'<div class="scroll"><table class="figures"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
-        "<p>KL in nats per token. <em>Over uniform</em> is the KL over that of uniform widths at "
+        table(_HEAD, map(_row, points), "points")
+        + "<p>KL in nats per token. <em>Over uniform</em> is the KL over that of uniform widths at "
         "the same bytes; of a model smaller than the smallest of them, over that one&rsquo;s. A "
         "dominated model is beaten by another that is no larger and no worse.</p>"
     )
 
 
-def _row(p: Point) -> str:
+def _row(p: Point) -> list[str]:
     m = p.measured
     ratio = data(p.uniform.ratio) if p.uniform else "" if p.family == "uniform" else MISSING
     formats = ", ".join(f"{fmt}: {n}" for fmt, n in p.formats.items())
-    cells = (
+    mark = ' <small class="dominated">dominated</small>' if p.dominated else ""
+    return [
+        f'<span title="{esc(formats)}">{esc(p.name)}</span>{mark}',
         data(m.nbytes, size(m.nbytes)),
         data(m.bpw),
         data_se(m.kl),
         ratio,
         data_se(m.top1, scale=100),
         data(m.ppl_ratio, number(m.ppl_ratio, 4)),
-        "dominated" if p.dominated else "",
-    )
-    css = ' class="dominated"' if p.dominated else ""
-    return (
-        f'<tr{css} title="{esc(formats)}"><th scope="row">{esc(p.name)}</th>'
-        + "".join(f"<td>{cell}</td>" for cell in cells)
-        + "</tr>"
-    )
+    ]
 
 
 def _provenance(frontier: Frontier) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ..formats import Format
 from ..kv.report import KVPoint, KVReport, Law
 from .curve import Curve, Mark
-from .document import code, document, drawings, facts, known, pairs
+from .document import code, document, drawings, facts, known, pairs, table
 from .text import MISSING, count, data, data_se, esc, number, size
 
+USUAL = (0.25, 4.0)  # measured over predicted KL; outside, a line of predictions misleads
 KICKER = "optiq kv"
 MARK = f'<meta name="generator" content="{KICKER}">'  # by which we know our own file again
 
@@ -22,7 +24,7 @@ def kv_page(report: KVReport) -> str:
 </header>
 <section>
 <h2>KL against size</h2>
-<p>The line is the lowest predicted KL at each size. Filled marks are measured on held-out text with
+<p>{_line(report)} Filled marks are measured on held-out text with
 the whole cache quantized, one standard error up and down: a circle for the formats that were
 chosen, squares for the same widths in all layers (keys/values). Sizes are those of all keys and
 values after {count(report.context)} tokens.</p>
@@ -41,6 +43,15 @@ values after {count(report.context)} tokens.</p>
     )
 
 
+def _line(report: KVReport) -> str:
+    if _predicts(report):
+        return "The line is the lowest predicted KL at each size."
+    return (
+        "No line is drawn: here the predicted KL, a sum of scores, is far from the measured one. "
+        "It still ranks the formats."
+    )
+
+
 def trace(report: KVReport) -> Curve:
     """The predicted frontier, and what was measured on held-out text."""
     ours, *others = report.points
@@ -48,7 +59,15 @@ def trace(report: KVReport) -> Curve:
         Mark(p.name, "plan" if p is ours else "uniform", p.nbytes, p.kl, p.divergence.kl.se, True)
         for p in (ours, *others)
     ]
-    return Curve(list(report.frontier), marks)
+    line = list(report.frontier) if _predicts(report) else []
+    return Curve(line, marks, across="size of keys and values")
+
+
+def _predicts(report: KVReport) -> bool:
+    """Whether the sums of scores are near enough to what was measured to stand beside it."""
+    low, high = USUAL
+    pairs = [(p.predicted, p.kl) for p in report.points if p.predicted]
+    return all(low <= kl / predicted <= high for predicted, kl in pairs)
 
 
 def _verdict(report: KVReport) -> str:
@@ -60,23 +79,11 @@ def _verdict(report: KVReport) -> str:
     )
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    titles = "".join(f"<th>{title}</th>" for title in head)
-    body = "".join(
-        f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>"
-        for first, *rest in rows
-    )
-    return (
-        f'<div class="scroll"><table class="figures"><thead><tr>{titles}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
 _HEAD = ("", "size", "predicted KL", "KL ± se", "KL 99 %", "same top token, %", "perplexity ratio")
 
 
 def _measured(points: Iterable[KVPoint]) -> str:
-    return _table(_HEAD, [_metrics(p) for p in points])
+    return table(_HEAD, [_metrics(p) for p in points])
 
 
 def _metrics(p: KVPoint) -> tuple[str, ...]:
@@ -103,7 +110,7 @@ def _candidates(report: KVReport) -> str:
 
 def _formats(report: KVReport) -> str:
     """One row per cache: what K and V got, and the scores of all formats, in 1/1000 nat."""
-    columns = list(dict.fromkeys(fmt for slot in report.scores for fmt in slot.scores))
+    columns = sorted({fmt for slot in report.scores for fmt in slot.scores}, key=_width)
     rows = []
     for slot in report.scores:
         cells = []
@@ -116,8 +123,13 @@ def _formats(report: KVReport) -> str:
     return (
         "<p>KL in thousandths of a nat per token when this cache alone is in a format, read back "
         f"by the last {count(report.text.tail)} tokens of each context; the format that was "
-        "taken is bold.</p>" + _table(("cache", "format", *map(str, columns)), rows)
+        "taken is bold.</p>" + table(("cache", "format", *map(str, columns)), rows)
     )
+
+
+def _width(fmt: Format) -> tuple[int, int]:
+    """Narrow formats first; of one width, those with larger groups."""
+    return fmt.bits, -fmt.group_size
 
 
 def _provenance(report: KVReport) -> str:
@@ -148,7 +160,7 @@ def _provenance(report: KVReport) -> str:
 <p>KL divergence says how far the next-token probabilities are from those with a cache in full
 precision; zero is no change. Two formats of each cache were scored, the others follow from the law
 that halving the step quarters the KL, which was checked where all were. Error bars take the tokens
-of one context as dependent.</p>
+of one context as dependent; one context alone gives none.</p>
 {facts(rows)}
 </section>"""
 

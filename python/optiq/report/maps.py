@@ -7,6 +7,7 @@ from math import sqrt
 
 from ..formats import DENSE, Format
 from .colors import LEVELS
+from .document import table
 from .layout import Cell, Grid, LogScale, format_level
 from .text import MISSING, breakable, count, data, esc, number, plus_minus, shape, size
 
@@ -57,28 +58,26 @@ def bytes_per_format(grid: Grid, fixed_bytes: int) -> str:
     rows = []
     for fmt in sorted({cell.format for cell in grid.cells}):
         cells = [cell for cell in grid.cells if cell.format == fmt]
-        label = f'<th scope="row">{fmt}</th>'
         rows.append(
-            _bar_row(label, len(cells), sum(c.nbytes for c in cells), total, format_level(fmt))
+            _bar_row(str(fmt), len(cells), sum(c.nbytes for c in cells), total, format_level(fmt))
         )
     if fixed_bytes:
-        label = '<th scope="row">norms, biases</th>'
-        rows.append(_bar_row(label, None, fixed_bytes, total, None))
-    head = "<th>format</th><th></th><th>share</th><th>bytes</th><th>modules</th>"
-    return (
-        '<div class="scroll"><table class="figures bars"><thead><tr>'
-        f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
+        rows.append(_bar_row("norms, biases", None, fixed_bytes, total, None))
+    return table(("format", "", "share", "bytes", "modules"), rows, "bars")
 
 
-def _bar_row(label: str, modules: int | None, nbytes: int, total: int, level: int | None) -> str:
+def _bar_row(
+    label: str, modules: int | None, nbytes: int, total: int, level: int | None
+) -> list[str]:
     share = nbytes / total
     css = "plain" if level is None else f"f{level}"
-    bar = f'<div class="bar {css}" style="width:{100 * share:.2f}%"></div>'
-    return (
-        f"<tr>{label}<td>{bar}</td><td>{100 * share:.1f} %</td>"
-        f"<td>{data(nbytes, count(nbytes))}</td><td>{'' if modules is None else modules}</td></tr>"
-    )
+    return [
+        label,
+        f'<div class="bar {css}" style="width:{100 * share:.2f}%"></div>',
+        f"{100 * share:.1f} %",
+        data(nbytes, count(nbytes)),
+        "" if modules is None else str(modules),
+    ]
 
 
 def module_table(grid: Grid) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..planning.plan import Candidate, Selection
+from .document import table
 from .text import MISSING, UNKNOWN, count, data, data_se, esc, number
 
 _WHAT = {
@@ -31,10 +32,9 @@ def _untested(selection: Selection) -> str:
 
 
 def _table(selection: Selection) -> str:
-    head = "<th>plan</th><th>rounding</th><th>bytes</th><th>predicted KL</th>"
-    head += "<th>measured KL ± se</th><th></th>"
+    head = ("plan", "rounding", "bytes", "predicted KL", "measured KL ± se", "")
     chosen = selection.chosen, selection.rounding
-    rows = "".join(_row(c, (c.name, c.rounding) == chosen) for c in selection.candidates)
+    rows = [_row(c, (c.name, c.rounding) == chosen) for c in selection.candidates]
     text = selection.text_sha256
     where = f"text <code>{esc(text[:12])}</code>" if text else UNKNOWN
     return (
@@ -42,8 +42,7 @@ def _table(selection: Selection) -> str:
         "rounded and run, and the one of least measured KL was taken: the mean over "
         f"{selection.tokens} tokens in {selection.sequences} sequences "
         f"({where}) that no score and no rounding was made from, in nats per token.</p>"
-        f'<div class="scroll"><table class="figures"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>{_trust(selection)}"
+        f"{table(head, rows)}{_trust(selection)}"
     )
 
 
@@ -63,12 +62,14 @@ def _trust(selection: Selection) -> str:
     return f"<p>{' '.join(said)}</p>" if said else ""
 
 
-def _row(candidate: Candidate, taken: bool) -> str:
+def _row(candidate: Candidate, taken: bool) -> list[str]:
     what = _WHAT.get(candidate.name)
     note = f" <small>{what}</small>" if what else ""
-    return (
-        f'<tr><th scope="row">{esc(candidate.name)}{note}</th><td>{esc(candidate.rounding)}</td>'
-        f"<td>{data(candidate.nbytes, count(candidate.nbytes))}</td>"
-        f"<td>{data(candidate.predicted)}</td><td>{data_se(candidate.kl)}</td>"
-        f"<td>{'taken' if taken else ''}</td></tr>"
-    )
+    return [
+        f"{esc(candidate.name)}{note}",
+        esc(candidate.rounding),
+        data(candidate.nbytes, count(candidate.nbytes)),
+        data(candidate.predicted),
+        data_se(candidate.kl),
+        "taken" if taken else "",
+    ]

@@ -26,8 +26,8 @@ def chart(curve: Curve, width: int, height: int) -> str:
     plot = _Plot([b for b, _ in spots], heights, width, height)
     parts = [
         f'<svg class="chart" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        'role="img" aria-label="KL divergence against size">',
-        *_axes(plot),
+        f'role="img" aria-label="{esc(_description(curve))}">',
+        *_axes(plot, curve.across),
     ]
     for css, line in (("frontier plain", curve.uniform), ("frontier", curve.frontier)):
         points = " ".join(f"{plot.x(b):.1f},{plot.y(kl):.1f}" for b, kl in line if kl > 0)
@@ -37,6 +37,12 @@ def chart(curve: Curve, width: int, height: int) -> str:
     parts += [_mark(plot, p) for p in drawn]
     parts += _labels(plot, drawn)
     return "\n".join([*parts, "</svg>"])
+
+
+def _description(curve: Curve) -> str:
+    """The chart in words, for those who do not see it."""
+    marks = "; ".join(_sentence(p) for p in sorted(curve.marks, key=lambda p: p.nbytes))
+    return f"KL divergence against the {curve.across}. {marks}."
 
 
 class _Plot:
@@ -74,7 +80,7 @@ def _y_ticks(plot: _Plot) -> list[float]:
     return [t for t in ticks if plot.low <= log10(t) <= plot.high]
 
 
-def _axes(plot: _Plot) -> list[str]:
+def _axes(plot: _Plot, across: str) -> list[str]:
     floor_y, end_x = plot.height - BOTTOM, plot.width - RIGHT
     parts = [_text("tick", 4, TOP - 14, "KL, nats per token")]
     for kl in _y_ticks(plot):
@@ -89,7 +95,7 @@ def _axes(plot: _Plot) -> list[str]:
         )
         parts.append(_text("tick mid", x, floor_y + 19, f"{nbytes / scale:g} {unit}"))
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{end_x}" y1="{floor_y}" y2="{floor_y}"/>')
-    parts.append(_text("tick end", end_x, plot.height - 8, "size of all tensors"))
+    parts.append(_text("tick end", end_x, plot.height - 8, across))
     return parts
 
 
