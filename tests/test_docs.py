@@ -17,6 +17,8 @@ import pytest
 import optiq
 from optiq import cli
 from optiq.calibration.rows import check_row
+from optiq.cli.foreign import RENAMED, TRANSLATED
+from optiq.cli.parser import SHARED
 from optiq.formats import Format
 from optiq.planning.pareto import Frontier
 from optiq.planning.scores import Scores
@@ -77,7 +79,8 @@ def test_commands_were_found() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_options_named_exist(page: Path) -> None:
-    known = {"--debug", "--version"}
+    known = {"--version", *SHARED}
+    known |= {name for names in (*RENAMED.values(), *TRANSLATED.values()) for name in names}
     for name in cli.COMMANDS:
         parser = argparse.ArgumentParser()
         importlib.import_module(f"optiq.cli.{name}").add_arguments(parser)
