@@ -128,7 +128,7 @@ def test_the_list_of_mlx_optiq() -> None:
     assert (mla.k, mla.v) == (fmt(8), DENSE)
     assert state == STATE
     for change, error in (
-        ({"layer_idx": 9}, "layer_idx 9 is no cache"),
+        ({"layer_idx": 9}, "the model has no cache 9"),
         ({"bits": 7}, "no format 7g64"),
         ({"group_size": 128}, r"no format .g128"),
         ({"bits": None}, "is no {layer_idx"),
@@ -171,8 +171,8 @@ def _changed(data: Any, path: str, value: Any) -> Any:
 @pytest.mark.parametrize(
     ("path", "value", "error"),
     [
-        ("format", "other", "no KV configuration of this version"),
-        ("version", 2, "no KV configuration of this version"),
+        ("format", "other", "not a KV configuration of this version"),
+        ("version", 2, "not a KV configuration of this version"),
         ("entries", None, "incomplete"),
         ("entries", 7, "incomplete"),
         ("entries.0.k", None, "incomplete"),
@@ -182,7 +182,7 @@ def _changed(data: Any, path: str, value: Any) -> Any:
         ("entries.0.k.group", 128, r"no format .g128"),
         ("entries.0.k.mode", "nvfp4", "no mode 'nvfp4'"),
         ("entries.0.k_dim", 100, "100 elements"),
-        ("entries.0.kind", "linear", "no kind of cache"),
+        ("entries.0.kind", "linear", "not a kind of cache"),
         ("entries.1.k", {"bits": 8, "group": 64, "mode": "affine"}, "recurrent"),
         ("fp_recent", -1, "fp_recent is -1"),
         ("fp_sink", 10**9, "fp_sink"),

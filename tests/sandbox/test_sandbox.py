@@ -380,7 +380,7 @@ def test_limits_out_of_range(limit: dict[str, int]) -> None:
 
 
 def test_unknown_levels_and_systems(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="'none' is none of interpreter, process, namespace"):
+    with pytest.raises(UsageError, match="'none' is not one of interpreter, process, namespace"):
         Sandbox(level="none")  # type: ignore[arg-type]
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(SandboxUnavailable, match="win32"):

@@ -48,7 +48,7 @@ class CallReader:
         self._done = done
 
     def read(self, form: JsonCalls | TaggedCalls, *, known: bool, name: str | None = None) -> Wait:
-        """The calls of a section whose start is taken; Unreadable at what is none.
+        """The calls of a section whose start is taken; Unreadable at anything else.
 
         `known`: only calls of the tools are calls. `name`: the function, where the JSON that
         follows has only its arguments.

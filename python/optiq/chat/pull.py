@@ -12,7 +12,7 @@ import regex
 
 from .any_of import any_of
 
-# Headers of calls and the like are short; what is longer is none, and is not looked at again.
+# Headers of calls and the like are short; longer text is not a header and is not looked at again.
 LONGEST = 1000
 
 Wait = Generator[None, str | None, None]

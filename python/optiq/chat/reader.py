@@ -219,7 +219,7 @@ class Reader:
         self._space.clear()
 
     def _say(self, text: str) -> None:
-        """Pass on text of this kind, its white space only between what is none."""
+        """Pass on text of this kind, white space only between other text."""
         if self._open and self._open.held:
             self._open.held.append((text, None))
             return

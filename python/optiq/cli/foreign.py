@@ -74,7 +74,7 @@ def _uniform(bits: str) -> list[str]:
     return ["--size", "uniform4" if bits == "4" else f"{bits}.5bpw"]
 
 
-# Options whose value is written differently, too.
+# Options whose value is also written differently.
 TRANSLATED: dict[str, dict[str, Callable[[str], list[str]]]] = {
     "convert": {"--q-bits": _uniform, "--bits": _uniform},
     "generate": {"--kv-bits": lambda bits: ["--kv", f"{bits}/{bits}"]},

@@ -51,7 +51,7 @@ def parse(argv: Sequence[str], commands: Mapping[str, str]) -> argparse.Namespac
             importlib.import_module(f".{name}", __package__).add_arguments(command)
             _finish(command)
     if chosen is None:
-        parser.parse_args(rest)  # --help, --version, or an option that is none of ours
+        parser.parse_args(rest)  # --help, --version, or an option that does not exist
         parser.error(f"name a command: {', '.join(commands)}")
     if chosen not in commands:
         parser.error(f"there is no command {chosen}{foreign.nearest(chosen, commands)}")

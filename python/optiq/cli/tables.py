@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # a plan is printed without MLX
 
 
 def terminal_width() -> int | None:
-    """Columns of the terminal that stdout is; None where it is none, and lines may be long."""
+    """Columns of the terminal that stdout is; None where it is not one, and lines may be long."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
@@ -216,7 +216,7 @@ def frontier_table(frontier: Frontier) -> str:
         rows.append([p.name + mark, *figures, ratio, _percent(p.measured.top1)])
     legend = (
         "bits: per weight. / uniform: KL over that of stock uniform widths at the same bytes;\n"
-        "below 1 is better. *: another model here is no larger and no worse."
+        "below 1 is better. *: another model here is at most as large and at least as good."
     )
     return "\n".join([grid(rows), "", legend, *frontier.notes])
 

@@ -69,7 +69,7 @@ def run(gpu: bool) -> Iterator[Line | Speed]:
                 failures.append(f"{case}: {failure}")
                 continue
             worst = max(worst, part)
-            if not part <= 1:  # a NaN is a failure, too
+            if not part <= 1:  # a NaN is a failure as well
                 failures.append(f"{case}: {part:.3g} times the bound")
         return Line(op, len(table), worst, tuple(failures))
 

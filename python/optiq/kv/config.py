@@ -30,7 +30,7 @@ class Entry:
 
     `kind`: "full" attention; "sliding", the last `window` tokens; "mla", where K is the latent that
     stands for keys and values and V the rotated key beside it; "recurrent" (states, and whatever
-    else is no pair of keys and values), which is left as it is. `layers` are the indices in
+    else is not a pair of keys and values), which is left as it is. `layers` are the indices in
     `model.layers` that read it, several where layers share one. A vector has `k_dim` or `v_dim`
     elements, `kv_heads` of each per token; all 0 for a recurrent one. DENSE is left as it is.
 
@@ -48,7 +48,7 @@ class Entry:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise KVError(f"{self.kind!r} is no kind of cache; use one of {', '.join(KINDS)}")
+            raise KVError(f"{self.kind!r} is not a kind of cache; use one of {', '.join(KINDS)}")
         for name, fmt, dim in (("K", self.k, self.k_dim), ("V", self.v, self.v_dim)):
             check_format(fmt)
             if fmt == DENSE:
@@ -227,7 +227,7 @@ class KVConfig:
             "optiq.kv",
             1,
         ):
-            raise KVError("this is no KV configuration of this version; make one with optiq kv")
+            raise KVError("this is not a KV configuration of this version; make one with optiq kv")
         try:
             if [e["cache"] for e in data["entries"]] != list(range(len(data["entries"]))):
                 raise KVError("the entries are not those of caches 0, 1, ... in order")
@@ -318,7 +318,7 @@ def _format_json(fmt: Format) -> Json:
 
 def _listed(rows: list[Any], entries: Sequence[Entry] | None) -> tuple[Entry, ...]:
     if entries is None:
-        raise KVError("a list of widths alone says nothing of its model; give the model, too")
+        raise KVError("a list of widths alone says nothing of its model; give the model as well")
     found = list(entries)
     for row in rows:
         try:
@@ -328,7 +328,7 @@ def _listed(rows: list[Any], entries: Sequence[Entry] | None) -> tuple[Entry, ..
                 f"{row!r} is no {{layer_idx, bits, group_size}} of a list of KV widths"
             ) from error
         if not 0 <= i < len(found):
-            raise KVError(f"layer_idx {i} is no cache of the model, which has {len(found)}")
+            raise KVError(f"the model has no cache {i}, only {len(found)} of them")
         fmt = DENSE if bits == 16 else _affine(bits, group)
         found[i] = replace(found[i], k=fmt, v=DENSE if found[i].kind == "mla" else fmt)
     return tuple(found)

@@ -1,7 +1,7 @@
 """mlx-lm's caches, holding records of keys and values in place of vectors (see ops/attention.py).
 
 A record is one row of words, so everything the stock classes do with rows (grow, pad, roll, merge,
-filter, extract, trim) holds for records, too. What is here writes records, reads vectors, and
+filter, extract, trim) also holds for records. What is here writes records, reads vectors, and
 keeps the formats with them. A vector in no format is stored as its own bytes, for one dtype in all.
 """
 
@@ -38,7 +38,7 @@ def handing() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Formats of keys and values, and how many first and last tokens are exact, too."""
+    """Formats of keys and values, and how many first and last tokens are exact."""
 
     k: Format
     v: Format

@@ -58,7 +58,7 @@ class Wrapper(nn.Module):
         return value if value is not None else getattr(self.get("inner"), key)
 
     def __setattr__(self, key: str, value: Any) -> None:
-        """Model files assign to the parameters of their layers, too (Gemma 3n)."""
+        """Model files also assign to the parameters of their layers (Gemma 3n)."""
         inner = self.get("inner")
         target = inner if inner is not None and key in inner and key not in self else super()
         target.__setattr__(key, value)

@@ -141,7 +141,7 @@ class Runner:
         if ext is not None and (x.dtype != mx.float32 or ext.traced(x)):
             return None
         if self._ext is not ext or self._links is None or not self._intact(*self._links):
-            # Anew, too, after weights were loaded or converted.
+            # Also anew after weights were loaded or converted.
             self._ext, self._intact, self._links = ext, intact, links(block, self.anatomy)
             try:
                 self._parts = make_parts(block, self.anatomy)
@@ -153,7 +153,7 @@ class Runner:
         return self._parts
 
     def feed_forward(self, block: nn.Module, h: mx.array) -> mx.array:
-        """The second half of a block whose MLP is no plain one."""
+        """The second half of a block whose MLP is not a plain one."""
         norms = self.anatomy.norms
         y = block[norms.mlp_in](h) if norms.mlp_in else h
         y = block[self.anatomy.feed_forward](y)

@@ -6,8 +6,8 @@ records grows, rolls and is sliced along its tokens like one of plain vectors:
     word 0 ... G-1   of each group: its scale (low half) and bias (high half), float16
     the others       codes, one little-endian bit stream
 
-A value is `scale * code + bias`. The last group is shorter where `dim` is no multiple of the group
-size (head_dim 80 in groups of 32); zeros fill the code stream up to whole words.
+A value is `scale * code + bias`. The last group is shorter where `dim` is not a multiple of the
+group size (head_dim 80 in groups of 32); zeros fill the code stream up to whole words.
 """
 
 from __future__ import annotations

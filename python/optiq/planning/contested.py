@@ -1,4 +1,4 @@
-"""Which estimated scores the plan at a size hangs on. Tables in, tables out.
+"""Which estimated scores decide the plan at a size. Tables in, tables out.
 
 At the price of a byte in the best plan, a module takes the format of least score + price * bytes.
 A module is contested where another format would be that, were its estimated scores wrong by their

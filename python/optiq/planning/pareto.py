@@ -178,7 +178,8 @@ class Frontier:
 def compare(points: Sequence[Point]) -> tuple[Point, ...]:
     """`points` by rising bytes, each with `dominated` and `uniform` (see `against_uniform`).
 
-    A point is dominated where another one is no larger and no worse, and not its equal in both.
+    A point is dominated where another one is at most as large and at least as good, and better in
+    one of the two.
     """
     ordered = sorted(points, key=lambda p: (p.nbytes, p.kl))
     curve = [p for p in ordered if p.family == "uniform"]

@@ -33,7 +33,7 @@ def propose(
 ) -> dict[str, Plan]:
     """Plans within `size` by name; the first, "scores", is that of `plan.build`.
 
-    - "coupled": modules that share an input share a format, too.
+    - "coupled": modules that share an input also share a format.
     - "cautious": every score counts with two standard errors on top.
     - "smooth": scores are replaced by the best product of a sensitivity per module and an error
       per format, which averages their noise away.

@@ -56,7 +56,7 @@ def run(folder: Path, say: Callable[[str], None] = print) -> Outcome:
         shutil.rmtree(out)  # an earlier demo
     model = fetch(folder, say)
     say(f"Converting {model} to the bytes of stock uniform 4-bit, scored on {TOKENS} tokens only.")
-    # Estimated scores: exact ones of what the plan hangs on would take longer than all the rest.
+    # Estimated scores: exact ones of the open modules would take longer than all the rest.
     result = convert(
         model, out, tokens=TOKENS, held_out_tokens=HELD_OUT_TOKENS, sensitivity="fisher"
     )

@@ -47,11 +47,11 @@ class Options:
         size: "uniform4" (the bytes of stock uniform 4-bit), "4.8bpw", "6.1GB" or bytes.
         formats: The menu, such as "3,4,5,6,8,bf16"; None is the usual one, or all that has scores.
         sensitivity: "kl" (exact, slow), "fisher" (one backward pass), or "auto": fisher, but kl
-            for experts, routers and what the plan at `size` hangs on.
+            for experts, routers and modules whose choice at `size` is open.
         reference: What scores are measured in: "bf16", "uniform4" (for models that do not fit
             memory) or "auto".
-        rounding: "descent" (fitted to what each layer's output loses), "search" (scales fitted to
-            what drives each column) or "minmax" (stock). None is the one that scores were measured
+        rounding: "descent" (fitted to what each layer's output loses), "search" (the best scales
+            are searched) or "minmax" (stock). None is the one that scores were measured
             for: "descent", or "minmax".
         calibration: JSON Lines of samples in place of the bundled mix.
         tokens: Of calibration text; None is 8,192 to round with, 2,048 of them to score with.

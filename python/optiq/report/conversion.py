@@ -184,9 +184,9 @@ def _notes(scores: Scores) -> str:
     method = _METHODS.get(scores.method, "How the scores were made is not recorded.")
     reference = _REFERENCES.get(scores.reference, "")
     return f"""<p>KL divergence says how far the quantized model&rsquo;s next-token probabilities
-are from the unquantized model&rsquo;s, in nats per token; zero is no change. {method} {reference}
-Error bars are one standard error of the mean, with the tokens of one sequence not taken as
-independent; the error of a difference takes the two sides as independent.</p>
+are from the unquantized model&rsquo;s, in nats per token; zero means no change. {method}
+{reference} Error bars are one standard error of the mean, with the tokens of one sequence not taken
+as independent; the error of a difference takes the two sides as independent.</p>
 <p>A predicted KL is the sum of the scores of the chosen formats. It assumes that the errors of
 modules add up, so it ranks plans well and states a level less well; a measured KL comes from
 running the whole quantized model. Bits per weight are eight times the bytes of all tensors

@@ -71,7 +71,7 @@ def _table(points: Sequence[Point]) -> str:
         table(_HEAD, map(_row, points), "points")
         + "<p>KL in nats per token. <em>Over uniform</em> is the KL over that of uniform widths at "
         "the same bytes; of a model smaller than the smallest of them, over that one&rsquo;s. A "
-        "dominated model is beaten by another that is no larger and no worse.</p>"
+        "dominated model is beaten by another that is at most as large and at least as good.</p>"
     )
 
 
@@ -114,7 +114,7 @@ def _provenance(frontier: Frontier) -> str:
     return f"""<section>
 <h2>How the numbers were made</h2>
 <p>KL divergence says how far the quantized model&rsquo;s next-token probabilities are from the
-unquantized model&rsquo;s; zero is no change. Error bars are one standard error of the mean, with
+unquantized model&rsquo;s; zero means no change. Error bars are one standard error of the mean, with
 the tokens of one sequence not taken as independent. Sizes count all tensors: scales, biases, norms
 and embeddings included.</p>
 {facts(rows)}

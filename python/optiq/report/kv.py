@@ -158,9 +158,9 @@ def _provenance(report: KVReport) -> str:
     return f"""<section>
 <h2>How the numbers were made</h2>
 <p>KL divergence says how far the next-token probabilities are from those with a cache in full
-precision; zero is no change. Two formats of each cache were scored, the others follow from the law
-that halving the step quarters the KL, which was checked where all were. Error bars take the tokens
-of one context as dependent; one context alone gives none.</p>
+precision; zero means no change. Two formats of each cache were scored, the others follow from the
+law that halving the step quarters the KL, which was checked where all were. Error bars take the
+tokens of one context as dependent; one context alone gives none.</p>
 {facts(rows)}
 </section>"""
 

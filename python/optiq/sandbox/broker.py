@@ -2,7 +2,7 @@
 
 The `counted` filter of a worker stops it at some calls and tells us. May it make one more thread
 or, without a file system of its own, one more file or folder? We look at the call's number alone
-and let the kernel go on or refuse, so nothing hangs on memory that the worker could change. Calls
+and let the kernel go on or refuse, so nothing depends on memory that the worker could change. Calls
 about its own files we do ourselves: see own_files.py.
 """
 
@@ -55,7 +55,7 @@ class _Granted:
             for task, ran in list(self._ran.items()):
                 if self._runtime(task) != ran:
                     del self._ran[task]
-            time.sleep(1e-3)  # for one that is in the middle of it, too
+            time.sleep(1e-3)  # also for one that is in the middle of it
         self._ran.clear()
 
     def _runtime(self, task: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Which levels of the sandbox can be had on this machine, found by trying."""
+"""Which levels of the sandbox work on this machine, found by trying."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _HANDLE = os.O_PATH | os.O_CLOEXEC
 class OwnFiles:
     """The work folder `folder`, which a worker knows as `work`.
 
-    Links in the folder `packages`, which the host has made, may also be read; "" is no folder.
+    Links in the folder `packages`, which the host has made, may also be read; "" stands for none.
     """
 
     def __init__(self, work: Path, folder: int, packages: str) -> None:

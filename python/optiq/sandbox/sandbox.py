@@ -58,7 +58,7 @@ class Sandbox:
         packages: Sequence[str] | Path = (),
     ) -> None:
         if level not in get_args(Level):
-            raise UsageError(f"sandbox level {level!r} is none of {', '.join(get_args(Level))}")
+            raise UsageError(f"sandbox level {level!r} is not one of {', '.join(get_args(Level))}")
         self.limits = limits or Limits()
         self.level = level
         if level == "interpreter":

@@ -28,7 +28,7 @@ DOWNLOADED = (*NEEDED, *_TEXTS, "*.model")
 
 
 def kept(folder: Path, vocabulary: Iterable[str | None] = ()) -> list[Path]:
-    """The files of `folder` that every model made from it has, too.
+    """The files of `folder` that every model made from it also has.
 
     `vocabulary` are the names of files that its tokenizer knows of besides.
     """

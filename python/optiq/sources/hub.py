@@ -37,7 +37,7 @@ def download(repo_id: str, revision: str | None) -> tuple[Path, str]:
         path = snapshot_download(
             repo_id,
             revision=revision,
-            # Offline a snapshot of mlx_lm's is complete, too, without a licence and a model card.
+            # Offline a snapshot of mlx_lm's is complete even without a licence and a model card.
             allow_patterns=list(DOWNLOADED if refusal is None else NEEDED),
             etag_timeout=TIMEOUT_SECONDS,
             local_files_only=refusal is not None,

@@ -138,7 +138,7 @@ def respelled(config: Json, found: list[Rotation]) -> Json:
     """
     parameters = next((p for _, p in asked_for(config, None)), {})
     kind, length = parameters.get("rope_type"), config.get("max_position_embeddings")
-    # The square of mscale_all_dim scales attention, too, in some model files.
+    # The square of mscale_all_dim also scales attention in some model files.
     if kind != "yarn" or parameters.get("mscale_all_dim") or len({r.dims for r in found}) != 1:
         return {}
     if any(r.traditional for r in found):

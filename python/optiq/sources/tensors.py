@@ -58,7 +58,7 @@ def dropped(model: nn.Module, weights: Mapping[str, mx.array]) -> list[str] | No
 
 
 def reasons(names: Iterable[str], config: Json) -> dict[str, str | None]:
-    """Why each of the dropped `names` is no part of the model, or None if no reason is known."""
+    """Why each of the dropped `names` is not a part of the model, or None if no reason is known."""
     return {name: _reason(name, config) for name in names}
 
 

@@ -54,7 +54,7 @@ def kv_plan(model: str | Path, out: str | Path, **options: Unpack[KVFields]) -> 
         out: The kv_config.json to write. Beside it go OUT.report.json and OUT.report.html.
         size: "8/4", the bytes of 8-bit keys and 4-bit values (the default), or "40%" of the 16-bit
             cache.
-        context: Tokens of a context, over which sizes are stated, too (default: 4096, or what the
+        context: Tokens of a context, over which sizes are also stated (default: 4096, or what the
             model allows).
         samples: How many contexts to score on, to choose on, and to judge on, at most (4).
         formats: Widths that may be chosen ("3,4,5,6,8,bf16").

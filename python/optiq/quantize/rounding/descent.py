@@ -9,7 +9,7 @@ see sensitivity/fisher.py). With one g^2 for all outputs of a token, their mean,
 
 says what each row must keep (GuidedQuant, Kim et al. 2025, weighs tokens so, per group of rows).
 A row e that is looked up moves the output by 1/2 (g'e)^2 each time, so an embedding's H is the sum
-of g g'; one that is the head, too, has the sum of both, for a word that is looked up often is about
+of g g'; one that is also the head has the sum of both, for a word that is looked up often is about
 as often likely to come next.
 `ops.descend` makes a rounding good by that measure. It was fitted to few tokens; so every module's
 candidates are judged by the H of sequences that none was fitted to, and the best of min/max, the

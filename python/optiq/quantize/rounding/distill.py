@@ -56,7 +56,7 @@ DIVERGED = 10.0  # times the mean KL so far
 # Float32 arrays that exist at a time of the size of the logits, of a block's activations, and of
 # the groups: turn and shift, scales and biases, what they are made of, gradients, Adam's means.
 _LOGITS, _ACTIVATIONS, _GROUPS = 8, 4, 24
-_HEADS = 32  # of attention, whose weights [heads, T, T] are activations, too
+_HEADS = 32  # of attention, whose weights [heads, T, T] are also activations
 
 Parameters = dict[str, mx.array]  # turn and shift of the i-th layer, [out, groups] float32
 

@@ -1,7 +1,7 @@
 """The running model that everything is measured in, and the full-precision weight of a module.
 
 A score always means: the divergence that one module's format causes against the same module at
-full precision. With the reference "bf16" all other modules are at full precision, too. With
+full precision. With the reference "bf16" all other modules are also at full precision. With
 "uniform4" they run in 4 bits, so that the model fits memory, and the full-precision weights are
 read from the files when their turn comes.
 """

@@ -85,7 +85,7 @@ def smooth(module: Module) -> bool:
 
 
 def measure_auto(rounds: Rounds, scores: Scores, size: Size) -> Settled:
-    """Estimate what is smooth, measure the rest, then measure what the plan at `size` hangs on.
+    """Estimate what is smooth, measure the rest, then measure what is still open at `size`.
 
     `scores` is all that is known but the modules.
     """

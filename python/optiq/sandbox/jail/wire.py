@@ -19,7 +19,7 @@ _PLAIN = 2**53  # whole numbers below it are JSON's own
 
 
 class WireError(Exception):
-    """What arrived is no message."""
+    """What arrived is not a message."""
 
 
 class Opaque:
@@ -162,7 +162,7 @@ _MAKERS: dict[str, Any] = {
 
 
 def unpack(tree: Any) -> Any:
-    """The value of a tree from an untrusted sender; WireError where it is none."""
+    """The value of a tree from an untrusted sender; WireError where it is not one."""
     if isinstance(tree, list):
         return [unpack(item) for item in tree]
     if not isinstance(tree, dict):

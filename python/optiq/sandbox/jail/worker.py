@@ -137,8 +137,8 @@ class Candidate:
     """A function in another process: arguments and results cross as data.
 
     An exception of the candidate is raised here as the built-in one of the same name. If the
-    candidate has ended or sent what is no answer, `gone` says so and the verdict is no pass,
-    whatever the test makes of the exception.
+    candidate has ended or sent something that is not an answer, `gone` says so and the verdict is
+    not a pass, whatever the test makes of the exception.
     """
 
     def __init__(self) -> None:

@@ -71,7 +71,9 @@ def main(control: str, setup: str) -> NoReturn:
                 _report(handle, *reports.pop(handle))
                 continue
             packet, descriptors, _, _ = socket.recv_fds(host, PACKET, 8)
-            if not packet:  # the host has closed, or is no more: so end we, and with us the workers
+            if (
+                not packet
+            ):  # the host has closed or is gone: this process ends, and the workers with it
                 os._exit(0)
             out, err, channel, report, *peer = descriptors
             reporter = socket.socket(fileno=report)

@@ -63,7 +63,9 @@ def read_gguf(path: Path) -> GgufFile:
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
     except _DamagedError as error:
-        raise SourceError(f"{path} is no complete GGUF file: {error}; download it again") from error
+        raise SourceError(
+            f"{path} is not a complete GGUF file: {error}; download it again"
+        ) from error
 
 
 def read_rows(file: BinaryIO, tensor: GgufTensor, start: int, stop: int) -> npt.NDArray[np.uint8]:

@@ -167,7 +167,7 @@ def _byte_level(v: Vocabulary) -> tuple[Tokenizer, bool]:
         what = (
             "the file does not name its pre-tokenizer (tokenizer.ggml.pre); optiq knows"
             if missing
-            else (f"the pre-tokenizer {pre!r} is none of")
+            else (f"the pre-tokenizer {pre!r} is not one of")
         )
         raise v.error(f"{what} {', '.join(PRE_TOKENIZERS)}")
     last = max((i for i, kind in enumerate(v.types) if kind != UNUSED), default=0)
