@@ -206,5 +206,5 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(KVError, match="cannot be read"):
         KVConfig.load(tmp_path / "text.json")
     (tmp_path / "number.json").write_text("8")
-    with pytest.raises(KVError, match="no KV configuration"):
+    with pytest.raises(KVError, match="not a KV configuration"):
         KVConfig.load(tmp_path / "number.json")
