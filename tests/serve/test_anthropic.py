@@ -8,7 +8,7 @@ from typing import Any
 import anthropic
 import pytest
 
-from optiq.serve.protocols.anthropic.signature import sign, verified
+from optiq.serve.protocols.signature import sign, verified
 from tests.serve.servers import CALL, MODEL, WEATHER, Asked, message_body, tiny_tokenizer
 
 MESSAGES = "/v1/messages"

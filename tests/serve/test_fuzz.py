@@ -80,6 +80,15 @@ ANTHROPIC_MESSAGES: list[Any] = [
         ],
     },
 ]
+RESPONSES_ITEMS: list[Any] = [
+    {"role": "developer", "content": "Be brief"},
+    {"type": "reasoning", "summary": [], "encrypted_content": "xx"},
+    {"type": "function_call", "call_id": "c1", "name": "get_weather", "arguments": "{}"},
+    {"type": "function_call_output", "call_id": "c1", "output": "sunny"},
+    {"type": "custom_tool_call", "call_id": "c2", "name": "c", "namespace": "n", "input": "x"},
+    {"type": "custom_tool_call_output", "call_id": "c2", "output": [{"type": "input_text"}]},
+    {"role": "user", "content": [{"type": "input_text", "text": f"SAY:Hi {CALL}"}]},
+]
 BODIES: dict[str, dict[str, Any]] = {
     CHAT: {
         "model": MODEL,
@@ -119,6 +128,21 @@ BODIES: dict[str, dict[str, Any]] = {
         "output_config": {"effort": "low"},
     },
     "/v1/messages/count_tokens": {"model": MODEL, "messages": ANTHROPIC_MESSAGES},
+    "/v1/responses": {
+        "model": MODEL,
+        "input": RESPONSES_ITEMS,
+        "tools": [
+            {"type": "function", **WEATHER},
+            {"type": "namespace", "name": "n", "tools": [{"type": "custom", "name": "c"}]},
+            {"type": "web_search"},
+        ],
+        "tool_choice": {"type": "function", "name": "get_weather"},
+        "text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "object"}}},
+        "reasoning": {"effort": "low", "summary": "auto"},
+        "include": ["reasoning.encrypted_content"],
+        "previous_response_id": None,
+        "max_output_tokens": 30,
+    },
 }
 
 scalars = st.one_of(

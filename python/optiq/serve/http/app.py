@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ...errors import OverloadedError
 from ..metrics import Metrics
 from ..options import Options
-from ..protocols import anthropic, openai
+from ..protocols import anthropic, openai, responses
 from ..protocols.fields import read_json
 from ..protocols.problems import Problem, Refusal, problem
 from ..protocols.protocol import Dialect, Endpoint, Reply, Service
@@ -31,6 +31,8 @@ LARGE_BODY = 64 * 2**10  # from here on parsing is left to a thread
 POSTED: dict[str, tuple[Endpoint, Dialect]] = {
     "/v1/chat/completions": (openai.chat, openai.DIALECT),
     "/v1/completions": (openai.complete, openai.DIALECT),
+    "/v1/responses": (responses.respond, openai.DIALECT),
+    "/v1/responses/input_tokens": (responses.count_input, openai.DIALECT),
     "/v1/messages": (anthropic.messages, anthropic.DIALECT),
     "/v1/messages/count_tokens": (anthropic.count_tokens, anthropic.DIALECT),
 }
@@ -104,7 +106,7 @@ class Posted:
             raise
         except Exception as error:
             told = _told(error, scope, self._metrics)
-            await stream.write(self._dialect.error_event(told, scope["optiq.id"]))
+            await stream.write(reply.error_event(told, scope["optiq.id"]))
         finally:
             await stream.close()
         await send_body(send, b"", more=False)
@@ -229,13 +231,15 @@ async def _send_error(told: Problem, scope: Scope, send: Send) -> None:
 
 
 class Got:
-    """A path that is read."""
+    """A path that is read, and perhaps deleted."""
 
-    def __init__(self, work: Callable[[Scope], dict[str, Any] | Response]) -> None:
-        self._work = work
+    def __init__(
+        self, work: Callable[[Scope], dict[str, Any] | Response], methods: Sequence[str]
+    ) -> None:
+        self._work, self._methods = work, methods
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        _check_method(scope, "GET", "HEAD")
+        _check_method(scope, *self._methods)
         found = self._work(scope)
         if isinstance(found, Response):
             await found(scope, receive, send)
@@ -280,6 +284,13 @@ def make_app(service: Service, options: Options, metrics: Metrics, state: State)
         dialect: Dialect = scope["optiq.dialect"]
         return dialect.model(service.models, scope["path_params"]["name"])
 
+    def response(scope: Scope) -> dict[str, Any]:
+        identity = scope["path_params"]["id"]
+        if scope["method"] == "DELETE":
+            service.store.delete(identity)
+            return {"id": identity, "object": "response", "deleted": True}
+        return dict(service.store.find(identity).response)
+
     got: dict[str, Callable[[Scope], dict[str, Any] | Response]] = {
         "/health": health,
         "/ready": ready,
@@ -287,10 +298,11 @@ def make_app(service: Service, options: Options, metrics: Metrics, state: State)
         "/v1/models": models,
         "/v1/models/{name:path}": model,
     }
-    routes = [Route(path, Got(work)) for path, work in got.items()]
+    routes = [Route(path, Got(work, ("GET", "HEAD"))) for path, work in got.items()]
     for path, (endpoint, dialect) in POSTED.items():
         app = Posted(endpoint, dialect, service, bodies, metrics, state, options.ping_seconds)
         routes.append(Route(path, app))
+    routes.append(Route("/v1/responses/{id}", Got(response, ("GET", "HEAD", "DELETE"))))
     router = Router(routes, redirect_slashes=False, default=_not_found)
     told: ASGIApp = Told(router, Guard(options), metrics)
     if options.cors_origins:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..answering import Answering
@@ -11,16 +12,21 @@ from ..answers import Answers
 from ..models import Models
 from .fields import Fields
 from .problems import Problem
+from .store import ResponseStore
 
 
 @dataclass(frozen=True)
 class Service:
-    """What is served. `secret` signs what clients bring back; `caching`: prompts are remembered."""
+    """What is served. `secret` signs what clients bring back; `caching`: prompts are remembered.
+
+    `store` has the responses that clients may go on from.
+    """
 
     answers: Answers
     models: Models
     secret: bytes = b""
     caching: bool = False
+    store: ResponseStore = field(default_factory=ResponseStore)
 
 
 class Reply(Protocol):
@@ -36,6 +42,10 @@ class Reply(Protocol):
 
     def events(self) -> AsyncIterator[str]:
         """The response as server-sent events."""
+        ...
+
+    def error_event(self, problem: Problem, request_id: str) -> str:
+        """Ends a stream that cannot be completed."""
         ...
 
 
@@ -57,10 +67,6 @@ class Dialect(Protocol):
 
     def status(self, problem: Problem) -> int: ...
     def error(self, problem: Problem, request_id: str) -> Mapping[str, Any]: ...
-    def error_event(self, problem: Problem, request_id: str) -> str:
-        """Ends a stream that cannot be completed."""
-        ...
-
     def models(self, models: Models) -> dict[str, Any]: ...
     def model(self, models: Models, name: str) -> dict[str, Any]: ...
 
@@ -68,3 +74,9 @@ class Dialect(Protocol):
 def event(data: str, name: str | None = None) -> str:
     """A server-sent event; `data` has no line breaks."""
     return f"event: {name}\ndata: {data}\n\n" if name else f"data: {data}\n\n"
+
+
+def named_event(value: Mapping[str, Any]) -> str:
+    """An event that is called by the type of its value."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return event(text, value["type"])

@@ -9,7 +9,7 @@ from typing import Any
 from ...asked import Chat, Form, Thinking
 from ..fields import Fields
 from ..openai.conversation import MAX_MESSAGES, MAX_TOOLS, function_tool
-from .signature import verified
+from ..signature import verified
 
 BILLING = "x-anthropic-billing-header"  # differs in each request, so no prefix would ever match
 EFFORTS = ("low", "medium", "high", "xhigh", "max")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
@@ -42,9 +40,6 @@ class Anthropic:
             "request_id": request_id,
         }
 
-    def error_event(self, problem: Problem, request_id: str) -> str:
-        return named(self.error(problem, request_id))
-
     def models(self, models: Models) -> dict[str, Any]:
         ends = {"first_id": models.name, "last_id": models.name}
         return {"data": [self.model(models, models.name)], "has_more": False, **ends}
@@ -64,9 +59,3 @@ class Anthropic:
 
 
 DIALECT = Anthropic()
-
-
-def named(value: Mapping[str, Any]) -> str:
-    """An event, which is called by its type."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return event(text, value["type"])

@@ -12,11 +12,12 @@ from ...asked import Wishes
 from ...engine.request import Sampling
 from ...usage import Usage
 from ..fields import Fields
-from ..protocol import Service
+from ..problems import Problem
+from ..protocol import Service, named_event
+from ..signature import sign
 from .blocks import Blocks
 from .conversation import conversation
-from .dialect import named
-from .signature import sign
+from .dialect import DIALECT
 
 MAX_STOPS = 64
 
@@ -138,7 +139,7 @@ class MessageReply:
                     "stop_reason": None,
                     "stop_sequence": None,
                 }
-                yield named(
+                yield named_event(
                     {
                         "type": "message_start",
                         "message": {**self._message, **message, "usage": usage},
@@ -147,13 +148,16 @@ class MessageReply:
             if isinstance(event, Step | End):
                 for part in event.parts:
                     for written in self._blocks.add(part):
-                        yield named(written)
+                        yield named_event(written)
             if isinstance(event, End):
                 for written in self._blocks.close():
-                    yield named(written)
+                    yield named_event(written)
                 delta, usage = self._ending(event), self._usage(event.usage)
-                yield named({"type": "message_delta", "delta": delta, "usage": usage})
-        yield named({"type": "message_stop"})
+                yield named_event({"type": "message_delta", "delta": delta, "usage": usage})
+        yield named_event({"type": "message_stop"})
+
+    def error_event(self, problem: Problem, request_id: str) -> str:
+        return named_event(DIALECT.error(problem, request_id))
 
     def _ending(self, end: End) -> dict[str, Any]:
         reasons = {"stop": "end_turn", "stop_text": "stop_sequence", "calls": "tool_use"}

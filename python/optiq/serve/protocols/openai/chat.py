@@ -14,9 +14,10 @@ from ...engine.request import MAX_TOP_LOGPROBS, Token
 from ...tokens import TokenBytes
 from ...usage import Usage
 from ..fields import Fields
+from ..problems import Problem
 from ..protocol import Service
 from .conversation import conversation
-from .dialect import DONE, data
+from .dialect import DIALECT, DONE, data
 from .logprobs import chat_logprobs
 from .wishes import wants_usage, wishes
 
@@ -155,6 +156,9 @@ class ChatReply:
         if self._include_usage:
             yield data(self._body([], usage(self.answering.usage)))
         yield DONE
+
+    def error_event(self, problem: Problem, request_id: str) -> str:
+        return DIALECT.error_event(problem, request_id)
 
     def _chunk(
         self,

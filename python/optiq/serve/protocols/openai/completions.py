@@ -13,9 +13,10 @@ from ...answers import MAX_ANSWERS
 from ...engine.request import MAX_TOP_LOGPROBS, Token
 from ...language import Language
 from ..fields import Fields
+from ..problems import Problem
 from ..protocol import Service
 from .chat import FINISH, usage
-from .dialect import DONE, data
+from .dialect import DIALECT, DONE, data
 from .logprobs import completion_logprobs
 from .wishes import MAX_CHOICES, wants_usage, wishes
 
@@ -159,6 +160,9 @@ class CompletionReply:
         if self._include_usage:
             yield data({**self._head, "choices": [], "usage": usage(self.answering.usage)})
         yield DONE
+
+    def error_event(self, problem: Problem, request_id: str) -> str:
+        return DIALECT.error_event(problem, request_id)
 
     def _choice(
         self, state: _Text, text: str, tokens: Sequence[Token], finish: str | None = None

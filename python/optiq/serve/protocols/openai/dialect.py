@@ -36,9 +36,6 @@ class OpenAI:
             }
         }
 
-    def error_event(self, problem: Problem, request_id: str) -> str:
-        return data(self.error(problem, request_id)) + DONE
-
     def models(self, models: Models) -> dict[str, Any]:
         return {"object": "list", "data": [self.model(models, models.name)]}
 
@@ -51,6 +48,9 @@ class OpenAI:
             "owned_by": "optiq",
             "context_window": models.context,
         }
+
+    def error_event(self, problem: Problem, request_id: str) -> str:
+        return data(self.error(problem, request_id)) + DONE
 
 
 DIALECT = OpenAI()

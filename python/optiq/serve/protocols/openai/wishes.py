@@ -34,7 +34,7 @@ def wishes(body: Fields, client: str, *, top_logprobs: int | None) -> Wishes:
     ]
     return Wishes(
         max_tokens=min((limit for limit in limits if limit is not None), default=None),
-        sampling=_sampling(body),
+        sampling=sampling(body),
         stop=body.texts("stop", MAX_STOPS),
         top_logprobs=top_logprobs,
         n=body.integer("n", 1, MAX_CHOICES) or 1,
@@ -42,7 +42,7 @@ def wishes(body: Fields, client: str, *, top_logprobs: int | None) -> Wishes:
     )
 
 
-def _sampling(body: Fields) -> Sampling:
+def sampling(body: Fields) -> Sampling:
     """OpenAI's parameters, and those that other servers have added to its protocol."""
     top_k = body.integer("top_k", -1) or 0
     return Sampling(

@@ -1,0 +1,135 @@
+"""Output items: the parts of an answer as events, and as the output of a response."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ....chat.parts import CallArguments, CallEnd, CallStart, Part, Reasoning, Text
+from .tools import INPUT, Called
+
+Event = dict[str, Any]
+
+
+class Output:
+    """Collects the output of one response, and says what happens to it in events.
+
+    A call comes once it is complete: clients carry out what they see, and what turns out not to be
+    a call comes as text. `seal` makes the `encrypted_content` of reasoning, if it is asked for.
+    """
+
+    def __init__(self, called: Mapping[str, Called], seal: Callable[[str], str] | None) -> None:
+        self._called, self._seal = called, seal
+        self.items: list[dict[str, Any]] = []
+        self._open: dict[str, Any] | None = None
+        self._space = ""  # before a text that may not come
+        self._call: CallStart | None = None
+        self._arguments = ""
+
+    def add(self, part: Part, logprobs: Sequence[Mapping[str, Any]] = ()) -> Iterator[Event]:
+        """`logprobs` are those of a text's tokens."""
+        if isinstance(part, Text):
+            yield from self._text(part.text, logprobs)
+        elif isinstance(part, Reasoning):
+            yield from self._reasoning(part.text)
+        elif isinstance(part, CallStart):
+            self._call, self._arguments = part, ""
+        elif isinstance(part, CallArguments):
+            self._arguments += part.text
+        else:
+            assert isinstance(part, CallEnd)
+            assert self._call is not None
+            yield from self._call_item(self._call.name, self._arguments)
+
+    def close(self, status: str = "completed") -> Iterator[Event]:
+        """Complete the open item, if there is one."""
+        item, self._open = self._open, None
+        if item is None:
+            return
+        part = item["content"][0]
+        if item["type"] == "reasoning":
+            yield self._event("reasoning_text.done", content_index=0, text=part["text"])
+            if self._seal is not None:
+                item["encrypted_content"] = self._seal(part["text"])
+        else:
+            logprobs = part["logprobs"]
+            text = part["text"]
+            yield self._event("output_text.done", content_index=0, text=text, logprobs=logprobs)
+        yield self._event("content_part.done", content_index=0, part=dict(part))
+        yield self._done(item, status)
+
+    def _text(self, text: str, logprobs: Sequence[Mapping[str, Any]]) -> Iterator[Event]:
+        self._call = None
+        if self._open is None or self._open["type"] != "message":
+            self._space += text
+            if not self._space.strip():
+                return
+            text, self._space = self._space, ""
+            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+            yield from self._start("msg", {"type": "message", "role": "assistant"}, part)
+        assert self._open is not None
+        part = self._open["content"][0]
+        part["text"] += text
+        part["logprobs"] = [*part["logprobs"], *logprobs]
+        yield self._event("output_text.delta", content_index=0, delta=text, logprobs=list(logprobs))
+
+    def _reasoning(self, text: str) -> Iterator[Event]:
+        if self._open is None or self._open["type"] != "reasoning":
+            part = {"type": "reasoning_text", "text": ""}
+            yield from self._start("rs", {"type": "reasoning", "summary": []}, part)
+        assert self._open is not None
+        self._open["content"][0]["text"] += text
+        yield self._event("reasoning_text.delta", content_index=0, delta=text)
+
+    def _start(self, prefix: str, item: dict[str, Any], part: dict[str, Any]) -> Iterator[Event]:
+        """An item with one part begins."""
+        yield from self.close()
+        self._space = ""
+        self._open = {**_identified(prefix), **item, "content": []}
+        yield self._added(self._open)
+        self._open["content"].append(part)
+        yield self._event("content_part.added", content_index=0, part=dict(part))
+
+    def _call_item(self, name: str, arguments: str) -> Iterator[Event]:
+        yield from self.close()
+        called = self._called.get(name, Called("function", name))
+        known = {"call_id": f"call_{secrets.token_hex(12)}", "name": called.name}
+        if called.namespace is not None:
+            known["namespace"] = called.namespace
+        if called.kind == "custom":
+            kind, field, prefix = "custom_tool_call", "input", "ctc"
+            arguments = str(json.loads(arguments).get(INPUT, ""))
+        else:
+            kind, field, prefix = "function_call", "arguments", "fc"
+        item = {**_identified(prefix), "type": kind, **known, field: ""}
+        yield self._added(item)
+        yield self._event(f"{kind}_{field}.delta", delta=arguments)
+        item[field] = arguments
+        yield self._event(f"{kind}_{field}.done", **{field: arguments})
+        yield self._done(item, "completed")
+
+    def _added(self, item: dict[str, Any]) -> Event:
+        self.items.append(item)
+        return self._item_event("added", item)
+
+    def _done(self, item: dict[str, Any], status: str) -> Event:
+        item["status"] = status
+        return self._item_event("done", item)
+
+    def _item_event(self, what: str, item: dict[str, Any]) -> Event:
+        return {
+            "type": f"response.output_item.{what}",
+            "output_index": len(self.items) - 1,
+            "item": json.loads(json.dumps(item)),
+        }
+
+    def _event(self, kind: str, **fields: Any) -> Event:
+        """An event about the newest item."""
+        where = {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1}
+        return {"type": f"response.{kind}", **where, **fields}
+
+
+def _identified(prefix: str) -> dict[str, Any]:
+    return {"id": f"{prefix}_{secrets.token_hex(16)}", "status": "in_progress"}
