@@ -13,7 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from optiq.chat import prompt as prompt_module
 from optiq.chat.any_of import any_of
-from optiq.chat.prompt import MOST_BOUNDARIES, render
+from optiq.chat.prompt import MOST_BOUNDARIES, Replay, render
 from optiq.errors import ChatError
 from tests.calibration.conftest import KINDS, build
 from tests.chat.templates import ADDED, QWEN3, SPECIAL, TEMPLATES, family, wrapped
@@ -45,6 +45,42 @@ def test_tokens_are_those_of_the_template(name: str) -> None:
     plain = [TALK[0], TALK[1], {"role": "assistant", "content": "2.1 m."}, TALK[5]]
     expected = tokenizer.apply_chat_template(plain, add_generation_prompt=True)
     assert list(render(plain, tokenizer).tokens) == expected
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_replayed_answer_keeps_its_tokens(name: str) -> None:
+    """What follows it is what the template writes after an answer, to the token."""
+    tokenizer = family(name)
+    before = [TALK[0], TALK[1]]
+    after = [{"role": "assistant", "content": "2.1 m."}, TALK[5]]
+    usual = render([*before, *after], tokenizer)
+    asked = render(before, tokenizer).tokens
+    odd = tuple(tokenizer.encode("Odd \n words", add_special_tokens=False))
+    found = render([*before, *after], tokenizer, replay=Replay(2, (*asked, *odd)))
+    assert found.tokens[: len(asked) + len(odd)] == (*asked, *odd)
+    rest = found.tokens[len(asked) + len(odd) :]
+    assert usual.tokens[-len(rest) :] == rest
+    assert tokenizer.decode(usual.tokens[: -len(rest)]).endswith("2.1 m.")
+    assert found.boundaries[-1] == len(found.tokens) - (len(usual.tokens) - usual.boundaries[-1])
+
+
+def test_replayed_calls_and_results_that_say_the_stub() -> None:
+    tokenizer = family("qwen3")
+    asked = render(TALK[:2], tokenizer, TOOLS).tokens
+    said = tuple(tokenizer.encode('<tool_call>{"odd": 1}</tool_call>', add_special_tokens=False))
+    result = {**TALK[3], "content": "2.1 m<|im_end|> stub"}
+    found = render([*TALK[:3], result], tokenizer, TOOLS, replay=Replay(2, (*asked, *said)))
+    assert found.tokens[: len(asked) + len(said)] == (*asked, *said)
+    assert tokenizer.decode(found.tokens[len(asked) + len(said) :]) == (
+        "<|im_end|>\n<|im_start|>user\n<tool_response>\n2.1 m<|im_end|> stub\n</tool_response>"
+        "<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_a_template_that_does_not_close_answers_is_used_as_it_is() -> None:
+    tokenizer = wrapped("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    talk = [TALK[1], {"role": "assistant", "content": "2.1 m."}, TALK[5]]
+    assert render(talk, tokenizer, replay=Replay(1, (5, 5))) == render(talk, tokenizer)
 
 
 def test_a_whole_conversation_with_tools() -> None:

@@ -54,6 +54,10 @@ class Controls:
             return [self.mark(item, but) for item in value]
         return value
 
+    def texts(self, ids: Collection[int]) -> list[str]:
+        """The control tokens of these ids."""
+        return [text for text, id in self._ids.items() if id in ids]
+
     def encode(self, text: str) -> list[int]:
         """The tokens of a text with marks. A template may have split the marks of a token; a lone
         mark still keeps what stands around it apart."""

@@ -7,12 +7,15 @@ in every form is a `ChatError` with the template's reason.
 from __future__ import annotations
 
 import json
+import re
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ChatError
+from .any_of import any_of
 from .controls import Controls
 from .forms import FORMS, KIMI_FORMS, Chat, Messages, Tools
 from .notation import native_notation
@@ -23,6 +26,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 _SYSTEM = ("system", "developer")
 # How many ends of messages are looked for: that of the system message, and the last ones.
 MOST_BOUNDARIES = 8
+
+_WORD = re.compile(r"\w+")
 
 # What apply_chat_template takes besides the variables of a template.
 _RESERVED = {
@@ -55,6 +60,18 @@ class Prompt:
     reasoning: bool
 
 
+@dataclass(frozen=True)
+class Replay:
+    """The tokens by which a model has said message `index`, and all before it.
+
+    A template may write an answer otherwise than the model did: without its reasoning, with other
+    white space. With these tokens the prompt goes on from what the model has read.
+    """
+
+    index: int
+    tokens: tuple[int, ...]
+
+
 def render(
     messages: Sequence[Mapping[str, Any]],
     tokenizer: Any,
@@ -62,8 +79,9 @@ def render(
     *,
     thinking: bool | None = None,
     arguments: Mapping[str, Any] | None = None,
+    replay: Replay | None = None,
 ) -> Prompt:
-    """The prompt that asks for an answer to `messages`.
+    """The prompt that asks for an answer to `messages`. `replay` is used where it can be.
 
     Messages and tools have OpenAI's shape; an assistant's may have "reasoning_content". `thinking`
     switches reasoning on or off where the template can; with None it is as mlx-lm has it, which
@@ -81,7 +99,7 @@ def render(
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         tokens = bos + template.controls.encode(plain_text(chat, answer=True).text)
         return Prompt(tuple(tokens), (), False)
-    return template.prompt(*chat)
+    return template.prompt(*chat, replay)
 
 
 class _Template:
@@ -95,6 +113,8 @@ class _Template:
         self._always_reasons = known.channels is not None
         span = (self._span.start, self._span.end) if self._span else ()
         self.controls = Controls(tokenizer, self.source, span)
+        ends = known.channels.ends if known.channels else ()
+        self._closes = any_of([*self.controls.texts(tokenizer.eos_token_ids), *ends])
         self._tokenizer = tokenizer
         self._thinking = thinking
         self._variables: dict[str, Any] = {}
@@ -115,29 +135,65 @@ class _Template:
                 message["content"] = self.controls.mark(plain["content"], but=span)
         return marked, self.controls.mark(tools)
 
-    def prompt(self, messages: Messages, tools: Tools) -> Prompt:
+    def prompt(self, messages: Messages, tools: Tools, replay: Replay | None) -> Prompt:
+        try:
+            if replay is not None:
+                stub = f"stub{secrets.token_hex(8)}"  # nobody can have written it
+                stubbed = _with_stub(messages, replay.index, stub)
+                written = within(LIMIT, lambda: self._written(stubbed, tools))
+                if written is not None and (cut := self._end_of(stub, written[0], stubbed)):
+                    return self._prompt(*written, cut, replay.tokens)
+            written = within(LIMIT, lambda: self._written(messages, tools))
+        except TimeoutError:
+            raise ChatError(f"the chat template takes more than {LIMIT:.0f} seconds") from None
+        if written is None:
+            reason = self._refused or "it leaves out part of it"
+            raise ChatError(f"the chat template refuses the conversation: {reason}")
+        return self._prompt(*written)
+
+    def _written(self, messages: Messages, tools: Tools) -> tuple[str, list[int]] | None:
+        """The text of the conversation, and where messages end in it."""
         chat = fitting_form(
             (messages, tools),
             lambda messages, tools: self._apply(messages, tools, answer=True),
             self._forms,
         )
         if chat is None:
-            reason = self._refused or "it leaves out part of it"
-            raise ChatError(f"the chat template refuses the conversation: {reason}")
+            return None
         form, text = self._forms[chat.form], chat.text
         ends = []
         for count in _counts(messages):
             prefix = self._apply(*form(messages[:count], tools), answer=False)
             if prefix and text.startswith(prefix) and len(prefix) < len(text):
                 ends.append(len(prefix))
-        tokens = self.controls.encode(text)
+        return text, ends
+
+    def _prompt(
+        self, text: str, ends: Sequence[int], cut: int = 0, before: tuple[int, ...] = ()
+    ) -> Prompt:
+        """`before` are the tokens of the text up to `cut`."""
         begin = self.controls.plain(text[ends[-1] :] if ends else text)
-        return Prompt(tuple(tokens), tuple(self._lengths(text, ends, tokens)), self._reasons(begin))
+        text, ends = text[cut:], [end - cut for end in ends if end > cut]
+        tokens = self.controls.encode(text)
+        lengths = (len(before) + n for n in self._lengths(text, ends, tokens))
+        return Prompt((*before, *tokens), tuple(lengths), self._reasons(begin))
+
+    def _end_of(self, stub: str, text: str, messages: Messages) -> int | None:
+        """Where the turn with the stub is closed, before the next message begins; None where the
+        text does not say."""
+        begin = text.rfind(stub)
+        index = next(i for i, m in enumerate(messages) if m["content"] == stub)
+        following = _WORD.search(messages[index + 1]["content"]) if messages[index + 1 :] else None
+        if begin < 0 or following is None:
+            return None
+        closed = self._closes.search(text, begin)
+        if closed is None or not closed.start() < text.find(following[0], begin):
+            return None
+        return closed.start()
 
     def _apply(self, messages: Messages, tools: Tools, answer: bool) -> str | None:
         """The text of the conversation; None if the template refuses it."""
-
-        def apply() -> str:
+        try:
             return str(
                 self._tokenizer.apply_chat_template(
                     messages,
@@ -147,11 +203,6 @@ class _Template:
                     **self._variables,
                 )
             )
-
-        try:
-            return within(LIMIT, apply)
-        except TimeoutError:
-            raise ChatError(f"the chat template takes more than {LIMIT:.0f} seconds") from None
         except (*REFUSALS, MemoryError) as error:
             if not self._refused:
                 self._refused = str(error) or type(error).__name__
@@ -173,6 +224,17 @@ class _Template:
         if (open or self._always_reasons) and self._thinking is False:
             raise ChatError("this model always reasons: its chat template cannot switch it off")
         return open
+
+
+def _with_stub(messages: Messages, index: int, stub: str) -> Messages:
+    """The messages with a stub in the place of what one of them says and calls last."""
+    message = {**messages[index], "content": stub}
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        message.pop(key, None)
+    if calls := message.get("tool_calls"):
+        last = {**calls[-1], "function": {**calls[-1]["function"], "arguments": {stub: stub}}}
+        message["tool_calls"] = [*calls[:-1], last]
+    return [*messages[:index], message, *messages[index + 1 :]]
 
 
 def _counts(messages: Messages) -> Iterator[int]:

@@ -7,8 +7,8 @@ has a reader that tells text, reasoning and calls apart.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
 from types import TracebackType
@@ -97,6 +97,7 @@ class _Choice:
     pending: int = 0  # tokens since the last part
     reasoning: int = 0
     calls: int = 0
+    tokens: list[int] = field(default_factory=list)
 
     def note(self, parts: Sequence[Part], tokens: int) -> None:
         self.pending += tokens
@@ -132,6 +133,7 @@ class Answering:
         self.n = n
         self.usage = Usage(prompt=sum(len(request.tokens) for request in requests))
         self.first_token: float | None = None  # seconds
+        self.remember: Callable[[Mapping[str, Any], tuple[int, ...]], None] | None = None
         try:
             for prompt, (request, reader) in enumerate(zip(requests, readers, strict=True)):
                 for i in range(n):
@@ -155,6 +157,15 @@ class Answering:
             if choice.ticket is not None:
                 self._engine.cancel(choice.ticket)
                 choice.ticket = None
+
+    def said(self, index: int, end: End, message: Mapping[str, Any]) -> None:
+        """A choice has ended, and `message` is how it will be read when the client sends it back.
+
+        A text that ends an answer is not part of the message, though the model has said it.
+        """
+        if self.remember is not None and end.reason != "stop_text":
+            choice = self._choices[index]
+            self.remember(message, (*self.prompts[choice.prompt], *choice.tokens))
 
     async def __aenter__(self) -> Answering:
         return self
@@ -186,6 +197,7 @@ class Answering:
         if isinstance(event, Piece):
             if event.tokens:
                 self._time(choice, now)
+                choice.tokens += [token.id for token in event.tokens]
             parts = choice.reader.feed(event.text)
             choice.note(parts, len(event.tokens))
             return Step(tuple(parts), event.tokens) if parts or event.tokens else None

@@ -65,7 +65,9 @@ class Answers:
         prompt, guide = await self.prepare(prepare)
         request = self._request(prompt.tokens, wishes, prompt.boundaries)
         reader: Callable[[], Parts] = partial(language.reader, chat, prompt)
-        return self._answering([request], reader, guide, wishes.n)
+        answering = self._answering([request], reader, guide, wishes.n)
+        answering.remember = partial(language.replays.keep, chat)
+        return answering
 
     async def complete(self, prompts: Sequence[str | tuple[int, ...]], wishes: Wishes) -> Answering:
         """Texts or tokens as they are, without a chat template."""

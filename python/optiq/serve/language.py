@@ -12,6 +12,7 @@ from ..errors import ChatError, RequestError, TooLongError
 from .asked import Chat
 from .engine.request import Guide
 from .grammar import AnswerForm, Grammars, Tool
+from .replays import Replays
 from .tokens import TokenBytes
 
 # Most tokens of reasoning for an effort that the chat template does not know by name.
@@ -29,6 +30,7 @@ class Language:
         self._grammars = Grammars(tokenizer, self._notation, vocabulary)
         self.tokens = TokenBytes(tokenizer)
         template = tokenizer.chat_template
+        self.replays = Replays()
         self._knows_effort = isinstance(template, str) and "reasoning_effort" in template
 
     @property
@@ -57,6 +59,7 @@ class Language:
                 [dict(tool) for tool in chat.tools] or None,
                 thinking=chat.thinking.on,
                 arguments=arguments,
+                replay=self.replays.find(chat),
             )
         except ChatError as error:
             raise RequestError(str(error), "messages") from error

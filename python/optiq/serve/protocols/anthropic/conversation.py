@@ -97,6 +97,13 @@ class Conversation:
         }
 
 
+def read_answer(secret: bytes, content: list[dict[str, Any]]) -> dict[str, Any]:
+    """An answer of ours, as it is read when it comes back."""
+    read = Conversation(secret)
+    read.add(Fields({"role": "assistant", "content": content}))
+    return read.messages[0]
+
+
 def conversation(body: Fields, secret: bytes) -> Chat:
     """The conversation, for an answer or to be counted."""
     body.required("messages")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..problems import Problem
 from ..protocol import Service, named_event
 from ..signature import sign
 from .blocks import Blocks
-from .conversation import conversation
+from .conversation import conversation, read_answer
 from .dialect import DIALECT
 
 MAX_STOPS = 64
@@ -58,6 +58,7 @@ async def messages(service: Service, body: Fields, client: str) -> MessageReply:
         blocks=Blocks(partial(sign, service.secret, carry=hidden), frozenset(eager), hidden),
         max_tokens=wanted.max_tokens,
         caches=service.caching and _wants_cache(body.values),
+        read_back=partial(read_answer, service.secret),
     )
 
 
@@ -96,7 +97,9 @@ class MessageReply:
         blocks: Blocks,
         max_tokens: int | None,
         caches: bool,
+        read_back: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
     ) -> None:
+        self._read_back = read_back
         self.stream = stream
         self.answering = answering
         self._blocks = blocks
@@ -120,6 +123,7 @@ class MessageReply:
         for _ in self._blocks.close():
             pass
         assert end is not None
+        self._said(end)
         return {
             **self._message,
             "content": self._blocks.content,
@@ -152,9 +156,14 @@ class MessageReply:
             if isinstance(event, End):
                 for written in self._blocks.close():
                     yield named_event(written)
+                self._said(event)
                 delta, usage = self._ending(event), self._usage(event.usage)
                 yield named_event({"type": "message_delta", "delta": delta, "usage": usage})
         yield named_event({"type": "message_stop"})
+
+    def _said(self, end: End) -> None:
+        if self._blocks.content:  # else it cannot come back
+            self.answering.said(0, end, self._read_back(self._blocks.content))
 
     def error_event(self, problem: Problem, request_id: str) -> str:
         return named_event(DIALECT.error(problem, request_id))

@@ -16,7 +16,7 @@ from ...usage import Usage
 from ..fields import Fields
 from ..problems import Problem
 from ..protocol import Service
-from .conversation import conversation
+from .conversation import conversation, read_message
 from .dialect import DIALECT, DONE, data
 from .logprobs import chat_logprobs
 from .wishes import wants_usage, wishes
@@ -125,6 +125,7 @@ class ChatReply:
                 message.tokens.extend(event.tokens)
             elif isinstance(event, End):
                 message.finish = FINISH[event.reason]
+                self._said(choice, event, message)
         return {
             **self._head,
             "object": "chat.completion",
@@ -143,19 +144,26 @@ class ChatReply:
     async def events(self) -> AsyncIterator[str]:
         for choice in range(self.answering.n):
             yield self._chunk(choice, {"role": "assistant", "content": "", "refusal": None})
+        messages = [_Message() for _ in range(self.answering.n)]
         async for choice, event in self.answering:
             tokens = event.tokens if isinstance(event, Step) else ()
             if isinstance(event, Step | End):
+                messages[choice].add(event.parts)
                 for delta in _deltas(event.parts):
                     yield self._chunk(choice, delta, tokens)
                     tokens = ()
             if tokens and self._names is not None:  # of text that is held back
                 yield self._chunk(choice, {}, tokens)
             if isinstance(event, End):
+                self._said(choice, event, messages[choice])
                 yield self._chunk(choice, {}, finish=FINISH[event.reason])
         if self._include_usage:
             yield data(self._body([], usage(self.answering.usage)))
         yield DONE
+
+    def _said(self, choice: int, end: End, message: _Message) -> None:
+        if message.content or message.complete:  # else it cannot come back
+            self.answering.said(choice, end, read_message(Fields(message.message()), {}))
 
     def error_event(self, problem: Problem, request_id: str) -> str:
         return DIALECT.error_event(problem, request_id)

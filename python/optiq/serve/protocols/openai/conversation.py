@@ -36,13 +36,13 @@ def conversation(body: Fields) -> Chat:
 def _messages(body: Fields) -> tuple[dict[str, Any], ...]:
     body.required("messages")
     called: dict[str, str] = {}  # names of functions by the id of the call
-    found = [_message(message, called) for message in body.objects("messages", MAX_MESSAGES)]
+    found = [read_message(message, called) for message in body.objects("messages", MAX_MESSAGES)]
     if not found:
         raise body.wrong("messages", "is empty; give at least one message")
     return tuple(found)
 
 
-def _message(message: Fields, called: dict[str, str]) -> dict[str, Any]:
+def read_message(message: Fields, called: dict[str, str]) -> dict[str, Any]:
     message.required("role")
     role = message.one_of("role", ROLES, "user")
     read: dict[str, Any] = {"role": role, "content": _content(message)}

@@ -128,6 +128,13 @@ class Messages:
         self.messages.append(message)
 
 
+def read_answer(secret: bytes, items: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """An answer of ours, as it is read when it comes back."""
+    read = Messages(secret)
+    read.read(items)
+    return read.messages[0]
+
+
 def _arguments(item: Fields) -> dict[str, Any]:
     try:
         arguments = json.loads(item.text("arguments") or "{}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from ..problems import Problem
 from ..protocol import Service, named_event
 from ..signature import sign
 from ..store import Item
-from .items import Messages, given_items
+from .items import Messages, given_items, read_answer
 from .output import Event, Output
 from .tools import Offer, offer
 
@@ -86,6 +86,7 @@ async def respond(service: Service, body: Fields, client: str) -> ResponseReply:
         ),
         names=service.answers.language.tokens if top is not None else None,
         keep=partial(service.store.keep, before=asked.items) if store else None,
+        read_back=partial(read_answer, service.secret),
     )
 
 
@@ -190,8 +191,10 @@ class ResponseReply:
         head: Mapping[str, Any],
         output: Output,
         names: TokenBytes | None,
-        keep: Any,
+        keep: Callable[[Mapping[str, Any]], None] | None,
+        read_back: Callable[[Sequence[Item]], Mapping[str, Any]],
     ) -> None:
+        self._read_back = read_back
         self.stream, self.answering = stream, answering
         self._head, self._output = head, output
         self._names, self._keep = names, keep
@@ -238,6 +241,8 @@ class ResponseReply:
         events = list(self._output.close(status))
         details = {"reason": "max_output_tokens"} if cut else None
         response = self._response(status, incomplete_details=details, usage=_usage(end.usage))
+        if self._output.items:  # else it cannot come back
+            self.answering.said(0, end, self._read_back(self._output.items))
         if self._keep is not None:
             self._keep(response)
         return [*events, {"type": f"response.{status}", "response": response}]
