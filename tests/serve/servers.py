@@ -25,7 +25,7 @@ from optiq.serve.engine.request import Request
 from optiq.serve.models import Models
 from optiq.serve.opening import Opened, open_model
 from optiq.serve.options import Options
-from optiq.serve.server import Server, bind
+from optiq.serve.server import Server, bind, open_python
 from tests.serve.scripted import ScriptedEngine, ScriptedModel
 from tests.tiny import CHAT_TEMPLATE, EOS, write_tokenizer
 
@@ -198,8 +198,8 @@ class Recorded:
 @contextmanager
 def served(opened: Opened, options: Options) -> Iterator[Asked]:
     opened = replace(opened, engine=Recorded(opened.engine))  # type: ignore[arg-type]
-    with bind(options) as bound:
-        server = Server(opened, bound, options)
+    with bind(options) as bound, open_python(options) as python:
+        server = Server(opened, bound, options, python)
     with server:
         asked = Asked(server, opened.engine, opened.tokenizer)
         try:
@@ -223,8 +223,8 @@ def doubled(tokenizer: Any = None, **options: Any) -> Iterator[Asked]:
 
 
 @contextmanager
-def scripted(tokenizer: Any = None, **options: Any) -> Iterator[Asked]:
+def scripted(tokenizer: Any = None, context: int = 512, **options: Any) -> Iterator[Asked]:
     """A server around the engine, with a model that follows the script."""
     tokenizer, read = tokenizer or tiny_tokenizer(), read_options(options)
-    with served(open_model((ScriptedModel(tokenizer), tokenizer), read), read) as asked:
+    with served(open_model((ScriptedModel(tokenizer, context), tokenizer), read), read) as asked:
         yield asked

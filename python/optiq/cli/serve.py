@@ -83,6 +83,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="most that DIR may hold (default: 8GB)",
     )
     parser.add_argument(
+        "--tools",
+        action="append",
+        default=[],
+        choices=["python"],
+        help="what the server runs for requests that ask for it: python, in the sandbox",
+    )
+    parser.add_argument(
+        "--sandbox-packages",
+        metavar="NAMES",
+        help="packages that this Python may import, separated by commas (default: numpy, pandas "
+        "and matplotlib, if installed)",
+    )
+    parser.add_argument(
         "--drain",
         type=float,
         default=30.0,
@@ -119,6 +132,8 @@ def run(args: argparse.Namespace) -> int:
         prefix_cache=args.prefix_cache,
         prefix_cache_bytes=_bytes("--prefix-cache-bytes", args.prefix_cache_bytes) or 0,
         drain=args.drain,
+        tools=tuple(args.tools),
+        sandbox_packages=packages(args.sandbox_packages),
         show=show,
     )
     return 0
@@ -134,6 +149,11 @@ def _bytes(option: str, text: str | None) -> int | None:
     if nbytes is None:
         raise UsageError(f"{option} {text} is not a number of bytes; write 12GB or 512MiB")
     return int(nbytes)
+
+
+def packages(names: str | None) -> tuple[str, ...] | None:
+    """Names that are separated by commas."""
+    return None if names is None else tuple(filter(None, (n.strip() for n in names.split(","))))
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ has a reader that tells text, reasoning and calls apart.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
@@ -19,6 +19,7 @@ from ..errors import OverloadedError
 from .courier import Courier
 from .engine.request import Event, Failed, Finished, Guide, Piece, Reading, Request, Token
 from .metrics import Metrics
+from .runs import Ran, Running
 from .usage import Usage
 
 Heard = tuple[int, Event, float]  # choice, what happened to it, perf_counter()
@@ -83,6 +84,33 @@ class End:
     reason: Literal["stop", "stop_text", "length", "calls"]
     usage: Usage
     stop: str | None = None
+
+
+Happening = Progress | Step | End | Running | Ran
+
+
+class Happenings(Protocol):
+    """What replies need of an answer: `Answering` itself, or the rounds of one with a tool."""
+
+    n: int
+
+    @property
+    def prompts(self) -> Sequence[tuple[int, ...]]: ...
+    @property
+    def boundaries(self) -> Sequence[int]: ...
+    @property
+    def usage(self) -> Usage: ...
+    @property
+    def first_token(self) -> float | None: ...
+    def said(self, index: int, end: End, message: Mapping[str, Any]) -> None: ...
+    async def __aenter__(self) -> Happenings: ...
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+    def __aiter__(self) -> AsyncIterator[tuple[int, Happening]]: ...
 
 
 @dataclass

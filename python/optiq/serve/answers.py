@@ -18,6 +18,8 @@ from .courier import Courier
 from .engine.request import Guide, Request
 from .language import Language
 from .metrics import Metrics
+from .tools.python import Python
+from .tools.rounds import Rounds
 
 PREPARING_THREADS = 2
 MAX_PREPARING = 64  # requests that wait for a thread, or have one
@@ -38,12 +40,13 @@ class Answers:
         answer_tokens: int,
         deadline: float,
         preparing: float,
+        python: Python | None = None,
     ) -> None:
-        """An answer may take `deadline` seconds, and what comes before it `preparing`.
-
-        Without a limit of its own it ends after `answer_tokens`.
+        """With `python` the server runs what the model writes. An answer may take `deadline`
+        seconds, and what comes before it `preparing`. Without a limit of its own it ends after
+        `answer_tokens`.
         """
-        self.engine, self.language = engine, language
+        self.engine, self.language, self.python = engine, language, python
         self._metrics = metrics
         self._answer_tokens = answer_tokens
         self._deadline, self._preparing = deadline, preparing
@@ -54,8 +57,17 @@ class Answers:
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def chat(self, chat: Chat, wishes: Wishes) -> Answering:
+    async def chat(self, chat: Chat, wishes: Wishes) -> Answering | Rounds:
         """Raises RequestError, TooLongError, OverloadedError, DeadlineError."""
+        if chat.interpreter is None or self.python is None:
+            return await self._chat(chat, wishes)
+        if wishes.n > 1:
+            raise RequestError("one answer at a time can run Python; leave 'n' out", "n")
+        container = self.python.open(chat.interpreter)
+        first = await self._chat(chat, wishes)
+        return Rounds(self._chat, self.python, container, chat, wishes, first)
+
+    async def _chat(self, chat: Chat, wishes: Wishes) -> Answering:
         language = self.language
 
         def prepare() -> tuple[Any, Callable[[], Guide] | None]:

@@ -33,12 +33,24 @@ class Thinking:
 
 
 @dataclass(frozen=True)
+class Interpreter:
+    """The Python that the server runs for the model: in which container, with which new files,
+    and how many programs at most. Without a `container` the last of those `seen` goes on that is
+    still there, or else a new one begins."""
+
+    container: str | None = None
+    seen: tuple[str, ...] = ()
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    most_calls: int = 16
+
+
+@dataclass(frozen=True)
 class Chat:
     """A conversation, the tools on offer, and the form of the answer.
 
     `messages` and `tools` have OpenAI's shape, with the arguments of calls as objects.
     `tool_choice` is "auto", "none", "required" or the name of a tool. `arguments` are for the chat
-    template.
+    template. With an `interpreter` the model may run Python, beside the `tools`.
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -48,6 +60,7 @@ class Chat:
     form: Form = Form()
     thinking: Thinking = Thinking()
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    interpreter: Interpreter | None = None
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ class ServeFields(TypedDict, total=False):
     idle_seconds: float
     preparing_seconds: float
     ping_seconds: float
+    tools: tuple[str, ...]
+    sandbox_packages: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,9 @@ class Options:
     A body may have `body_bytes` and take `body_seconds` to arrive, headers `idle_seconds`, and
     rendering a conversation `preparing_seconds`. `ping_seconds` is how often a silent stream shows
     that it is alive.
+
+    `tools` are what the server runs itself for requests that ask for it: "python", in the sandbox,
+    with `sandbox_packages` to import (by default numpy, pandas and matplotlib, if installed).
     """
 
     host: str = "127.0.0.1"
@@ -80,6 +85,8 @@ class Options:
     idle_seconds: float = 30.0
     preparing_seconds: float = 30.0
     ping_seconds: float = 10.0
+    tools: tuple[str, ...] = ()
+    sandbox_packages: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -88,6 +95,9 @@ class Options:
                 raise UsageError(f"{f.name} is {value}; give at least {_AT_LEAST[f.name]:g}")
         if self.port > 65535:
             raise UsageError(f"port is {self.port}; give at most 65535")
+        for tool in self.tools:
+            if tool != "python":
+                raise UsageError(f"there is no tool {tool!r} to run; --tools takes python")
         if not self.api_keys and not self.loopback:
             raise UsageError(
                 f"{self.host} can be reached from other machines, so the server needs a key: "

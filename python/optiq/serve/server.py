@@ -18,6 +18,7 @@ from ..errors import ServeError, UsageError
 from ..kv import KVConfig
 from .opening import Opened, check_libraries, open_model
 from .options import Options, ServeFields
+from .tools.python import Python, open_tool
 
 if TYPE_CHECKING:
     import uvicorn
@@ -42,7 +43,8 @@ def serve(
     fields of `serve.options.Options`, such as `port=8080`. When it is told to stop, answers have
     `drain` seconds to finish; told again, none. `show` is called when it is ready.
 
-    Raises UsageError, SourceError, KVError and ServeError, before anything is served.
+    Raises UsageError, SourceError, KVError, ServeError, and SandboxUnavailable with
+    `tools=("python",)`, before anything is served.
     """
     with Server.open(model, kv=kv, revision=revision, **options) as server:
         show(server)
@@ -72,10 +74,17 @@ class Server:
         """Take the port, then load the model. Raises as `serve` does."""
         check_libraries()
         read = Options(**options)
-        with bind(read) as bound:
-            return cls(open_model(model, read, kv=kv, revision=revision), bound, read)
+        with bind(read) as bound, open_python(read) as python:
+            opened = open_model(model, read, kv=kv, revision=revision)
+            return cls(opened, bound, read, python)
 
-    def __init__(self, opened: Opened, bound: socket.socket, options: Options) -> None:
+    def __init__(
+        self,
+        opened: Opened,
+        bound: socket.socket,
+        options: Options,
+        python: Python | None = None,
+    ) -> None:
         import uvicorn
 
         from .answers import Answers
@@ -96,7 +105,9 @@ class Server:
             answer_tokens=options.answer_tokens,
             deadline=options.deadline,
             preparing=options.preparing_seconds,
+            python=python,
         )
+        self._python = python
         # Made from the weights, so that reasoning signed before a restart is still known.
         secret = sha256(b"optiq reasoning " + opened.identity.encode()).digest()
         self._state = State(lambda: self._engine.ready)
@@ -155,6 +166,8 @@ class Server:
         if self._thread.is_alive():
             self._thread.join()
         self._answers.close()
+        if self._python is not None:
+            self._python.close()
         if self._prefix is not None:
             self._prefix.close()
         self._socket.close()
@@ -210,6 +223,18 @@ def bind(options: Options) -> Iterator[socket.socket]:
         yield bound
     except BaseException:
         bound.close()
+        raise
+
+
+@contextmanager
+def open_python(options: Options) -> Iterator[Python | None]:
+    """The sandbox, before the model is loaded; closed where that fails."""
+    python = open_tool(options.sandbox_packages) if "python" in options.tools else None
+    try:
+        yield python
+    except BaseException:
+        if python is not None:
+            python.close()
         raise
 
 

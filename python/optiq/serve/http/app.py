@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from inspect import isawaitable
 from time import perf_counter
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..protocols import anthropic, openai, responses
 from ..protocols.fields import read_json
 from ..protocols.problems import Problem, Refusal, problem
 from ..protocols.protocol import Dialect, Endpoint, Reply, Service
+from ..tools.python import Python
 from . import log
 from .body import Bodies, ClientGone
 from .guard import Guard
@@ -37,7 +39,12 @@ POSTED: dict[str, tuple[Endpoint, Dialect]] = {
     "/v1/messages/count_tokens": (anthropic.count_tokens, anthropic.DIALECT),
 }
 
+# A file that a model's program has written is never shown as a page of this server's.
+FILE_HEADERS = {"content-disposition": "attachment", "x-content-type-options": "nosniff"}
 EVENT_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+Found = dict[str, Any] | Response
 
 
 class State:
@@ -234,13 +241,17 @@ class Got:
     """A path that is read, and perhaps deleted."""
 
     def __init__(
-        self, work: Callable[[Scope], dict[str, Any] | Response], methods: Sequence[str]
+        self,
+        work: Callable[[Scope], Found | Awaitable[Found]],
+        methods: Sequence[str] = ("GET", "HEAD"),
     ) -> None:
         self._work, self._methods = work, methods
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         _check_method(scope, *self._methods)
         found = self._work(scope)
+        if isawaitable(found):
+            found = await found
         if isinstance(found, Response):
             await found(scope, receive, send)
         else:
@@ -255,6 +266,12 @@ async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
     elif path.startswith("/v1/v1/"):
         hint = "; the base URL of Anthropic's clients ends before /v1"
     raise Refusal(404, "not_found", f"there is nothing at {path!r}{hint}")
+
+
+def _python(service: Service) -> Python:
+    if service.answers.python is None:
+        raise Refusal(404, "not_found", "this server runs no Python; start it with --tools python")
+    return service.answers.python
 
 
 def _check_method(scope: Scope, *methods: str) -> None:
@@ -291,14 +308,27 @@ def make_app(service: Service, options: Options, metrics: Metrics, state: State)
             return {"id": identity, "object": "response", "deleted": True}
         return dict(service.store.find(identity).response)
 
-    got: dict[str, Callable[[Scope], dict[str, Any] | Response]] = {
+    async def files(scope: Scope) -> dict[str, Any]:
+        container = scope["path_params"]["id"]
+        found = await _python(service).files(container)
+        listed = [{"name": name, "bytes": size} for name, size in sorted(found.items())]
+        return {"object": "list", "data": listed, "has_more": False}
+
+    async def file(scope: Scope) -> Response:
+        named = scope["path_params"]
+        data = await _python(service).read(named["id"], named["name"])
+        return Response(data, media_type="application/octet-stream", headers=FILE_HEADERS)
+
+    got: dict[str, Callable[[Scope], Found | Awaitable[Found]]] = {
         "/health": health,
         "/ready": ready,
         "/metrics": counts,
         "/v1/models": models,
         "/v1/models/{name:path}": model,
+        "/v1/containers/{id}/files": files,
+        "/v1/containers/{id}/files/{name:path}/content": file,
     }
-    routes = [Route(path, Got(work, ("GET", "HEAD"))) for path, work in got.items()]
+    routes = [Route(path, Got(work)) for path, work in got.items()]
     for path, (endpoint, dialect) in POSTED.items():
         app = Posted(endpoint, dialect, service, bodies, metrics, state, options.ping_seconds)
         routes.append(Route(path, app))

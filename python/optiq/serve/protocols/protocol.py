@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ..answering import Answering
+from ..answering import Happenings
 from ..answers import Answers
 from ..models import Models
 from .fields import Fields
@@ -35,7 +35,7 @@ class Reply(Protocol):
     @property
     def stream(self) -> bool: ...
     @property
-    def answering(self) -> Answering: ...
+    def answering(self) -> Happenings: ...
     async def whole(self) -> dict[str, Any]:
         """The response, when all answers are complete."""
         ...

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ....chat.parts import CallArguments, CallEnd, CallStart, Part, Reasoning, Text
+from ...runs import Ran, Running
 
 Event = dict[str, Any]
 
@@ -61,6 +62,37 @@ class Blocks:
             yield self._delta({"type": "signature_delta", "signature": self._open["signature"]})
         yield {"type": "content_block_stop", "index": len(self._blocks) - 1}
         self._open = None
+
+    def program(self, event: Running | Ran) -> Iterator[Event]:
+        """A program of the model's begins, or has ended."""
+        if isinstance(event, Running):
+            use = {
+                "type": "server_tool_use",
+                "id": f"srvtoolu_{event.id}",
+                "name": "code_execution",
+                "input": {"code": event.code},
+                "caller": {"type": "direct"},
+            }
+            yield from self._start(use, {**use, "input": {}})
+            written = json.dumps(use["input"])
+            yield self._delta({"type": "input_json_delta", "partial_json": written})
+        else:
+            files = [{"type": "code_execution_output", "file_id": name} for name in event.files]
+            yield from self._start(
+                {
+                    "type": "code_execution_tool_result",
+                    "tool_use_id": f"srvtoolu_{event.id}",
+                    "caller": {"type": "direct"},
+                    "content": {
+                        "type": "code_execution_result",
+                        "stdout": event.stdout,
+                        "stderr": event.stderr,
+                        "return_code": 1 if event.failed else 0,
+                        "content": files,
+                    },
+                }
+            )
+        yield from self.close()
 
     def _text(self, text: str) -> Iterator[Event]:
         self._call = None

@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...asked import Chat, Form, Thinking
+from ...asked import Chat, Form, Interpreter, Thinking
+from ...runs import told
+from ...tools.rounds import turns
 from ..fields import Fields
+from ..interpreter import interpreter, with_python
 from ..openai.conversation import MAX_MESSAGES, MAX_TOOLS, function_tool
 from ..signature import verified
 
@@ -63,7 +66,11 @@ class Conversation:
         return {"role": "tool", "tool_call_id": identity, "name": name, "content": content}
 
     def _assistant(self, message: Fields) -> None:
-        texts, reasoning, calls = [], [], []
+        texts: list[str] = []
+        reasoning: list[str] = []
+        calls: list[dict[str, Any]] = []
+        runs: dict[str, str] = {}  # programs that the server has run, by their ids
+        ran = False
         for block in _blocks(message, "content"):
             sort = block.text("type")
             if sort == "thinking":
@@ -73,8 +80,18 @@ class Conversation:
                 reasoning += [ours] if ours else []
             elif sort == "tool_use":
                 calls.append(self._call(block))
+            elif sort == "server_tool_use":
+                given = block.object("input")
+                runs[block.text("id") or ""] = (given.text("code") if given else "") or ""
+            elif sort == "code_execution_tool_result":
+                code = runs.pop(block.text("tool_use_id") or "", "")
+                run = [("", code, _told(block))]
+                self.messages += turns("\n".join(texts), "\n".join(reasoning), run)
+                texts, reasoning, ran = [], [], True
             elif sort != "redacted_thinking":  # that of another model, which only it can read
                 texts.append(_text(block))
+        if ran and not (texts or reasoning or calls):
+            return
         read: dict[str, Any] = {"role": "assistant", "content": "\n".join(texts)}
         if reasoning:
             read["reasoning_content"] = "\n".join(reasoning)
@@ -101,11 +118,19 @@ def read_answer(secret: bytes, content: list[dict[str, Any]]) -> dict[str, Any]:
     """An answer of ours, as it is read when it comes back."""
     read = Conversation(secret)
     read.add(Fields({"role": "assistant", "content": content}))
-    return read.messages[0]
+    return read.messages[-1]
 
 
-def conversation(body: Fields, secret: bytes) -> Chat:
-    """The conversation, for an answer or to be counted."""
+def _told(block: Fields) -> str:
+    """What the model was told of a program."""
+    content = block.object("content")
+    if content is None:
+        return told("", "")
+    return told(content.text("stdout") or "", content.text("stderr") or "")
+
+
+def conversation(body: Fields, secret: bytes, python: bool = False) -> Chat:
+    """The conversation, for an answer or to be counted. `python`: the server has Python."""
     body.required("messages")
     read = Conversation(secret)
     if "system" in body:
@@ -122,18 +147,26 @@ def conversation(body: Fields, secret: bytes) -> Chat:
             "ends with an assistant's turn; answers that begin with given text "
             "cannot be made, so end with the user's",
         )
-    tools = tuple(_tool(tool) for tool in body.objects("tools", MAX_TOOLS))
+    runs: Interpreter | None = None
+    tools: list[dict[str, Any]] = []
+    for tool in body.objects("tools", MAX_TOOLS):
+        if python and (tool.text("type") or "").startswith("code_execution_"):
+            runs = interpreter(tool, body.text("container"), (), tool.integer("max_uses", 1))
+            with_python(tools, tool)
+        else:
+            tools.append(_tool(tool))
     names = [tool["function"]["name"] for tool in tools]
     if len(set(names)) != len(names):
         raise body.wrong("tools", "has two tools of one name")
     choice, parallel = _tool_choice(body, names)
     return Chat(
         messages=tuple(read.messages),
-        tools=tools,
+        tools=tuple(tools),
         tool_choice=choice,
         parallel=parallel,
         form=_form(body),
         thinking=_thinking(body),
+        interpreter=runs,
     )
 
 
@@ -176,7 +209,10 @@ def _without_billing(text: str) -> str:
 
 def _tool(tool: Fields) -> dict[str, Any]:
     if tool.text("type", "custom") != "custom":
-        raise tool.wrong("type", "must be 'custom'; tools that run on the server are not offered")
+        raise tool.wrong(
+            "type",
+            "must be 'custom', or 'code_execution_...' where the server runs with --tools python",
+        )
     tool.required("input_schema")
     return function_tool(tool, "input_schema", strict=tool.flag("strict"), name=tool.text("name"))
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
+from datetime import datetime, timedelta, timezone
 from functools import partial
 from typing import Any
 
-from ...answering import Answering, End, Progress, Step
+from ...answering import End, Happenings, Progress, Step
 from ...asked import Wishes
 from ...engine.request import Sampling
+from ...runs import Ran, Running
+from ...tools.python import IDLE_SECONDS
 from ...usage import Usage
 from ..fields import Fields
 from ..problems import Problem
@@ -32,17 +35,23 @@ _REFUSED: dict[str, tuple[object, ...]] = {
 
 async def count_tokens(service: Service, body: Fields, client: str) -> dict[str, Any]:
     service.models.find(body.text("model"))
-    return {"input_tokens": await service.answers.count(conversation(body, service.secret))}
+    return {
+        "input_tokens": await service.answers.count(
+            conversation(body, service.secret, service.answers.python is not None)
+        )
+    }
 
 
 async def messages(service: Service, body: Fields, client: str) -> MessageReply:
     body.required("model")
     model = service.models.find(body.text("model"))
     for name, harmless in _REFUSED.items():
+        if name == "container" and service.answers.python is not None:
+            continue
         if name in body and body.values[name] not in harmless:
             raise body.wrong(name, "cannot be honoured by this server")
     wanted = _wishes(body, client)
-    asked = conversation(body, service.secret)
+    asked = conversation(body, service.secret, service.answers.python is not None)
     stream = body.flag("stream")
     thinking = body.object("thinking")
     hidden = thinking is not None and thinking.text("display") == "omitted"
@@ -92,7 +101,7 @@ class MessageReply:
         self,
         *,
         stream: bool,
-        answering: Answering,
+        answering: Happenings,
         model: str,
         blocks: Blocks,
         max_tokens: int | None,
@@ -100,6 +109,7 @@ class MessageReply:
         read_back: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
     ) -> None:
         self._read_back = read_back
+        self._container: str | None = None  # in which programs ran
         self.stream = stream
         self.answering = answering
         self._blocks = blocks
@@ -115,6 +125,10 @@ class MessageReply:
     async def whole(self) -> dict[str, Any]:
         end: End | None = None
         async for _, event in self.answering:
+            if isinstance(event, Running | Ran):
+                self._container = event.container
+                for _ in self._blocks.program(event):
+                    pass
             if isinstance(event, Step | End):
                 for part in event.parts:
                     for _ in self._blocks.add(part):
@@ -149,6 +163,10 @@ class MessageReply:
                         "message": {**self._message, **message, "usage": usage},
                     }
                 )
+            if isinstance(event, Running | Ran):
+                self._container = event.container
+                for written in self._blocks.program(event):
+                    yield named_event(written)
             if isinstance(event, Step | End):
                 for part in event.parts:
                     for written in self._blocks.add(part):
@@ -173,7 +191,12 @@ class MessageReply:
         reason = reasons.get(end.reason, "max_tokens")
         if end.reason == "length" and end.usage.generated < (self._max_tokens or 0):
             reason = "model_context_window_exceeded"
-        return {"stop_reason": reason, "stop_sequence": end.stop}
+        ending: dict[str, Any] = {"stop_reason": reason, "stop_sequence": end.stop}
+        if self._container is not None:
+            until = datetime.now(timezone.utc) + timedelta(seconds=IDLE_SECONDS)
+            expires = until.strftime("%Y-%m-%dT%H:%M:%SZ")
+            ending["container"] = {"id": self._container, "expires_at": expires}
+        return ending
 
     def _usage(self, usage: Usage) -> dict[str, Any]:
         """Tokens read from the cache, those that are new in it, and the rest."""

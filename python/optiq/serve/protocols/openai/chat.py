@@ -9,14 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ....chat.parts import CallArguments, CallEnd, CallStart, Part, Reasoning, Text
-from ...answering import Answering, End, Step
+from ...answering import End, Happenings, Step
 from ...engine.request import MAX_TOP_LOGPROBS, Token
+from ...runs import Ran, Running
 from ...tokens import TokenBytes
 from ...usage import Usage
 from ..fields import Fields
+from ..interpreter import pictures, written_files
 from ..problems import Problem
 from ..protocol import Service
-from .conversation import conversation, read_message
+from .conversation import conversation, read_turns
 from .dialect import DIALECT, DONE, data
 from .logprobs import chat_logprobs
 from .wishes import wants_usage, wishes
@@ -27,7 +29,7 @@ FINISH = {"stop": "stop", "stop_text": "stop", "length": "length", "calls": "too
 async def chat(service: Service, body: Fields, client: str) -> ChatReply:
     model, fingerprint = service.models.find(body.text("model")), service.models.fingerprint
     top = _top_logprobs(body)
-    asked = conversation(body)
+    asked = conversation(body, service.answers.python is not None)
     wanted = wishes(body, client, top_logprobs=top)
     stream, usage = body.flag("stream"), wants_usage(body)
     return ChatReply(
@@ -56,7 +58,32 @@ class _Message:
     calls: dict[int, dict[str, Any]] = field(default_factory=dict)
     complete: set[int] = field(default_factory=set)
     tokens: list[Token] = field(default_factory=list)
+    runs: list[dict[str, Any]] = field(default_factory=list)  # programs that the server has run
     finish: str = ""
+
+    def program(self, event: Running | Ran) -> dict[str, Any]:
+        """A program begins, or has ended; returns what is new of it."""
+        new: dict[str, Any]
+        if isinstance(event, Running):
+            new = {
+                "id": event.id,
+                "container_id": event.container,
+                "code": event.code,
+                "content_offset": len(self.content),
+                "reasoning_offset": len(self.reasoning),
+                "status": "interpreting",
+            }
+            self.runs.append({})
+        else:
+            logs = {"type": "logs", "logs": event.text}
+            images = [{"type": "image", "url": url} for url in pictures(event)]
+            new = {
+                "status": "failed" if event.failed else "completed",
+                "outputs": [logs, *images],
+                "files": written_files(event),
+            }
+        self.runs[-1] |= new
+        return {"index": len(self.runs) - 1, **new}
 
     def add(self, parts: Sequence[Part]) -> None:
         for part in parts:
@@ -80,6 +107,7 @@ class _Message:
             "refusal": None,
             **({"reasoning_content": self.reasoning} if self.reasoning else {}),
             **({"tool_calls": calls} if calls else {}),
+            **({"code_interpreter_calls": self.runs} if self.runs else {}),
         }
 
 
@@ -98,7 +126,7 @@ class ChatReply:
         self,
         *,
         stream: bool,
-        answering: Answering,
+        answering: Happenings,
         model: str,
         fingerprint: str,
         names: TokenBytes | None,
@@ -121,6 +149,8 @@ class ChatReply:
             message = messages[choice]
             if isinstance(event, Step | End):
                 message.add(event.parts)
+            if isinstance(event, Running | Ran):
+                message.program(event)
             if isinstance(event, Step):
                 message.tokens.extend(event.tokens)
             elif isinstance(event, End):
@@ -147,6 +177,9 @@ class ChatReply:
         messages = [_Message() for _ in range(self.answering.n)]
         async for choice, event in self.answering:
             tokens = event.tokens if isinstance(event, Step) else ()
+            if isinstance(event, Running | Ran):
+                run = messages[choice].program(event)
+                yield self._chunk(choice, {"code_interpreter_calls": [run]})
             if isinstance(event, Step | End):
                 messages[choice].add(event.parts)
                 for delta in _deltas(event.parts):
@@ -163,7 +196,7 @@ class ChatReply:
 
     def _said(self, choice: int, end: End, message: _Message) -> None:
         if message.content or message.complete:  # else it cannot come back
-            self.answering.said(choice, end, read_message(Fields(message.message()), {}))
+            self.answering.said(choice, end, read_turns(Fields(message.message()), {})[-1])
 
     def error_event(self, problem: Problem, request_id: str) -> str:
         return DIALECT.error_event(problem, request_id)

@@ -6,8 +6,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from ...asked import Chat, Form, Thinking
+from ...asked import Chat, Form, Interpreter, Thinking
+from ...tools.rounds import turns
 from ..fields import Fields
+from ..interpreter import interpreter, with_python
 
 MAX_MESSAGES = 10_000
 MAX_TOOLS = 1024
@@ -15,34 +17,72 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def conversation(body: Fields) -> Chat:
-    tools = tuple(_tool(tool) for tool in body.objects("tools", MAX_TOOLS))
+def conversation(body: Fields, python: bool = False) -> Chat:
+    """`python`: the server has Python, and the tool `code_interpreter` asks for it."""
+    seen: list[str] = []
+    messages = _messages(body, seen)
+    runs: Interpreter | None = None
+    tools: list[dict[str, Any]] = []
+    for tool in body.objects("tools", MAX_TOOLS):
+        if python and tool.text("type") == "code_interpreter":
+            runs = interpreter(tool, tool.text("container"), seen, None)
+            with_python(tools, tool)
+        else:
+            tools.append(_tool(tool))
     names = [tool["function"]["name"] for tool in tools]
     if len(set(names)) != len(names):
         raise body.wrong("tools", "has two functions of one name")
     given = body.object("chat_template_kwargs")
     arguments = dict(given.values) if given else {}
     return Chat(
-        messages=_messages(body),
-        tools=tools,
+        messages=messages,
+        tools=tuple(tools),
         tool_choice=_tool_choice(body, names),
         parallel=body.flag("parallel_tool_calls", True),
         form=_form(body),
         thinking=_thinking(body, arguments),
         arguments=arguments,
+        interpreter=runs,
     )
 
 
-def _messages(body: Fields) -> tuple[dict[str, Any], ...]:
+def _messages(body: Fields, containers: list[str]) -> tuple[dict[str, Any], ...]:
     body.required("messages")
     called: dict[str, str] = {}  # names of functions by the id of the call
-    found = [read_message(message, called) for message in body.objects("messages", MAX_MESSAGES)]
+    found = []
+    for message in body.objects("messages", MAX_MESSAGES):
+        found += read_turns(message, called)
+        for run in message.objects("code_interpreter_calls", MAX_MESSAGES):
+            containers.append(run.text("container_id") or "")
     if not found:
         raise body.wrong("messages", "is empty; give at least one message")
     return tuple(found)
 
 
-def read_message(message: Fields, called: dict[str, str]) -> dict[str, Any]:
+def read_turns(message: Fields, called: dict[str, str]) -> list[dict[str, Any]]:
+    """A message; an answer in which the server has run programs was made in several rounds."""
+    read, found = _message(message, called), []
+    text, thought = read["content"], read.get("reasoning_content", "")
+    text_at = thought_at = 0
+    for run in message.objects("code_interpreter_calls", MAX_MESSAGES):
+        text_to = run.integer("content_offset", 0) or 0
+        thought_to = run.integer("reasoning_offset", 0) or 0
+        outputs = run.objects("outputs", MAX_MESSAGES)
+        told = "\n".join(o.text("logs") or "" for o in outputs if o.text("type") == "logs")
+        program = (run.text("id") or "", run.text("code") or "", told)
+        found += turns(text[text_at:text_to], thought[thought_at:thought_to], [program])
+        text_at, thought_at = text_to, thought_to
+    read["content"] = text[text_at:]
+    if thought[thought_at:]:
+        read["reasoning_content"] = thought[thought_at:]
+    elif "reasoning_content" in read:
+        del read["reasoning_content"]
+    if found and len(read) == 2 and not read["content"]:
+        return found
+    return [*found, read]
+
+
+def _message(message: Fields, called: dict[str, str]) -> dict[str, Any]:
     message.required("role")
     role = message.one_of("role", ROLES, "user")
     read: dict[str, Any] = {"role": role, "content": _content(message)}
@@ -53,7 +93,11 @@ def read_message(message: Fields, called: dict[str, str]) -> dict[str, Any]:
         calls = [_call(call, called) for call in message.objects("tool_calls", MAX_TOOLS)]
         if calls:
             read["tool_calls"] = calls
-        elif message.values.get("content") is None and not reasoning:
+        elif (
+            message.values.get("content") is None
+            and not reasoning
+            and "code_interpreter_calls" not in message
+        ):
             raise message.wrong("content", "is required unless there are 'tool_calls'")
     elif message.values.get("content") is None:
         raise message.wrong("content", "is required")
@@ -125,7 +169,10 @@ def _call(call: Fields, called: dict[str, str]) -> dict[str, Any]:
 def _tool(tool: Fields) -> dict[str, Any]:
     tool.required("type")
     if tool.text("type") != "function":
-        raise tool.wrong("type", "must be 'function'; other tools cannot be offered")
+        raise tool.wrong(
+            "type",
+            "must be 'function', or 'code_interpreter' where the server runs with --tools python",
+        )
     tool.required("function")
     function = tool.object("function")
     assert function is not None

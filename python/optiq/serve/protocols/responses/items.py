@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ...tools.rounds import turns
 from ..fields import Fields
 from ..openai.conversation import MAX_MESSAGES
 from ..signature import verified
@@ -42,6 +43,7 @@ class Messages:
         self._turn: dict[str, Any] | None = None
         self.messages: list[dict[str, Any]] = []
         self.skipped: list[str] = []  # types of items that mean nothing here
+        self.containers: list[str] = []  # in which programs ran
 
     def read(self, items: Sequence[Mapping[str, Any]], offset: int = 0) -> None:
         """`offset` items are stored ones, in front of those of `input`."""
@@ -59,6 +61,8 @@ class Messages:
             self._call(item, custom=sort == "custom_tool_call")
         elif sort in ("function_call_output", "custom_tool_call_output"):
             self._output(item)
+        elif sort == "code_interpreter_call":
+            self._program(item)
         else:
             self.skipped.append(sort[:50])
 
@@ -117,6 +121,22 @@ class Messages:
             }
         )
 
+    def _program(self, item: Fields) -> None:
+        """A program that this server has run, and what came of it: one round of an answer."""
+        outputs = item.objects("outputs", MAX_MESSAGES)
+        told = "\n".join(o.text("logs") or "" for o in outputs if o.text("type") == "logs")
+        turn = self._assistant()
+        text, reasoning = turn["content"], turn.get("reasoning_content")
+        if "tool_calls" in turn:  # calls for the client, of an earlier answer
+            text, reasoning = "", None
+        else:
+            self.messages.pop()
+        run = (item.text("id") or "", item.text("code") or "", told)
+        self.messages += turns(text, reasoning, [run])
+        self._turn = None
+        if container := item.text("container_id"):
+            self.containers.append(container)
+
     def _assistant(self) -> dict[str, Any]:
         if self._turn is None:
             self._turn = {"role": "assistant", "content": ""}
@@ -132,7 +152,7 @@ def read_answer(secret: bytes, items: Sequence[Mapping[str, Any]]) -> Mapping[st
     """An answer of ours, as it is read when it comes back."""
     read = Messages(secret)
     read.read(items)
-    return read.messages[0]
+    return read.messages[-1]
 
 
 def _arguments(item: Fields) -> dict[str, Any]:

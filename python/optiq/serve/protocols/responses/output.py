@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ....chat.parts import CallArguments, CallEnd, CallStart, Part, Reasoning, Text
+from ...runs import Ran, Running
+from ..interpreter import pictures, written_files
 from .tools import INPUT, Called
 
 Event = dict[str, Any]
@@ -109,6 +111,34 @@ class Output:
         item[field] = arguments
         yield self._event(f"{kind}_{field}.done", **{field: arguments})
         yield self._done(item, "completed")
+
+    def program(self, event: Running | Ran) -> Iterator[Event]:
+        """A program of the model's begins, or has ended."""
+        kind = "code_interpreter_call"
+        if isinstance(event, Running):
+            yield from self.close()
+            item: dict[str, Any] = {
+                "id": event.id,
+                "type": kind,
+                "status": "in_progress",
+                "code": "",
+                "container_id": event.container,
+                "outputs": None,
+            }
+            yield self._added(item)
+            yield self._event(f"{kind}.in_progress")
+            yield self._event(f"{kind}_code.delta", delta=event.code)
+            item["code"] = event.code
+            yield self._event(f"{kind}_code.done", code=event.code)
+            yield self._event(f"{kind}.interpreting")
+        else:
+            item = self.items[-1]
+            logs = {"type": "logs", "logs": event.text}
+            item["outputs"] = [logs, *({"type": "image", "url": u} for u in pictures(event))]
+            if event.files:
+                item["files"] = written_files(event)
+            yield self._event(f"{kind}.completed")
+            yield self._done(item, "failed" if event.failed else "completed")
 
     def _added(self, item: dict[str, Any]) -> Event:
         self.items.append(item)

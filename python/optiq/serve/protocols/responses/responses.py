@@ -10,12 +10,14 @@ from functools import partial
 from typing import Any
 
 from ....chat.parts import Text
-from ...answering import Answering, End, Step
+from ...answering import End, Happenings, Step
 from ...asked import Chat, Form, Thinking, Wishes
 from ...engine.request import MAX_TOP_LOGPROBS, Token
+from ...runs import Ran, Running
 from ...tokens import TokenBytes
 from ...usage import Usage
 from ..fields import Fields
+from ..interpreter import MAX_CALLS
 from ..openai.conversation import EFFORTS
 from ..openai.logprobs import chat_logprobs
 from ..openai.wishes import sampling
@@ -102,7 +104,7 @@ def _read(service: Service, body: Fields) -> _Asked:
     read.read(items, len(before))
     if not read.messages or read.messages[-1]["role"] == "assistant":
         raise body.wrong("input", "must end with a turn of the user's, or with a tool's output")
-    tools = offer(body)
+    tools = offer(body, service.answers.python is not None, read.containers)
     chat = Chat(
         messages=tuple(read.messages),
         tools=tools.tools,
@@ -110,6 +112,7 @@ def _read(service: Service, body: Fields) -> _Asked:
         parallel=body.flag("parallel_tool_calls", True),
         form=_form(body),
         thinking=_thinking(body),
+        interpreter=tools.interpreter,
     )
     notes = [f"the tool {kind!r} is not offered by this server" for kind in tools.skipped]
     notes += [f"the item {kind!r} means nothing to this server" for kind in read.skipped]
@@ -157,7 +160,7 @@ def _head(body: Fields, asked: _Asked, wanted: Wishes, model: str) -> dict[str, 
         "frequency_penalty": wanted.sampling.frequency_penalty,
         "instructions": body.text("instructions"),
         "max_output_tokens": wanted.max_tokens,
-        "max_tool_calls": body.integer("max_tool_calls", 1),
+        "max_tool_calls": body.integer("max_tool_calls", 1, MAX_CALLS),
         "metadata": dict(metadata.values) if metadata else {},
         "parallel_tool_calls": asked.chat.parallel,
         "presence_penalty": wanted.sampling.presence_penalty,
@@ -187,7 +190,7 @@ class ResponseReply:
         self,
         *,
         stream: bool,
-        answering: Answering,
+        answering: Happenings,
         head: Mapping[str, Any],
         output: Output,
         names: TokenBytes | None,
@@ -231,6 +234,9 @@ class ResponseReply:
                 for part in event.parts:
                     for written in self._output.add(part, self._logprobs(part)):
                         yield written
+            if isinstance(event, Running | Ran):
+                for written in self._output.program(event):
+                    yield written
             if isinstance(event, End):
                 for written in self._end(event):
                     yield written

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ...asked import Interpreter
+from ...tools.python import NAME, TOOL
 from ..fields import Fields
+from ..interpreter import MAX_CALLS, interpreter, with_python
 from ..openai.conversation import MAX_TOOLS, function_tool
 
 MODES = ("auto", "none", "required")
@@ -36,6 +39,7 @@ class Offer:
     shown: tuple[Mapping[str, Any], ...]
     skipped: tuple[str, ...]
     choice: str
+    interpreter: Interpreter | None = None
 
 
 def flat(name: str, namespace: str | None) -> str:
@@ -93,9 +97,13 @@ def _text_input(tool: Fields) -> dict[str, Any]:
     }
 
 
-def offer(body: Fields) -> Offer:
-    """Types of tools that this server does not have are left out: clients offer them unasked."""
+def offer(body: Fields, python: bool, seen: Sequence[str]) -> Offer:
+    """Types of tools that this server does not have are left out: clients offer them unasked.
+
+    `python`: it has Python. `seen` are containers that the conversation has used.
+    """
     reading, shown, skipped = _Reading(), [], []
+    runs: Interpreter | None = None
     for tool in body.objects("tools", MAX_TOOLS):
         tool.required("type")
         sort = tool.text("type") or ""
@@ -108,10 +116,24 @@ def offer(body: Fields) -> Offer:
             inner = [reading.add(each, name) for each in _inner(tool)]
             described = tool.text("description") or ""
             shown.append({"type": sort, "name": name, "description": described, "tools": inner})
+        elif sort == "code_interpreter" and python:
+            runs = _interpreter(tool, seen, body.integer("max_tool_calls", 1, MAX_CALLS))
+            with_python(reading.tools, tool)
+            shown.append({"type": sort, "container": runs.container or {"type": "auto"}})
         else:
             skipped.append(sort[:50])
     tools, choice = _choose(body, reading)
-    return Offer(tuple(tools), reading.called, tuple(shown), tuple(skipped), choice)
+    return Offer(tuple(tools), reading.called, tuple(shown), tuple(skipped), choice, runs)
+
+
+def _interpreter(tool: Fields, seen: Sequence[str], most_calls: int | None) -> Interpreter:
+    container = tool.values.get("container")
+    if container is not None and not isinstance(container, str):
+        given = tool.object("container")
+        assert given is not None
+        given.one_of("type", ("auto",), "auto")
+        container = None
+    return interpreter(tool, container, seen, most_calls)
 
 
 def _inner(namespace: Fields) -> Iterator[Fields]:
@@ -142,6 +164,8 @@ def _choose(body: Fields, reading: _Reading) -> tuple[list[dict[str, Any]], str]
 
 
 def _named(chosen: Fields, reading: _Reading) -> str:
+    if chosen.text("type") == "code_interpreter" and TOOL in reading.tools:
+        return NAME
     name = flat(chosen.text("name") or "", chosen.text("namespace"))
     if chosen.text("type") not in ("function", "custom") or name not in reading.called:
         raise chosen.wrong("name", "names a tool that is not among 'tools', or not offered here")
