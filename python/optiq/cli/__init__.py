@@ -28,6 +28,7 @@ COMMANDS = {
     "card": "write the model card from what was measured; upload it with the model",
     "info": "what a model folder is: source, formats, measured KL, evaluations",
     "generate": "answer one prompt",
+    "chat": "talk to a model in the terminal",
     "serve": "answer OpenAI's and Anthropic's clients",
     "sandbox": "run untrusted Python, held by the kernel and under limits",
     "bench": "time the kernels against stock MLX on this machine",

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import UsageError
+
 if TYPE_CHECKING:
     from ..quantize.options import OptionFields
 
@@ -35,6 +37,22 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def add_tools(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tools",
+        action="append",
+        default=[],
+        choices=["python"],
+        help="what is run for the model when it is offered: python, in the sandbox",
+    )
+    parser.add_argument(
+        "--sandbox-packages",
+        metavar="NAMES",
+        help="packages that this Python may import, separated by commas (default: numpy, pandas "
+        "and matplotlib, if installed)",
+    )
 
 
 def add_size(parser: argparse.ArgumentParser) -> None:
@@ -132,6 +150,23 @@ def measuring(args: argparse.Namespace) -> OptionFields:
         "restart": args.restart,
         "overwrite": args.overwrite,
     }
+
+
+def nbytes(option: str, text: str | None) -> int | None:
+    """Bytes of a size such as 12GB or 512MiB."""
+    from ..planning.size import Size
+
+    if text is None:
+        return None
+    found = Size.parse(text).nbytes
+    if found is None:
+        raise UsageError(f"{option} {text} is not a number of bytes; write 12GB or 512MiB")
+    return int(found)
+
+
+def packages(names: str | None) -> tuple[str, ...] | None:
+    """Names that are separated by commas."""
+    return None if names is None else tuple(filter(None, (n.strip() for n in names.split(","))))
 
 
 @contextmanager

@@ -82,19 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="most that DIR may hold (default: 8GB)",
     )
-    parser.add_argument(
-        "--tools",
-        action="append",
-        default=[],
-        choices=["python"],
-        help="what the server runs for requests that ask for it: python, in the sandbox",
-    )
-    parser.add_argument(
-        "--sandbox-packages",
-        metavar="NAMES",
-        help="packages that this Python may import, separated by commas (default: numpy, pandas "
-        "and matplotlib, if installed)",
-    )
+    options.add_tools(parser)
     parser.add_argument(
         "--drain",
         type=float,
@@ -127,33 +115,16 @@ def run(args: argparse.Namespace) -> int:
         cors_origins=tuple(args.cors_origin),
         max_concurrent=args.max_concurrent,
         answer_tokens=args.answer_tokens,
-        memory=_bytes("--memory", args.memory),
-        prefix_memory=_bytes("--prefix-memory", args.prefix_memory),
+        memory=options.nbytes("--memory", args.memory),
+        prefix_memory=options.nbytes("--prefix-memory", args.prefix_memory),
         prefix_cache=args.prefix_cache,
-        prefix_cache_bytes=_bytes("--prefix-cache-bytes", args.prefix_cache_bytes) or 0,
+        prefix_cache_bytes=options.nbytes("--prefix-cache-bytes", args.prefix_cache_bytes) or 0,
         drain=args.drain,
         tools=tuple(args.tools),
-        sandbox_packages=packages(args.sandbox_packages),
+        sandbox_packages=options.packages(args.sandbox_packages),
         show=show,
     )
     return 0
-
-
-def _bytes(option: str, text: str | None) -> int | None:
-    """Bytes of a size such as 12GB or 512MiB."""
-    from ..planning.size import Size
-
-    if text is None:
-        return None
-    nbytes = Size.parse(text).nbytes
-    if nbytes is None:
-        raise UsageError(f"{option} {text} is not a number of bytes; write 12GB or 512MiB")
-    return int(nbytes)
-
-
-def packages(names: str | None) -> tuple[str, ...] | None:
-    """Names that are separated by commas."""
-    return None if names is None else tuple(filter(None, (n.strip() for n in names.split(","))))
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:
