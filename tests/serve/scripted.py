@@ -22,6 +22,7 @@ import numpy as np
 from mlx_lm.models.cache import KVCache
 
 from optiq.errors import DeadlineError, OverloadedError, TooLongError
+from optiq.serve.engine.engine import Stats
 from optiq.serve.engine.request import Event, Failed, Finished, Piece, Reading, Request, Token
 from tests.tiny import EOS
 
@@ -146,7 +147,7 @@ class ScriptedEngine:
             time.sleep(0.005)
 
     def stats(self) -> Any:
-        return SimpleNamespace(running=len(self._running), waiting=0, kv_bytes=0)
+        return Stats(running=len(self._running))
 
     def submit(self, request: Request, listener: Callable[[Event], None]) -> int:
         self.requests.append(request)

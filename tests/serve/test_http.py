@@ -300,7 +300,7 @@ def test_paths_and_methods(server: Asked) -> None:
         ("PUT", CHAT, 405),
         ("DELETE", f"/v1/models/{MODEL}", 405),
         ("POST", "/health", 405),
-        ("GET", "/", 404),
+        ("GET", "/v1", 404),
         ("GET", "/v1/models/", 404),
         ("GET", "/etc/passwd", 404),
     ):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +14,8 @@ from .usage import Usage
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+
+LAST_ERRORS = 20  # that the page shows
 
 # Of the engine's Stats, and what each says.
 _GAUGES = {
@@ -46,7 +50,13 @@ class Metrics:
         )
         self._generated = Counter("generated_tokens", "tokens of answers", **registry)
         self._finished = Counter("answers", "complete answers", ("reason",), **registry)
+        self.last_errors: deque[tuple[float, str]] = deque(maxlen=LAST_ERRORS)  # time, code
         self._registry.register(self)  # collect() is all it needs
+
+    def told(self, code: str) -> None:
+        """A client was told of an error."""
+        self.errors.labels(code).inc()
+        self.last_errors.append((time.time(), code))
 
     def answered(self, reason: str, prompt: int, usage: Usage) -> None:
         """An answer is complete; `prompt` is 0 where another one has counted its tokens."""

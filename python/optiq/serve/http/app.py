@@ -26,6 +26,7 @@ from ..tools.python import Python
 from . import log
 from .body import Bodies, ClientGone
 from .guard import Guard
+from .page import page
 from .sending import Stream, send_body, send_json, start, unless_gone
 
 LARGE_BODY = 64 * 2**10  # from here on parsing is left to a thread
@@ -41,6 +42,10 @@ POSTED: dict[str, tuple[Endpoint, Dialect]] = {
 
 # A file that a model's program has written is never shown as a page of this server's.
 FILE_HEADERS = {"content-disposition": "attachment", "x-content-type-options": "nosniff"}
+# Of the engine's Stats, at /status.
+SHOWN = (
+    "running", "waiting", "kv_bytes", "prompt_tokens", "cached_tokens", "generated_tokens"
+)  # fmt: skip
 EVENT_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -145,7 +150,7 @@ def _told(error: BaseException, scope: Scope, metrics: Metrics) -> Problem:
     told = problem(error)
     if told.status == 500:
         log.failure(error, scope["optiq.id"])
-    metrics.errors.labels(told.code).inc()
+    metrics.told(told.code)
     scope["optiq.notes"]["error"] = told.code
     return told
 
@@ -319,7 +324,19 @@ def make_app(service: Service, options: Options, metrics: Metrics, state: State)
         data = await _python(service).read(named["id"], named["name"])
         return Response(data, media_type="application/octet-stream", headers=FILE_HEADERS)
 
+    def status(scope: Scope) -> dict[str, Any]:
+        stats = service.answers.engine.stats()
+        counts = {name: getattr(stats, name) for name in SHOWN}
+        errors = [{"time": when, "code": code} for when, code in metrics.last_errors]
+        return {
+            "models": [{"name": service.models.name, **counts}],
+            "tools": list(options.tools),
+            "errors": errors[::-1],
+        }
+
     got: dict[str, Callable[[Scope], Found | Awaitable[Found]]] = {
+        "/": lambda scope: page(),
+        "/status": status,
         "/health": health,
         "/ready": ready,
         "/metrics": counts,

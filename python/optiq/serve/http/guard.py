@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from ..options import LOOPBACK_NAMES, Options
 from ..protocols.problems import Refusal
 
-OPEN_PATHS = frozenset({"/health", "/ready"})  # no key: they say nothing
+OPEN_PATHS = frozenset({"/", "/health", "/ready"})  # no key: they say nothing
 
 
 class Guard:
