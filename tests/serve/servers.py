@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,7 +25,7 @@ from optiq.serve.engine.request import Request
 from optiq.serve.models import Models
 from optiq.serve.opening import Opened, open_model
 from optiq.serve.options import Options
-from optiq.serve.server import Server, bind, open_python
+from optiq.serve.server import Server, bind, one, open_python
 from tests.serve.scripted import ScriptedEngine, ScriptedModel
 from tests.tiny import CHAT_TEMPLATE, EOS, write_tokenizer
 
@@ -199,7 +199,7 @@ class Recorded:
 def served(opened: Opened, options: Options) -> Iterator[Asked]:
     opened = replace(opened, engine=Recorded(opened.engine))  # type: ignore[arg-type]
     with bind(options) as bound, open_python(options) as python:
-        server = Server(opened, bound, options, python)
+        server = Server(partial(one, opened), bound, options, python)
     with server:
         asked = Asked(server, opened.engine, opened.tokenizer)
         try:

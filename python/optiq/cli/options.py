@@ -30,8 +30,12 @@ def seed(text: str) -> int:
     return int(text)
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a model folder, a hub id (org/name) or a .gguf file")
+def add_model(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    parser.add_argument(
+        "model",
+        nargs="?" if optional else None,
+        help="a model folder, a hub id (org/name) or a .gguf file",
+    )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
 
 

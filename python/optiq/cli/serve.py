@@ -13,7 +13,32 @@ from . import options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_model(parser)
+    options.add_model(parser, optional=True)
+    parser.add_argument(
+        "--models-dir",
+        type=Path,
+        metavar="DIR",
+        help="instead of MODEL: serve the models in this folder by their names, loaded on demand",
+    )
+    parser.add_argument(
+        "--pin",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="with --models-dir: load this one at the start and keep it; may be repeated",
+    )
+    parser.add_argument(
+        "--model-memory",
+        metavar="SIZE",
+        help="with --models-dir: memory for the caches of each model, beside its weights "
+        "(default: an eighth of --memory)",
+    )
+    parser.add_argument(
+        "--unload-after",
+        type=float,
+        metavar="SECONDS",
+        help="with --models-dir: unload models that nobody has asked for so long",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8080, help="0 takes a free one")
     parser.add_argument(
@@ -21,13 +46,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CONFIG",
         help="cache keys and values in few bits: a kv_config.json, or bits of K and V such as 8/4",
     )
-    parser.add_argument("--name", help="name of the model for clients (default: as given)")
+    parser.add_argument(
+        "--name",
+        help="name of the model for clients (default: as given); with "
+        "--models-dir: the model of requests that name none",
+    )
     parser.add_argument(
         "--alias",
         action="append",
         default=[],
         metavar="NAME",
-        help="another name that it answers to, such as 'claude-*'; may be repeated",
+        help="another name that it answers to, such as 'claude-*', with --models-dir "
+        "'claude-*=NAME'; may be repeated",
     )
     parser.add_argument(
         "--api-key-file",
@@ -98,7 +128,8 @@ def run(args: argparse.Namespace) -> int:
     from ..serve.server import Server, serve
 
     def show(server: Server) -> None:
-        facts = {"url": server.url, **asdict(server.models)}
+        models = [asdict(model) for model in server.models]
+        facts = {"url": server.url, **models[0], "models": models}
         print(json.dumps(facts) if args.json else server.greeting(), flush=True)
 
     log_to_stderr()
@@ -109,7 +140,12 @@ def run(args: argparse.Namespace) -> int:
         host=args.host,
         port=args.port,
         name=args.name,
-        aliases=tuple(args.alias),
+        aliases=() if args.models_dir else tuple(args.alias),
+        alias_map=tuple(map(alias, args.alias)) if args.models_dir else (),
+        models_dir=args.models_dir,
+        pinned=tuple(args.pin),
+        model_memory=options.nbytes("--model-memory", args.model_memory),
+        unload_after=args.unload_after,
         api_keys=_keys(args.api_key_file),
         allowed_hosts=tuple(args.allowed_host),
         cors_origins=tuple(args.cors_origin),
@@ -125,6 +161,13 @@ def run(args: argparse.Namespace) -> int:
         show=show,
     )
     return 0
+
+
+def alias(text: str) -> tuple[str, str]:
+    pattern, equals, name = text.partition("=")
+    if not (pattern and equals and name):
+        raise UsageError(f"--alias {text} does not say of which model; write 'PATTERN=NAME'")
+    return pattern, name
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:

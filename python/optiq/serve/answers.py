@@ -4,58 +4,45 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
-from anyio import fail_after
-
-from ..errors import DeadlineError, OverloadedError, RequestError
+from ..errors import RequestError
 from .answering import Answering, Engine, Heard, Parts, PlainText
 from .asked import Chat, Wishes
 from .courier import Courier
 from .engine.request import Guide, Request
 from .language import Language
 from .metrics import Metrics
+from .preparing import Preparer
 from .tools.python import Python
 from .tools.rounds import Rounds
 
-PREPARING_THREADS = 2
-MAX_PREPARING = 64  # requests that wait for a thread, or have one
 MAX_ANSWERS = 128  # of one request
-
-T = TypeVar("T")
 
 
 class Answers:
-    """Answers requests. Belongs to one event loop; prepares in threads of its own."""
+    """Answers requests. Belongs to one event loop."""
 
     def __init__(
         self,
         engine: Engine,
         language: Language,
         metrics: Metrics,
+        preparer: Preparer,
         *,
         answer_tokens: int,
         deadline: float,
-        preparing: float,
         python: Python | None = None,
     ) -> None:
         """With `python` the server runs what the model writes. An answer may take `deadline`
-        seconds, and what comes before it `preparing`. Without a limit of its own it ends after
-        `answer_tokens`.
+        seconds; without a limit of its own it ends after `answer_tokens`.
         """
         self.engine, self.language, self.python = engine, language, python
         self._metrics = metrics
         self._answer_tokens = answer_tokens
-        self._deadline, self._preparing = deadline, preparing
-        self._pool = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="optiq-prepare")
-        self._in_pool = 0
+        self._deadline, self._preparer = deadline, preparer
         self._courier: Courier[Heard] | None = None
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def chat(self, chat: Chat, wishes: Wishes) -> Answering | Rounds:
         """Raises RequestError, TooLongError, OverloadedError, DeadlineError."""
@@ -74,7 +61,7 @@ class Answers:
             prompt = language.prompt(chat)
             return prompt, language.guide(chat, prompt)
 
-        prompt, guide = await self.prepare(prepare)
+        prompt, guide = await self._preparer.prepare(prepare)
         request = self._request(prompt.tokens, wishes, prompt.boundaries)
         reader: Callable[[], Parts] = partial(language.reader, chat, prompt)
         answering = self._answering([request], reader, guide, wishes.n)
@@ -93,38 +80,13 @@ class Answers:
         def prepare() -> list[tuple[int, ...]]:
             return [self.language.encode(p) if isinstance(p, str) else p for p in prompts]
 
-        tokens = await self.prepare(prepare)
+        tokens = await self._preparer.prepare(prepare)
         requests = [self._request(each, wishes, ()) for each in tokens]
         return self._answering(requests, PlainText, None, wishes.n)
 
     async def count(self, chat: Chat) -> int:
         """Tokens of the prompt that a conversation becomes."""
-        return len((await self.prepare(partial(self.language.prompt, chat))).tokens)
-
-    async def prepare(self, work: Callable[[], T]) -> T:
-        """Work that takes a processor for a while, away from the event loop and in limited time."""
-        if self._in_pool >= MAX_PREPARING:
-            raise OverloadedError("too many requests are being prepared", 1)
-        self._in_pool += 1
-        loop = asyncio.get_running_loop()
-        future = self._pool.submit(work)
-        future.add_done_callback(lambda _: self._let_go(loop))
-        try:
-            # asyncio.wait_for would lose a cancellation that comes with the result (Python 3.11).
-            with fail_after(self._preparing):
-                return await asyncio.wrap_future(future)
-        except TimeoutError:
-            raise DeadlineError(
-                f"the request could not be prepared in {self._preparing:g} seconds; "
-                "send a shorter conversation or a simpler schema"
-            ) from None
-
-    def _let_go(self, loop: asyncio.AbstractEventLoop) -> None:
-        def forget() -> None:
-            self._in_pool -= 1
-
-        with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(forget)
+        return len((await self._preparer.prepare(partial(self.language.prompt, chat))).tokens)
 
     def _request(
         self, tokens: tuple[int, ...], wishes: Wishes, boundaries: tuple[int, ...]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -26,9 +26,10 @@ _GAUGES = {
 
 
 class Metrics:
-    """Counters of one server. They may be changed and read from any thread."""
+    """Counters of one server. They may be changed and read from any thread. `stats` has the
+    engine's Stats of each model."""
 
-    def __init__(self, stats: Callable[[], Any]) -> None:
+    def __init__(self, stats: Callable[[], Mapping[str, Any]]) -> None:
         self._registry = CollectorRegistry()
         self._stats = stats
         registry: dict[str, Any] = {"registry": self._registry, "namespace": "optiq"}
@@ -67,9 +68,10 @@ class Metrics:
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """The engine's state at the time of asking."""
-        stats = self._stats()
+        all_stats = list(self._stats().values())
         for name, text in _GAUGES.items():
-            yield GaugeMetricFamily(f"optiq_{name}", text, value=getattr(stats, name))
+            value = sum(getattr(stats, name) for stats in all_stats)
+            yield GaugeMetricFamily(f"optiq_{name}", text, value=value)
 
     def text(self) -> bytes:
         return generate_latest(self._registry)

@@ -9,6 +9,17 @@ from .protocols.problems import Refusal
 
 
 @dataclass(frozen=True)
+class Listed:
+    """A model that clients may ask for; its context is known once it has been loaded."""
+
+    name: str
+    created: int
+    context: int | None
+    loaded: bool = True
+    pinned: bool = True
+
+
+@dataclass(frozen=True)
 class Models:
     """One model; `aliases` are other names for it, with `*` for anything: `claude-*`.
 
@@ -20,6 +31,10 @@ class Models:
     context: int
     fingerprint: str
     aliases: tuple[str, ...] = ()
+
+    @property
+    def listed(self) -> Listed:
+        return Listed(self.name, self.created, self.context)
 
     def find(self, name: str | None) -> str:
         """The true name of the model that a request asks for; None asks for the one there is."""

@@ -38,6 +38,11 @@ class ServeFields(TypedDict, total=False):
     ping_seconds: float
     tools: tuple[str, ...]
     sandbox_packages: tuple[str, ...] | None
+    models_dir: Path | None
+    alias_map: tuple[tuple[str, str], ...]
+    pinned: tuple[str, ...]
+    model_memory: int | None
+    unload_after: float | None
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,12 @@ class Options:
 
     `tools` are what the server runs itself for requests that ask for it: "python", in the sandbox,
     with `sandbox_packages` to import (by default numpy, pandas and matplotlib, if installed).
+
+    The models in the folder `models_dir` are served by their names, loaded when they are asked for.
+    Each takes its weights and `model_memory` (by default an eighth) of `memory`; the one that was
+    not used for longest makes room. `pinned` ones are loaded at the start and stay, others go after
+    `unload_after` seconds without a request. `alias_map` has (pattern, name), and `name` is the
+    model of requests that name none.
     """
 
     host: str = "127.0.0.1"
@@ -87,6 +98,11 @@ class Options:
     ping_seconds: float = 10.0
     tools: tuple[str, ...] = ()
     sandbox_packages: tuple[str, ...] | None = None
+    models_dir: Path | None = None
+    alias_map: tuple[tuple[str, str], ...] = ()
+    pinned: tuple[str, ...] = ()
+    model_memory: int | None = None
+    unload_after: float | None = None
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -133,6 +149,8 @@ _AT_LEAST: dict[str, float] = {
     "answer_tokens": 1,
     "prefix_memory": 0,
     "memory": 1,
+    "model_memory": 1,
+    "unload_after": 0.01,
     "prefix_cache_bytes": 1,
     "drain": 0,
     "deadline": 0.001,

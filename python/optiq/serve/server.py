@@ -6,16 +6,19 @@ import gc
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from hashlib import sha256
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.nn as nn
 
+from ..base.memory import available_memory
 from ..errors import ServeError, UsageError
 from ..kv import KVConfig
+from .models import Listed
 from .opening import Opened, check_libraries, open_model
 from .options import Options, ServeFields
 from .tools.python import Python, open_tool
@@ -24,13 +27,15 @@ if TYPE_CHECKING:
     import uvicorn
     from typing_extensions import Unpack
 
+    from .running import Services, Shared
+
 HEADER_BYTES = 64 * 2**10
 STARTING_SECONDS = 30.0
 FAREWELL_SECONDS = 5  # for clients to read that the server stops
 
 
 def serve(
-    model: str | Path | tuple[nn.Module, Any],
+    model: str | Path | tuple[nn.Module, Any] | None = None,
     *,
     kv: KVConfig | Path | str | None = None,
     revision: str | None = None,
@@ -39,7 +44,8 @@ def serve(
 ) -> None:
     """Answer OpenAI's and Anthropic's clients until Ctrl-C or SIGTERM.
 
-    `model` and `kv` are as in `optiq.load`, or `model` is what it returned. `options` are the
+    `model` and `kv` are as in `optiq.load`, or `model` is what it returned. Without a model those
+    in `models_dir` are served by their names, loaded when they are asked for. `options` are the
     fields of `serve.options.Options`, such as `port=8080`. When it is told to stop, answers have
     `drain` seconds to finish; told again, none. `show` is called when it is ready.
 
@@ -65,7 +71,7 @@ class Server:
     @classmethod
     def open(
         cls,
-        model: str | Path | tuple[nn.Module, Any],
+        model: str | Path | tuple[nn.Module, Any] | None = None,
         *,
         kv: KVConfig | Path | str | None = None,
         revision: str | None = None,
@@ -74,46 +80,43 @@ class Server:
         """Take the port, then load the model. Raises as `serve` does."""
         check_libraries()
         read = Options(**options)
+        if (model is None) == (read.models_dir is None):
+            raise UsageError("give a model, or --models-dir with a folder of them, and not both")
         with bind(read) as bound, open_python(read) as python:
+            if model is None:
+                return cls(partial(routed, read, kv), bound, read, python)
             opened = open_model(model, read, kv=kv, revision=revision)
-            return cls(opened, bound, read, python)
+            return cls(partial(one, opened), bound, read, python)
 
     def __init__(
         self,
-        opened: Opened,
+        opened: Callable[[Shared], Services],
         bound: socket.socket,
         options: Options,
         python: Python | None = None,
     ) -> None:
         import uvicorn
 
-        from .answers import Answers
         from .http.app import State, make_app
         from .http.connection import Connection
-        from .language import Language
         from .metrics import Metrics
-        from .protocols.protocol import Service
+        from .preparing import Preparer
+        from .protocols.store import ResponseStore
+        from .running import Shared
 
-        self.options, self.models = options, opened.models
-        self._engine, self._prefix, self._socket = opened.engine, opened.prefix, bound
+        self.options, self._socket = options, bound
         self.port: int = bound.getsockname()[1]
-        metrics = Metrics(self._engine.stats)
-        self._answers = Answers(
-            self._engine,
-            Language(opened.tokenizer, self._engine.vocabulary, self._engine.context),
-            metrics,
-            answer_tokens=options.answer_tokens,
-            deadline=options.deadline,
-            preparing=options.preparing_seconds,
-            python=python,
+        self._shared = Shared(
+            options,
+            Metrics(lambda: self._services.stats()),
+            Preparer(options.preparing_seconds),
+            ResponseStore(),
+            python,
         )
-        self._python = python
-        # Made from the weights, so that reasoning signed before a restart is still known.
-        secret = sha256(b"optiq reasoning " + opened.identity.encode()).digest()
-        self._state = State(lambda: self._engine.ready)
-        service = Service(self._answers, self.models, secret, caching=options.prefix_bytes > 0)
+        self._services = opened(self._shared)
+        self._state = State(lambda: self._services.ready)
         config = uvicorn.Config(
-            make_app(service, options, metrics, self._state),
+            make_app(self._services, self._shared, self._state),
             loop="asyncio",
             http=Connection,
             ws="none",
@@ -141,9 +144,17 @@ class Server:
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
+    @property
+    def models(self) -> Sequence[Listed]:
+        return self._services.listed()
+
     def start(self) -> None:
         """Begin to answer. Returns when connections are accepted."""
-        self._engine.start()
+        try:
+            self._services.start()
+        except BaseException:
+            self.stop(0)
+            raise
         self._thread.start()
         waited = threading.Event()
         for _ in range(int(STARTING_SECONDS / 0.01)):
@@ -162,14 +173,12 @@ class Server:
         self._stopped = True
         self._state.stopping = True
         self._http.should_exit = True
-        self._engine.close(self.options.drain if drain is None else drain)
+        self._services.close(self.options.drain if drain is None else drain)
         if self._thread.is_alive():
             self._thread.join()
-        self._answers.close()
-        if self._python is not None:
-            self._python.close()
-        if self._prefix is not None:
-            self._prefix.close()
+        self._shared.preparer.close()
+        if self._shared.python is not None:
+            self._shared.python.close()
         self._socket.close()
 
     def wait(self) -> None:
@@ -189,11 +198,15 @@ class Server:
 
     def greeting(self) -> str:
         """Lines to paste."""
-        name, url = self.models.name, self.url
+        models, url = self.models, self.url
+        name = models[0].name
+        served = ", ".join(model.name for model in models)
+        context = f", with a context of {models[0].context} tokens" if models[0].context else ""
         key = "the key" if self.options.api_keys else "none"
         say = 'messages=[{"role": "user", "content": "Hello"}]'
         return f"""\
-{name} is served at {url}, with a context of {self.models.context} tokens. Ctrl-C stops it.
+{served} is served at {url}{context}. Ctrl-C stops it.
+The page to talk to it: {url}
 
 from openai import OpenAI
 client = OpenAI(base_url="{url}/v1", api_key="{key}")
@@ -203,6 +216,39 @@ from anthropic import Anthropic
 client = Anthropic(base_url="{url}", api_key="{key}")
 print(client.messages.create(model="{name}", max_tokens=256, {say}).content)
 """
+
+
+def one(opened: Opened, shared: Shared) -> Services:
+    """A server of one model."""
+    from .running import OneModel, Running
+
+    return OneModel(Running(opened, shared))
+
+
+def routed(options: Options, kv: KVConfig | Path | str | None, shared: Shared) -> Services:
+    """A server of the models in `options.models_dir`. Raises UsageError."""
+    from .router import Place, Router, places_in
+    from .running import Running
+
+    assert options.models_dir is not None
+    memory = options.memory or available_memory() * 3 // 4
+    share = options.model_memory or memory // 8
+
+    def load(place: Place) -> Running:
+        own = replace(
+            options, name=place.name, aliases=("*",), memory=place.nbytes + share,
+            prefix_memory=min(options.prefix_bytes, share // 3),
+        )  # fmt: skip
+        opened = open_model(place.path, own, kv=kv)
+        running = Running(opened, shared)
+        running.engine.start()
+        return running
+
+    return Router(
+        places_in(options.models_dir), load,
+        memory=memory, share=share, aliases=options.alias_map, pinned=options.pinned,
+        default=options.name, idle=options.unload_after,
+    )  # fmt: skip
 
 
 @contextmanager

@@ -17,11 +17,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...errors import OverloadedError
 from ..metrics import Metrics
-from ..options import Options
+from ..preparing import Preparer
 from ..protocols import anthropic, openai, responses
 from ..protocols.fields import read_json
 from ..protocols.problems import Problem, Refusal, problem
-from ..protocols.protocol import Dialect, Endpoint, Reply, Service
+from ..protocols.protocol import Dialect, Endpoint, Reply
+from ..running import Services, Shared
 from ..tools.python import Python
 from . import log
 from .body import Bodies, ClientGone
@@ -71,13 +72,15 @@ class Posted:
         self,
         endpoint: Endpoint,
         dialect: Dialect,
-        service: Service,
+        services: Services,
+        preparer: Preparer,
         bodies: Bodies,
         metrics: Metrics,
         state: State,
         ping_seconds: float,
     ) -> None:
-        self._endpoint, self._dialect, self._service = endpoint, dialect, service
+        self._endpoint, self._dialect = endpoint, dialect
+        self._services, self._preparer = services, preparer
         self._bodies, self._metrics, self._state = bodies, metrics, state
         self._ping_seconds = ping_seconds
 
@@ -94,8 +97,12 @@ class Posted:
         if len(body) < LARGE_BODY:
             parsed = read_json(body)
         else:
-            parsed = await self._service.answers.prepare(lambda: read_json(body))
-        reply = await self._endpoint(self._service, parsed, _client(scope))
+            parsed = await self._preparer.prepare(lambda: read_json(body))
+        async with self._services.use(parsed.text("model")) as service:
+            reply = await self._endpoint(service, parsed, _client(scope))
+            await self._reply(reply, scope, send)
+
+    async def _reply(self, reply: Reply | dict[str, Any], scope: Scope, send: Send) -> None:
         if isinstance(reply, dict):
             await send_json(reply, scope, send)
             return
@@ -273,10 +280,10 @@ async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
     raise Refusal(404, "not_found", f"there is nothing at {path!r}{hint}")
 
 
-def _python(service: Service) -> Python:
-    if service.answers.python is None:
+def _python(shared: Shared) -> Python:
+    if shared.python is None:
         raise Refusal(404, "not_found", "this server runs no Python; start it with --tools python")
-    return service.answers.python
+    return shared.python
 
 
 def _check_method(scope: Scope, *methods: str) -> None:
@@ -284,7 +291,8 @@ def _check_method(scope: Scope, *methods: str) -> None:
         raise Refusal(405, "method_not_allowed", f"{scope['method']} is not answered here")
 
 
-def make_app(service: Service, options: Options, metrics: Metrics, state: State) -> ASGIApp:
+def make_app(services: Services, shared: Shared, state: State) -> ASGIApp:
+    options, metrics = shared.options, shared.metrics
     bodies = Bodies(options)
 
     def health(scope: Scope) -> dict[str, Any]:
@@ -300,36 +308,38 @@ def make_app(service: Service, options: Options, metrics: Metrics, state: State)
 
     def models(scope: Scope) -> dict[str, Any]:
         dialect: Dialect = scope["optiq.dialect"]
-        return dialect.models(service.models)
+        return dialect.models(services.listed())
 
     def model(scope: Scope) -> dict[str, Any]:
         dialect: Dialect = scope["optiq.dialect"]
-        return dialect.model(service.models, scope["path_params"]["name"])
+        return dialect.model(services.find(scope["path_params"]["name"]))
 
     def response(scope: Scope) -> dict[str, Any]:
         identity = scope["path_params"]["id"]
         if scope["method"] == "DELETE":
-            service.store.delete(identity)
+            shared.store.delete(identity)
             return {"id": identity, "object": "response", "deleted": True}
-        return dict(service.store.find(identity).response)
+        return dict(shared.store.find(identity).response)
 
     async def files(scope: Scope) -> dict[str, Any]:
         container = scope["path_params"]["id"]
-        found = await _python(service).files(container)
+        found = await _python(shared).files(container)
         listed = [{"name": name, "bytes": size} for name, size in sorted(found.items())]
         return {"object": "list", "data": listed, "has_more": False}
 
     async def file(scope: Scope) -> Response:
         named = scope["path_params"]
-        data = await _python(service).read(named["id"], named["name"])
+        data = await _python(shared).read(named["id"], named["name"])
         return Response(data, media_type="application/octet-stream", headers=FILE_HEADERS)
 
     def status(scope: Scope) -> dict[str, Any]:
-        stats = service.answers.engine.stats()
-        counts = {name: getattr(stats, name) for name in SHOWN}
+        models = [
+            {"name": model, **{name: getattr(stats, name) for name in SHOWN}}
+            for model, stats in services.stats().items()
+        ]
         errors = [{"time": when, "code": code} for when, code in metrics.last_errors]
         return {
-            "models": [{"name": service.models.name, **counts}],
+            "models": models,
             "tools": list(options.tools),
             "errors": errors[::-1],
         }
@@ -347,7 +357,10 @@ def make_app(service: Service, options: Options, metrics: Metrics, state: State)
     }
     routes = [Route(path, Got(work)) for path, work in got.items()]
     for path, (endpoint, dialect) in POSTED.items():
-        app = Posted(endpoint, dialect, service, bodies, metrics, state, options.ping_seconds)
+        app = Posted(
+            endpoint, dialect, services, shared.preparer, bodies, metrics, state,
+            options.ping_seconds,
+        )  # fmt: skip
         routes.append(Route(path, app))
     routes.append(Route("/v1/responses/{id}", Got(response, ("GET", "HEAD", "DELETE"))))
     router = Router(routes, redirect_slashes=False, default=_not_found)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..answering import Happenings
 from ..answers import Answers
-from ..models import Models
+from ..models import Listed, Models
 from .fields import Fields
 from .problems import Problem
 from .store import ResponseStore
@@ -67,8 +67,8 @@ class Dialect(Protocol):
 
     def status(self, problem: Problem) -> int: ...
     def error(self, problem: Problem, request_id: str) -> Mapping[str, Any]: ...
-    def models(self, models: Models) -> dict[str, Any]: ...
-    def model(self, models: Models, name: str) -> dict[str, Any]: ...
+    def models(self, listed: Sequence[Listed]) -> dict[str, Any]: ...
+    def model(self, listed: Listed) -> dict[str, Any]: ...
 
 
 def event(data: str, name: str | None = None) -> str:

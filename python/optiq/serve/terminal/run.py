@@ -16,6 +16,7 @@ from ..language import Language
 from ..metrics import Metrics
 from ..opening import check_libraries, open_model
 from ..options import Options
+from ..preparing import Preparer
 from ..tools.python import open_tool
 from .commands import HISTORY, Read, Session
 from .screen import JsonLines, Screen
@@ -48,10 +49,10 @@ def chat(
         answers = Answers(
             engine,
             Language(opened.tokenizer, engine.vocabulary, engine.context),
-            Metrics(engine.stats),
+            Metrics(dict),
+            preparer := Preparer(read.preparing_seconds),
             answer_tokens=read.answer_tokens,
             deadline=read.deadline,
-            preparing=read.preparing_seconds,
             python=python,
         )
         screen = Screen(sys.stdout, terminal=sys.stdout.isatty(), fold=fold)
@@ -65,7 +66,7 @@ def chat(
                 session.run(lines)
         finally:
             engine.close()
-            answers.close()
+            preparer.close()
             loop.close()
             if opened.prefix is not None:
                 opened.prefix.close()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-from ...models import Models
+from ...models import Listed
 from ..problems import Problem
 from ..protocol import event
 
@@ -40,21 +41,20 @@ class Anthropic:
             "request_id": request_id,
         }
 
-    def models(self, models: Models) -> dict[str, Any]:
-        ends = {"first_id": models.name, "last_id": models.name}
-        return {"data": [self.model(models, models.name)], "has_more": False, **ends}
+    def models(self, listed: Sequence[Listed]) -> dict[str, Any]:
+        ends = {"first_id": listed[0].name, "last_id": listed[-1].name}
+        return {"data": [self.model(model) for model in listed], "has_more": False, **ends}
 
-    def model(self, models: Models, name: str) -> dict[str, Any]:
-        true_name = models.find(name)
-        created = datetime.fromtimestamp(models.created, timezone.utc)
+    def model(self, listed: Listed) -> dict[str, Any]:
+        created = datetime.fromtimestamp(listed.created, timezone.utc)
         return {
             "type": "model",
-            "id": true_name,
-            "display_name": true_name,
+            "id": listed.name,
+            "display_name": listed.name,
             "lifecycle": "active",
             "created_at": created.strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "max_input_tokens": models.context,
-            "max_tokens": models.context,
+            "max_input_tokens": listed.context,
+            "max_tokens": listed.context,
         }
 
 

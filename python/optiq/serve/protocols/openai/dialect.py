@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
-from ...models import Models
+from ...models import Listed
 from ..problems import Problem
 from ..protocol import event
 
@@ -36,17 +37,19 @@ class OpenAI:
             }
         }
 
-    def models(self, models: Models) -> dict[str, Any]:
-        return {"object": "list", "data": [self.model(models, models.name)]}
+    def models(self, listed: Sequence[Listed]) -> dict[str, Any]:
+        return {"object": "list", "data": [self.model(model) for model in listed]}
 
-    def model(self, models: Models, name: str) -> dict[str, Any]:
-        """`context_window` is ours: the most tokens of prompt and answer."""
+    def model(self, listed: Listed) -> dict[str, Any]:
+        """Ours: `context_window`, the most tokens of prompt and answer, `loaded` and `pinned`."""
         return {
-            "id": models.find(name),
+            "id": listed.name,
             "object": "model",
-            "created": models.created,
+            "created": listed.created,
             "owned_by": "optiq",
-            "context_window": models.context,
+            "context_window": listed.context,
+            "loaded": listed.loaded,
+            "pinned": listed.pinned,
         }
 
     def error_event(self, problem: Problem, request_id: str) -> str:
