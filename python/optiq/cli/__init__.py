@@ -30,6 +30,7 @@ COMMANDS = {
     "generate": "answer one prompt",
     "chat": "talk to a model in the terminal",
     "serve": "answer OpenAI's and Anthropic's clients",
+    "mcp": "the sandbox for any agent, by the Model Context Protocol",
     "sandbox": "run untrusted Python, held by the kernel and under limits",
     "bench": "time the kernels against stock MLX on this machine",
     "doctor": "what this machine runs optiq with, and what to improve",

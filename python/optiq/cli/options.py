@@ -51,6 +51,10 @@ def add_tools(parser: argparse.ArgumentParser) -> None:
         choices=["python"],
         help="what is run for the model when it is offered: python, in the sandbox",
     )
+    add_packages(parser)
+
+
+def add_packages(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sandbox-packages",
         metavar="NAMES",

@@ -87,9 +87,13 @@ class Python:
             self._make_room()
             container = f"cntr_{secrets.token_hex(24)}"
             self._containers[container] = _Container()
-        known = self._find(container)
-        known.files = {**known.files, **asked.files}
+        self.put(container, asked.files)
         return container
+
+    def put(self, container: str, files: Mapping[str, bytes]) -> None:
+        """Files that are there when the next program runs. Raises RequestError."""
+        known = self._find(container)
+        known.files = {**known.files, **files}
 
     async def run(self, identity: str, container: str, code: str) -> Ran:
         """Whatever the program does is told, and ends nothing but itself."""
