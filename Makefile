@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc metal -name '*.cpp' -o -name '*.h' -o -name '*.metal')
 
-.PHONY: demo test families attacks fuzz bench lint format clean wheel-macos wheel-linux test-aarch64 evidence
+.PHONY: demo test families attacks fuzz test-clients bench lint format clean wheel-macos wheel-linux test-aarch64 evidence
 
 # A changed kernel, binding or dependency reinstalls the package; Python files are used in place.
 $(VENV)/.installed: pyproject.toml CMakeLists.txt cmake/embed_metal.cmake $(SOURCES)
@@ -34,6 +34,18 @@ families: $(VENV)/.installed
 # The long part of the attacks on the sandbox, from a seed of its own: make attacks SEED=7.
 attacks: $(VENV)/.installed
 	OPTIQ_ATTACK_SEED=$(or $(SEED),1000) $(BIN)/python -m pytest -m attacks tests/sandbox
+
+# Real coding agents on our server, where nothing but loopback can be reached: docs/agents.md. One
+# gigabyte from npm. CLIENTS=FOLDER uses one that has them.
+CLIENTS := build/clients
+AGENTS := @openai/codex@0.171.0 opencode-ai@1.18.33 @mariozechner/pi-coding-agent@0.73.1 \
+  @qwen-code/qwen-code@0.15.10
+test-clients: $(VENV)/.installed
+	@command -v npm >/dev/null && command -v unshare >/dev/null || \
+	  { echo "test-clients needs npm (Node 20) and unshare (Linux)"; exit 1; }
+	npm install --prefix $(CLIENTS) --no-audit --no-fund --ignore-scripts --silent $(AGENTS)
+	OPTIQ_CLIENTS=$(CLIENTS) unshare -rn sh -c \
+	  'ip link set lo up && exec $(BIN)/python -m pytest -m clients tests/clients'
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest bench --benchmark-only

@@ -22,6 +22,8 @@ ARGUMENTS = {
     "plan": ["m", "--size", "5bpw"],
     "sandbox": ["run", "a.py"],
     "bench": [],
+    "mcp": [],
+    "run": ["codex"],
     "doctor": [],
     "completion": ["bash"],
     "demo": [],

@@ -30,6 +30,7 @@ COMMANDS = {
     "generate": "answer one prompt",
     "chat": "talk to a model in the terminal",
     "serve": "answer OpenAI's and Anthropic's clients",
+    "run": "start a coding agent on a model of yours",
     "mcp": "the sandbox for any agent, by the Model Context Protocol",
     "sandbox": "run untrusted Python, held by the kernel and under limits",
     "bench": "time the kernels against stock MLX on this machine",
@@ -43,7 +44,13 @@ SHARED = "sensitivity"  # the command that several processes can do together
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    args = parse(sys.argv[1:] if argv is None else list(argv), COMMANDS)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    after: list[str] = []
+    chosen = next((a for a in argv if not a.startswith("-")), None)
+    if chosen == "run" and "--" in argv:  # the rest is for the program that it starts
+        argv, after = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+    args = parse(argv, COMMANDS)
+    args.after = after
     from ..distributed.ranks import launched  # here: it imports numpy, and --help is quick
 
     _prepare_process()
