@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +16,14 @@ from anthropic.types import Message, RawMessageStreamEvent
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from optiq.errors import SandboxUnavailable, UsageError
+from optiq.errors import RequestError, SandboxUnavailable, UsageError
 from optiq.sandbox import Sandbox
+from optiq.serve.asked import Interpreter
 from optiq.serve.options import Options
 from optiq.serve.server import Server
+from optiq.serve.tools.python import LIMITS, Python
+from tests.sandbox.campaign import LIMITS as ATTACKED
+from tests.sandbox.campaign import access
 from tests.serve.servers import MODEL, TOOLS, WEATHER, Asked, scripted, tiny_tokenizer, wait_until
 
 CHAT = "/v1/chat/completions"
@@ -167,7 +174,7 @@ def test_a_program_costs_no_more_than_its_own_call(runs: Asked) -> None:
         ("open('/etc/passwd')", "work folder alone"),
         ("import socket; socket.create_connection(('127.0.0.1', 1))", "no network"),
         ("import os; os.fork()", "no processes"),
-        ("print('x' * 10 ** 8)", "[output: "),
+        ("print('x' * 10 ** 6)", "[output: "),
         ("print('x' * 10 ** 4)", "characters left out"),
         ("import os; os._exit(0)", ""),
         ("open('big', 'wb').write(bytes(2 * 10 ** 8))", ""),
@@ -175,6 +182,81 @@ def test_a_program_costs_no_more_than_its_own_call(runs: Asked) -> None:
         chat(runs, say(f"try:\n  print('go')\nfinally:\n  pass\n{code}"), max_tokens=200)
         assert told in prompt_of(runs), code
         assert chat(runs, say(f"print({S}, 1)"))["message"]["content"].endswith("1")
+
+
+def test_a_conversation_that_programs_have_filled_is_cut(runs: Asked) -> None:
+    call = "open('seen', 'a').write('x'); print('y' * 7000)"
+    again = program(call).replace("'", chr(39))
+    loop = f"{call}; print({S} + {again!r})"
+    choice = chat(runs, say(loop), max_tokens=19_000)
+    assert choice["finish_reason"] in ("length", "stop")
+
+
+def test_programs_that_sleep_or_flood_cost_their_own_call(runs: Asked) -> None:
+    """And only that, also beside one that runs in another conversation."""
+
+    async def run() -> None:
+        limits = replace(LIMITS, wall=0.5, cpu=0.5, disk=2**20)
+        with Sandbox(limits) as sandbox:
+            python = Python(sandbox, most=3, limits=limits)
+            first, second = (python.open(Interpreter()) for _ in range(2))
+            await python.run("a", first, "x = 1")
+            programs = {
+                "import time; time.sleep(60)": "[timeout: ",
+                "while True: pass": "[timeout: ",
+                "while True: print('flood' * 1000)": "[",
+                "open('f', 'wb').write(bytes(2 ** 22))": "",
+            }
+            for code, told in programs.items():
+                bad, good = await asyncio.gather(
+                    python.run("b", first, code), python.run("c", second, "6 * 7")
+                )
+                assert bad.failed
+                assert told in bad.text
+                assert good.text == "42"
+            assert (await python.run("d", first, "2 + 2")).text.endswith("4")
+            # Room for three conversations: the one that was not used for longest goes.
+            third, fourth = (python.open(Interpreter()) for _ in range(2))
+            assert third != fourth
+            with pytest.raises(RequestError, match="no longer"):
+                await python.run("e", second, "1")
+
+    asyncio.run(run())
+
+
+class Through:
+    """The tool in the place of a sandbox, for the campaign of attacks."""
+
+    def __init__(self) -> None:
+        self._tool = Python(Sandbox(ATTACKED), limits=ATTACKED)
+
+    def run(self, code: str) -> Any:
+        async def ran() -> Any:
+            container = self._tool.open(Interpreter())
+            kept = "import io, sys\nsys.stdout = io.StringIO()\nimport ctypes\n"
+            held = code.replace("import ctypes\n", kept, 1)
+            held += "\nopen('rows', 'w').write(sys.stdout.getvalue())"
+            result = await self._tool.run("a", container, held)
+            return result, await self._tool.read(container, "rows")
+
+        result, rows = asyncio.run(ran())
+        return SimpleNamespace(
+            stdout=rows.decode(), stderr=result.stderr, status="", detail=result.text
+        )
+
+    def close(self) -> None:
+        self._tool.close()
+
+
+def test_no_attack_succeeds_through_the_tool() -> None:
+    """Those of tests/sandbox on files, network and processes; 14 is stat, see docs/sandbox.md."""
+    through: Any = Through()
+    try:
+        found, broken = access(through)
+    finally:
+        through.close()
+    assert broken == {}
+    assert found.keys() <= {14}
 
 
 def test_a_session_whose_process_has_ended_starts_anew(runs: Asked) -> None:

@@ -71,9 +71,11 @@ class _Container:
 class Python:
     """Sessions of the sandbox by the names of their containers. Belongs to one event loop."""
 
-    def __init__(self, sandbox: Sandbox, most: int = MOST_SESSIONS) -> None:
+    def __init__(
+        self, sandbox: Sandbox, most: int = MOST_SESSIONS, limits: Limits = LIMITS
+    ) -> None:
         """Raises SandboxUnavailable where the sandbox cannot hold a program."""
-        self._sandbox, self._most = sandbox, most
+        self._sandbox, self._most, self._limits = sandbox, most, limits
         self._containers: OrderedDict[str, _Container] = OrderedDict()
         sandbox.run("0")
 
@@ -103,7 +105,9 @@ class Python:
             try:
                 if known.session is None or not known.session.alive:
                     note = "" if known.session is None else "[the interpreter was started anew]\n"
-                    known.session = await asyncio.to_thread(self._sandbox.session, limits=LIMITS)
+                    known.session = await asyncio.to_thread(
+                        self._sandbox.session, limits=self._limits
+                    )
                 files, known.files = known.files, {}
                 if files:
                     await asyncio.to_thread(known.session.write, files)

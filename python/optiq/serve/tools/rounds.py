@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from ...chat.parts import CallArguments, CallEnd, CallStart, Part, Reasoning, Text
+from ...errors import TooLongError
 from ..answering import Answering, End, Happening, Progress, Step
 from ..asked import Chat, Wishes
 from ..runs import Running
@@ -196,7 +197,11 @@ class Rounds:
             if said.others or end.reason == "length":
                 yield replace(end, parts=(), usage=self._before + end.usage)
                 return
-            await self._go_on(message, results, end.usage)
+            try:
+                await self._go_on(message, results, end.usage)
+            except TooLongError:  # what the programs have said does not fit
+                yield replace(end, parts=(), reason="length", usage=self._before)
+                return
 
     async def _go_on(
         self, message: Mapping[str, Any], results: Sequence[Mapping[str, Any]], usage: Usage

@@ -28,9 +28,14 @@ class OpenAI:
         return problem.status
 
     def error(self, problem: Problem, request_id: str) -> dict[str, Any]:
+        message = problem.message
+        if problem.code == "context_length_exceeded":
+            # Clients look for one or the other of these words.
+            words = "the input exceeds the context window, the maximum context length of this model"
+            message = f"{words}: {message}"
         return {
             "error": {
-                "message": problem.message,
+                "message": message,
                 "type": _TYPES.get(problem.status, "invalid_request_error"),
                 "param": problem.param,
                 "code": problem.code,
