@@ -35,15 +35,20 @@ families: $(VENV)/.installed
 attacks: $(VENV)/.installed
 	OPTIQ_ATTACK_SEED=$(or $(SEED),1000) $(BIN)/python -m pytest -m attacks tests/sandbox
 
-# Real coding agents on our server, where nothing but loopback can be reached: docs/agents.md. One
-# gigabyte from npm. CLIENTS=FOLDER uses one that has them.
+# Real coding agents and libraries on our server, where nothing but loopback can be reached:
+# docs/agents.md. 1.5 GB from npm and PyPI. CLIENTS=FOLDER uses one that has them.
 CLIENTS := build/clients
 AGENTS := @openai/codex@0.171.0 opencode-ai@1.18.33 @mariozechner/pi-coding-agent@0.73.1 \
-  @qwen-code/qwen-code@0.15.10
+  @qwen-code/qwen-code@0.15.10 ai@6.0.326 @ai-sdk/openai@3 @ai-sdk/anthropic@3 \
+  @ai-sdk/openai-compatible@2 zod@4
+LIBRARIES := 'pydantic-ai-slim[openai,anthropic]==2.68.0' langchain==1.5.2 langchain-openai==1.7.4 \
+  langchain-anthropic==1.7.10 llm==0.36 'smolagents[openai]==1.26.0' openai-agents==0.24.0
 test-clients: $(VENV)/.installed
 	@command -v npm >/dev/null && command -v unshare >/dev/null || \
 	  { echo "test-clients needs npm (Node 20) and unshare (Linux)"; exit 1; }
 	npm install --prefix $(CLIENTS) --no-audit --no-fund --ignore-scripts --silent $(AGENTS)
+	test -x $(CLIENTS)/venv/bin/python || $(PYTHON) -m venv $(CLIENTS)/venv
+	$(CLIENTS)/venv/bin/pip install --quiet $(LIBRARIES)
 	OPTIQ_CLIENTS=$(CLIENTS) unshare -rn sh -c \
 	  'ip link set lo up && exec $(BIN)/python -m pytest -m clients tests/clients'
 

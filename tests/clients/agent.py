@@ -77,7 +77,7 @@ class Watched:
     def __init__(self, engine: Any, tools: Callable[[Request], bool]) -> None:
         self._engine, self._tools = engine, tools
         self.requests: list[Request] = []
-        self.turns: list[tuple[int, int]] = []  # tokens of the prompt, and those from the cache
+        self.turns: list[Finished] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -87,7 +87,7 @@ class Watched:
 
         def heard(event: Event) -> None:
             if isinstance(event, Finished) and self._tools(request):
-                self.turns.append((event.prompt_tokens, event.cached_tokens))
+                self.turns.append(event)
             listener(event)
 
         ticket: int = self._engine.submit(request, heard)
