@@ -40,12 +40,12 @@ from optiq.models import stock
 from optiq.models.roles import is_head, quantizable
 from optiq.models.size import model_size
 from optiq.nn.accelerate import accelerate
+from optiq.nn.replay import Replay
 from optiq.planning.plan import Plan, build, uniform_plan
 from optiq.planning.proposals import propose
 from optiq.planning.size import Size
 from optiq.quantize.options import Options
 from optiq.quantize.prepare import choose_rounding
-from optiq.quantize.replay.replay import Replay
 from optiq.quantize.rounding.descent import descend
 from optiq.quantize.rounding.render import render_model
 from optiq.quantize.rounding.weights import MINMAX, Rounding

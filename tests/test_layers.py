@@ -25,10 +25,10 @@ FLOORS: Floors = (
     ("calibration", "nn"),
     ("quality",),
     ("planning", "kv"),
+    ("lora",),
     ("runtime", "report"),
-    ("quantize", "evals"),
+    ("quantize", "evals", "serve"),
     ("cards", "doctor"),
-    ("serve",),
     ("cli",),
 )
 # The rooms of the main job, in the same way, between its options and the jobs themselves.
@@ -137,7 +137,7 @@ def test_the_house_is_small_at_its_root() -> None:
         ("kv/records.py", "from .. import quantize"),
         ("evals/runner.py", "from ..quantize.options import Options"),
         ("quantize/rounding/descent.py", "from ..sensitivity.job import Job"),
-        ("quantize/replay/replay.py", "from .. import convert"),
+        ("quantize/replay/taps.py", "from .. import convert"),
     ],
 )
 @pytest.mark.parametrize("where", ["{}", "def late() -> None:\n    {}", "if True:\n    {}"])

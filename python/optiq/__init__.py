@@ -60,7 +60,7 @@ _EXPORTS = {
     "sensitivity": "quantize.score",
     "upload": "cards.upload",
 }
-_ROOMS = ("nn", "ops", "serve")  # exported whole; serve can be called
+_ROOMS = ("lora", "nn", "ops", "serve")  # exported whole; serve can be called
 
 __all__ = [*_EXPORTS, *_ROOMS]
 

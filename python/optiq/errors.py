@@ -45,6 +45,10 @@ class KVError(OptiqError):
     """A KV-cache configuration or a saved cache cannot be read, or does not fit the model."""
 
 
+class AdapterError(OptiqError):
+    """An adapter or the data of its training cannot be read, or does not fit the model."""
+
+
 class DistributedError(OptiqError):
     """The ranks of a distributed run cannot be connected, or do not fit together."""
 

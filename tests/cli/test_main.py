@@ -20,6 +20,7 @@ ARGUMENTS = {
     "compare": ["m", "n"],
     "generate": ["m", "-p", "hello"],
     "plan": ["m", "--size", "5bpw"],
+    "lora": ["train", "m", "--data", "d", "-o", "o"],
     "sandbox": ["run", "a.py"],
     "bench": [],
     "mcp": [],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import CalibrationError
@@ -16,12 +16,15 @@ JSON_LINES, PLAIN = (".jsonl", ".json", ".ndjson"), (".txt", ".md", ".text")
 SAMPLE = 1500  # characters of plain text in a row, at least: some 400 tokens
 
 
-def load_rows(path: str | os.PathLike[str] | None = None) -> list[Row]:
+def load_rows(
+    path: str | os.PathLike[str] | None = None, check: Callable[[object], Row] = check_row
+) -> list[Row]:
     """Rows of the file at `path` (None: the bundled mix), each with its 1-based `line`.
 
     A file whose name ends in .txt, .md or .text is plain text, of which paragraphs make rows; any
     other is JSON Lines. Of a folder all files with such names are read, in the order of their
-    names; their rows are numbered on. Tool-call arguments given as a JSON string come back as a
+    names; their rows are numbered on. `check` makes a row of a value, or raises CalibrationError; in
+    rows that `check_row` has checked, tool-call arguments given as a JSON string come back as a
     dict. Blank lines are skipped.
 
     Raises CalibrationError "PATH line N: what is wrong; what is expected" at the first bad row,
@@ -31,18 +34,18 @@ def load_rows(path: str | os.PathLike[str] | None = None) -> list[Row]:
     if where.is_dir():
         known = (*JSON_LINES, *PLAIN)
         files = sorted(f for f in where.rglob("*") if f.suffix.lower() in known and f.is_file())
-        found = [row for file in files for row in _rows(file)]
+        found = [row for file in files for row in _rows(file, check)]
         rows = [{**row, "line": number} for number, row in enumerate(found, start=1)]
         expected = f"files with text ({', '.join(known)})"
     else:
-        rows = list(_rows(where))
+        rows = list(_rows(where, check))
         expected = "text, or JSON Lines with one sample on each line"
     if not rows:
         raise CalibrationError(f"{where}: no rows; expected {expected}")
     return rows
 
 
-def _rows(where: Path) -> Iterator[Row]:
+def _rows(where: Path, check: Callable[[object], Row]) -> Iterator[Row]:
     text = _read(where)
     if where.suffix.lower() in PLAIN:
         yield from _paragraphs(text)
@@ -51,7 +54,7 @@ def _rows(where: Path) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            yield {**check_row(parse(line)), "line": number}
+            yield {**check(parse(line)), "line": number}
         except CalibrationError as fault:
             plain = "; give plain text a name that ends in .txt" if number == 1 else ""
             raise CalibrationError(f"{where} line {number}: {fault}{plain}") from None

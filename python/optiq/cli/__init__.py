@@ -29,6 +29,7 @@ COMMANDS = {
     "info": "what a model folder is: source, formats, measured KL, evaluations",
     "generate": "answer one prompt",
     "chat": "talk to a model in the terminal",
+    "lora": "train adapters for a model, and convert and merge them",
     "serve": "answer OpenAI's and Anthropic's clients",
     "run": "start a coding agent on a model of yours",
     "mcp": "the sandbox for any agent, by the Model Context Protocol",

@@ -16,6 +16,7 @@ from ..errors import BudgetError, SensitivityError, SourceError, UsageError
 from ..formats import DENSE, Format
 from ..models.places import Wrapper, place_at
 from ..models.roles import Module, allowed, blocks, quantizable
+from ..nn.replay import arrays
 from ..planning.files import read_scores
 from ..planning.plan import parameters, uniform_plan
 from ..planning.size import Size
@@ -23,7 +24,6 @@ from ..runtime.loading import cannot_run, check_graph, first_run
 from ..sources import LoadedModel, Source, check_finite, open_model
 from ..sources.folder import mlx_lm_version
 from .describe import describe_model
-from .replay.replay import arrays
 from .rounding.reference import choose, weight_bytes
 
 # Tokens that a float16 model is run on: products of stock MLX in 16 bits are slow on the CPU.

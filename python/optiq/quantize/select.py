@@ -21,13 +21,13 @@ from ..calibration import Sample, token_hash
 from ..errors import UsageError
 from ..models.roles import is_head, quantizable
 from ..nn.accelerate import accelerate
+from ..nn.replay import Replay, Tape
 from ..ops import metal
 from ..planning.plan import Candidate, Plan, Selection
 from ..quality.results import Mean
 from ..quality.statistics import mean_per_token, rank_correlation
 from ..sources import Source, load
 from .replay.logits import divergences
-from .replay.replay import Replay, Tape
 from .rounding.render import render_model
 from .rounding.weights import Rounding
 

@@ -16,8 +16,8 @@ from optiq.errors import SensitivityError
 from optiq.formats import Format
 from optiq.models.places import Wrapper
 from optiq.models.roles import Module, Role, quantizable
+from optiq.nn.replay import Replay, arrays
 from optiq.quantize.replay.backward import survey
-from optiq.quantize.replay.replay import Replay, arrays
 from optiq.quantize.sensitivity.fisher import scorable, score_by_fisher
 from tests.architectures import MODELS as ARCHITECTURES
 from tests.architectures import construct

@@ -19,9 +19,9 @@ from optiq.formats import DENSE, NVFP4, UNIFORM4, Format
 from optiq.models.places import place_at
 from optiq.models.roles import Module, Role, is_head, quantizable
 from optiq.nn.accelerate import accelerate
+from optiq.nn.replay import Replay
 from optiq.planning.plan import Plan, uniform_plan
 from optiq.quantize.export import export
-from optiq.quantize.replay.replay import Replay
 from optiq.quantize.rounding import descent
 from optiq.quantize.rounding.descent import Moments, best, descend
 from optiq.quantize.rounding.render import render_model

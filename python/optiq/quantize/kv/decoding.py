@@ -21,7 +21,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ...models.blocks import whole_text_caches
 from ...models.roles import Module, Role, role_of
-from ..replay.replay import ALL, Pass, Replay, Tape, arrays
+from ...nn.replay import ALL, Pass, Replay, Tape, arrays
 
 # Tokens of a prefill step: scores of a chunk against all keys are in memory at once.
 CHUNK = 512

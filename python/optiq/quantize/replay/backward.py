@@ -18,9 +18,9 @@ from mlx.utils import tree_map
 
 from ...base.text import one_line
 from ...models.roles import Module, Role
+from ...nn.replay import ALL, Pass, Replay, Tape, arrays
 from .gradients import Call, add_calls
 from .logits import LOGITS_BYTES
-from .replay import ALL, Pass, Replay, Tape, arrays
 from .taps import Deltas, Taps
 
 

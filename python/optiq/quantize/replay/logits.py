@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ... import ops
-from .replay import Replay, Tape
+from ...nn.replay import Replay, Tape
 
 # Bytes of float32 logits of one model at a time; a longer sequence is compared in chunks of rows.
 LOGITS_BYTES = 64 << 20

@@ -11,7 +11,7 @@ import mlx.nn as nn
 from ...errors import SensitivityError
 from ...models.places import Wrapper
 from ...models.roles import Module
-from .replay import Replay, handles
+from ...nn.replay import Replay, handles
 
 # By module path, one entry per call of a forward pass.
 Deltas = dict[str, list[mx.array]]

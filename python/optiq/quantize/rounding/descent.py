@@ -33,13 +33,13 @@ from ...models.kinds import Kind, kind_of
 from ...models.places import place_at
 from ...models.roles import Module, Role, is_head, quantizable
 from ...nn.accelerate import accelerate
+from ...nn.replay import Replay, Tape
 from ...ops import metal
 from ...planning.plan import Plan
 from ...sources import Source, load
 from ..replay.backward import Backward, survey
 from ..replay.gradients import Call
 from ..replay.logits import LOGITS_BYTES
-from ..replay.replay import Replay, Tape
 from .reference import choose, open_reference, weight_bytes
 from .weights import MINMAX, Rounded, Rounding
 

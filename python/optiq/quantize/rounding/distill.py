@@ -38,12 +38,12 @@ from ...models.places import place_at
 from ...models.roles import is_head, quantizable
 from ...models.shapes import blocks_of, dense_bytes, embedding_shape, widest_block
 from ...nn.accelerate import accelerate
+from ...nn.replay import Replay, Tape
 from ...ops import metal
 from ...planning.plan import Plan, Planned
 from ...sources import Source, load
 from ..replay.backward import survey
 from ..replay.logits import LOGITS_BYTES
-from ..replay.replay import Replay, Tape
 from .grid import Grid
 from .render import render_model
 from .weights import Rounded, Rounding

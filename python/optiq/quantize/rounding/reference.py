@@ -19,8 +19,8 @@ from ...errors import SensitivityError
 from ...formats import DENSE, UNIFORM4, Format
 from ...models.places import place_at
 from ...models.roles import Module, allowed
+from ...nn.replay import arrays
 from ...sources import Source, open_model
-from ..replay.replay import arrays
 from .render import render_layer
 from .weights import Rounding
 

@@ -38,11 +38,11 @@ from ...base.progress import Progress, tell
 from ...errors import SensitivityError
 from ...models.roles import Module, Role, is_head
 from ...nn.layers import dequantized
+from ...nn.replay import Replay
 from ...ops import metal
 from ..replay.backward import Backward, survey
 from ..replay.gradients import Call, looked_up, weight_gradient
 from ..replay.logits import divergences
-from ..replay.replay import Replay
 from .checkpoint import Totals
 from .job import Job
 from .kl import head_groups, record

@@ -19,9 +19,9 @@ from ...base.progress import Progress
 from ...errors import SensitivityError
 from ...formats import DENSE, Format
 from ...models.roles import Module, Role, is_head
+from ...nn.replay import Replay, Tape
 from ...ops import metal
 from ..replay.logits import Output, divergences
-from ..replay.replay import Replay, Tape
 from .checkpoint import Totals
 from .job import Job, Unit
 

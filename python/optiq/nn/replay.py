@@ -21,10 +21,10 @@ import mlx.nn as nn
 from mlx.nn.utils import checkpoint
 from mlx.utils import tree_flatten, tree_map
 
-from ...errors import SensitivityError
-from ...models.blocks import whole_text_caches
-from ...models.places import Place, Wrapper, place_at
-from ...models.roles import Module, Role
+from ..errors import SensitivityError
+from ..models.blocks import whole_text_caches
+from ..models.places import Place, Wrapper, place_at
+from ..models.roles import Module, Role
 
 ALL = range(1 << 30)  # every block call
 

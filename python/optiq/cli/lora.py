@@ -1,0 +1,134 @@
+"""`optiq lora train MODEL --data DIR -o ADAPTER`, and what is done with adapters."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import options
+
+if TYPE_CHECKING:
+    from ..lora.training import Result
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "Each action has options of its own, and --help and --json."
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    _add_train(actions.add_parser("train", help="train an adapter for a model"))
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="DIR",
+        help="a folder with train.jsonl and perhaps valid.jsonl, or one file; rows are messages "
+        "(and tools), prompt and completion, or text",
+    )
+    parser.add_argument("-o", "--out", required=True, help="folder to write; must not exist")
+    parser.add_argument("--iters", type=options.positive, default=200, help="updates")
+    parser.add_argument(
+        "--batch-size", type=options.positive, default=8, help="samples of an update"
+    )
+    parser.add_argument("--rank", type=options.positive, default=8, help="sets the budget")
+    parser.add_argument(
+        "--ranks",
+        default="uniform",
+        metavar="HOW",
+        help="uniform, sensitivity, bits or a JSON file of ranks by layer, within the budget",
+    )
+    parser.add_argument("--init", choices=("zero", "qera", "pissa"), default="zero")
+    parser.add_argument("--scale", type=float, default=2.0, help="of the low-rank term")
+    parser.add_argument("--targets", choices=("all", "attention", "mlp"), default="all")
+    parser.add_argument("--lr", type=float, default=2e-4, help="the highest learning rate")
+    parser.add_argument("--warmup", type=int, help="updates in which it rises (default: a 20th)")
+    parser.add_argument("--weight-decay", type=float, default=0.01)
+    parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    parser.add_argument("--max-length", type=options.positive, default=2048, metavar="TOKENS")
+    parser.add_argument(
+        "--pack-length",
+        type=options.positive,
+        default=2048,
+        metavar="TOKENS",
+        help="tokens that go through the model together; fewer take less memory",
+    )
+    parser.add_argument("--eval-every", type=options.positive, help="updates (default: a tenth)")
+    parser.add_argument("--held-out", type=options.positive, default=100, help="rows to judge by")
+    parser.add_argument(
+        "--patience", type=int, default=3, help="stop after so many worse results; 0 never"
+    )
+    parser.add_argument("--save-every", type=options.positive, default=10, help="updates")
+    parser.add_argument(
+        "--no-recompute",
+        action="store_true",
+        help="keep all activations: faster, and more memory",
+    )
+    parser.add_argument("--seed", type=options.seed, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    options.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    return _train(args)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from ..lora.training import checkpoint_of, train
+
+    with options.resumable(checkpoint_of(Path(args.out))):
+        result = train(
+            args.model,
+            args.data,
+            args.out,
+            revision=args.revision,
+            resume=args.resume,
+            iters=args.iters,
+            batch_size=args.batch_size,
+            rank=args.rank,
+            ranks=args.ranks,
+            init=args.init,
+            scale=args.scale,
+            targets=args.targets,
+            learning_rate=args.lr,
+            warmup=args.warmup,
+            weight_decay=args.weight_decay,
+            clip=args.clip,
+            max_length=args.max_length,
+            pack_length=args.pack_length,
+            eval_every=args.eval_every,
+            held_out=args.held_out,
+            patience=args.patience,
+            save_every=args.save_every,
+            recompute=not args.no_recompute,
+            seed=args.seed,
+        )
+    if args.json:
+        print(json.dumps(_as_json(result), indent=1))
+    else:
+        _print(result)
+    return 0
+
+
+def _as_json(result: Result) -> dict[str, object]:
+    return {
+        "path": str(result.path),
+        "held_out_loss": result.held_out_loss,
+        "tokens_per_second": result.tokens_per_second,
+        "ranks": result.adapter.ranks,
+        "updates": [asdict(u) for u in result.updates],
+        "judged": [asdict(j) for j in result.judged],
+    }
+
+
+def _print(result: Result) -> None:
+    adapter = result.adapter
+    print(f"adapter    {result.path}, {adapter.parameters:,} parameters, {adapter.nbytes:,} bytes")
+    first, last = result.updates[0].loss, result.updates[-1].loss
+    print(f"loss       {first:.4f} at first, {last:.4f} at last")
+    if result.judged:
+        print(f"held out   {result.judged[0].loss:.4f} before, {result.held_out_loss:.4f} after")
+    print(f"speed      {result.tokens_per_second:.0f} tokens/s in {len(result.updates)} updates")

@@ -1,0 +1,232 @@
+"""An adapter as a value and as a folder.
+
+The folder is an mlx-lm adapter: `adapter_config.json` and `adapters.safetensors`, in which stock
+`mlx_lm.load(adapter_path=)` wants one rank for all layers, so smaller ranks are padded with zeros.
+Beside them lies `optiq/adapter.json`: the rank of each layer, the base it was made for, and how it
+was made. Adapters that mlx-lm wrote are read, too; their base is not known.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..base.files import whole, write_json
+from ..base.text import one_line
+from ..errors import AdapterError, ExportError
+from ..models.adaptable import adaptable
+from ..models.roles import Role
+from .layers import LowRank
+
+WEIGHTS, CONFIG, OURS = "adapters.safetensors", "adapter_config.json", "optiq/adapter.json"
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that an adapter was made for."""
+
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Low-rank terms by path of the layer; each adds scale * x @ a @ b to the layer's output.
+
+    `blocks` is how many blocks the base has, 0 where that is not known. `made` says how it was
+    made, as JSON.
+    """
+
+    terms: Mapping[str, LowRank]
+    scale: float
+    base: Base | None = None
+    blocks: int = 0
+    made: Json = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {path: term.rank for path, term in self.terms.items()}
+
+    @property
+    def parameters(self) -> int:
+        return sum(term.a.size + term.b.size for term in self.terms.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(term.a.nbytes + term.b.nbytes for term in self.terms.values())
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of all that decides what the adapter computes."""
+        found = sha256(np.float64(self.scale).tobytes())
+        for path in sorted(self.terms):
+            found.update(path.encode())
+            for array in self.terms[path]:
+                found.update(str(array.shape).encode())
+                found.update(np.asarray(array.astype(mx.float32)).tobytes())
+        return found.hexdigest()
+
+    def check_finite(self) -> None:
+        for path, term in self.terms.items():
+            if not all(bool(mx.isfinite(array).all().item()) for array in term):
+                raise AdapterError(f"the adapter of {path} has numbers that are not finite")
+
+
+def check_fits(adapter: Adapter, model: nn.Module, base: Base | None = None) -> None:
+    """Raise AdapterError unless the adapter belongs to `base` and fits the layers of `model`."""
+    if base is not None and adapter.base and adapter.base.fingerprint != base.fingerprint:
+        raise AdapterError(
+            f"the adapter was made for {adapter.base.name} ({adapter.base.fingerprint[:12]}), not "
+            f"for {base.name} ({base.fingerprint[:12]}); use it with its own base"
+        )
+    known = {m.path: m for m in adaptable(model)}
+    for path, term in adapter.terms.items():
+        module = known.get(path)
+        if module is None:
+            raise AdapterError(
+                f"the adapter changes {path}, which is not a linear layer in a block of this "
+                "model; use it with its own base"
+            )
+        if module.role is Role.EXPERT:
+            raise AdapterError(f"the adapter changes the experts of {path}; that is not supported")
+        wanted = module.shape[1], module.shape[0]
+        if (term.a.shape[0], term.b.shape[1]) != wanted or term.a.shape[1] != term.b.shape[0]:
+            raise AdapterError(
+                f"the adapter of {path} is {term.a.shape} and {term.b.shape}, but the layer takes "
+                f"{wanted[0]} and gives {wanted[1]}; use it with its own base"
+            )
+
+
+def write(adapter: Adapter, out: Path) -> None:
+    """Write the folder, each file whole or not at all, and read it back. Raises ExportError."""
+    most = max(adapter.ranks.values())
+    tensors: dict[str, mx.array] = {}
+    for path, (a, b) in adapter.terms.items():
+        wider = most - a.shape[1]
+        tensors[f"{path}.lora_a"] = mx.pad(a, [(0, 0), (0, wider)])
+        tensors[f"{path}.lora_b"] = mx.pad(b, [(0, wider), (0, 0)])
+    config = {
+        "fine_tune_type": "lora",
+        "num_layers": adapter.blocks,
+        "lora_parameters": {
+            "rank": most,
+            "scale": adapter.scale,
+            "dropout": 0.0,
+            "keys": sorted(adapter.terms),
+        },
+        **({"model": adapter.base.name} if adapter.base else {}),
+    }
+    ours = {
+        "schema": 1,
+        "kind": "optiq.adapter",
+        "base": vars(adapter.base) if adapter.base else None,
+        "blocks": adapter.blocks,
+        "scale": adapter.scale,
+        "ranks": adapter.ranks,
+        "sha256": adapter.digest,
+        "made": adapter.made,
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with whole(out / WEIGHTS) as (weights,):
+            mx.save_safetensors(str(weights), tensors, {"format": "mlx"})
+    except (OSError, RuntimeError) as error:
+        raise ExportError(
+            f"{out} cannot be written ({one_line(error)}); free space or name another place"
+        ) from error
+    write_json(out / OURS, ours)
+    write_json(out / CONFIG, config)
+    if read(out).digest != adapter.digest:
+        raise ExportError(f"{out} does not read back as it was written; write it again")
+
+
+def read(path: Path) -> Adapter:
+    """The adapter in a folder of ours or of mlx-lm. Raises AdapterError."""
+    path = path.expanduser()
+    config = _json(path / CONFIG)
+    if "peft_type" in config and "lora_parameters" not in config:
+        raise AdapterError(f"{path} is PEFT's; optiq lora export --to mlx makes an adapter of it")
+    kind = config.get("fine_tune_type", "lora")
+    if kind != "lora":
+        raise AdapterError(f"{path} is of type {kind!r}; only lora is supported")
+    try:
+        scale = float(config["lora_parameters"]["scale"])
+        blocks = int(config.get("num_layers", 0))
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"{path / CONFIG} has no lora_parameters with a scale") from error
+    tensors = _tensors(path / WEIGHTS)
+    terms = {}
+    for name in sorted(tensors):
+        layer, _, leaf = name.rpartition(".")
+        if leaf not in ("lora_a", "lora_b"):
+            raise AdapterError(f"{path / WEIGHTS} holds {name}; only lora_a and lora_b are known")
+        if not {f"{layer}.lora_a", f"{layer}.lora_b"} <= tensors.keys():
+            raise AdapterError(f"{path / WEIGHTS} has only one half of {layer}")
+        pair = tensors[f"{layer}.lora_a"], tensors[f"{layer}.lora_b"]
+        if pair[0].ndim != 2 or pair[1].ndim != 2 or pair[0].shape[1] != pair[1].shape[0]:
+            raise AdapterError(
+                f"{layer} has {pair[0].shape} and {pair[1].shape} in {path / WEIGHTS}; two "
+                "matrices of one rank are supported"
+            )
+        terms[layer] = LowRank(*pair)
+    if not terms:
+        raise AdapterError(f"{path / WEIGHTS} holds no layers")
+    ours = _json(path / OURS) if (path / OURS).exists() else None
+    found = _with_ours(path, terms, scale, blocks, ours) if ours else Adapter(terms, scale)
+    found.check_finite()
+    return found
+
+
+def _with_ours(
+    path: Path, terms: Mapping[str, LowRank], scale: float, blocks: int, ours: Json
+) -> Adapter:
+    try:
+        ranks = {layer: int(rank) for layer, rank in ours["ranks"].items()}
+        cut = {
+            layer: LowRank(term.a[:, : ranks[layer]], term.b[: ranks[layer]])
+            for layer, term in terms.items()
+        }
+        base = Base(**ours["base"]) if ours["base"] else None
+        adapter = Adapter(cut, scale, base, blocks, ours["made"])
+        recorded = ours["sha256"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AdapterError(
+            f"{path / OURS} is damaged ({error!r}); delete it to use the folder as mlx-lm does"
+        ) from error
+    if adapter.digest != recorded:
+        raise AdapterError(
+            f"{path / WEIGHTS} is not the file that {path / OURS} describes; restore it, or delete "
+            f"{OURS} to use the folder as mlx-lm does"
+        )
+    return adapter
+
+
+def _json(path: Path) -> Json:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} cannot be read ({error}); give a folder of an adapter") from (
+            error
+        )
+    if not isinstance(value, dict):
+        raise AdapterError(f"{path} is not a JSON object")
+    return value
+
+
+def _tensors(path: Path) -> dict[str, mx.array]:
+    try:
+        tensors: Any = mx.load(str(path))
+        mx.eval(tensors)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise AdapterError(f"{path} cannot be read ({one_line(error)})") from error
+    return dict(tensors)

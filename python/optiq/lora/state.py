@@ -1,0 +1,164 @@
+"""Where a training run stands: parameters, AdamW's means, the best so far; kept in one file.
+
+An update depends on nothing but this and the data, whose order is drawn from the seed and the
+number of the update. So a run that goes on from the file gives the same bits as one that was never
+interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from math import cos, inf, pi
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optimizers
+import numpy as np
+
+from ..base.checkpoint import Identity, check_identity, damaged
+from ..base.files import whole
+from ..errors import ExportError
+from .options import Training
+from .tuned import Parameters
+
+FLOOR = 0.1  # of the learning rate, at the end
+
+
+@dataclass(frozen=True)
+class Update:
+    """`loss` in nats per token to learn before the update; `norm` of the gradient, unclipped."""
+
+    step: int
+    loss: float
+    tokens: int
+    rate: float
+    norm: float
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The loss on held-out samples after `step` updates."""
+
+    step: int
+    loss: float
+
+
+def learning_rate(options: Training, step: int) -> float:
+    """Of update `step`, counted from 0: a linear rise, then half a cosine down to a tenth."""
+    if step < options.warm:
+        return options.learning_rate * (step + 1) / options.warm
+    done = (step - options.warm) / max(1, options.iters - options.warm)
+    return options.learning_rate * (FLOOR + (1 - FLOOR) * 0.5 * (1 + cos(pi * done)))
+
+
+def norm_of(gradients: Parameters) -> float:
+    """Of all gradients as one vector."""
+    squares = mx.stack([mx.sum(mx.square(g)) for g in gradients.values()])
+    return float(np.asarray(mx.sqrt(mx.sum(squares))))
+
+
+class State:
+    """Parameters after `step` updates, and what an update needs besides them."""
+
+    def __init__(self, options: Training, start: Parameters) -> None:
+        self.options = options
+        self.parameters = start
+        self.best = dict(start)
+        self.best_loss = inf
+        self.worse = 0  # times in a row that held-out loss was not the lowest
+        self.updates: list[Update] = []
+        self.judged: list[Judged] = []
+        self.extra: dict[str, Any] = {}  # what a run notes of how it began
+        self._adam = optimizers.AdamW(
+            options.learning_rate, weight_decay=options.weight_decay, bias_correction=True
+        )
+        self._adam.init(start)
+
+    @property
+    def step(self) -> int:
+        return len(self.updates)
+
+    @property
+    def over(self) -> bool:
+        patience = self.options.patience
+        return self.step >= self.options.iters or 0 < patience <= self.worse
+
+    def update(self, loss: float, gradients: Parameters, tokens: int) -> None:
+        """One step of AdamW with the gradient clipped; `gradients` must be finite."""
+        norm = norm_of(gradients)
+        factor = min(1.0, self.options.clip / norm) if norm > 0 else 1.0
+        rate = learning_rate(self.options, self.step)
+        self._adam.learning_rate = rate
+        clipped = {name: g * factor for name, g in gradients.items()}
+        self.parameters = self._adam.apply_gradients(clipped, self.parameters)
+        mx.eval(self.parameters, self._adam.state)
+        self.updates.append(Update(self.step + 1, loss, tokens, rate, norm))
+
+    def judge(self, loss: float) -> None:
+        """Take a loss on held-out samples; the parameters of the lowest are kept."""
+        self.judged.append(Judged(self.step, loss))
+        self.worse = 0 if loss < self.best_loss else self.worse + 1
+        if loss < self.best_loss:
+            self.best, self.best_loss = dict(self.parameters), loss
+
+    @property
+    def chosen(self) -> Parameters:
+        """What the run gives: the best on held-out samples, or the last where none were judged."""
+        return self.best if self.judged else self.parameters
+
+    def save(self, path: Path, identity: Identity) -> None:
+        """Replace the file in one step."""
+        arrays: Parameters = {}
+        for part, values in (
+            ("now", self.parameters), ("best", self.best), ("adam", self._adam.state)
+        ):  # fmt: skip
+            for name, value in values.items():
+                if isinstance(value, dict):  # of AdamW: the means of one parameter
+                    arrays |= {f"{part}/{name}/{key}": a for key, a in value.items()}
+                else:
+                    arrays[f"{part}/{name}"] = value
+        metadata = {
+            "identity": json.dumps(dict(identity), sort_keys=True),
+            "updates": json.dumps([asdict(u) for u in self.updates]),
+            "judged": json.dumps([asdict(j) for j in self.judged]),
+            "worse": str(self.worse),
+            "best_loss": self.best_loss.hex(),
+            "extra": json.dumps(self.extra),
+        }
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole(path) as (partial,):
+                mx.save_safetensors(str(partial), arrays, metadata)
+        except (OSError, RuntimeError) as error:
+            raise ExportError(
+                f"{path} cannot be written ({error}); free space or name another place"
+            ) from error
+
+    @classmethod
+    def read(cls, path: Path, identity: Identity, options: Training) -> State:
+        """What `save` wrote for this run. Raises CheckpointError."""
+        try:
+            found: Any = mx.load(str(path), return_metadata=True)
+            arrays, metadata = found
+            parts: dict[str, dict[str, Any]] = {"now": {}, "best": {}, "adam": {}}
+            for key, array in arrays.items():
+                part, name, *of = key.split("/")
+                if of:
+                    parts[part].setdefault(name, {})[of[0]] = array
+                else:
+                    parts[part][name] = array
+            theirs = json.loads(metadata["identity"])
+            check_identity(path, identity, theirs)
+            state = cls(options, parts["now"])
+            state.best = parts["best"]
+            state._adam.state = parts["adam"]
+            state.updates = [Update(**u) for u in json.loads(metadata["updates"])]
+            state.judged = [Judged(**j) for j in json.loads(metadata["judged"])]
+            state.worse = int(metadata["worse"])
+            state.best_loss = float.fromhex(metadata["best_loss"])
+            state.extra = json.loads(metadata["extra"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise damaged(path, error) from error
+        return state

@@ -1,0 +1,285 @@
+"""Training an adapter on a model whose weights stay as they are, quantized or not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from hashlib import sha256
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..base.checkpoint import Identity, check_unfinished
+from ..base.command import command_line
+from ..base.files import check_writable
+from ..base.machine import machine, versions
+from ..base.memory import available_memory
+from ..base.progress import Progress, peak_memory, tell
+from ..errors import AdapterError, UsageError
+from ..models.roles import Module
+from ..nn.accelerate import accelerate
+from ..ops import metal
+from ..sources import Source, load, resolve
+from . import start
+from .adapter import Adapter, Base, write
+from .data import Data, Sample, read
+from .layers import LowRank
+from .memory import needs
+from .options import Training
+from .packing import Pack
+from .state import Judged, State, Update, norm_of
+from .tuned import Parameters, Tuned
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .options import TrainingFields
+
+
+@dataclass(frozen=True)
+class Result:
+    """The adapter that was written, and how training went."""
+
+    adapter: Adapter
+    path: Path
+    updates: tuple[Update, ...]
+    judged: tuple[Judged, ...]
+    tokens_per_second: float  # of all tokens that were trained on in this process
+
+    @property
+    def held_out_loss(self) -> float | None:
+        """Of the adapter that was written, in nats per token to learn."""
+        return min((j.loss for j in self.judged), default=None)
+
+
+def train(
+    model: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    revision: str | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **fields: Unpack[TrainingFields],
+) -> Result:
+    """Train an adapter for `model` on the rows of `data`, and write it to the folder `out`.
+
+    `data` is a folder with train.jsonl and perhaps valid.jsonl, or one file. `fields` are those of
+    `Training`. A run that was interrupted goes on with `resume`, to the same bits.
+
+    Raises UsageError for what cannot be honoured, SourceError, AdapterError for the data or a loss
+    that is not finite, CheckpointError and ExportError.
+    """
+    options = Training(**fields)
+    folder = Path(out).expanduser().resolve()
+    checkpoint = checkpoint_of(folder)
+    if folder.exists():
+        raise UsageError(f"{folder} exists; name another folder, or delete it")
+    check_writable(folder)
+    check_unfinished([checkpoint], resume)
+    source = resolve(str(model), revision=revision)
+    loaded = load(source, allow_quantized=True)
+    accelerate(loaded.model, blocks=False)
+    samples = read(Path(data), loaded.tokenizer, options.max_length)
+    run = Run(source, loaded.model, samples, options, checkpoint, resume=resume, progress=progress)
+    result = metal.restarts(run.finish)(folder)
+    checkpoint.unlink(missing_ok=True)
+    return result
+
+
+def checkpoint_of(out: Path) -> Path:
+    """Where the state of a run lies until the adapter `out` is written."""
+    folder = out.expanduser().resolve()
+    return folder.parent / f"{folder.name}.optiq-training.safetensors"
+
+
+class Run:
+    """One run: a model, samples, and the state of training."""
+
+    def __init__(
+        self,
+        source: Source,
+        model: nn.Module,
+        data: Data,
+        options: Training,
+        checkpoint: Path,
+        *,
+        resume: bool,
+        progress: bool,
+    ) -> None:
+        if not data.train:
+            raise AdapterError("there are no rows to train on; give at least one")
+        self.source, self.data, self.options = source, data, options
+        self.checkpoint, self.progress = checkpoint, progress
+        self.identity: Identity = {
+            "model": source.fingerprint,
+            "data": _digest([*data.train, *data.valid]),
+            "options": asdict(options),
+        }
+        modules = start.chosen(model, options.targets)
+        self.blocks = len(model.layers)
+        if resume and checkpoint.exists():
+            self.state = State.read(checkpoint, self.identity, options)
+            terms = terms_of(self.state.parameters)
+        else:
+            ranks = start.plan_ranks(options, model, modules, None)
+            terms = start.zero(modules, ranks, options.seed)
+            self.state = State(options, parameters_of(terms))
+        self._state_memory(model, modules, terms)
+        self.tuned = Tuned(model, terms, options.scale, recompute=options.recompute)
+        if data.cut:
+            tell(f"{data.cut} rows were cut to {options.max_length} tokens", enabled=progress)
+        if self.tuned.alone:
+            tell(f"samples run one by one: {self.tuned.alone}", enabled=progress)
+
+    def _state_memory(
+        self, model: nn.Module, modules: Sequence[Module], terms: dict[str, LowRank]
+    ) -> None:
+        ranks = {path: term.rank for path, term in terms.items()}
+        longest = max(len(s.tokens) for s in (*self.data.train, *self.data.valid))
+        found = needs(model, modules, ranks, self.options, longest)
+        if found.total > available_memory():
+            raise UsageError(
+                f"memory: training takes {found}; lower --max-length and --pack-length, or free "
+                "memory"
+            )
+        tell(f"memory: training takes {found}", enabled=self.progress)
+
+    def finish(self, folder: Path) -> Result:
+        """Train to the end and write the adapter."""
+        state, options = self.state, self.options
+        began, tokens = time.monotonic(), 0
+        with (
+            self.tuned,
+            Progress(options.iters, "updates", done=state.step, enabled=self.progress) as bar,
+        ):
+            if self.data.valid and not state.judged:
+                state.judge(self._held_out_loss())
+                bar.say(f"before training: held-out loss {state.best_loss:.4f}")
+            while not state.over:
+                update = self._update(folder)
+                tokens += update.tokens
+                speed = tokens / (time.monotonic() - began)
+                if self.data.valid and (state.step % options.every == 0 or state.over):
+                    state.judge(self._held_out_loss())
+                    bar.say(
+                        f"update {state.step}: loss {update.loss:.4f}, held-out loss "
+                        f"{state.judged[-1].loss:.4f}"
+                    )
+                if state.step % options.save_every == 0:
+                    state.save(self.checkpoint, self.identity)
+                bar.step(note=f"loss {update.loss:.4f}, {speed:.0f} tokens/s")
+        seconds = time.monotonic() - began
+        adapter = self._write(folder)
+        return Result(
+            adapter,
+            folder,
+            tuple(state.updates),
+            tuple(state.judged),
+            tokens / seconds if seconds else 0.0,
+        )
+
+    def _update(self, folder: Path) -> Update:
+        state = self.state
+        batch = batch_of(self.data.train, self.options, state.step)
+        loss, gradients = self._gradients(batch)
+        if not (isfinite(loss) and isfinite(norm_of(gradients))):
+            state.save(self.checkpoint, self.identity)
+            self._write(folder)
+            raise AdapterError(
+                f"the loss is {loss:.4g} in update {state.step + 1} and training stopped; {folder} "
+                f"holds the adapter of {self._kept()}: lower --lr, or look at the rows of lines "
+                f"{', '.join(str(s.line) for s in batch[:8])}"
+            )
+        state.update(loss, gradients, sum(len(s.tokens) for s in batch))
+        return state.updates[-1]
+
+    def _gradients(self, batch: Sequence[Sample]) -> tuple[float, Parameters]:
+        """Mean loss of the tokens to learn, and its gradient, over all packs of the batch."""
+        count = sum(len(s.trained) for s in batch)
+        total, gradients = 0.0, dict[str, mx.array]()
+        for packed in self.tuned.packs(batch, self.options.pack_length):
+            loss, found = self.tuned.loss_and_gradients(
+                self.state.parameters, partial(self._summed, packed, count)
+            )
+            total += loss
+            gradients = {
+                name: gradients[name] + g if name in gradients else g for name, g in found.items()
+            }
+            mx.eval(gradients)
+        return total, gradients
+
+    def _summed(self, packed: Pack, count: int) -> mx.array:
+        return mx.sum(self.tuned.losses(packed)) / count
+
+    def _held_out_loss(self) -> float:
+        self.tuned.set(self.state.parameters)
+        samples = self.data.valid[: self.options.held_out]
+        total = 0.0
+        for packed in self.tuned.packs(samples, self.options.pack_length):
+            found: Any = mx.sum(self.tuned.losses(packed)).item()
+            total += found
+        return total / sum(len(s.trained) for s in samples)
+
+    def _kept(self) -> str:
+        return f"update {self.state.judged[-1].step}" if self.state.judged else "the last update"
+
+    def _write(self, folder: Path) -> Adapter:
+        state = self.state
+        made = {
+            "data": {"train": len(self.data.train), "held_out": len(self.data.valid)},
+            "options": asdict(self.options),
+            "updates": [asdict(u) for u in state.updates],
+            "judged": [asdict(j) for j in state.judged],
+            "peak_bytes": peak_memory(),
+            "command": command_line(),
+            "versions": versions(),
+            "machine": machine(),
+        }
+        adapter = Adapter(
+            terms_of(state.chosen),
+            self.options.scale,
+            Base(self.source.name, self.source.fingerprint),
+            self.blocks,
+            made,
+        )
+        write(adapter, folder)
+        return adapter
+
+
+def batch_of(samples: Sequence[Sample], options: Training, step: int) -> list[Sample]:
+    """The samples of one update: epochs follow each other, each in an order of its own."""
+    n, first = len(samples), step * options.batch_size
+    places = range(first, first + options.batch_size)
+    orders = {
+        epoch: np.random.default_rng([options.seed, epoch]).permutation(n)
+        for epoch in {place // n for place in places}
+    }
+    return [samples[int(orders[place // n][place % n])] for place in places]
+
+
+def parameters_of(terms: dict[str, LowRank]) -> Parameters:
+    return {
+        f"{path}.{name}": array
+        for path, term in terms.items()
+        for name, array in zip(("lora_a", "lora_b"), term, strict=True)
+    }
+
+
+def terms_of(parameters: Parameters) -> dict[str, LowRank]:
+    paths = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
+    return {p: LowRank(parameters[f"{p}.lora_a"], parameters[f"{p}.lora_b"]) for p in paths}
+
+
+def _digest(samples: Sequence[Sample]) -> str:
+    found = sha256()
+    for sample in samples:
+        found.update(np.asarray([len(sample.tokens), *sample.tokens], "<i4").tobytes())
+        found.update(np.asarray([len(sample.trained), *sample.trained], "<i4").tobytes())
+    return found.hexdigest()

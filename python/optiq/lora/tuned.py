@@ -1,0 +1,111 @@
+"""A model with an adapter under training: the loss as a function of the adapter's arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.nn.utils import checkpoint as recomputed
+
+from ..errors import AdapterError
+from ..models.adaptable import adaptable, head
+from ..models.places import place_at
+from ..nn.replay import ALL, Replay, Tape
+from .data import Sample
+from .layers import LowRank, put
+from .packing import Pack, pack, packable, segments
+
+LOGITS_BYTES = 64 << 20  # of float32 logits at a time
+
+Parameters = dict[str, mx.array]  # "<path>.lora_a" and "<path>.lora_b"
+
+
+class Tuned:
+    """`model` with `terms` beside its layers, in place. A context manager.
+
+    With `recompute`, a pass keeps the outputs of the blocks only and runs each again on the way
+    back. `alone` says why samples cannot share a pass; it is empty where they can.
+    """
+
+    def __init__(
+        self, model: nn.Module, terms: Mapping[str, LowRank], scale: float, *, recompute: bool
+    ) -> None:
+        self.alone = packable(model)
+        self._model = model
+        self._head = head(model)
+        modules = [*adaptable(model), *([self._head] if self._head else [])]
+        model.freeze()
+        self._layers = put(model, terms, scale)
+        self._replay = Replay(model, modules, recompute=recompute)
+
+    def __enter__(self) -> Tuned:
+        self._replay.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._replay.__exit__()
+
+    def parameters(self) -> Parameters:
+        """The arrays to train, as they are."""
+        return {
+            f"{path}.{name}": layer[name]
+            for path, layer in self._layers.items()
+            for name in ("lora_a", "lora_b")
+        }
+
+    def set(self, parameters: Parameters) -> None:
+        for path, layer in self._layers.items():
+            layer.lora_a = parameters[f"{path}.lora_a"]
+            layer.lora_b = parameters[f"{path}.lora_b"]
+
+    def packs(self, samples: Sequence[Sample], most: int) -> list[Pack]:
+        """The samples in passes of at most `most` tokens."""
+        return [Pack((s,)) for s in samples] if self.alone else pack(samples, most)
+
+    def losses(self, packed: Pack) -> mx.array:
+        """-log p of each token to learn [n], lazily."""
+        ids = mx.array([packed.tokens])
+        caches = segments(self._model, packed.ends) if len(packed.samples) > 1 else None
+        run = self._replay.run(ids, (), ALL, caches)
+        outputs = [run.outputs[n] for n in range(len(run.outputs))]
+        tape = Tape(ids, outputs, run.hidden, run.logits.shape[-1])
+        targets = mx.array(packed.learned)
+        rows = run.hidden[0, targets - 1]
+        labels = ids[0, targets]
+        top = place_at(self._model, self._head.path).get() if self._head else nn.Module()
+
+        def part(rows: mx.array, labels: mx.array) -> mx.array:
+            logits = self._replay.logits(tape, rows).astype(mx.float32)
+            chosen = mx.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+            return mx.logsumexp(logits, axis=-1) - chosen
+
+        step = max(1, LOGITS_BYTES // (4 * tape.vocabulary))
+        found = []
+        for i in range(0, rows.shape[0], step):
+            of_part = partial(part, labels=labels[i : i + step])  # indices have no gradient
+            found.append(recomputed(top, of_part)(rows[i : i + step]))
+        return mx.concatenate(found)
+
+    def loss_and_gradients(
+        self, parameters: Parameters, of: Callable[[], mx.array]
+    ) -> tuple[float, Parameters]:
+        """The value of `of` and its gradient at the parameters."""
+
+        def loss(parameters: Parameters) -> mx.array:
+            self.set(parameters)
+            return of()
+
+        try:
+            value, gradients = mx.value_and_grad(loss)(parameters)
+        except ValueError as error:  # MLX's: an operation of the model file has no gradient
+            raise AdapterError(
+                f"{type(self._model).__module__} has no gradients ({error}); this model cannot be "
+                "trained here"
+            ) from error
+        mx.eval(value, gradients)
+        self.set(parameters)
+        found: Any = value.item()
+        return float(found), gradients
