@@ -228,12 +228,13 @@ def tensors(folder: Path) -> dict[str, mx.array]:
     return dict(mx.load(str(folder / "adapters.safetensors")))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("begin", [{}, {"init": "pissa", "ranks": "sensitivity"}])
 def test_an_interrupted_run_goes_on_to_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: dict[str, Any]
 ) -> None:
-    folder = str(mixed_folder(tmp_path))
+    folder, fields = str(mixed_folder(tmp_path)), {**FIELDS, **begin}
     data = write_rows(tmp_path / "data", rows(9), rows(3, 1))
-    whole = lora.train(folder, data, tmp_path / "whole", progress=False, **FIELDS)
+    whole = lora.train(folder, data, tmp_path / "whole", progress=False, **fields)
     update, out = State.update, tmp_path / "cut"
 
     def dies(self: State, *args: Any) -> None:
@@ -243,15 +244,15 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
 
     monkeypatch.setattr(State, "update", dies)
     with pytest.raises(KeyboardInterrupt):
-        lora.train(folder, data, out, progress=False, **FIELDS)
+        lora.train(folder, data, out, progress=False, **fields)
     assert checkpoint_of(out).exists()
     assert not out.exists()
     monkeypatch.setattr(State, "update", update)
     with pytest.raises(UsageError, match="--resume"):
-        lora.train(folder, data, out, progress=False, **FIELDS)
+        lora.train(folder, data, out, progress=False, **fields)
     with pytest.raises(CheckpointError, match="options"):
-        lora.train(folder, data, out, progress=False, resume=True, **{**FIELDS, "seed": 5})
-    resumed = lora.train(folder, data, out, progress=False, resume=True, **FIELDS)
+        lora.train(folder, data, out, progress=False, resume=True, **{**fields, "seed": 5})
+    resumed = lora.train(folder, data, out, progress=False, resume=True, **fields)
     assert resumed.updates == whole.updates
     assert resumed.judged == whole.judged
     assert not checkpoint_of(out).exists()

@@ -42,6 +42,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         help="uniform, sensitivity, bits or a JSON file of ranks by layer, within the budget",
     )
     parser.add_argument("--init", choices=("zero", "qera", "pissa"), default="zero")
+    parser.add_argument(
+        "--original",
+        metavar="MODEL",
+        help="the model that MODEL was quantized from: for --init qera, and what quantization "
+        "lost in --ranks sensitivity",
+    )
     parser.add_argument("--scale", type=float, default=2.0, help="of the low-rank term")
     parser.add_argument("--targets", choices=("all", "attention", "mlp"), default="all")
     parser.add_argument("--lr", type=float, default=2e-4, help="the highest learning rate")
@@ -84,6 +90,7 @@ def _train(args: argparse.Namespace) -> int:
             args.model,
             args.data,
             args.out,
+            original=args.original,
             revision=args.revision,
             resume=args.resume,
             iters=args.iters,

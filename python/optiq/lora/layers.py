@@ -23,25 +23,46 @@ class LowRank(NamedTuple):
 
 
 class LoRALinear(nn.Module):
-    """`linear` stays as it is; its two small matrices have the names that mlx-lm gives them."""
+    """`linear` stays as it is; its two small matrices have the names that mlx-lm gives them.
 
-    def __init__(self, linear: nn.Module, term: LowRank, scale: float) -> None:
+    `minus` is a term that is taken away again and not trained.
+    """
+
+    def __init__(
+        self, linear: nn.Module, term: LowRank, scale: float, minus: LowRank | None = None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.linear = linear
         self.lora_a, self.lora_b = term
         self.scale = scale
+        self._minus = minus
 
     def __call__(self, x: mx.array) -> mx.array:
         y: mx.array = self.linear(x)
-        z = (x.astype(self.lora_a.dtype) @ self.lora_a) @ self.lora_b
+        x = x.astype(self.lora_a.dtype)
+        z = (x @ self.lora_a) @ self.lora_b
+        if self._minus is not None:
+            z = z - (x @ self._minus.a) @ self._minus.b
         return y + (self.scale * z).astype(y.dtype)
 
 
-def put(model: nn.Module, terms: Mapping[str, LowRank], scale: float) -> dict[str, LoRALinear]:
+def put(
+    model: nn.Module,
+    terms: Mapping[str, LowRank],
+    scale: float,
+    minus: Mapping[str, LowRank] | None = None,
+) -> dict[str, LoRALinear]:
     """Put a low-rank term beside each layer of `terms`, in place; returns the new layers."""
     layers = {}
     for path, term in terms.items():
         place = place_at(model, path)
-        layers[path] = LoRALinear(place.get(), term, scale)
+        layers[path] = LoRALinear(place.get(), term, scale, (minus or {}).get(path))
         place.set(layers[path])
     return layers
+
+
+def joined(plus: LowRank, minus: LowRank) -> LowRank:
+    """One term, of both ranks together, for the difference of two."""
+    return LowRank(
+        mx.concatenate([plus.a, minus.a], axis=1), mx.concatenate([plus.b, -minus.b], axis=0)
+    )

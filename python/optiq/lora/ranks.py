@@ -36,7 +36,9 @@ def proportional(
     total = sum(weights[m.path] * cost(m) for m in modules)
     factor = rank * sum(map(cost, modules)) / total
     exact = {m.path: max(1.0, factor * weights[m.path]) for m in modules}
-    return _filled(modules, rank, {m.path: [exact[m.path] - j for j in range(99)] for m in modules})
+    most = MOST * rank
+    left = {m.path: [exact[m.path] - j for j in range(most)] for m in modules}
+    return _filled(modules, rank, left)
 
 
 def by_gain(modules: Sequence[Module], rank: int, gains: Gains) -> dict[str, int]:

@@ -8,6 +8,7 @@ interrupted.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import cos, inf, pi
 from pathlib import Path
@@ -54,23 +55,30 @@ def learning_rate(options: Training, step: int) -> float:
 
 
 def norm_of(gradients: Parameters) -> float:
-    """Of all gradients as one vector."""
-    squares = mx.stack([mx.sum(mx.square(g)) for g in gradients.values()])
+    """Of all gradients as one vector, added up in an order that does not depend on the run."""
+    squares = mx.stack([mx.sum(mx.square(gradients[name])) for name in sorted(gradients)])
     return float(np.asarray(mx.sqrt(mx.sum(squares))))
 
 
 class State:
     """Parameters after `step` updates, and what an update needs besides them."""
 
-    def __init__(self, options: Training, start: Parameters) -> None:
+    def __init__(
+        self,
+        options: Training,
+        start: Parameters,
+        minus: Parameters | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
         self.options = options
+        self.minus = minus or {}  # not trained, see start.py
+        self.notes = tuple(notes)
         self.parameters = start
         self.best = dict(start)
         self.best_loss = inf
         self.worse = 0  # times in a row that held-out loss was not the lowest
         self.updates: list[Update] = []
         self.judged: list[Judged] = []
-        self.extra: dict[str, Any] = {}  # what a run notes of how it began
         self._adam = optimizers.AdamW(
             options.learning_rate, weight_decay=options.weight_decay, bias_correction=True
         )
@@ -112,8 +120,11 @@ class State:
         """Replace the file in one step."""
         arrays: Parameters = {}
         for part, values in (
-            ("now", self.parameters), ("best", self.best), ("adam", self._adam.state)
-        ):  # fmt: skip
+            ("now", self.parameters),
+            ("best", self.best),
+            ("minus", self.minus),
+            ("adam", self._adam.state),
+        ):
             for name, value in values.items():
                 if isinstance(value, dict):  # of AdamW: the means of one parameter
                     arrays |= {f"{part}/{name}/{key}": a for key, a in value.items()}
@@ -125,7 +136,7 @@ class State:
             "judged": json.dumps([asdict(j) for j in self.judged]),
             "worse": str(self.worse),
             "best_loss": self.best_loss.hex(),
-            "extra": json.dumps(self.extra),
+            "notes": json.dumps(self.notes),
         }
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +153,7 @@ class State:
         try:
             found: Any = mx.load(str(path), return_metadata=True)
             arrays, metadata = found
-            parts: dict[str, dict[str, Any]] = {"now": {}, "best": {}, "adam": {}}
+            parts: dict[str, dict[str, Any]] = {"now": {}, "best": {}, "minus": {}, "adam": {}}
             for key, array in arrays.items():
                 part, name, *of = key.split("/")
                 if of:
@@ -151,14 +162,14 @@ class State:
                     parts[part][name] = array
             theirs = json.loads(metadata["identity"])
             check_identity(path, identity, theirs)
-            state = cls(options, parts["now"])
+            notes = json.loads(metadata["notes"])
+            state = cls(options, parts["now"], parts["minus"], notes)
             state.best = parts["best"]
             state._adam.state = parts["adam"]
             state.updates = [Update(**u) for u in json.loads(metadata["updates"])]
             state.judged = [Judged(**j) for j in json.loads(metadata["judged"])]
             state.worse = int(metadata["worse"])
             state.best_loss = float.fromhex(metadata["best_loss"])
-            state.extra = json.loads(metadata["extra"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise damaged(path, error) from error
         return state

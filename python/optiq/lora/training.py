@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,14 +26,14 @@ from ..errors import AdapterError, UsageError
 from ..models.roles import Module
 from ..nn.accelerate import accelerate
 from ..ops import metal
-from ..sources import Source, load, resolve
+from ..planning.plan import Plan
+from ..sources import LoadedModel, Source, load, resolve
 from . import start
 from .adapter import Adapter, Base, write
 from .data import Data, Sample, read
-from .layers import LowRank
+from .layers import LowRank, joined
 from .memory import needs
 from .options import Training
-from .packing import Pack
 from .state import Judged, State, Update, norm_of
 from .tuned import Parameters, Tuned
 
@@ -63,6 +64,7 @@ def train(
     data: str | Path,
     out: str | Path,
     *,
+    original: str | Path | None = None,
     revision: str | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -70,8 +72,10 @@ def train(
 ) -> Result:
     """Train an adapter for `model` on the rows of `data`, and write it to the folder `out`.
 
-    `data` is a folder with train.jsonl and perhaps valid.jsonl, or one file. `fields` are those of
-    `Training`. A run that was interrupted goes on with `resume`, to the same bits.
+    `data` is a folder with train.jsonl and perhaps valid.jsonl, or one file. `original` is the
+    model that `model` was quantized from, for init="qera" and, if given, ranks="sensitivity".
+    `fields` are those of `Training`. A run that was interrupted goes on with `resume`, to the same
+    bits.
 
     Raises UsageError for what cannot be honoured, SourceError, AdapterError for the data or a loss
     that is not finite, CheckpointError and ExportError.
@@ -87,7 +91,17 @@ def train(
     loaded = load(source, allow_quantized=True)
     accelerate(loaded.model, blocks=False)
     samples = read(Path(data), loaded.tokenizer, options.max_length)
-    run = Run(source, loaded.model, samples, options, checkpoint, resume=resume, progress=progress)
+    before = load(resolve(str(original))) if original is not None else None
+    run = Run(
+        source,
+        loaded.model,
+        samples,
+        options,
+        checkpoint,
+        original=before,
+        resume=resume,
+        progress=progress,
+    )
     result = metal.restarts(run.finish)(folder)
     checkpoint.unlink(missing_ok=True)
     return result
@@ -110,6 +124,7 @@ class Run:
         options: Training,
         checkpoint: Path,
         *,
+        original: LoadedModel | None,
         resume: bool,
         progress: bool,
     ) -> None:
@@ -120,19 +135,31 @@ class Run:
         self.identity: Identity = {
             "model": source.fingerprint,
             "data": _digest([*data.train, *data.valid]),
+            "original": original.source.fingerprint if original else None,
             "options": asdict(options),
         }
         modules = start.chosen(model, options.targets)
         self.blocks = len(model.layers)
         if resume and checkpoint.exists():
             self.state = State.read(checkpoint, self.identity, options)
-            terms = terms_of(self.state.parameters)
         else:
-            ranks = start.plan_ranks(options, model, modules, None)
-            terms = start.zero(modules, ranks, options.seed)
-            self.state = State(options, parameters_of(terms))
+            begun = start.Beginning(
+                options,
+                model,
+                modules,
+                data.train,
+                original=original.model if original else None,
+                lost=lost_by_layer(source),
+                progress=progress,
+            ).make()
+            self.state = State(
+                options, parameters_of(begun.terms), parameters_of(begun.minus), begun.notes
+            )
+        terms, self.minus = terms_of(self.state.parameters), terms_of(self.state.minus)
         self._state_memory(model, modules, terms)
-        self.tuned = Tuned(model, terms, options.scale, recompute=options.recompute)
+        self.tuned = Tuned(
+            model, terms, options.scale, minus=self.minus, recompute=options.recompute
+        )
         if data.cut:
             tell(f"{data.cut} rows were cut to {options.max_length} tokens", enabled=progress)
         if self.tuned.alone:
@@ -206,24 +233,21 @@ class Run:
         total, gradients = 0.0, dict[str, mx.array]()
         for packed in self.tuned.packs(batch, self.options.pack_length):
             loss, found = self.tuned.loss_and_gradients(
-                self.state.parameters, partial(self._summed, packed, count)
+                self.state.parameters, partial(self.tuned.summed, packed)
             )
             total += loss
             gradients = {
                 name: gradients[name] + g if name in gradients else g for name, g in found.items()
             }
             mx.eval(gradients)
-        return total, gradients
-
-    def _summed(self, packed: Pack, count: int) -> mx.array:
-        return mx.sum(self.tuned.losses(packed)) / count
+        return total / count, {name: g / count for name, g in gradients.items()}
 
     def _held_out_loss(self) -> float:
         self.tuned.set(self.state.parameters)
         samples = self.data.valid[: self.options.held_out]
         total = 0.0
         for packed in self.tuned.packs(samples, self.options.pack_length):
-            found: Any = mx.sum(self.tuned.losses(packed)).item()
+            found: Any = self.tuned.summed(packed).item()
             total += found
         return total / sum(len(s.trained) for s in samples)
 
@@ -235,6 +259,7 @@ class Run:
         made = {
             "data": {"train": len(self.data.train), "held_out": len(self.data.valid)},
             "options": asdict(self.options),
+            "ranks_from": list(state.notes),
             "updates": [asdict(u) for u in state.updates],
             "judged": [asdict(j) for j in state.judged],
             "peak_bytes": peak_memory(),
@@ -242,8 +267,9 @@ class Run:
             "versions": versions(),
             "machine": machine(),
         }
+        terms = terms_of(state.chosen)
         adapter = Adapter(
-            terms_of(state.chosen),
+            {p: joined(t, self.minus[p]) if p in self.minus else t for p, t in terms.items()},
             self.options.scale,
             Base(self.source.name, self.source.fingerprint),
             self.blocks,
@@ -251,6 +277,15 @@ class Run:
         )
         write(adapter, folder)
         return adapter
+
+
+def lost_by_layer(source: Source) -> dict[str, float] | None:
+    """What each layer's format costs in nats, as the plan of a model of ours says; None without."""
+    file = source.path / "optiq" / "plan.json"
+    if not file.exists():
+        return None
+    plan = Plan.from_json(json.loads(file.read_text(encoding="utf-8")))
+    return {m.module.path: m.kl for m in plan.modules if m.kl is not None}
 
 
 def batch_of(samples: Sequence[Sample], options: Training, step: int) -> list[Sample]:

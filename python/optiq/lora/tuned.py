@@ -24,21 +24,27 @@ Parameters = dict[str, mx.array]  # "<path>.lora_a" and "<path>.lora_b"
 
 
 class Tuned:
-    """`model` with `terms` beside its layers, in place. A context manager.
+    """`model` with `terms` beside its layers and `minus` taken away, in place. A context manager.
 
     With `recompute`, a pass keeps the outputs of the blocks only and runs each again on the way
     back. `alone` says why samples cannot share a pass; it is empty where they can.
     """
 
     def __init__(
-        self, model: nn.Module, terms: Mapping[str, LowRank], scale: float, *, recompute: bool
+        self,
+        model: nn.Module,
+        terms: Mapping[str, LowRank],
+        scale: float,
+        *,
+        minus: Mapping[str, LowRank] | None = None,
+        recompute: bool,
     ) -> None:
         self.alone = packable(model)
         self._model = model
         self._head = head(model)
         modules = [*adaptable(model), *([self._head] if self._head else [])]
         model.freeze()
-        self._layers = put(model, terms, scale)
+        self._layers = put(model, terms, scale, minus)
         self._replay = Replay(model, modules, recompute=recompute)
 
     def __enter__(self) -> Tuned:
@@ -61,12 +67,17 @@ class Tuned:
             layer.lora_a = parameters[f"{path}.lora_a"]
             layer.lora_b = parameters[f"{path}.lora_b"]
 
+    def remove(self) -> None:
+        """Give the model its own layers back."""
+        for path, layer in self._layers.items():
+            place_at(self._model, path).set(layer.linear)
+
     def packs(self, samples: Sequence[Sample], most: int) -> list[Pack]:
         """The samples in passes of at most `most` tokens."""
         return [Pack((s,)) for s in samples] if self.alone else pack(samples, most)
 
     def losses(self, packed: Pack) -> mx.array:
-        """-log p of each token to learn [n], lazily."""
+        """-log p of each token to learn [n], not computed yet."""
         ids = mx.array([packed.tokens])
         caches = segments(self._model, packed.ends) if len(packed.samples) > 1 else None
         run = self._replay.run(ids, (), ALL, caches)
@@ -88,6 +99,10 @@ class Tuned:
             of_part = partial(part, labels=labels[i : i + step])  # indices have no gradient
             found.append(recomputed(top, of_part)(rows[i : i + step]))
         return mx.concatenate(found)
+
+    def summed(self, packed: Pack) -> mx.array:
+        """The sum of `losses`."""
+        return mx.sum(self.losses(packed))
 
     def loss_and_gradients(
         self, parameters: Parameters, of: Callable[[], mx.array]
