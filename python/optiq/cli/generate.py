@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cache keys and values in few bits: a kv_config.json, or bits of K and V such as 8/4",
     )
     parser.add_argument(
+        "--adapter", metavar="FOLDER", help="an adapter of the model: ours, mlx-lm's or PEFT's"
+    )
+    parser.add_argument(
         "--prompt-cache",
         metavar="FILE",
         type=Path,
@@ -49,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
         args.model,
         sys.stdin.read() if args.prompt == "-" else args.prompt,
         kv=args.kv,
+        adapter=args.adapter,
         prompt_cache=args.prompt_cache,
         revision=args.revision,
         show=show,

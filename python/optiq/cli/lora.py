@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from . import options
 
 if TYPE_CHECKING:
+    from ..lora.adapter import Adapter
     from ..lora.training import Result
 
 
@@ -18,6 +19,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Each action has options of its own, and --help and --json."
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_train(actions.add_parser("train", help="train an adapter for a model"))
+    info = actions.add_parser("info", help="what an adapter is")
+    info.add_argument("adapter", help="a folder of ours, mlx-lm's or PEFT's")
+    merge = actions.add_parser("merge", help="write a model with adapters in its weights")
+    options.add_model(merge)
+    _add_adapters(merge.add_argument_group(), "--adapter")
+    merge.add_argument("--dense", action="store_true", help="weights that are not quantized")
+    export = actions.add_parser("export", help="write adapters, several as one, for mlx-lm or PEFT")
+    _add_adapters(export.add_argument_group(), "adapter")
+    export.add_argument("--to", choices=("mlx", "peft"), required=True)
+    for parser in (merge, export):
+        parser.add_argument("-o", "--out", required=True, help="folder to write; must not exist")
+    for parser in (info, merge, export):
+        options.add_json(parser)
+
+
+def _add_adapters(group: argparse._ArgumentGroup, name: str) -> None:
+    how = {"required": True} if name.startswith("-") else {}
+    group.add_argument(
+        name,
+        nargs="+",
+        metavar="FOLDER[=WEIGHT]",
+        help="an adapter, and by what it is multiplied; several are added up",
+        **how,  # type: ignore[arg-type]
+    )
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +104,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return _train(args)
+    actions = {"train": _train, "info": _info, "merge": _merge, "export": _export}
+    return actions[args.action](args)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -139,3 +165,73 @@ def _print(result: Result) -> None:
     if result.judged:
         print(f"held out   {result.judged[0].loss:.4f} before, {result.held_out_loss:.4f} after")
     print(f"speed      {result.tokens_per_second:.0f} tokens/s in {len(result.updates)} updates")
+
+
+def _info(args: argparse.Namespace) -> int:
+    from ..lora.mounting import opened
+
+    adapter = opened(args.adapter)
+    ranks = adapter.ranks
+    if args.json:
+        found = {
+            "base": vars(adapter.base) if adapter.base else None,
+            "scale": adapter.scale,
+            "ranks": ranks,
+            "parameters": adapter.parameters,
+            "bytes": adapter.nbytes,
+            "sha256": adapter.digest,
+            "made": adapter.made,
+        }
+        print(json.dumps(found, indent=1))
+        return 0
+    least, most = min(ranks.values()), max(ranks.values())
+    base = f"{adapter.base.name} ({adapter.base.fingerprint[:12]})" if adapter.base else "unknown"
+    print(f"base       {base}")
+    print(f"layers     {len(ranks)}, of rank {least if least == most else f'{least} to {most}'}")
+    print(f"scale      {adapter.scale:g}")
+    print(f"size       {adapter.parameters:,} parameters, {adapter.nbytes:,} bytes")
+    print(f"sha256     {adapter.digest}")
+    return 0
+
+
+def _weighted(names: list[str]) -> list[tuple[Adapter, float]]:
+    from ..errors import UsageError
+    from ..lora.mounting import opened
+
+    found = []
+    for name in names:
+        folder, _, weight = name.partition("=")
+        try:
+            found.append((opened(folder), float(weight or 1)))
+        except ValueError:
+            raise UsageError(f"{name} has no number after =; write for example {folder}=0.5") from (
+                None
+            )
+    return found
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from ..lora.merging import merge
+
+    nbytes = merge(args.model, _weighted(args.adapter), args.out, dense=args.dense)
+    if args.json:
+        print(json.dumps({"path": args.out, "bytes": nbytes}))
+    else:
+        print(f"model      {args.out}, {nbytes:,} bytes")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from ..errors import UsageError
+    from ..lora import adapter, merging, peft
+
+    out = Path(args.out).expanduser()
+    if out.exists():
+        raise UsageError(f"{out} exists; name another folder, or delete it")
+    made = merging.combined(_weighted(args.adapter))
+    (peft.write if args.to == "peft" else adapter.write)(made, out)
+    if args.json:
+        print(json.dumps({"path": str(out), "sha256": made.digest, "ranks": made.ranks}))
+    else:
+        print(f"adapter    {out}, {made.parameters:,} parameters")
+    return 0

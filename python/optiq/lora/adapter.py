@@ -153,9 +153,9 @@ def write(adapter: Adapter, out: Path) -> None:
 def read(path: Path) -> Adapter:
     """The adapter in a folder of ours or of mlx-lm. Raises AdapterError."""
     path = path.expanduser()
-    config = _json(path / CONFIG)
+    config = read_json(path / CONFIG)
     if "peft_type" in config and "lora_parameters" not in config:
-        raise AdapterError(f"{path} is PEFT's; optiq lora export --to mlx makes an adapter of it")
+        raise AdapterError(f"{path} is PEFT's; optiq lora export --to mlx converts it")
     kind = config.get("fine_tune_type", "lora")
     if kind != "lora":
         raise AdapterError(f"{path} is of type {kind!r}; only lora is supported")
@@ -164,7 +164,7 @@ def read(path: Path) -> Adapter:
         blocks = int(config.get("num_layers", 0))
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"{path / CONFIG} has no lora_parameters with a scale") from error
-    tensors = _tensors(path / WEIGHTS)
+    tensors = read_tensors(path / WEIGHTS)
     terms = {}
     for name in sorted(tensors):
         layer, _, leaf = name.rpartition(".")
@@ -181,7 +181,7 @@ def read(path: Path) -> Adapter:
         terms[layer] = LowRank(*pair)
     if not terms:
         raise AdapterError(f"{path / WEIGHTS} holds no layers")
-    ours = _json(path / OURS) if (path / OURS).exists() else None
+    ours = read_json(path / OURS) if (path / OURS).exists() else None
     found = _with_ours(path, terms, scale, blocks, ours) if ours else Adapter(terms, scale)
     found.check_finite()
     return found
@@ -211,7 +211,7 @@ def _with_ours(
     return adapter
 
 
-def _json(path: Path) -> Json:
+def read_json(path: Path) -> Json:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -223,7 +223,7 @@ def _json(path: Path) -> Json:
     return value
 
 
-def _tensors(path: Path) -> dict[str, mx.array]:
+def read_tensors(path: Path) -> dict[str, mx.array]:
     try:
         tensors: Any = mx.load(str(path))
         mx.eval(tensors)

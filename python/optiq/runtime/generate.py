@@ -17,6 +17,8 @@ from ..errors import UsageError
 from ..kv import KVConfig
 from ..kv.model import digest
 from ..kv.prefix import Key, PrefixFile
+from ..lora.adapter import Adapter
+from ..lora.mounting import opened
 from ..ops import metal
 from ..sources import resolve
 from .loading import open_source
@@ -162,6 +164,7 @@ def generate(
     prompt: str,
     *,
     kv: KVConfig | Path | str | None = None,
+    adapter: Adapter | Path | str | None = None,
     prompt_cache: str | Path | None = None,
     revision: str | None = None,
     show: Callable[[str], object] = lambda text: None,
@@ -169,26 +172,31 @@ def generate(
 ) -> Answer:
     """Answer `prompt` with `model`: a folder, hub id or .gguf file, or what `optiq.load` returned.
 
-    `kv` is that of `load`. What the file `prompt_cache` holds of the prompt is not read again;
-    prompt and answer are kept in it. `show` gets each piece of text as it comes. `request` are the
-    fields of `Request`, such as `max_tokens=20`.
+    `kv` and `adapter` are those of `load`. What the file `prompt_cache` holds of the prompt is not
+    read again; prompt and answer are kept in it. `show` gets each piece of text as it comes.
+    `request` are the fields of `Request`, such as `max_tokens=20`.
 
     Raises UsageError for what the model cannot honour, SourceError, and KVError for `kv` or a
     cache of another model.
     """
     asked = Request(prompt, **request)
     if isinstance(model, tuple):
-        if kv is not None or prompt_cache is not None or revision is not None:
-            raise UsageError("kv, prompt_cache and revision are for a model given by its name")
+        if any(given is not None for given in (kv, adapter, prompt_cache, revision)):
+            raise UsageError(
+                "kv, adapter, prompt_cache and revision are for a model given by its name"
+            )
         return _answered(*model, asked, None, show)
     source = resolve(str(model), revision=revision)
     if prompt_cache is not None:
         prompt_cache = Path(prompt_cache).expanduser().resolve()
         check_writable(prompt_cache)
-    loaded, tokenizer = open_source(source, kv=kv)
+    adapter = None if adapter is None else opened(adapter)
+    loaded, tokenizer = open_source(source, kv=kv, adapter=adapter)
     prefix = None
     if prompt_cache is not None:
-        prefix = PrefixFile(prompt_cache, Key(source.fingerprint, config=digest(loaded)))
+        prefix = PrefixFile(
+            prompt_cache, Key(source.fingerprint, adapter.digest if adapter else "", digest(loaded))
+        )
     return _answered(loaded, tokenizer, asked, prefix, show)
 
 

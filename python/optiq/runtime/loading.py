@@ -12,6 +12,8 @@ import mlx.nn as nn
 from ..base.text import one_line
 from ..errors import SourceError
 from ..kv import KVConfig, attach, identity, route
+from ..lora.adapter import Adapter, Base
+from ..lora.mounting import mount, opened
 from ..nn.accelerate import accelerate
 from ..sources import Source, resolve
 from ..sources import load as load_source
@@ -19,7 +21,11 @@ from ..sources.folder import mlx_lm_version
 
 
 def load(
-    name: str, *, revision: str | None = None, kv: KVConfig | Path | str | None = None
+    name: str,
+    *,
+    revision: str | None = None,
+    kv: KVConfig | Path | str | None = None,
+    adapter: Adapter | Path | str | None = None,
 ) -> tuple[nn.Module, Any]:
     """`mlx_lm.load` with native layers: a folder, hub id or .gguf file, quantized or not.
 
@@ -27,13 +33,19 @@ def load(
     all keys and of all values. Then the model makes such caches itself (`make_cache`), for mlx-lm's
     `generate`, `BatchGenerator` and whatever else asks it for caches.
 
-    Returns the model and its tokenizer. Raises SourceError; KVError or UsageError for `kv`.
+    `adapter` is one of this model: a folder of ours, mlx-lm's or PEFT's, or an `Adapter`.
+
+    Returns the model and its tokenizer. Raises SourceError; KVError or UsageError for `kv`,
+    AdapterError for `adapter`.
     """
-    return open_source(resolve(name, revision=revision), kv=kv)
+    return open_source(resolve(name, revision=revision), kv=kv, adapter=adapter)
 
 
 def open_source(
-    source: Source, *, kv: KVConfig | Path | str | None = None
+    source: Source,
+    *,
+    kv: KVConfig | Path | str | None = None,
+    adapter: Adapter | Path | str | None = None,
 ) -> tuple[nn.Module, Any]:
     """`load` of what `resolve` found."""
     loaded = load_source(source, allow_quantized=True)
@@ -43,6 +55,8 @@ def open_source(
     accelerate(model)
     if kv is not None:
         route(model)
+    if adapter is not None:
+        mount(model, opened(adapter), Base(source.name, source.fingerprint))
     return model, loaded.tokenizer
 
 

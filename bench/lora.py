@@ -1,0 +1,218 @@
+"""Ranks and beginnings of adapters, at equal parameters, on a real model and task.
+
+    python -m bench.lora MODEL --original DENSE --data TRAIN.jsonl -o OUT.json
+                         [--rows 500] [--held-out 100] [--seeds 3] [--rank 8] [--arms ...]
+    python -m bench.lora OUT.json     prints the tables of what is there
+
+MODEL is quantized, DENSE what it was quantized from. TRAIN.jsonl holds GSM8K's rows, {"question",
+"answer"}: the first `--rows` are trained on for one epoch, the next `--held-out` judge. An arm is
+RANKS-INIT, such as sensitivity-qera; `random` draws a rank for each layer. Seeds are paired: all
+arms of a seed see the same batches. Reported: held-out loss in nats per token of the answer, and
+drift, KL(base || adapted) in nats per token on held-out rows of the bundled calibration mix. Before
+training, how much of KL(DENSE || MODEL) on those rows qera alone takes away. Every result is
+written as it is made, and a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import optiq
+from optiq.base.machine import machine, versions
+from optiq.calibration.render import render
+from optiq.calibration.rows import load_rows, split
+from optiq.lora import ranks, start
+from optiq.lora.data import read
+from optiq.lora.layers import LowRank, put
+from optiq.lora.options import Training
+from optiq.models.places import place_at
+from optiq.nn.accelerate import accelerate
+from optiq.ops import kl_from_logits
+from optiq.sources import load, resolve
+
+ARMS = ("uniform-zero", "sensitivity-zero", "bits-zero", "random-zero", "uniform-qera")
+QERA_RANKS = (8, 16, 32)
+DRIFT_TOKENS = 160  # of each held-out row
+DRIFT_ROWS = 16
+
+Json = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--original")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("-o", "--out", type=Path)
+    parser.add_argument("--rows", type=int, default=500)
+    parser.add_argument("--held-out", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    args = parser.parse_args()
+    if Path(args.model).is_file() and args.model.endswith(".json"):
+        show(json.loads(Path(args.model).read_text()))
+        return
+    found: Json = json.loads(args.out.read_text()) if args.out.exists() else {"runs": {}}
+    found |= {"machine": machine(), "versions": versions(), "arguments": vars(args) | {
+        "data": args.data.name, "out": args.out.name, "model": Path(args.model).name,
+        "original": Path(args.original).name,
+    }}  # fmt: skip
+    with tempfile.TemporaryDirectory() as work:
+        data = write_data(args, Path(work) / "data")
+        if "qera" not in found:
+            found["qera"] = qera_alone(args, data)
+            args.out.write_text(json.dumps(found, indent=1))
+        for seed in range(args.seeds):
+            for arm in args.arms:
+                key = f"{arm}/{seed}"
+                if key not in found["runs"]:
+                    found["runs"][key] = run_arm(args, data, arm, seed, Path(work))
+                    args.out.write_text(json.dumps(found, indent=1))
+                    print(key, found["runs"][key], flush=True)
+    show(found)
+
+
+def write_data(args: argparse.Namespace, folder: Path) -> Path:
+    folder.mkdir()
+    lines = args.data.read_text().splitlines()
+    rows = [json.loads(line) for line in lines[: args.rows + args.held_out]]
+    for name, part in (("train", rows[: args.rows]), ("valid", rows[args.rows :])):
+        pairs = [{"prompt": r["question"], "completion": r["answer"]} for r in part]
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(p) for p in pairs))
+    return folder
+
+
+def run_arm(args: argparse.Namespace, data: Path, arm: str, seed: int, work: Path) -> Json:
+    how, init = arm.split("-")
+    if how == "random":
+        how = str(random_ranks(args, seed, work / f"{seed}.json"))
+    out, began = work / f"{arm}-{seed}", time.monotonic()
+    iters = -(-args.rows // args.batch_size)
+    result = optiq.lora.train(
+        args.model,
+        data,
+        out,
+        original=args.original if "sensitivity" in arm or init == "qera" else None,
+        iters=iters,
+        eval_every=iters,
+        batch_size=args.batch_size,
+        rank=args.rank,
+        ranks=how,
+        init=init,
+        learning_rate=args.lr,
+        patience=0,
+        held_out=args.held_out,
+        seed=seed,
+    )
+    before, after = (j.loss for j in result.judged)
+    return {
+        "before": before,
+        "after": after,
+        "drift": float(np.mean(drift(args.model, dict(result.adapter.terms)))),
+        "parameters": result.adapter.parameters,
+        "tokens_per_second": result.tokens_per_second,
+        "seconds": time.monotonic() - began,
+    }
+
+
+def random_ranks(args: argparse.Namespace, seed: int, file: Path) -> Path:
+    """Ranks in proportion to a log-normal draw, of the budget of all."""
+    modules = start.chosen(opened(args.model)[0], "all")
+    draw = np.exp(np.random.default_rng([seed, 77]).normal(size=len(modules)))
+    weights = {m.path: float(w) for m, w in zip(modules, draw, strict=True)}
+    file.write_text(json.dumps(ranks.proportional(modules, args.rank, weights)))
+    return file
+
+
+def opened(name: str) -> tuple[Any, Any]:
+    loaded = load(resolve(name), allow_quantized=True)
+    accelerate(loaded.model, blocks=False)
+    return loaded.model, loaded.tokenizer
+
+
+def general_text(tokenizer: Any) -> list[list[int]]:
+    rows = split(load_rows(), "heldout")[:DRIFT_ROWS]
+    return [render(row, tokenizer)[:DRIFT_TOKENS] for row in rows]
+
+
+def divergence(p: Any, q: Any, text: list[list[int]]) -> list[float]:
+    """KL(p || q) of each row, in nats per token."""
+    import mlx.core as mx
+
+    return [
+        float(np.asarray(kl_from_logits(p(ids), q(ids))[0]).mean())
+        for ids in (mx.array([tokens]) for tokens in text)
+    ]
+
+
+def drift(name: str, terms: dict[str, LowRank]) -> list[float]:
+    (base, tokenizer), (adapted, _) = opened(name), opened(name)
+    put(adapted, terms, Training().scale)
+    return divergence(base, adapted, general_text(tokenizer))
+
+
+def qera_alone(args: argparse.Namespace, data: Path) -> Json:
+    """KL(DENSE || MODEL) by row, and with the repair of each rank, from moments of the task."""
+    dense, tokenizer = opened(args.original)
+    base, _ = opened(args.model)
+    text = general_text(tokenizer)
+    found: Json = {"0": divergence(dense, base, text)}
+    options = Training(rank=max(QERA_RANKS), init="qera")
+    modules = start.chosen(base, "all")
+    samples = read(data, tokenizer, options.max_length).train
+    begin = start.Beginning(options, base, modules, samples, original=dense)
+    terms = begin.make().terms
+    for rank in QERA_RANKS:
+        cut = {path: LowRank(t.a[:, :rank], t.b[:rank]) for path, t in terms.items()}
+        layers = put(base, cut, options.scale)
+        found[str(rank)] = divergence(dense, base, text)
+        for path, layer in layers.items():
+            place_at(base, path).set(layer.linear)
+    return found
+
+
+def show(found: Json) -> None:
+    runs: dict[str, Json] = found["runs"]
+    arms = list(dict.fromkeys(key.split("/")[0] for key in runs))
+    first = arms[0]
+    print(f"{'arm':20s} {'held-out loss':>22s} {'less than ' + first:>26s} {'drift':>16s}")
+    for arm in arms:
+        of = {key.split("/")[1]: run for key, run in runs.items() if key.startswith(f"{arm}/")}
+        losses = np.array([run["after"] for run in of.values()])
+        drifts = np.array([run["drift"] for run in of.values()])
+        paired = [
+            runs[f"{first}/{seed}"]["after"] - run["after"]
+            for seed, run in of.items()
+            if f"{first}/{seed}" in runs
+        ]
+        print(
+            f"{arm:20s} {spread(losses):>22s} {spread(np.array(paired)):>26s} "
+            f"{spread(drifts):>16s}  n={len(of)}"
+        )
+    for rank, values in found.get("qera", {}).items():
+        base = np.array(found["qera"]["0"])
+        share = 1 - np.mean(values) / base.mean()
+        label = "KL of the base" if rank == "0" else f"with qera {rank}"
+        print(f"{label:20s} {spread(np.array(values)):>22s}  takes away {100 * share:.1f} %")
+
+
+def spread(values: np.ndarray[Any, Any]) -> str:
+    """Mean and the half width of a 95 % interval of it."""
+    if len(values) < 2:
+        return f"{values.mean():.4f}"
+    t = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), 1.96)
+    return f"{values.mean():.4f} ± {t * values.std(ddof=1) / len(values) ** 0.5:.4f}"
+
+
+if __name__ == "__main__":
+    main()

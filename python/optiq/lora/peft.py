@@ -1,0 +1,147 @@
+"""Adapters of PEFT, read and written.
+
+PEFT transposes both matrices and gives each layer alpha / rank as its scale, or alpha / sqrt(rank)
+(rsLoRA), where ranks and alphas may differ by layer. All of that is read. What changes more than
+linear layers, or changes them in another way, is refused by its name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..base.files import whole, write_json
+from ..base.text import one_line
+from ..errors import AdapterError, ExportError
+from .adapter import CONFIG, Adapter, read_json, read_tensors
+from .layers import LowRank
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+# Settings that make something else of an adapter, and what they are called.
+_REFUSED = {
+    "use_dora": "DoRA",
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "BD-LoRA",
+    "layer_replication": "layer replication",
+    "target_parameters": "adapted parameters that are not layers",
+    "modules_to_save": "modules that are trained as a whole",
+    "trainable_token_indices": "trained tokens",
+    "lora_bias": "biases of LoRA",
+    "fan_in_fan_out": "transposed weights",
+    "alora_invocation_tokens": "activated LoRA",
+    "velora_config": "VeLoRA",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "arrow_config": "Arrow",
+}
+
+
+def is_peft(folder: Path) -> bool:
+    return "peft_type" in read_json(folder.expanduser() / CONFIG)
+
+
+def read(folder: Path) -> Adapter:
+    """The adapter in a folder of PEFT. Raises AdapterError."""
+    folder = folder.expanduser()
+    config = read_json(folder / CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"{folder} is of type {config.get('peft_type')!r}; LORA is supported")
+    for key, name in _REFUSED.items():
+        if config.get(key):
+            raise AdapterError(f"{folder} uses {name} ({key}), which is not supported")
+    if config.get("bias", "none") != "none":
+        raise AdapterError(f"{folder} trains biases (bias={config['bias']!r}); use bias='none'")
+    halves: dict[str, dict[str, mx.array]] = {}
+    for name, array in read_tensors(folder / WEIGHTS).items():
+        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", name)
+        if match is None or array.ndim != 2:
+            raise AdapterError(f"{folder / WEIGHTS} holds {name}; only linear layers are supported")
+        halves.setdefault(match[1], {})[match[2]] = array.astype(mx.float32)
+    return _adapter(folder, config, halves)
+
+
+def _adapter(
+    folder: Path, config: Mapping[str, Any], halves: Mapping[str, Mapping[str, mx.array]]
+) -> Adapter:
+    scales = {}
+    for path, pair in halves.items():
+        if pair.keys() != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
+            raise AdapterError(f"the two halves of {path} in {folder / WEIGHTS} do not fit")
+        rank = pair["A"].shape[0]
+        wanted = _of_layer(config.get("rank_pattern"), path, config.get("r"))
+        if rank != wanted:
+            raise AdapterError(
+                f"{path} has rank {rank} in {folder / WEIGHTS}, {wanted} in {CONFIG}"
+            )
+        alpha = _of_layer(config.get("alpha_pattern"), path, config.get("lora_alpha"))
+        if not isinstance(alpha, int | float):
+            raise AdapterError(
+                f"{folder / CONFIG} has no lora_alpha; give the folder that PEFT wrote"
+            )
+        scales[path] = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    if not scales:
+        raise AdapterError(f"{folder / WEIGHTS} holds no layers")
+    # Ours is one scale for all, so what a layer's own differs by goes into one of its matrices.
+    scale = Counter(scales.values()).most_common(1)[0][0]
+    terms = {
+        path: LowRank(
+            pair["A"].T,
+            pair["B"].T if scales[path] == scale else pair["B"].T * (scales[path] / scale),
+        )
+        for path, pair in halves.items()
+    }
+    made = {"from": "PEFT", "base_model": config.get("base_model_name_or_path")}
+    adapter = Adapter(terms, scale, made=made)
+    adapter.check_finite()
+    return adapter
+
+
+def _of_layer(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """As PEFT does: the first key that is the path, or the end of it, as a regular expression."""
+    for key, value in (pattern or {}).items():
+        if re.fullmatch(rf"(.*\.)?({key})", path):
+            return value
+    return default
+
+
+def write(adapter: Adapter, out: Path) -> None:
+    """Write a folder that `PeftModel.from_pretrained` reads. Raises ExportError."""
+    ranks = adapter.ranks
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    others = {path: rank for path, rank in ranks.items() if rank != usual}
+    tensors = {}
+    for path, (a, b) in adapter.terms.items():
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = mx.contiguous(a.T)
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = mx.contiguous(b.T)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": adapter.base.name if adapter.base else None,
+        "inference_mode": True,
+        "r": usual,
+        "lora_alpha": adapter.scale * usual,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(adapter.terms),
+        "rank_pattern": others,
+        "alpha_pattern": {path: adapter.scale * rank for path, rank in others.items()},
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with whole(out / WEIGHTS) as (weights,):
+            mx.save_safetensors(str(weights), tensors, {"format": "pt"})
+    except (OSError, RuntimeError) as error:
+        raise ExportError(
+            f"{out} cannot be written ({one_line(error)}); free space or name another place"
+        ) from error
+    write_json(out / CONFIG, json.loads(json.dumps(config)))

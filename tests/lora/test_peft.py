@@ -1,0 +1,141 @@
+"""Adapters of PEFT, there and back; what is not understood is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from optiq.errors import AdapterError
+from optiq.lora import peft
+from optiq.lora.layers import put
+from optiq.lora.mounting import opened
+from optiq.sources import load, resolve
+from tests.lora.models import mixed_folder
+from tests.lora.test_adapter import random_adapter, same
+from tests.tiny import tiny_folder
+
+Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
+
+
+def theirs(folder: Path, ranks: dict[str, int], **config: Any) -> dict[str, mx.array]:
+    """A folder as PEFT writes it: square matrices too, which do not show that they are turned."""
+    folder.mkdir()
+    tensors = {}
+    for i, (path, rank) in enumerate(ranks.items()):
+        keys = mx.random.split(mx.random.key(i))
+        tensors[f"base_model.model.{path}.lora_A.weight"] = mx.random.normal(
+            (rank, 64), key=keys[0]
+        )
+        out = 64 if path == Q else 32
+        tensors[f"base_model.model.{path}.lora_B.weight"] = mx.random.normal(
+            (out, rank), key=keys[1]
+        )
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", **config}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), tensors)
+    return tensors
+
+
+def changes(tensors: dict[str, mx.array], path: str, scale: float) -> Any:
+    a, b = (np.asarray(tensors[f"base_model.model.{path}.lora_{x}.weight"]) for x in "AB")
+    return scale * (b @ a)
+
+
+def change(folder: Path, path: str) -> Any:
+    adapter = opened(folder)
+    a, b = (np.asarray(m) for m in adapter.terms[path])
+    return adapter.scale * (a @ b).T
+
+
+@pytest.mark.parametrize(
+    ("config", "scales"),
+    [
+        ({}, {Q: 2.0, V: 2.0}),
+        ({"use_rslora": True}, {Q: 4.0, V: 4.0}),
+        ({"r": 9, "rank_pattern": {"q_proj": 4, V: 4}}, {Q: 2.0, V: 2.0}),
+        ({"alpha_pattern": {"v_proj": 2}}, {Q: 2.0, V: 0.5}),
+        ({"alpha_pattern": {r"layers\.1\..*": 12}, "use_rslora": True}, {Q: 4.0, V: 6.0}),
+    ],
+)
+def test_scales_are_those_of_peft(
+    tmp_path: Path, config: dict[str, Any], scales: dict[str, float]
+) -> None:
+    tensors = theirs(tmp_path / "p", {Q: 4, V: 4}, **config)
+    for path, scale in scales.items():
+        assert np.abs(change(tmp_path / "p", path) - changes(tensors, path, scale)).max() < 1e-4
+
+
+def test_ranks_may_differ(tmp_path: Path) -> None:
+    tensors = theirs(tmp_path / "p", {Q: 4, V: 2}, rank_pattern={"v_proj": 2}, lora_alpha=4)
+    assert opened(tmp_path / "p").ranks == {Q: 4, V: 2}
+    for path, scale in ((Q, 1.0), (V, 2.0)):
+        assert np.abs(change(tmp_path / "p", path) - changes(tensors, path, scale)).max() < 1e-4
+
+
+def test_there_and_back(tmp_path: Path) -> None:
+    adapter = random_adapter(mixed_folder(tmp_path), scale=0.75)
+    peft.write(adapter, tmp_path / "p")
+    found = opened(tmp_path / "p")
+    assert found.scale == adapter.scale
+    assert same(found, adapter)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"peft_type": "IA3"}, "'IA3'"),
+        ({"use_dora": True}, "DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"layer_replication": [[0, 1]]}, "layer replication"),
+        ({"target_parameters": ["x"]}, "target_parameters"),
+        ({"use_qalora": True}, "QA-LoRA"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"alora_invocation_tokens": [1]}, "activated LoRA"),
+        ({"r": 8}, "rank 4"),
+        ({"lora_alpha": None}, "no lora_alpha"),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(
+    tmp_path: Path, config: dict[str, Any], reason: str
+) -> None:
+    theirs(tmp_path / "p", {Q: 4}, **config)
+    with pytest.raises(AdapterError, match=reason):
+        peft.read(tmp_path / "p")
+
+
+@pytest.mark.parametrize("name", ["lora_embedding_A", "lora_magnitude_vector", "lora_C.weight"])
+def test_other_tensors_are_named(tmp_path: Path, name: str) -> None:
+    tensors = theirs(tmp_path / "p", {Q: 4})
+    tensors[f"base_model.model.{Q}.{name}"] = mx.zeros((4, 4))
+    mx.save_safetensors(str(tmp_path / "p" / "adapter_model.safetensors"), tensors)
+    with pytest.raises(AdapterError, match=name.split(".")[0]):
+        peft.read(tmp_path / "p")
+
+
+def test_peft_computes_what_we_do(tmp_path: Path) -> None:
+    torch: Any = pytest.importorskip("torch", reason="torch and peft are not installed")
+    real: Any = pytest.importorskip("peft", reason="torch and peft are not installed")
+    transformers: Any = pytest.importorskip("transformers")
+    folder = tiny_folder(tmp_path)
+    adapter = random_adapter(folder)
+    peft.write(adapter, tmp_path / "p")
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
+    model = real.PeftModel.from_pretrained(base, tmp_path / "p")
+    with torch.no_grad():
+        expected = model(torch.tensor([[5, 6, 7, 8]])).logits.numpy()
+    ours = load(resolve(str(folder)), allow_quantized=True).model
+    put(ours, adapter.terms, adapter.scale)
+    got = np.asarray(ours(mx.array([[5, 6, 7, 8]])))
+    assert np.abs(got - expected).max() < 1e-3 * np.abs(expected).max()
+
+    model.save_pretrained(tmp_path / "again")
+    again = opened(tmp_path / "again")
+    for path in adapter.terms:
+        assert np.abs(change(tmp_path / "again", path) - change(tmp_path / "p", path)).max() < 1e-5
+    assert again.ranks == adapter.ranks
