@@ -16,6 +16,7 @@ from mlx_lm import load as stock_load
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from optiq import lora
+from optiq.cli import main
 from optiq.errors import AdapterError, CheckpointError, UsageError
 from optiq.lora import start
 from optiq.lora import training as trainer
@@ -336,3 +337,17 @@ def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="exists"):
         lora.train("anything", tmp_path, tmp_path / "out")
     assert json.dumps([p.name for p in (tmp_path / "out").iterdir()]) == '["mine"]'
+
+
+def test_the_command_writes_adapter_and_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_rows(tmp_path / "data", rows(6), rows(2, 1))
+    command = ["lora", "train", str(mixed_folder(tmp_path)), "--data", str(data)]
+    command += ["-o", str(tmp_path / "out"), "--iters", "2", "--rank", "2", "--json"]
+    assert main(command) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert len(said["updates"]) == 2
+    assert said["held_out_loss"] == min(j["loss"] for j in said["judged"])
+    assert "<svg" in (tmp_path / "out" / "optiq" / "report.html").read_text()
+    assert lora.read(tmp_path / "out").ranks == said["ranks"]

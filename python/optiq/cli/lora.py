@@ -110,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     from ..lora.training import checkpoint_of, train
+    from ..report.training import training_page
 
     with options.resumable(checkpoint_of(Path(args.out))):
         result = train(
@@ -139,6 +140,8 @@ def _train(args: argparse.Namespace) -> int:
             recompute=not args.no_recompute,
             seed=args.seed,
         )
+    page = result.path / "optiq" / "report.html"
+    page.write_text(training_page(result.adapter), encoding="utf-8")
     if args.json:
         print(json.dumps(_as_json(result), indent=1))
     else:
@@ -164,6 +167,7 @@ def _print(result: Result) -> None:
     print(f"loss       {first:.4f} at first, {last:.4f} at last")
     if result.judged:
         print(f"held out   {result.judged[0].loss:.4f} before, {result.held_out_loss:.4f} after")
+    print(f"report     {result.path / 'optiq' / 'report.html'}")
     print(f"speed      {result.tokens_per_second:.0f} tokens/s in {len(result.updates)} updates")
 
 
