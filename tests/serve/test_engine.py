@@ -161,9 +161,9 @@ def test_log_probabilities_are_those_of_the_model(make: Make) -> None:
         exact -= np.log(np.exp(exact).sum())
         best = np.argsort(-exact)[:20]
         # Keys and values are float16 in the engine.
-        assert token.logprob == pytest.approx(exact[token.id], abs=2e-3)
+        assert token.logprob == pytest.approx(exact[token.id], abs=5e-3)
         assert {t for t, _ in token.top} == set(best.tolist())
-        assert [p for _, p in token.top] == pytest.approx(exact[best].tolist(), abs=2e-3)
+        assert [p for _, p in token.top] == pytest.approx(exact[best].tolist(), abs=5e-3)
 
 
 def test_a_stop_text_ends_the_answer_and_is_not_in_it(make: Make) -> None:

@@ -89,15 +89,23 @@ class PrefixCache:
         pieces.join(caches, found.spans, found.state, found.length, room)
         return caches, found.length
 
-    def keep(self, tokens: Sequence[int], caches: Sequence[Cache]) -> None:
+    def keep(
+        self, tokens: Sequence[int], caches: Sequence[Cache], *, reading: bool = False
+    ) -> None:
         """Remember `caches`, which hold exactly `tokens` and stay the caller's.
 
-        Rows that are known are not copied again. Raises KVError for caches of another length.
+        Rows that are known are not copied again. While the tokens of a prompt are still being read,
+        only full blocks are kept: so little is left to copy at its end. Raises KVError for caches
+        of another length.
         """
         held = pieces.length(caches)
         if held is not None and held != len(tokens):
             raise KVError(f"{len(tokens)} tokens, but caches of {held}; keep what was read")
         ids = _array(tokens)
+        if reading:
+            if not pieces.divisible(caches):
+                return
+            ids = ids[: len(ids) // SPAN * SPAN]
         places = [_Place(tier, ids) for tier in (self._memory, self._disk) if tier is not None]
         for begin, end in _bounds({place.path.length for place in places}, len(ids)):
             piece = _evaluated(pieces.span(caches, begin, end))
