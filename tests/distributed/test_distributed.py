@@ -252,8 +252,8 @@ def test_a_failing_rank_is_named(alone: Path) -> None:
     processes = start(["-c", code, *job("kl")[2:], "-o", str(alone / "failed.json")], alone)
     (code, _, err), (other, _, reason) = finish(processes)
     assert (code, other) == (1, 1)
-    assert reason.startswith("optiq sensitivity: 'model' is neither an existing folder")
-    assert err.startswith("\noptiq: rank 1 failed: 'model' is neither an existing folder")
+    assert reason.startswith("optiq sensitivity: there is no folder model")
+    assert err.startswith("\noptiq: rank 1 failed: there is no folder model")
 
 
 def test_a_rank_that_never_starts(tmp_path: Path) -> None:

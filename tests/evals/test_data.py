@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
@@ -133,6 +134,8 @@ def test_the_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             raise EntryNotFoundError("404")
         return str(root / "ifeval" / "input_data.jsonl")
 
+    reached = SimpleNamespace(dataset_info=lambda *_, **__: None)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: reached)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
     assert data.load("ifeval") == data.load("ifeval", root)
     assert asked[-1] == ("google/IFEval", "ifeval_input_data.jsonl")
@@ -140,9 +143,16 @@ def test_the_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", SETS)
 def test_no_data_anywhere(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def hub(repo: str, file: str, **options: Any) -> str:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def unreachable(repo: str, **_: Any) -> None:
         raise ConnectionError(f"no route\nto {repo}")
 
+    def hub(repo: str, file: str, **options: Any) -> str:
+        assert options["local_files_only"]  # else it would try again and again for a minute
+        raise LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: SimpleNamespace(dataset_info=unreachable))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(EvalError, match=r"did not give them \(no route to .*--data DIR") as error:

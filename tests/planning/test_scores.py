@@ -117,6 +117,10 @@ def test_a_file_that_is_not_json(tmp_path: Path, content: bytes) -> None:
         read(path)
     with pytest.raises(SensitivityError, match="cannot be read as scores"):
         read(tmp_path / "none.json")
+    with pytest.raises(SensitivityError, match=r"has no optiq/sensitivity.json; measure again"):
+        read(tmp_path)
+    (tmp_path / "optiq").mkdir()
+    (tmp_path / "optiq" / "sensitivity.json").write_bytes(content)
     with pytest.raises(SensitivityError, match="cannot be read as scores"):
         read(tmp_path)
 

@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING
 
 from . import options
-from .tables import facts, grid, number, size
+from .tables import facts_lines, grid, number, size
 
 if TYPE_CHECKING:
     from ..cards.info import Info
@@ -50,7 +50,7 @@ def table(found: Info) -> str:
     lines += [("KV config", name) for name in found.kv_configs]
     lines += [("adapter", name) for name in found.adapters]
     lines += [("note", note) for note in found.notes]
-    shown = facts(lines)
+    shown = facts_lines(lines)
     if not found.formats:
         return shown
     rows = [["format", "modules", "bytes"]]

@@ -70,7 +70,7 @@ def _paragraphs(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def facts(rows: Sequence[tuple[str, str]]) -> str:
+def facts_lines(rows: Sequence[tuple[str, str]]) -> str:
     """A name and a text on each line; on a terminal long texts go on below themselves."""
     columns, indent = terminal_width(), " " * 11
     lines = []
@@ -150,7 +150,7 @@ def plan_table(plan: Plan) -> str:
     ]
     if plan.selection:
         lines.append(("chosen", _chosen(plan.selection)))
-    shown = f"{grid(rows)}\n\n{facts(lines)}"
+    shown = f"{grid(rows)}\n\n{facts_lines(lines)}"
     if plan.measured:
         both = {"optiq": plan.measured}
         if plan.uniform4 and plan.uniform4.measured:
@@ -178,7 +178,7 @@ def summary(result: Result, name: str) -> str:
         f'optiq generate {quoted} -p "Why is the sky blue?"',
         f"optiq eval {quoted} --limit 20",
     ]
-    return "\n".join([facts(lines), "", "Next:", *(f"  {command}" for command in following)])
+    return "\n".join([facts_lines(lines), "", "Next:", *(f"  {command}" for command in following)])
 
 
 def _quality(plan: Plan) -> str:
@@ -215,8 +215,8 @@ def frontier_table(frontier: Frontier) -> str:
         ratio = number(p.uniform.ratio) if p.uniform else "-"
         rows.append([p.name + mark, *figures, ratio, _percent(p.measured.top1)])
     legend = (
-        "bits: per weight. / uniform: KL over that of stock uniform widths at the same bytes;\n"
-        "below 1 is better. *: another model here is at most as large and at least as good."
+        "bits: per weight. / uniform: KL over that of stock uniform widths at the same\n"
+        "bytes; below 1 is better. *: another model is no larger, and at least as good."
     )
     return "\n".join([grid(rows), "", legend, *frontier.notes])
 
@@ -262,11 +262,12 @@ def card_table(card: Card) -> str:
         elif metric.main:
             lacking.append(metric.task)
     lines = [grid([["", "score", "from", "to"], *rows]), ""] if rows else []
+    said = [("base", base.hub_id or f"{base.name}, no hub id: --base-model")]
     if lacking:
-        lines.append(f"lacking    {', '.join(lacking)}: the card says so; optiq eval measures them")
-    lines.append(f"base       {base.hub_id or base.name + ', no hub id: --base-model'}")
-    lines.append(f"licence    {base.license or 'not recorded: --license'}")
-    return "\n".join([*lines, f"card       {card.path}"])
+        text = f"{', '.join(lacking)}: the card says so; optiq eval measures them"
+        said.insert(0, ("lacking", text))
+    said += [("licence", base.license or "not recorded: --license"), ("card", str(card.path))]
+    return "\n".join([*lines, facts_lines(said)])
 
 
 def share(value: float, scale: float, sign: str = "") -> str:
@@ -305,7 +306,7 @@ def kv_table(report: KVReport) -> str:
             + (f", measured / predicted {report.ratio:.2f}" if report.ratio else ""),
         ),
     ]
-    return f"{grid(rows)}\n\n{facts(lines)}\n\n{grid(points)}"
+    return f"{grid(rows)}\n\n{facts_lines(lines)}\n\n{grid(points)}"
 
 
 def scores_table(scores: Scores, path: Path) -> str:

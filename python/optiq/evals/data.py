@@ -18,6 +18,7 @@ from typing import Any
 
 from ..base.text import one_line
 from ..errors import EvalError
+from ..sources.hub import TIMEOUT_SECONDS
 from .layouts import Files, Layout, Row, layouts
 
 Read = Callable[[str], bytes | None]  # of a relative path; None if there is no such file
@@ -168,14 +169,25 @@ def _packages(name: str) -> list[tuple[str, Read]]:
 
 
 def _from_hub(name: str) -> tuple[list[Row], str]:
-    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import HfApi, constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     refusals: list[Exception] = []
+    try:  # asked once, because a download is tried again and again for a minute
+        HfApi().dataset_info(HUB[name], timeout=TIMEOUT_SECONDS)
+    except Exception as error:  # then only what the cache has
+        refusals.append(error)
+    cached = bool(refusals)
 
     def read(file: str) -> bytes | None:
         try:
-            path = hf_hub_download(HUB[name], file, repo_type="dataset", etag_timeout=10)
+            path = hf_hub_download(
+                HUB[name],
+                file,
+                repo_type="dataset",
+                etag_timeout=TIMEOUT_SECONDS,
+                local_files_only=cached,
+            )
             return Path(path).read_bytes()
         except Exception as error:  # not cached and not reachable, gated, or no file of this layout
             absent = isinstance(error, EntryNotFoundError)

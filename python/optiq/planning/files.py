@@ -27,7 +27,9 @@ def read_scores(
     and the fix.
     """
     if path.is_dir():
-        path = path / "optiq" / "sensitivity.json"
+        folder, path = path, path / "optiq" / "sensitivity.json"
+        if not path.is_file():
+            raise SensitivityError(f"{folder} has no optiq/sensitivity.json; {FIX}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

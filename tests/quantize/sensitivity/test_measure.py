@@ -213,8 +213,7 @@ def test_options_are_chosen_and_explained(
             found = measure(source, menu=MENU[1:3], calibration=TEXT)
             assert (found["method"], found["reference"]) == ("auto", chosen)
             said = capsys.readouterr().err
-            assert f"reference {chosen}: " in said
-            assert "available memory" in said
+            assert (f"reference {chosen}: " in said) is (chosen == "uniform4")  # what is unusual
     with pytest.raises(UsageError, match="reference 'x'"):
         measure(source, menu=MENU, calibration=TEXT, reference="x")
     with pytest.raises(UsageError, match="method 'x'"):

@@ -25,6 +25,8 @@ from .job import Job
 from .memory import estimate
 from .rounds import Rounds, measure_auto, smooth
 
+KEPT = "as in the checkpoint"
+
 
 def measure(
     loaded: LoadedModel,
@@ -54,7 +56,8 @@ def measure(
     nbytes = weight_bytes(model)
     reference, why = _reference(options, nbytes, checkpoint, world)
     shared = f", shared by {world.size} ranks" if world.size > 1 else ""
-    tell(f"reference {reference}: {why}{shared}", enabled=progress)
+    if (reference, shared) != ("bf16", "") or why == KEPT:
+        tell(f"reference {reference}: {why}{shared}", enabled=progress)
     identity = {
         "model": source.fingerprint,
         "calibration": text.sha256,
@@ -122,7 +125,7 @@ def _reference(
     kept = None
     if options.resume and checkpoint and options.reference == "auto":
         kept = saved_reference(checkpoint)
-    offer = (kept, "as in the checkpoint") if kept else choose(options.reference, nbytes)
+    offer = (kept, KEPT) if kept else choose(options.reference, nbytes)
     return common(world.gather(offer))
 
 
