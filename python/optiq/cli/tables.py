@@ -216,7 +216,7 @@ def frontier_table(frontier: Frontier) -> str:
         rows.append([p.name + mark, *figures, ratio, _percent(p.measured.top1)])
     legend = (
         "bits: per weight. / uniform: KL over that of stock uniform widths at the same\n"
-        "bytes; below 1 is better. *: another model is no larger, and at least as good."
+        "bytes; below 1 is better. *: another model is at least as small and as good."
     )
     return "\n".join([grid(rows), "", legend, *frontier.notes])
 
