@@ -229,7 +229,7 @@ def test_kl_needs_a_reference(model: Path, data: Path, tmp_path: Path) -> None:
     divergence = given.tasks["kl"].divergence
     assert divergence
     assert divergence.kl.mean > 0
-    with pytest.raises(SourceError, match="neither an existing folder"):
+    with pytest.raises(SourceError, match="there is no folder"):
         evaluate(source, tmp_path / "d", tasks=("kl",), reference="nothing", **how)
     changed = source / "config.json"
     before = changed.read_text()

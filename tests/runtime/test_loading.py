@@ -48,7 +48,7 @@ def test_loading_gives_the_stock_model_with_native_layers(tmp_path: Path, varian
 
 
 def test_what_cannot_be_loaded(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="neither an existing folder"):
+    with pytest.raises(SourceError, match="there is no folder"):
         load(str(tmp_path / "none"))
     folder = tiny_folder(tmp_path)
     with pytest.raises(SourceError, match="only applies to a hub id"):
