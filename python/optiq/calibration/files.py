@@ -23,9 +23,8 @@ def load_rows(
 
     A file whose name ends in .txt, .md or .text is plain text, of which paragraphs make rows; any
     other is JSON Lines. Of a folder all files with such names are read, in the order of their
-    names; their rows are numbered on. `check` makes a row of a value, or raises CalibrationError; in
-    rows that `check_row` has checked, tool-call arguments given as a JSON string come back as a
-    dict. Blank lines are skipped.
+    names; their rows are numbered on. Blank lines are skipped. `check` makes a row of a value, or
+    raises CalibrationError; rows of `check_row` have tool-call arguments as a dict.
 
     Raises CalibrationError "PATH line N: what is wrong; what is expected" at the first bad row,
     and for a file that cannot be read, is not UTF-8, or holds no rows.

@@ -86,7 +86,7 @@ def train(
     if folder.exists():
         raise UsageError(f"{folder} exists; name another folder, or delete it")
     check_writable(folder)
-    check_unfinished([checkpoint], resume)
+    check_unfinished([checkpoint], resume=resume)
     source = resolve(str(model), revision=revision)
     loaded = load(source, allow_quantized=True)
     accelerate(loaded.model, blocks=False)

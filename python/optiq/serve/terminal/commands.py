@@ -19,7 +19,7 @@ Ctrl-C stops an answer, Ctrl-D or /exit ends.
 /tools         list the tools; /tools python switches Python on or off
 /think on|off|auto   whether the model reasons before it answers
 /reasoning     show the reasoning of the last answer; /reasoning on|off always shows or folds it
-/temperature T, /tokens N   how answers are made; 0 tokens is no limit
+/temperature T, /tokens N   how answers are made; 0 tokens: no limit
 /save FILE     write the conversation as JSON
 /new           forget the conversation
 /help          this list"""
@@ -140,7 +140,7 @@ class Session:
 
     def _tokens(self, rest: str) -> str:
         if not rest.isdecimal():
-            return "/tokens takes a number; 0 is no limit"
+            return "/tokens takes a number; 0 means no limit"
         self._talk.change(max_tokens=int(rest) or None)
         return f"tokens of an answer: {rest if int(rest) else 'no limit'}"
 
