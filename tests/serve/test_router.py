@@ -6,6 +6,7 @@ import asyncio
 import random
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -109,6 +110,7 @@ def test_a_busy_model_stays_and_nobody_starves(monkeypatch: pytest.MonkeyPatch) 
 def test_under_load_none_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """200 requests for 4 models in memory for 2; a third of the clients go away."""
     monkeypatch.setattr("optiq.serve.router.PATIENCE", 0.02)
+    monkeypatch.setattr("gc.collect", lambda: 0)  # a hundred times, in a process full of tests
     models, log = router()
     chosen = random.Random(5)
 
@@ -177,6 +179,28 @@ def test_idle_models_go() -> None:
         assert await ask(models, "a") == "a"
 
     asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_an_unloaded_model_leaves_nothing_behind() -> None:
+    """Nobody holds it, or its memory would not be free when the next one is loaded."""
+    alive: weakref.WeakSet[Fake] = weakref.WeakSet()
+    log: list[Any] = []
+
+    def load(place: Place) -> Any:
+        assert len(alive) <= 1
+        fake = Fake(place, log)
+        alive.add(fake)
+        return fake
+
+    places = [Place(name, Path(name), 90) for name in NAMES]
+    models = Router(places, load, memory=220, share=10)
+
+    async def run() -> None:
+        for name in NAMES * 2:
+            await ask(models, name)
+
+    asyncio.run(run())
+    assert len(log) > 8
 
 
 def test_places(tmp_path: Path) -> None:

@@ -230,27 +230,37 @@ class Router:
         while sum(m.nbytes for m in self._loaded.values()) + needed > self._memory or (
             place.name in self._loaded  # it is leaving
         ):
-            free = [m for name, m in self._loaded.items() if name not in self._pinned]
-            idle = [m for m in free if self._is_idle(m)]
-            if idle:
-                await self._unload(min(idle, key=lambda m: (not m.leaving, m.used)))
+            if (idle := self._least_used()) is not None:
+                await self._unload(idle)
                 continue
-            if time.monotonic() - began > PATIENCE and not any(m.leaving for m in free):
-                min(free, key=lambda m: m.since).leaving = True
+            if time.monotonic() - began > PATIENCE:
+                self._let_one_leave()
             self._released.clear()
             try:
                 await asyncio.wait_for(self._released.wait(), PATIENCE)
             except TimeoutError:
                 continue
 
+    def _free(self) -> list[_Loaded]:
+        return [m for name, m in self._loaded.items() if name not in self._pinned]
+
+    def _least_used(self) -> str | None:
+        """The idle model that goes next."""
+        idle = [m for m in self._free() if self._is_idle(m)]
+        return min(idle, key=lambda m: (not m.leaving, m.used)).place.name if idle else None
+
+    def _let_one_leave(self) -> None:
+        free = self._free()
+        if not any(m.leaving for m in free):
+            min(free, key=lambda m: m.since).leaving = True
+
     def _is_idle(self, loaded: _Loaded) -> bool:
         """Nobody uses it, nor is about to; who waits for one that is leaving waits for the next."""
         return loaded.busy == 0 and (loaded.leaving or not self._wanted[loaded.place.name])
 
-    async def _unload(self, loaded: _Loaded) -> None:
-        del self._loaded[loaded.place.name]
-        await asyncio.to_thread(loaded.running.close)
-        del loaded
+    async def _unload(self, name: str) -> None:
+        """By its name: whoever holds the model holds its memory."""
+        await asyncio.to_thread(self._loaded.pop(name).running.close)
         gc.collect()
         mx.clear_cache()
 
@@ -258,6 +268,5 @@ class Router:
         while not self._closing:
             await asyncio.sleep(min(TICK, seconds))
             old = time.monotonic() - seconds
-            for name, loaded in list(self._loaded.items()):
-                if name not in self._pinned and self._is_idle(loaded) and loaded.used < old:
-                    await self._unload(loaded)
+            while (name := self._least_used()) is not None and self._loaded[name].used < old:
+                await self._unload(name)
