@@ -3,7 +3,7 @@
 The folder is an mlx-lm adapter: `adapter_config.json` and `adapters.safetensors`, in which stock
 `mlx_lm.load(adapter_path=)` wants one rank for all layers, so smaller ranks are padded with zeros.
 Beside them lies `optiq/adapter.json`: the rank of each layer, the base it was made for, and how it
-was made. Adapters that mlx-lm wrote are read, too; their base is not known.
+was made. Adapters that mlx-lm wrote are also read; their base is not known.
 """
 
 from __future__ import annotations

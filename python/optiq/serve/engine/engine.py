@@ -213,6 +213,7 @@ class Engine:
                 self._cancelled.append(ticket)
             self._changed.notify_all()
         atexit.unregister(self.close)
+        gc.unfreeze()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
             _until_gone(self._thread)
