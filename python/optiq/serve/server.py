@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import signal
 import socket
 import threading
@@ -54,8 +53,6 @@ def serve(
     """
     with Server.open(model, kv=kv, revision=revision, **options) as server:
         show(server)
-        gc.collect()
-        gc.freeze()  # or each collection goes over all that was loaded, while every stream waits
         server.wait()
 
 
