@@ -77,6 +77,15 @@ def test_commands_were_found() -> None:
     assert {shlex.split(line)[1] for _, line in COMMANDS} >= {"convert", "plan", "compare"}
 
 
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    """Those of its actions included."""
+    found = {option for action in parser._actions for option in action.option_strings}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found = found.union(*map(options_of, action.choices.values()))
+    return found
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_options_named_exist(page: Path) -> None:
     known = {"--version", *SHARED}
@@ -84,7 +93,7 @@ def test_options_named_exist(page: Path) -> None:
     for name in cli.COMMANDS:
         parser = argparse.ArgumentParser()
         importlib.import_module(f"optiq.cli.{name}").add_arguments(parser)
-        known |= {option for action in parser._actions for option in action.option_strings}
+        known |= options_of(parser)
     named = {word for span in spans(page) for word in re.findall(r"(?<!\S)--[\w-]+", span)}
     assert named <= known
 
