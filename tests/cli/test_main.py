@@ -54,7 +54,7 @@ def test_every_command_has_help_and_json(command: str, capsys: pytest.CaptureFix
     assert "--debug" in text
 
 
-@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"sensitivity"}))
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"sensitivity", "lora"}))
 def test_ranks_only_measure(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,7 +40,7 @@ COMMANDS = {
     "demo": "fetch a small real model, convert it and compare it with uniform 4-bit",
 }
 
-SHARED = "sensitivity"  # the command that several processes can do together
+SHARED = ("sensitivity", "lora")  # what several processes can do together
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     _prepare_process()
     try:
-        if launched() and args.command != SHARED:
+        if launched() and args.command not in SHARED:
             raise UsageError(
                 "runs in one process, not under mlx.launch or mpirun; share the measurement with "
-                f"optiq {SHARED} MODEL -o FILE, then convert with --scores FILE"
+                "optiq sensitivity MODEL -o FILE, then convert with --scores FILE"
             )
         module = importlib.import_module(f".{args.command}", __package__)
         with silenced(args.quiet):

@@ -75,6 +75,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--scale", type=float, default=2.0, help="of the low-rank term")
     parser.add_argument("--targets", choices=("all", "attention", "mlp"), default="all")
+    parser.add_argument(
+        "--dpo",
+        action="store_true",
+        help="learn preferences; rows are prompt, chosen and rejected",
+    )
+    parser.add_argument("--beta", type=float, default=0.1, help="of --dpo (default: 0.1)")
     parser.add_argument("--lr", type=float, default=2e-4, help="the highest learning rate")
     parser.add_argument("--warmup", type=int, help="updates in which it rises (default: a 20th)")
     parser.add_argument("--weight-decay", type=float, default=0.01)
@@ -104,6 +110,11 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..distributed.ranks import launched
+    from ..errors import UsageError
+
+    if launched() and args.action != "train":
+        raise UsageError(f"optiq lora {args.action} runs in one process, not under mlx.launch")
     actions = {"train": _train, "info": _info, "merge": _merge, "export": _export}
     return actions[args.action](args)
 
@@ -138,8 +149,12 @@ def _train(args: argparse.Namespace) -> int:
             patience=args.patience,
             save_every=args.save_every,
             recompute=not args.no_recompute,
+            dpo=args.dpo,
+            beta=args.beta,
             seed=args.seed,
         )
+    if not result.path.exists():  # another rank writes it
+        return 0
     page = result.path / "optiq" / "report.html"
     page.write_text(training_page(result.adapter), encoding="utf-8")
     if args.json:

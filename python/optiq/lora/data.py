@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from ..calibration.files import load_rows
 from ..calibration.rows import Row, check_row
@@ -29,34 +29,41 @@ class Sample:
     line: int
 
 
-@dataclass(frozen=True)
-class Data:
-    """Samples to train on and to judge by; `cut` of them were longer than allowed."""
+E = TypeVar("E")
 
-    train: tuple[Sample, ...]
-    valid: tuple[Sample, ...]
+
+@dataclass(frozen=True)
+class Data(Generic[E]):
+    """Examples to train on and to judge by; `cut` rows were longer than allowed."""
+
+    train: tuple[E, ...]
+    valid: tuple[E, ...]
     cut: int
 
 
-def read(path: Path, tokenizer: Any, max_length: int) -> Data:
+Make = Callable[[Row], tuple[E, bool]]  # the example of a row, and whether it was cut
+
+
+def read(path: Path, tokenizer: Any, max_length: int) -> Data[Sample]:
     """The samples of `path`: a folder with train.jsonl and perhaps valid.jsonl, or one file.
 
     Without a valid.jsonl every 20th row is held out. A sample is cut after `max_length` tokens.
     Raises AdapterError that names file and line.
     """
+    return read_with(path, check, lambda row: shortened(sample(row, tokenizer), max_length))
+
+
+def read_with(path: Path, checked: Callable[[object], Row], make: Make[E]) -> Data[E]:
+    """The same of rows of another kind."""
     train_file, valid_file = files_of(path)
-    train = _samples(train_file, tokenizer)
+    train = _examples(train_file, checked, make)
     if valid_file is not None:
-        valid = _samples(valid_file, tokenizer)
+        valid = _examples(valid_file, checked, make)
     else:
         valid = train[HELD_OUT - 1 :: HELD_OUT]
-        train = [s for i, s in enumerate(train) if i % HELD_OUT != HELD_OUT - 1]
-    every = [*train, *valid]
-    return Data(
-        tuple(_shortened(s, max_length, train_file) for s in train),
-        tuple(_shortened(s, max_length, valid_file or train_file) for s in valid),
-        sum(len(s.tokens) > max_length for s in every),
-    )
+        train = [each for i, each in enumerate(train) if i % HELD_OUT != HELD_OUT - 1]
+    cut = sum(was_cut for _, was_cut in (*train, *valid))
+    return Data(tuple(e for e, _ in train), tuple(e for e, _ in valid), cut)
 
 
 def files_of(path: Path) -> tuple[Path, Path | None]:
@@ -72,23 +79,18 @@ def files_of(path: Path) -> tuple[Path, Path | None]:
     return train, valid if valid.is_file() else None
 
 
-def _samples(file: Path, tokenizer: Any) -> list[Sample]:
-    rows = read_rows(file, check)
-    return [_named(file, row, lambda row: sample(row, tokenizer)) for row in rows]
-
-
-def read_rows(file: Path, check: Callable[[object], Row]) -> list[Row]:
+def _examples(file: Path, checked: Callable[[object], Row], make: Make[E]) -> list[tuple[E, bool]]:
     try:
-        return load_rows(file, check)
+        rows = load_rows(file, checked)
     except CalibrationError as error:
         raise AdapterError(str(error)) from error
-
-
-def _named(file: Path, row: Row, make: Callable[[Row], Sample]) -> Sample:
-    try:
-        return make(row)
-    except AdapterError as error:
-        raise AdapterError(f"{file} line {row['line']}: {error}") from None
+    found = []
+    for row in rows:
+        try:
+            found.append(make(row))
+        except AdapterError as error:
+            raise AdapterError(f"{file} line {row['line']}: {error}") from None
+    return found
 
 
 def check(value: object) -> Row:
@@ -170,12 +172,14 @@ def _ended(tokens: list[int], tokenizer: Any) -> list[int]:
     return [*tokens, next(iter(sorted(ends)))]
 
 
-def _shortened(sample: Sample, most: int, file: Path) -> Sample:
+def shortened(sample: Sample, most: int) -> tuple[Sample, bool]:
+    """The sample cut after `most` tokens, and whether it was longer."""
     trained = tuple(i for i in sample.trained if i < most)
+    long = len(sample.tokens) > most
     if not trained:
-        what = f"in its first {most} tokens" if len(sample.tokens) > most else "in it"
+        what = f"in its first {most} tokens" if long else "in it"
         raise AdapterError(
-            f"{file} line {sample.line}: nothing {what} is to be learned; shorten the prompt, "
-            "raise --max-length, or remove the row"
+            f"nothing {what} is to be learned; shorten the prompt, raise --max-length, or remove "
+            "the row"
         )
-    return Sample(sample.tokens[:most], trained, sample.line)
+    return Sample(sample.tokens[:most], trained, sample.line), long

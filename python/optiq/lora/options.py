@@ -34,6 +34,7 @@ class TrainingFields(TypedDict, total=False):
     patience: int
     save_every: int
     recompute: bool
+    dpo: bool
     beta: float
     seed: int
 
@@ -48,7 +49,8 @@ class Training:
     `rank` sets the number of parameters: that of `rank` in every layer. `scale` multiplies the
     low-rank term, as in mlx-lm. `clip` bounds the norm of the gradient. Every `eval_every` updates
     (None: a tenth of all) the loss of at most `held_out` held-out samples is measured; after
-    `patience` times without a lower one training stops (0: never). `beta` is that of DPO.
+    `patience` times without a lower one training stops (0: never). With `dpo` rows
+    are preferences, and `beta` says how much a pair counts that is already apart.
     """
 
     iters: int = 200
@@ -69,6 +71,7 @@ class Training:
     patience: int = 3
     save_every: int = 10
     recompute: bool = True
+    dpo: bool = False
     beta: float = 0.1
     seed: int = 0
 

@@ -10,7 +10,7 @@ from functools import partial
 from hashlib import sha256
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +22,7 @@ from ..base.files import check_writable
 from ..base.machine import machine, versions
 from ..base.memory import available_memory
 from ..base.progress import Progress, peak_memory, tell
+from ..distributed.ranks import World, world
 from ..errors import AdapterError, UsageError
 from ..models.roles import Module
 from ..nn.accelerate import accelerate
@@ -32,8 +33,10 @@ from . import start
 from .adapter import Adapter, Base, write
 from .data import Data, Sample, read
 from .layers import LowRank, joined
+from .likelihood import Likelihood
 from .memory import needs
 from .options import Training
+from .preferences import Pair, Preferences, read_pairs
 from .state import Judged, State, Update, norm_of
 from .tuned import Parameters, Tuned
 
@@ -41,6 +44,10 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .options import TrainingFields
+
+Example = Sample | Pair
+E = TypeVar("E")
+LOSS = "loss"  # beside the gradients, in what ranks add up
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ def train(
     `data` is a folder with train.jsonl and perhaps valid.jsonl, or one file. `original` is the
     model that `model` was quantized from, for init="qera" and, if given, ranks="sensitivity".
     `fields` are those of `Training`. A run that was interrupted goes on with `resume`, to the same
-    bits.
+    bits. Under `mlx.launch` the processes share the passes of each batch.
 
     Raises UsageError for what cannot be honoured, SourceError, AdapterError for the data or a loss
     that is not finite, CheckpointError and ExportError.
@@ -90,20 +97,24 @@ def train(
     source = resolve(str(model), revision=revision)
     loaded = load(source, allow_quantized=True)
     accelerate(loaded.model, blocks=False)
-    samples = read(Path(data), loaded.tokenizer, options.max_length)
+    rows = read_pairs if options.dpo else read
+    samples = rows(Path(data), loaded.tokenizer, options.max_length)
     before = load(resolve(str(original))) if original is not None else None
-    run = Run(
-        source,
-        loaded.model,
-        samples,
-        options,
-        checkpoint,
-        original=before,
-        resume=resume,
-        progress=progress,
-    )
-    result = metal.restarts(run.finish)(folder)
-    checkpoint.unlink(missing_ok=True)
+    with world() as here:
+        run = Run(
+            source,
+            loaded.model,
+            samples,
+            options,
+            checkpoint,
+            world=here,
+            original=before,
+            resume=resume,
+            progress=progress and here.rank == 0,
+        )
+        result = metal.restarts(run.finish)(folder)
+        if here.rank == 0:
+            checkpoint.unlink(missing_ok=True)
     return result
 
 
@@ -120,10 +131,11 @@ class Run:
         self,
         source: Source,
         model: nn.Module,
-        data: Data,
+        data: Data[Any],
         options: Training,
         checkpoint: Path,
         *,
+        world: World,
         original: LoadedModel | None,
         resume: bool,
         progress: bool,
@@ -131,13 +143,14 @@ class Run:
         if not data.train:
             raise AdapterError("there are no rows to train on; give at least one")
         self.source, self.data, self.options = source, data, options
-        self.checkpoint, self.progress = checkpoint, progress
+        self.checkpoint, self.progress, self.world = checkpoint, progress, world
         self.identity: Identity = {
             "model": source.fingerprint,
             "data": _digest([*data.train, *data.valid]),
             "original": original.source.fingerprint if original else None,
             "options": asdict(options),
         }
+        world.same({**self.identity, "versions": versions()})
         modules = start.chosen(model, options.targets)
         self.blocks = len(model.layers)
         if resume and checkpoint.exists():
@@ -147,7 +160,7 @@ class Run:
                 options,
                 model,
                 modules,
-                data.train,
+                [e.chosen if isinstance(e, Pair) else e for e in data.train],
                 original=original.model if original else None,
                 lost=lost_by_layer(source),
                 progress=progress,
@@ -159,6 +172,11 @@ class Run:
         self._state_memory(model, modules, terms)
         self.tuned = Tuned(
             model, terms, options.scale, minus=self.minus, recompute=options.recompute
+        )
+        self.objective: Any = (
+            Preferences(self.tuned, options.beta, options.pack_length)
+            if options.dpo
+            else Likelihood(self.tuned, options.pack_length)
         )
         if data.cut:
             tell(f"{data.cut} rows were cut to {options.max_length} tokens", enabled=progress)
@@ -186,6 +204,7 @@ class Run:
             self.tuned,
             Progress(options.iters, "updates", done=state.step, enabled=self.progress) as bar,
         ):
+            self._prepare()
             if self.data.valid and not state.judged:
                 state.judge(self._held_out_loss())
                 bar.say(f"before training: held-out loss {state.best_loss:.4f}")
@@ -200,10 +219,12 @@ class Run:
                         f"{state.judged[-1].loss:.4f}"
                     )
                 if state.step % options.save_every == 0:
-                    state.save(self.checkpoint, self.identity)
+                    self._save()
                 bar.step(note=f"loss {update.loss:.4f}, {speed:.0f} tokens/s")
         seconds = time.monotonic() - began
-        adapter = self._write(folder)
+        adapter = self._adapter()
+        if self.world.rank == 0:
+            write(adapter, folder)
         return Result(
             adapter,
             folder,
@@ -217,8 +238,9 @@ class Run:
         batch = batch_of(self.data.train, self.options, state.step)
         loss, gradients = self._gradients(batch)
         if not (isfinite(loss) and isfinite(norm_of(gradients))):
-            state.save(self.checkpoint, self.identity)
-            self._write(folder)
+            self._save()
+            if self.world.rank == 0:
+                write(self._adapter(), folder)
             raise AdapterError(
                 f"the loss is {loss:.4g} in update {state.step + 1} and training stopped; {folder} "
                 f"holds the adapter of {self._kept()}: lower --lr, or look at the rows of lines "
@@ -227,34 +249,57 @@ class Run:
         state.update(loss, gradients, sum(len(s.tokens) for s in batch))
         return state.updates[-1]
 
-    def _gradients(self, batch: Sequence[Sample]) -> tuple[float, Parameters]:
-        """Mean loss of the tokens to learn, and its gradient, over all packs of the batch."""
-        count = sum(len(s.trained) for s in batch)
-        total, gradients = 0.0, dict[str, mx.array]()
-        for packed in self.tuned.packs(batch, self.options.pack_length):
+    def _gradients(self, batch: Sequence[Example]) -> tuple[float, Parameters]:
+        """Mean loss of the batch and its gradient, over all passes and ranks."""
+        weight = self.objective.weight(batch)
+        sums = {name: mx.zeros_like(a) for name, a in self.state.parameters.items()}
+        total = 0.0
+        for unit in self._mine(batch):
             loss, found = self.tuned.loss_and_gradients(
-                self.state.parameters, partial(self.tuned.summed, packed)
+                self.state.parameters, partial(self.objective.value, unit)
             )
             total += loss
-            gradients = {
-                name: gradients[name] + g if name in gradients else g for name, g in found.items()
-            }
-            mx.eval(gradients)
-        return total / count, {name: g / count for name, g in gradients.items()}
+            sums = {name: sums[name] + g for name, g in found.items()}
+            mx.eval(sums)
+        sums = self.world.sum({**sums, LOSS: mx.array([total])})
+        loss = float(np.asarray(sums.pop(LOSS))[0])
+        return loss / weight, {name: g / weight for name, g in sums.items()}
 
     def _held_out_loss(self) -> float:
         self.tuned.set(self.state.parameters)
-        samples = self.data.valid[: self.options.held_out]
+        held_out = self.data.valid[: self.options.held_out]
         total = 0.0
-        for packed in self.tuned.packs(samples, self.options.pack_length):
-            found: Any = self.tuned.summed(packed).item()
-            total += found
-        return total / sum(len(s.trained) for s in samples)
+        for unit in self._mine(held_out):
+            total += float(np.asarray(self.objective.value(unit)))
+        summed = self.world.sum({LOSS: mx.array([total])})[LOSS]
+        weight: int = self.objective.weight(held_out)
+        return float(np.asarray(summed)[0]) / weight
+
+    def _mine(self, examples: Sequence[Example]) -> Sequence[Any]:
+        """This rank's share of the passes, which are those of a single process."""
+        passes: Sequence[Any] = self.objective.passes(examples)
+        return passes[self.world.rank :: self.world.size]
+
+    def _save(self) -> None:
+        if self.world.rank == 0:
+            self.state.save(self.checkpoint, self.identity)
 
     def _kept(self) -> str:
-        return f"update {self.state.judged[-1].step}" if self.state.judged else "the last update"
+        judged = self.state.judged
+        best = min(judged, key=lambda j: j.loss) if judged else None
+        return f"update {best.step}" if best else "the last update"
 
-    def _write(self, folder: Path) -> Adapter:
+    def _prepare(self) -> None:
+        """What the objective wants to know of the base."""
+        bare = {
+            name: self.state.minus.get(name, mx.zeros_like(a) if name.endswith("lora_b") else a)
+            for name, a in self.state.parameters.items()
+        }
+        self.tuned.set(bare)
+        held_out = self.data.valid[: self.options.held_out]
+        self.objective.prepare([*self.data.train, *held_out])
+
+    def _adapter(self) -> Adapter:
         state = self.state
         made = {
             "data": {"train": len(self.data.train), "held_out": len(self.data.valid)},
@@ -268,15 +313,13 @@ class Run:
             "machine": machine(),
         }
         terms = terms_of(state.chosen)
-        adapter = Adapter(
+        return Adapter(
             {p: joined(t, self.minus[p]) if p in self.minus else t for p, t in terms.items()},
             self.options.scale,
             Base(self.source.name, self.source.fingerprint),
             self.blocks,
             made,
         )
-        write(adapter, folder)
-        return adapter
 
 
 def lost_by_layer(source: Source) -> dict[str, float] | None:
@@ -288,8 +331,8 @@ def lost_by_layer(source: Source) -> dict[str, float] | None:
     return {m.module.path: m.kl for m in plan.modules if m.kl is not None}
 
 
-def batch_of(samples: Sequence[Sample], options: Training, step: int) -> list[Sample]:
-    """The samples of one update: epochs follow each other, each in an order of its own."""
+def batch_of(samples: Sequence[E], options: Training, step: int) -> list[E]:
+    """The examples of one update: epochs follow each other, each in an order of its own."""
     n, first = len(samples), step * options.batch_size
     places = range(first, first + options.batch_size)
     orders = {
@@ -312,7 +355,7 @@ def terms_of(parameters: Parameters) -> dict[str, LowRank]:
     return {p: LowRank(parameters[f"{p}.lora_a"], parameters[f"{p}.lora_b"]) for p in paths}
 
 
-def _digest(samples: Sequence[Sample]) -> str:
+def _digest(samples: Sequence[Example]) -> str:
     found = sha256()
     for sample in samples:
         found.update(np.asarray([len(sample.tokens), *sample.tokens], "<i4").tobytes())
