@@ -351,3 +351,27 @@ def test_the_command_writes_adapter_and_report(
     assert said["held_out_loss"] == min(j["loss"] for j in said["judged"])
     assert "<svg" in (tmp_path / "out" / "optiq" / "report.html").read_text()
     assert lora.read(tmp_path / "out").ranks == said["ranks"]
+
+
+@pytest.mark.parametrize("how", ["cut", "other"])
+def test_a_damaged_state_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    folder = str(mixed_folder(tmp_path))
+    data, out = write_rows(tmp_path / "data", rows(5)), tmp_path / "out"
+    save = State.save
+
+    def stopped(self: State, *args: Any) -> None:
+        save(self, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(State, "save", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        lora.train(folder, data, out, progress=False, **FIELDS)
+    file = checkpoint_of(out)
+    if how == "cut":
+        file.write_bytes(file.read_bytes()[:-50])
+    else:
+        mx.save_safetensors(str(file), {"x": mx.zeros(3)})
+    with pytest.raises(CheckpointError, match="is damaged"):
+        lora.train(folder, data, out, progress=False, resume=True, **FIELDS)

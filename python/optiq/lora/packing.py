@@ -82,12 +82,17 @@ class Window:
 
 
 class Segments:
-    """Stands for the cache of one layer while a pack runs; `ends` are where its samples end."""
+    """Stands for the cache of one layer while a pack runs; `ends` are where its samples end.
+
+    Keys and values are attended to once, by the block that made them: where a later block reads
+    them too (Gemma 4), they would reach it past the block's outputs, and gradients would be lost.
+    """
 
     offset = 0
 
     def __init__(self, ends: Sequence[int]) -> None:
         self.ends = tuple(ends)
+        self._now: tuple[mx.array, mx.array] | None = None
 
     def make_mask(self, n: int, *, window_size: int | None = None, **_: Any) -> Any:
         return "causal" if window_size is None else Window(window_size)
@@ -101,7 +106,9 @@ class Segments:
     ) -> mx.array:
         if softcap or not (isinstance(mask, Window) or mask == "causal"):
             raise TypeError("the model makes a mask or a score of its own")
-        keys, values = self._now
+        if self._now is None:
+            raise TypeError("a block reads the keys and values of another")
+        (keys, values), self._now = self._now, None
         out, start = [], 0
         for end in self.ends:
             at = slice(start, end)
