@@ -106,6 +106,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=options.seed, default=0)
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    parser.add_argument("--restart", action="store_true", help="discard an interrupted run")
     options.add_json(parser)
 
 
@@ -131,6 +132,7 @@ def _train(args: argparse.Namespace) -> int:
             original=args.original,
             revision=args.revision,
             resume=args.resume,
+            restart=args.restart,
             iters=args.iters,
             batch_size=args.batch_size,
             rank=args.rank,

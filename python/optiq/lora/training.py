@@ -74,6 +74,7 @@ def train(
     original: str | Path | None = None,
     revision: str | None = None,
     resume: bool = False,
+    restart: bool = False,
     progress: bool = True,
     **fields: Unpack[TrainingFields],
 ) -> Result:
@@ -82,7 +83,7 @@ def train(
     `data` is a folder with train.jsonl and perhaps valid.jsonl, or one file. `original` is the
     model that `model` was quantized from, for init="qera" and, if given, ranks="sensitivity".
     `fields` are those of `Training`. A run that was interrupted goes on with `resume`, to the same
-    bits. Under `mlx.launch` the processes share the passes of each batch.
+    bits; `restart` discards it. Under `mlx.launch` the processes share the passes of each batch.
 
     Raises UsageError for what cannot be honoured, SourceError, AdapterError for the data or a loss
     that is not finite, CheckpointError and ExportError.
@@ -93,7 +94,7 @@ def train(
     if folder.exists():
         raise UsageError(f"{folder} exists; name another folder, or delete it")
     check_writable(folder)
-    check_unfinished([checkpoint], resume=resume)
+    check_unfinished([checkpoint], resume=resume, restart=restart)
     source = resolve(str(model), revision=revision)
     loaded = load(source, allow_quantized=True)
     accelerate(loaded.model, blocks=False)
