@@ -155,7 +155,7 @@ def _train(args: argparse.Namespace) -> int:
             beta=args.beta,
             seed=args.seed,
         )
-    if not result.path.exists():  # another rank writes it
+    if not result.written:
         return 0
     page = result.path / "optiq" / "report.html"
     page.write_text(training_page(result.adapter), encoding="utf-8")

@@ -52,10 +52,11 @@ LOSS = "loss"  # beside the gradients, in what ranks add up
 
 @dataclass(frozen=True)
 class Result:
-    """The adapter that was written, and how training went."""
+    """The adapter, and how training went; under `mlx.launch` the first process has `written` it."""
 
     adapter: Adapter
     path: Path
+    written: bool
     updates: tuple[Update, ...]
     judged: tuple[Judged, ...]
     tokens_per_second: float  # of all tokens that were trained on in this process
@@ -229,6 +230,7 @@ class Run:
         return Result(
             adapter,
             folder,
+            self.world.rank == 0,
             tuple(state.updates),
             tuple(state.judged),
             tokens / seconds if seconds else 0.0,
