@@ -148,4 +148,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "another KV configuration" in run("one", "--prompt-cache", cache)
     assert "another KV configuration" in run("one", "--kv", "8/8", "--prompt-cache", cache)
     assert "no format 7g" in run("one", "--kv", "7/4")
-    assert "cannot be read" in run("one", "--kv", "kv_config.json")
+    assert "neither a file nor bits" in run("one", "--kv", "kv_config.json")

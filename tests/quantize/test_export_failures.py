@@ -37,7 +37,9 @@ def test_an_existing_folder_or_file_is_not_touched(tmp_path: Path) -> None:
     source = source_of(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("precious")
-    refused("exists and is not empty; remove it", source, uniform(source), tmp_path / "out")
+    refused(
+        "exists and is not empty; choose another folder", source, uniform(source), tmp_path / "out"
+    )
     refused("is a file", source, uniform(source), tmp_path / "out" / "mine")
     assert (tmp_path / "out" / "mine").read_text() == "precious"
 
