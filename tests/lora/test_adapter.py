@@ -18,15 +18,15 @@ from optiq.sources import load, resolve
 from tests.lora.models import mixed_folder
 
 
-def random_adapter(folder: Path, scale: float = 1.5) -> Adapter:
+def random_adapter(folder: Path, scale: float = 1.5, seed: int = 0) -> Adapter:
     """Ranks 1 to 4 in turn, and one layer left out."""
     source = resolve(str(folder))
     model = load(source, allow_quantized=True).model
     terms = {}
     for i, module in enumerate(adaptable(model)[1:]):
         out, width = module.shape
-        a, b = mx.random.split(mx.random.key(i))
-        rank = 1 + i % 4
+        a, b = mx.random.split(mx.random.key(1000 * seed + i))
+        rank = 1 + (i + seed) % 4
         terms[module.path] = LowRank(
             0.3 * mx.random.normal((width, rank), key=a), mx.random.normal((rank, out), key=b)
         )

@@ -290,6 +290,9 @@ def test_wrong_usage(tmp_path: Path) -> None:
         Server.open("x", port=0, models_dir=tmp_path)
     with pytest.raises(UsageError, match="has no model"):
         Server.open(port=0, models_dir=tmp_path)
+    for adapters in ({"adapters": (("a", "b"),)}, {"admin_keys": ("an-admin-key",)}):
+        with pytest.raises(UsageError, match="adapters belong to one model"):
+            Server.open(port=0, models_dir=tmp_path, **adapters)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="PATTERN=NAME"):
         alias("claude-*")
     assert alias("claude-*=a") == ("claude-*", "a")

@@ -66,6 +66,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keys, one a line (or one in OPTIQ_API_KEY); needed unless HOST is a loopback address",
     )
     parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="mount an adapter of the model; clients ask for 'model:NAME'; may be repeated",
+    )
+    parser.add_argument(
+        "--admin-key-file",
+        type=Path,
+        metavar="FILE",
+        help="keys of who may mount and unmount adapters while the server runs",
+    )
+    parser.add_argument(
+        "--adapter-memory",
+        default="2GB",
+        metavar="SIZE",
+        help="most that all mounted adapters may take (default: 2GB)",
+    )
+    parser.add_argument(
         "--allowed-host",
         action="append",
         default=[],
@@ -147,6 +166,9 @@ def run(args: argparse.Namespace) -> int:
         model_memory=options.nbytes("--model-memory", args.model_memory),
         unload_after=args.unload_after,
         api_keys=_keys(args.api_key_file),
+        admin_keys=_keys(args.admin_key_file) if args.admin_key_file else (),
+        adapters=tuple(_adapter(text) for text in args.adapter),
+        adapter_memory=options.nbytes("--adapter-memory", args.adapter_memory) or 0,
         allowed_hosts=tuple(args.allowed_host),
         cors_origins=tuple(args.cors_origin),
         max_concurrent=args.max_concurrent,
@@ -168,6 +190,13 @@ def alias(text: str) -> tuple[str, str]:
     if not (pattern and equals and name):
         raise UsageError(f"--alias {text} does not say of which model; write 'PATTERN=NAME'")
     return pattern, name
+
+
+def _adapter(text: str) -> tuple[str, str]:
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise UsageError(f"--adapter {text} has no name; write NAME=FOLDER")
+    return name, folder
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:

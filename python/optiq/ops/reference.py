@@ -28,6 +28,12 @@ def dequantize(codes: Any, scales: Any, biases: Any, group_size: int, bits: int)
     return np.asarray(q * s + b)
 
 
+def gathered_low_rank(x: Any, a: Any, b: Any, indices: Any) -> Float64:
+    """`x[i] @ a[s].T @ b[s].T` with s = indices[i]: `[rows, out]`."""
+    x, a, b = (np.asarray(array, dtype=np.float64) for array in (x, a, b))
+    return np.stack([b[s] @ (a[s] @ row) for row, s in zip(x, np.asarray(indices), strict=True)])
+
+
 def dequantize_kv(records: Any, dim: int, group_size: int, bits: int) -> Float64:
     """Keys or values `[..., dim]` from their records `[..., words]`; see attention.py."""
     words = np.ascontiguousarray(records, dtype=np.uint32)

@@ -41,7 +41,7 @@ class Answers:
         self.engine, self.language, self.python = engine, language, python
         self._metrics = metrics
         self._answer_tokens = answer_tokens
-        self._deadline, self._preparer = deadline, preparer
+        self._deadline, self.preparer = deadline, preparer
         self._courier: Courier[Heard] | None = None
 
     async def chat(self, chat: Chat, wishes: Wishes) -> Answering | Rounds:
@@ -61,7 +61,7 @@ class Answers:
             prompt = language.prompt(chat)
             return prompt, language.guide(chat, prompt)
 
-        prompt, guide = await self._preparer.prepare(prepare)
+        prompt, guide = await self.preparer.prepare(prepare)
         request = self._request(prompt.tokens, wishes, prompt.boundaries)
         reader: Callable[[], Parts] = partial(language.reader, chat, prompt)
         answering = self._answering([request], reader, guide, wishes.n)
@@ -80,13 +80,13 @@ class Answers:
         def prepare() -> list[tuple[int, ...]]:
             return [self.language.encode(p) if isinstance(p, str) else p for p in prompts]
 
-        tokens = await self._preparer.prepare(prepare)
+        tokens = await self.preparer.prepare(prepare)
         requests = [self._request(each, wishes, ()) for each in tokens]
         return self._answering(requests, PlainText, None, wishes.n)
 
     async def count(self, chat: Chat) -> int:
         """Tokens of the prompt that a conversation becomes."""
-        return len((await self._preparer.prepare(partial(self.language.prompt, chat))).tokens)
+        return len((await self.preparer.prepare(partial(self.language.prompt, chat))).tokens)
 
     def _request(
         self, tokens: tuple[int, ...], wishes: Wishes, boundaries: tuple[int, ...]
@@ -100,6 +100,7 @@ class Answers:
             boundaries=boundaries,
             deadline=self._deadline,
             client=wishes.client,
+            adapter=wishes.adapter,
         )
 
     def _answering(

@@ -76,3 +76,4 @@ class Wishes:
     top_logprobs: int | None = None
     n: int = 1
     client: str = ""
+    adapter: str | None = None

@@ -21,7 +21,8 @@ class Listed:
 
 @dataclass(frozen=True)
 class Models:
-    """One model; `aliases` are other names for it, with `*` for anything: `claude-*`.
+    """One model; `aliases` are other names for it, with `*` for anything: `claude-*`. With one of
+    `adapters` it is called `name:adapter`.
 
     Equal requests with equal seeds have equal answers while `fingerprint` is the same.
     """
@@ -31,18 +32,40 @@ class Models:
     context: int
     fingerprint: str
     aliases: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
+
+    def find(self, name: str | None, adapter: str | None = None) -> str:
+        """The true name of what a request asks for; None asks for the one model there is."""
+        if adapter is None and name is not None:
+            before, _, after = name.rpartition(":")
+            if after in self.adapters and self._is_ours(before):
+                name, adapter = before, after
+        if name is not None and not self._is_ours(name):
+            raise Refusal(
+                404,
+                "model_not_found",
+                f"the model {name!r} is not served here; ask for {self.name!r}, or start the "
+                "server with --alias",
+            )
+        if adapter is None:
+            return self.name
+        if adapter not in self.adapters:
+            mounted = ", ".join(self.adapters) or "none"
+            raise Refusal(
+                404, "model_not_found", f"no adapter {adapter!r} is mounted; mounted are {mounted}"
+            )
+        return f"{self.name}:{adapter}"
+
+    def adapter_of(self, true_name: str) -> str | None:
+        """The adapter in what `find` has returned."""
+        return None if true_name == self.name else true_name.removeprefix(f"{self.name}:")
 
     @property
-    def listed(self) -> Listed:
-        return Listed(self.name, self.created, self.context)
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *(f"{self.name}:{adapter}" for adapter in self.adapters))
 
-    def find(self, name: str | None) -> str:
-        """The true name of the model that a request asks for; None asks for the one there is."""
-        if name is None or name == self.name or any(fnmatchcase(name, a) for a in self.aliases):
-            return self.name
-        raise Refusal(
-            404,
-            "model_not_found",
-            f"the model {name!r} is not served here; ask for {self.name!r}, or start the server "
-            "with --alias",
-        )
+    def listed(self, true_name: str) -> Listed:
+        return Listed(true_name, self.created, self.context)
+
+    def _is_ours(self, name: str) -> bool:
+        return name == self.name or any(fnmatchcase(name, a) for a in self.aliases)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,10 +17,14 @@ from ..kv import KVConfig
 from ..kv.half import halvable
 from ..kv.model import digest
 from ..kv.prefix import Key
+from ..kv.rows import Caches
+from ..lora.adapter import Base
+from ..lora.mounting import opened
 from ..runtime.loading import open_source
 from ..sources import resolve
 from ..version import __version__
 from . import answering
+from .engine.adapters import Adapters
 from .engine.engine import Engine, EngineOptions
 from .engine.prefix import PrefixCache
 from .models import Models
@@ -49,6 +54,7 @@ class Opened:
     models: Models
     identity: str
     prefix: PrefixCache | None = None
+    adapters: Adapters | None = None
 
 
 def open_model(
@@ -63,19 +69,21 @@ def open_model(
         if kv is not None or revision is not None:
             raise UsageError("kv and revision are for a model given by its name")
         loaded, tokenizer = model
-        name, key = "model", None
+        name, key, base = "model", None, None
     else:
         source = resolve(str(model), revision=revision)
         loaded, tokenizer = open_source(source, kv=kv)
         name = _name(str(model), source.kind)
         dtype = "float16" if halvable(loaded) else ""
         key = Key(source.fingerprint, config=digest(loaded) + dtype)
+        base = Base(source.name, source.fingerprint)
     prefix = _prefix_cache(key, options)
     limits = EngineOptions(
         running=options.max_concurrent, memory=options.memory, beside=options.prefix_bytes
     )
     try:
         engine = Engine(loaded, tokenizer, limits, prefix)
+        engine.adapters = _adapters(loaded, base, key or Key(""), engine.make_caches, options)
     except BaseException:
         prefix.close()
         raise
@@ -86,7 +94,31 @@ def open_model(
         fingerprint=_fingerprint(key),
         aliases=options.aliases,
     )
-    return Opened(engine, tokenizer, models, key.model if key else "", prefix)
+    return Opened(engine, tokenizer, models, key.model if key else "", prefix, engine.adapters)
+
+
+def _adapters(
+    model: nn.Module,
+    base: Base | None,
+    key: Key,
+    make_caches: Callable[[], Caches],
+    options: Options,
+) -> Adapters | None:
+    """What can be mounted on `model`, with what is to be from the start. Raises AdapterError."""
+    if not options.adapters and not options.admin_keys:
+        return None
+    share = options.prefix_bytes // options.max_concurrent
+    found = Adapters(
+        model,
+        base,
+        make_caches,
+        slots=options.max_concurrent,
+        nbytes=options.adapter_memory,
+        prefix=lambda digest: PrefixCache(replace(key, adapter=digest), share),
+    )
+    for name, folder in options.adapters:
+        found.mount(name, opened(folder))
+    return found
 
 
 def _fingerprint(key: Key | None) -> str:

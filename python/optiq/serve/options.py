@@ -21,6 +21,9 @@ class ServeFields(TypedDict, total=False):
     name: str | None
     aliases: tuple[str, ...]
     api_keys: tuple[str, ...]
+    admin_keys: tuple[str, ...]
+    adapters: tuple[tuple[str, str], ...]
+    adapter_memory: int
     allowed_hosts: tuple[str, ...]
     cors_origins: tuple[str, ...]
     max_concurrent: int
@@ -54,6 +57,9 @@ class Options:
     `allowed_hosts` are names of this server beside `host` and those of loopback; `cors_origins`
     are origins whose web pages may use it.
 
+    `adapters` are mounted at the start, each a name and a folder. Who has one of `admin_keys` may
+    mount others. All together take at most `adapter_memory` bytes.
+
     `max_concurrent` answers are made at a time, in `memory` bytes, by default what the machine has.
     Room for the longest answer is kept free from its start, so one without a limit of its own ends
     after `answer_tokens`.
@@ -81,6 +87,9 @@ class Options:
     name: str | None = None
     aliases: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
+    admin_keys: tuple[str, ...] = ()
+    adapters: tuple[tuple[str, str], ...] = ()
+    adapter_memory: int = 2 * 10**9
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     max_concurrent: int = 16
@@ -119,8 +128,14 @@ class Options:
                 f"{self.host} can be reached from other machines, so the server needs a key: "
                 "--api-key-file FILE, or OPTIQ_API_KEY in the environment"
             )
-        if any(len(key) < 8 or not key.isascii() or not key.isprintable() for key in self.api_keys):
+        keys = (*self.api_keys, *self.admin_keys)
+        if any(len(key) < 8 or not key.isascii() or not key.isprintable() for key in keys):
             raise UsageError("an API key must be 8 or more printable ASCII characters")
+        if self.models_dir is not None and (self.adapters or self.admin_keys):
+            raise UsageError(
+                "adapters belong to one model: give the model instead of --models-dir, or leave "
+                "--adapter and --admin-key-file out"
+            )
         if "*" in self.cors_origins and not self.api_keys:
             raise UsageError(
                 "--cors-origin '*' lets every web page use this server; give it a key, or name "
@@ -147,6 +162,7 @@ _AT_LEAST: dict[str, float] = {
     "port": 0,
     "max_concurrent": 1,
     "answer_tokens": 1,
+    "adapter_memory": 1,
     "prefix_memory": 0,
     "memory": 1,
     "model_memory": 1,

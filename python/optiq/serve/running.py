@@ -49,7 +49,9 @@ class Running:
         # Made from the weights, so that reasoning signed before a restart is still known.
         secret = sha256(b"optiq reasoning " + opened.identity.encode()).digest()
         caching = options.prefix_bytes > 0
-        self.service = Service(answers, opened.models, secret, caching, shared.store)
+        self.service = Service(
+            answers, opened.models, secret, caching, shared.store, opened.adapters
+        )
 
     def close(self, drain: float = 0.0) -> None:
         """Let answers finish for `drain` seconds, and end the rest."""
@@ -84,7 +86,6 @@ class OneModel:
 
     def __init__(self, running: Running) -> None:
         self._running = running
-        self._models = running.service.models
 
     @property
     def ready(self) -> bool:
@@ -97,15 +98,16 @@ class OneModel:
         self._running.close(drain)
 
     def listed(self) -> Sequence[Listed]:
-        return [self._models.listed]
+        models = self._running.service.models
+        return [models.listed(name) for name in models.names]
 
     def find(self, name: str | None) -> Listed:
-        self._models.find(name)
-        return self._models.listed
+        models = self._running.service.models
+        return models.listed(models.find(name))
 
     @asynccontextmanager
     async def use(self, name: str | None) -> AsyncIterator[Service]:
         yield self._running.service
 
     def stats(self) -> Mapping[str, Any]:
-        return {self._models.name: self._running.engine.stats()}
+        return {self._running.service.model.name: self._running.engine.stats()}

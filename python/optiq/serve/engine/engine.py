@@ -29,6 +29,7 @@ from ...base.text import one_line
 from ...errors import DeadlineError, OverloadedError, RequestError, ServeError, TooLongError
 from ...kv.rows import Caches, Unbatchable, joined
 from ...ops import metal
+from .adapters import Adapters, Mounted
 from .model import GROWTH, Measured, measure
 from .request import Event, Failed, Finished, Piece, Reading, Request, Token
 from .sampling import Floats, Sampler, choose
@@ -97,6 +98,7 @@ class Answer:
     sampler: Sampler
     text: AnswerText
     until: float  # time.monotonic() of its deadline
+    adapter: Mounted | None = None
     caches: Caches = field(default_factory=list)
     generated: list[int] = field(default_factory=list)
     cached: int = 0
@@ -124,9 +126,14 @@ class Engine:
         options: EngineOptions = EngineOptions(),
         prefix: Prefixes | None = None,
     ) -> None:
-        """Raises ServeError for a model that does not run, or does not fit `options.memory`."""
+        """Raises ServeError for a model that does not run, or does not fit `options.memory`.
+
+        `adapters` may be set before the start; then requests may name one.
+        """
         self._model, self._tokenizer, self._prefix = model, tokenizer, prefix
+        self.adapters: Adapters | None = None
         self._measured: Measured = measure(model, options.running, options.context)
+        self.make_caches = self._measured.make_caches
         self.context = self._measured.context
         self.vocabulary = self._measured.vocabulary
         nbytes = self._measured.room(options.memory, options.beside)
@@ -162,6 +169,7 @@ class Engine:
         `listener` must return at once. Raises RequestError, TooLongError or OverloadedError.
         """
         request = self._checked(request)
+        adapter = self._adapter(request)
         sampler = Sampler(
             request.sampling, request.tokens, self.vocabulary, request.guide, request.top_logprobs
         )
@@ -180,10 +188,12 @@ class Engine:
                     length,
                     self._measured.nbytes(length + request.max_tokens),
                     cuts=request.boundaries if self._measured.grid else (),
-                    share=self._prefix is not None,
+                    share=self._prefix is not None and adapter is None,
                 )
             )
-            self._answers[ticket] = Answer(ticket, request, listener, sampler, text, float(until))
+            self._answers[ticket] = Answer(
+                ticket, request, listener, sampler, text, float(until), adapter
+            )
             self._changed.notify()
         return ticket
 
@@ -217,6 +227,14 @@ class Engine:
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
             _until_gone(self._thread)
+
+    def _adapter(self, request: Request) -> Mounted | None:
+        """What is mounted under the name that is asked for, now."""
+        if request.adapter is None:
+            return None
+        if self.adapters is None:
+            raise RequestError("this server has no adapters; leave the name of one out", "model")
+        return self.adapters.take(request.adapter)
 
     def _checked(self, request: Request) -> Request:
         """The request with an answer that fits the context."""
@@ -289,10 +307,16 @@ class Engine:
             time.sleep(0.001)  # those who wait have to wait for memory or another reader
 
     def _groups(self, rows: list[Answer]) -> list[list[Answer]]:
-        """Who shares a pass through the model."""
-        shared, most = [row for row in rows if not row.alone], self._measured.together
-        groups = [shared[i : i + most] for i in range(0, len(shared), most)]
-        return [[row] for row in rows if row.alone] + groups
+        """Who shares a pass through the model: rows without an adapter, and rows with one."""
+        groups = [[row] for row in rows if row.alone]
+        plain = [row for row in rows if not row.alone and row.adapter is None]
+        adapted = [row for row in rows if not row.alone and row.adapter is not None]
+        for shared, most in (
+            (plain, self._measured.together),
+            (adapted, self.adapters.together if self.adapters else 1),
+        ):
+            groups += [shared[i : i + most] for i in range(0, len(shared), most)]
+        return groups
 
     def _drop_ended(self) -> None:
         """Answers that were cancelled, or whose time is over."""
@@ -315,14 +339,14 @@ class Engine:
         """Caches for a reader: those that hold most of what it has to read."""
         tokens, length = (*answer.held, answer.next), 0
         answer.caches = []
-        if self._prefix is not None:
+        if (prefix := self._prefix_of(answer)) is not None:
             try:
-                answer.caches, length = self._prefix.find(tokens, self._measured.make_caches)
+                answer.caches, length = prefix.find(tokens, self.make_caches)
             except Exception:
                 log.exception("the prefix cache failed; the prompt is read as a whole")
                 answer.caches = []
         if not answer.caches:
-            answer.caches, length = self._measured.make_caches(), 0
+            answer.caches, length = self.make_caches(), 0
         # Room for the whole prompt at once: growing a long cache copies all of it.
         _grow_by(answer.caches, len(tokens) + GROWTH)
         if not answer.generated:
@@ -336,7 +360,7 @@ class Engine:
         tokens = answer.held[part.begin : part.end]
         started = time.perf_counter()
         try:
-            self._model(mx.array([tokens]), cache=answer.caches)
+            self._model_of([answer])(mx.array([tokens]), cache=answer.caches)
             mx.eval([cache.state for cache in answer.caches])
         except Exception as error:  # whatever a model or a kernel raises
             self._stumble([answer], error)
@@ -382,11 +406,25 @@ class Engine:
         if len(group) > 1 and self._joined[0] != caches:
             self._joined = caches, joined(caches)
         together = caches[0] if len(group) == 1 else self._joined[1]
-        logits = self._model(inputs, cache=together)
+        logits = self._model_of(group)(inputs, cache=together)
         logits = logits[:, -1].astype(mx.float32)
         if self._measured.states:
             mx.eval(logits, [cache.state for each in caches for cache in each])
         return np.asarray(logits)
+
+    def _model_of(self, group: list[Answer]) -> nn.Module:
+        """The model for a group whose rows all have an adapter, or none."""
+        rows = [answer.adapter for answer in group if answer.adapter is not None]
+        if not rows or self.adapters is None:
+            return self._model
+        in_use = (a.adapter for a in self._answers.values() if a.caches and a.adapter is not None)
+        return self.adapters.model(rows, in_use)
+
+    def _prefix_of(self, answer: Answer) -> Prefixes | None:
+        """What an adapter has read is not what the model has."""
+        if answer.adapter is not None and self._prefix is not None:
+            return answer.adapter.prefix
+        return self._prefix
 
     def _go_on(self, answer: Answer, token: Token) -> None:
         answer.generated.append(token.id)
@@ -429,10 +467,11 @@ class Engine:
         )
 
     def _keep(self, answer: Answer, length: int, reading: bool = False) -> None:
-        if self._prefix is None or not length:
+        prefix = self._prefix_of(answer)
+        if prefix is None or not length:
             return
         try:
-            self._prefix.keep(answer.held[:length], answer.caches, reading=reading)
+            prefix.keep(answer.held[:length], answer.caches, reading=reading)
         except Exception:
             log.exception("the prefix cache failed; the answer goes on without it")
 

@@ -65,6 +65,7 @@ class Request:
     cache keeps a snapshot. `stop` are texts that end the answer; they are not part of it. With
     `top_logprobs` (0 to 20) each token comes with its log-probability and those of so many likely
     others. `deadline` is in seconds from submission. Clients of different names take turns.
+    `adapter` is the name of one that is mounted.
     """
 
     tokens: tuple[int, ...]
@@ -76,6 +77,7 @@ class Request:
     boundaries: tuple[int, ...] = ()
     deadline: float | None = None
     client: str = ""
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ POSTED: dict[str, tuple[Endpoint, Dialect]] = {
     "/v1/responses/input_tokens": (responses.count_input, openai.DIALECT),
     "/v1/messages": (anthropic.messages, anthropic.DIALECT),
     "/v1/messages/count_tokens": (anthropic.count_tokens, anthropic.DIALECT),
+    "/v1/load_lora_adapter": (openai.load, openai.DIALECT),
+    "/v1/unload_lora_adapter": (openai.unload, openai.DIALECT),
 }
 
 # A file that a model's program has written is never shown as a page of this server's.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ..answering import Happenings
 from ..answers import Answers
+from ..engine.adapters import Adapters
 from ..models import Listed, Models
 from .fields import Fields
 from .problems import Problem
@@ -23,10 +24,17 @@ class Service:
     """
 
     answers: Answers
-    models: Models
+    model: Models
     secret: bytes = b""
     caching: bool = False
     store: ResponseStore = field(default_factory=ResponseStore)
+    adapters: Adapters | None = None
+
+    @property
+    def models(self) -> Models:
+        """The model, with the adapters that are mounted now."""
+        names = self.adapters.names if self.adapters else ()
+        return replace(self.model, adapters=names)
 
 
 class Reply(Protocol):

@@ -34,7 +34,7 @@ _REFUSED: dict[str, tuple[object, ...]] = {
 
 
 async def count_tokens(service: Service, body: Fields, client: str) -> dict[str, Any]:
-    service.models.find(body.text("model"))
+    service.models.find(body.text("model"), body.text("adapter"))
     return {
         "input_tokens": await service.answers.count(
             conversation(body, service.secret, service.answers.python is not None)
@@ -44,13 +44,14 @@ async def count_tokens(service: Service, body: Fields, client: str) -> dict[str,
 
 async def messages(service: Service, body: Fields, client: str) -> MessageReply:
     body.required("model")
-    model = service.models.find(body.text("model"))
+    models = service.models
+    model = models.find(body.text("model"), body.text("adapter"))
     for name, harmless in _REFUSED.items():
         if name == "container" and service.answers.python is not None:
             continue
         if name in body and body.values[name] not in harmless:
             raise body.wrong(name, "cannot be honoured by this server")
-    wanted = _wishes(body, client)
+    wanted = _wishes(body, client, models.adapter_of(model))
     asked = conversation(body, service.secret, service.answers.python is not None)
     stream = body.flag("stream")
     thinking = body.object("thinking")
@@ -71,7 +72,7 @@ async def messages(service: Service, body: Fields, client: str) -> MessageReply:
     )
 
 
-def _wishes(body: Fields, client: str) -> Wishes:
+def _wishes(body: Fields, client: str, adapter: str | None) -> Wishes:
     body.required("max_tokens")
     metadata = body.object("metadata")
     user = metadata.text("user_id") if metadata else None
@@ -84,6 +85,7 @@ def _wishes(body: Fields, client: str) -> Wishes:
         ),
         stop=body.texts("stop_sequences", MAX_STOPS),
         client=f"{client}/{user or ''}",
+        adapter=adapter,
     )
 
 

@@ -1,5 +1,8 @@
-"""OpenAI's protocol: chat completions, completions, models."""
+"""OpenAI's protocol: chat completions, completions, models; and vLLM's for adapters."""
 
-from .chat import chat as chat
-from .completions import complete as complete
-from .dialect import DIALECT as DIALECT
+from .adapters import load, unload
+from .chat import chat
+from .completions import complete
+from .dialect import DIALECT
+
+__all__ = ["DIALECT", "chat", "complete", "load", "unload"]

@@ -27,16 +27,17 @@ FINISH = {"stop": "stop", "stop_text": "stop", "length": "length", "calls": "too
 
 
 async def chat(service: Service, body: Fields, client: str) -> ChatReply:
-    model, fingerprint = service.models.find(body.text("model")), service.models.fingerprint
+    models = service.models
+    model = models.find(body.text("model"), body.text("adapter"))
     top = _top_logprobs(body)
     asked = conversation(body, service.answers.python is not None)
-    wanted = wishes(body, client, top_logprobs=top)
+    wanted = wishes(body, client, models.adapter_of(model), top_logprobs=top)
     stream, usage = body.flag("stream"), wants_usage(body)
     return ChatReply(
         stream=stream,
         answering=await service.answers.chat(asked, wanted),
         model=model,
-        fingerprint=fingerprint,
+        fingerprint=models.fingerprint,
         names=service.answers.language.tokens if top is not None else None,
         include_usage=usage,
     )

@@ -24,9 +24,10 @@ Prompt = str | tuple[int, ...]
 
 
 async def complete(service: Service, body: Fields, client: str) -> CompletionReply:
-    model, fingerprint = service.models.find(body.text("model")), service.models.fingerprint
+    models = service.models
+    model = models.find(body.text("model"), body.text("adapter"))
     logprobs = body.integer("logprobs", 0, MAX_TOP_LOGPROBS)
-    wanted = wishes(body, client, top_logprobs=logprobs)
+    wanted = wishes(body, client, models.adapter_of(model), top_logprobs=logprobs)
     prompts, echo, stream = _prompts(body), body.flag("echo"), body.flag("stream")
     best_of = body.integer("best_of", 1, MAX_CHOICES) or wanted.n
     if "suffix" in body and body.text("suffix"):
@@ -46,7 +47,7 @@ async def complete(service: Service, body: Fields, client: str) -> CompletionRep
         stream=stream,
         answering=answering,
         model=model,
-        fingerprint=fingerprint,
+        fingerprint=models.fingerprint,
         language=service.answers.language,
         kept=wanted.n,
         echoed=prompts if echo else None,

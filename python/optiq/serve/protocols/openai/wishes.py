@@ -24,7 +24,7 @@ _REFUSED: dict[str, tuple[object, ...]] = {
 _INSTEAD = {"functions": "; use 'tools'", "function_call": "; use 'tool_choice'"}
 
 
-def wishes(body: Fields, client: str, *, top_logprobs: int | None) -> Wishes:
+def wishes(body: Fields, client: str, adapter: str | None, *, top_logprobs: int | None) -> Wishes:
     for name, harmless in _REFUSED.items():
         if name in body and body.values[name] not in harmless:
             raise body.wrong(name, f"cannot be honoured by this server{_INSTEAD.get(name, '')}")
@@ -39,6 +39,7 @@ def wishes(body: Fields, client: str, *, top_logprobs: int | None) -> Wishes:
         top_logprobs=top_logprobs,
         n=body.integer("n", 1, MAX_CHOICES) or 1,
         client=f"{client}/{body.text('user') or body.text('safety_identifier') or ''}",
+        adapter=adapter,
     )
 
 

@@ -1,0 +1,125 @@
+"""Adapters that are mounted: who has which, and which of them lie beside the model.
+
+A request takes what is mounted under a name when it is submitted, and keeps it to its end: what is
+unmounted or mounted anew meanwhile does not change its answer. Each has a prefix cache of its own,
+so what one adapter has read is never taken for what another has.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from itertools import count
+
+import mlx.nn as nn
+
+from ...errors import AdapterError, RequestError
+from ...kv.rows import Caches, together
+from ...lora.adapter import Adapter, Base, check_fits
+from ...lora.gathered import Shadow
+from .prefix import PrefixCache
+
+_NAME = re.compile(r"[\w.-]{1,64}")
+
+
+class Mounted:
+    """One adapter under one name. `slot` is None while it does not lie beside the model."""
+
+    def __init__(self, name: str, adapter: Adapter, prefix: PrefixCache) -> None:
+        self.name, self.adapter, self.prefix = name, adapter, prefix
+        self.slot: int | None = None
+        self.used = 0
+
+
+class Adapters:
+    """What is mounted on one model. `mount`, `unmount`, `names` and `take` from any thread."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: Base | None,
+        make_caches: Callable[[], Caches],
+        *,
+        slots: int,
+        nbytes: int,
+        prefix: Callable[[str], PrefixCache],
+    ) -> None:
+        """At most `slots` adapters lie beside the model, and the arrays of all that are mounted
+        take at most `nbytes`. `make_caches` makes those of one sequence, `prefix` a prefix cache
+        for the digest of an adapter."""
+        self._base, self._nbytes, self._prefix = base, nbytes, prefix
+        self._shadow = Shadow(model, slots)
+        self._plain = model
+        self.together = next(
+            (
+                rows
+                for rows in (slots, 16)
+                if rows > 1 and not together(self._shadow.model, rows, make_caches)
+            ),
+            1,
+        )
+        self._named: dict[str, Mounted] = {}
+        self._slots: list[Mounted | None] = [None] * slots
+        self._clock = count(1)
+        self._lock = threading.Lock()
+
+    def mount(self, name: str, adapter: Adapter) -> None:
+        """Mount an adapter, in place of one of the same name. Raises AdapterError."""
+        if not _NAME.fullmatch(name):
+            raise AdapterError(
+                f"{name[:80]!r} is not a name for an adapter; use up to 64 letters, digits and ._-"
+            )
+        check_fits(adapter, self._plain, self._base)
+        with self._lock:
+            others = sum(m.adapter.nbytes for n, m in self._named.items() if n != name)
+            if others + adapter.nbytes > self._nbytes:
+                raise AdapterError(
+                    f"{name} has {adapter.nbytes:,} bytes, and {others:,} of {self._nbytes:,} are "
+                    "taken; unmount an adapter, or start the server with more --adapter-memory"
+                )
+            self._named[name] = Mounted(name, adapter, self._prefix(adapter.digest))
+
+    def unmount(self, name: str) -> None:
+        """Raises AdapterError for a name under which nothing is mounted."""
+        with self._lock:
+            if self._named.pop(name, None) is None:
+                raise AdapterError(f"no adapter {name!r} is mounted; mounted are {self._list()}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        with self._lock:
+            return tuple(self._named)
+
+    def take(self, name: str) -> Mounted:
+        """What is mounted under `name` now. Raises RequestError."""
+        with self._lock:
+            if name not in self._named:
+                raise RequestError(
+                    f"no adapter {name!r} is mounted; mounted are {self._list()}", "model"
+                )
+            return self._named[name]
+
+    def _list(self) -> str:
+        return ", ".join(self._named) or "none"
+
+    # What follows runs in the engine's thread.
+
+    def model(self, rows: Sequence[Mounted], in_use: Iterable[Mounted]) -> nn.Module:
+        """The model for a batch of these rows; the adapters of `in_use` keep their places."""
+        kept = {id(m) for m in (*rows, *in_use)}
+        for mounted in rows:
+            mounted.used = next(self._clock)
+            if mounted.slot is None:
+                self._place(mounted, kept)
+        self._shadow.select([m.slot + 1 for m in rows if m.slot is not None])
+        return self._shadow.model
+
+    def _place(self, mounted: Mounted, kept: set[int]) -> None:
+        """Into a free slot, or that which was used least recently and is not in use."""
+        free = [i for i, m in enumerate(self._slots) if m is None or id(m) not in kept]
+        slot = min(free, key=lambda i: m.used if (m := self._slots[i]) else 0)
+        if (before := self._slots[slot]) is not None:
+            before.slot = None
+        self._shadow.fill(slot + 1, mounted.adapter.terms, mounted.adapter.scale)
+        self._slots[slot], mounted.slot = mounted, slot

@@ -1,0 +1,271 @@
+"""Adapters on a server: every answer is what its adapter alone gives, in any company."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from optiq import ops
+from optiq.errors import AdapterError
+from optiq.lora.adapter import write
+from optiq.lora.gathered import Shadow
+from optiq.lora.layers import put
+from optiq.models.adaptable import adaptable
+from optiq.ops import native, reference
+from optiq.runtime.loading import load
+from optiq.serve.opening import open_model
+from tests.lora.models import mixed_folder
+from tests.lora.test_adapter import random_adapter
+from tests.serve.cases import NEVER_ENDS
+from tests.serve.servers import MODEL, Asked, read_options, served
+
+KEY = "an-admin-key"
+ADMIN = {"authorization": f"Bearer {KEY}"}
+ON = {str(token): bias for token, bias in NEVER_ENDS.items()}
+NAMES = ("a", "b", "c")
+PROMPTS = ("Where?", "Tell me of the river", "7 boxes, 12 pens")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The model, and adapters of it."""
+    parent = tmp_path_factory.mktemp("adapters")
+    found = {"model": mixed_folder(parent)}
+    for seed, name in enumerate(NAMES):
+        found[name] = parent / name
+        write(random_adapter(found["model"], 0.2, seed), found[name])
+    return found
+
+
+@contextmanager
+def serving(folders: dict[str, Path], *names: str, **options: Any) -> Iterator[Asked]:
+    mounted = tuple((name, str(folders[name])) for name in names)
+    read = read_options({"adapters": mounted, "admin_keys": (KEY,), **options})
+    with served(open_model(str(folders["model"]), read), read) as asked:
+        yield asked
+
+
+def say(asked: Asked, name: str | None, prompt: str, **fields: Any) -> str:
+    model = MODEL if name is None else f"{MODEL}:{name}"
+    body = {"model": model, "temperature": 0, "max_tokens": 14, "logit_bias": ON, **fields}
+    answer = asked.chat(prompt, **body)
+    assert answer.model == model or "adapter" in fields
+    return str(answer.choices[0].message.content)
+
+
+@pytest.fixture(scope="module")
+def alone(folders: dict[str, Path]) -> dict[tuple[str | None, str], str]:
+    """What each says on a server of its own; the model on one that knows no adapters."""
+    found: dict[tuple[str | None, str], str] = {}
+    for name in (None, *NAMES):
+        keys = {"admin_keys": ()} if name is None else {}
+        with serving(folders, *([name] if name else []), **keys) as asked:
+            found |= {(name, prompt): say(asked, name, prompt) for prompt in PROMPTS}
+    assert len(set(found.values())) == len(found)
+    return found
+
+
+def test_any_mix_gives_what_each_alone_gives(
+    folders: dict[str, Path], alone: dict[tuple[str | None, str], str]
+) -> None:
+    draw = random.Random(5)
+    wanted = [(draw.choice((None, *NAMES)), draw.choice(PROMPTS)) for _ in range(30)]
+    with serving(folders, *NAMES) as asked, ThreadPoolExecutor(10) as pool:
+        said = list(pool.map(lambda one: say(asked, *one), wanted))
+    assert said == [alone[one] for one in wanted]
+
+
+def test_more_adapters_than_places_take_turns(
+    folders: dict[str, Path], alone: dict[tuple[str | None, str], str]
+) -> None:
+    with serving(folders, *NAMES, max_concurrent=2) as asked, ThreadPoolExecutor(6) as pool:
+        wanted = [(name, prompt) for prompt in PROMPTS for name in (*NAMES, None)]
+        said = list(pool.map(lambda one: say(asked, *one), wanted))
+    assert said == [alone[one] for one in wanted]
+
+
+def test_mounting_never_changes_an_answer_that_runs(
+    folders: dict[str, Path], alone: dict[tuple[str | None, str], str]
+) -> None:
+    """The name `a` comes to mean another adapter while answers are made."""
+    with serving(folders, "a") as asked, ThreadPoolExecutor(4) as pool:
+        began = threading.Event()
+        long = {"max_tokens": 14}
+
+        def ask() -> str:
+            began.set()
+            return say(asked, "a", PROMPTS[0], **long)
+
+        first = pool.submit(ask)
+        began.wait()
+        for name in ("b", "c", "b"):
+            mounted = asked.post(
+                "/v1/load_lora_adapter",
+                {"lora_name": "a", "lora_path": str(folders[name])},
+                **ADMIN,
+            )
+            assert mounted["name"] == f"{MODEL}:a"
+        assert first.result() in {alone[name, PROMPTS[0]] for name in NAMES}  # of one, whole
+        # and never what the prompt cache holds of another
+        for prompt in PROMPTS:
+            assert say(asked, "a", prompt) == say(asked, "a", prompt) == alone["b", prompt]
+
+
+def test_adapters_are_listed_asked_for_and_unmounted(
+    folders: dict[str, Path], alone: dict[tuple[str | None, str], str]
+) -> None:
+    with serving(folders, "a") as asked:
+        load_c = {"lora_name": "c", "lora_path": str(folders["c"])}
+        asked.post("/v1/load_lora_adapter", load_c, **ADMIN)
+        ids = [model.id for model in asked.openai.models.list()]
+        assert ids == [MODEL, f"{MODEL}:a", f"{MODEL}:c"]
+        assert asked.openai.models.retrieve(f"{MODEL}:c").id == f"{MODEL}:c"
+        assert say(asked, None, PROMPTS[0], adapter="c") == alone["c", PROMPTS[0]]
+        message = asked.message(PROMPTS[0], model=f"{MODEL}:c", max_tokens=4)
+        assert message.model == f"{MODEL}:c"
+        unloaded = asked.post("/v1/unload_lora_adapter", {"lora_name": "c"}, **ADMIN)
+        assert unloaded["mounted"] == ["a"]
+        body = {"model": f"{MODEL}:c", "messages": [{"role": "user", "content": "hi"}]}
+        refused = asked.post("/v1/chat/completions", body, status=404)
+        assert refused["error"]["code"] == "model_not_found"
+        body = {**body, "model": MODEL, "adapter": "c"}
+        refused = asked.post("/v1/chat/completions", body, status=404)
+        assert "mounted are a" in refused["error"]["message"]
+        again = asked.post("/v1/unload_lora_adapter", {"lora_name": "c"}, status=400, **ADMIN)
+        assert "no adapter 'c'" in again["error"]["message"]
+
+
+def test_every_protocol_takes_an_adapter_in_the_name_or_by_its_field(
+    folders: dict[str, Path],
+) -> None:
+    """With its most likely tokens, each says the same as chat completions."""
+    hi = {"role": "user", "content": PROMPTS[1]}
+    with serving(folders, *NAMES) as asked:
+
+        def said(path: str, name: str, short: str, **fields: Any) -> str:
+            texts = []
+            for model in ({"model": f"{MODEL}:{name}"}, {"model": MODEL, "adapter": name}):
+                answer = asked.post(path, {**model, "temperature": 0, **fields})
+                assert answer["model"] == f"{MODEL}:{name}"
+                found = answer
+                for key in short.split("."):
+                    found = found[int(key) if key.isdigit() else key]
+                texts.append(str(found))
+            assert texts[0] == texts[1]
+            return texts[0]
+
+        for name in NAMES:
+            expected = said(
+                "/v1/chat/completions", name, "choices.0.message.content",
+                messages=[hi], max_tokens=6,
+            )  # fmt: skip
+            assert expected == said(
+                "/v1/messages", name, "content.0.text", messages=[hi], max_tokens=6
+            )
+            assert expected == said(
+                "/v1/responses", name, "output.0.content.0.text", input=[hi], max_output_tokens=6
+            )
+            said("/v1/completions", name, "choices.0.text", prompt=PROMPTS[1], max_tokens=6)
+        for path, body in (
+            ("/v1/responses", {"input": [hi]}),
+            ("/v1/responses/input_tokens", {"input": [hi]}),
+            ("/v1/messages", {"messages": [hi], "max_tokens": 6}),
+            ("/v1/messages/count_tokens", {"messages": [hi]}),
+            ("/v1/completions", {"prompt": "x"}),
+        ):
+            refused = asked.post(path, {"model": MODEL, "adapter": "z", **body}, status=404)
+            assert "no adapter 'z' is mounted" in refused["error"]["message"]
+
+
+def test_who_may_mount(folders: dict[str, Path]) -> None:
+    body = {"lora_name": "b", "lora_path": str(folders["b"])}
+    with serving(folders, "a", admin_keys=()) as asked:
+        refused = asked.post("/v1/load_lora_adapter", body, status=403)
+        assert "--admin-key-file" in refused["error"]["message"]
+    with serving(folders, api_keys=("an-api-key",)) as asked:
+        for key in ("none", "an-api-key"):
+            given = {"authorization": f"Bearer {key}"}
+            asked.post("/v1/load_lora_adapter", body, status=401, **given)
+        asked.post("/v1/load_lora_adapter", body, **ADMIN)
+
+
+def test_what_does_not_fit_is_refused_with_the_reason(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    other = mixed_folder(tmp_path, name="other", seed=3)
+    write(random_adapter(other), tmp_path / "foreign")
+    with serving(folders, "a", adapter_memory=30_000) as asked:
+        for name, path, reason in (
+            ("x", tmp_path / "foreign", "was made for"),
+            ("x", tmp_path / "nowhere", "cannot be read"),
+            ("x y", folders["b"], "not a name for an adapter"),
+            ("b", folders["b"], "--adapter-memory"),
+        ):
+            body = {"lora_name": name, "lora_path": str(path)}
+            refused = asked.post("/v1/load_lora_adapter", body, status=400, **ADMIN)
+            assert reason in refused["error"]["message"]
+        assert say(asked, "a", PROMPTS[0])
+    with (
+        pytest.raises(AdapterError, match="was made for"),
+        serving({**folders, "x": tmp_path / "foreign"}, "x"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("path", ["native", "pure"])
+def test_the_gathered_product_is_that_of_float64(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if path == "pure":
+        monkeypatch.setattr(native, "extension", None)
+    rng = np.random.default_rng(0)
+    x, slots = rng.normal(size=(7, 48)), np.array([2, 0, 1, 2, 3, 0, 1], np.uint32)
+    a, b = rng.normal(size=(4, 8, 48)), rng.normal(size=(4, 40, 8))
+    a[0] = b[0] = 0
+    expected = reference.gathered_low_rank(x, a, b, slots)
+    arrays = [mx.array(m.astype(np.float32)) for m in (x, a, b)]
+    got = np.asarray(ops.gathered_low_rank(*arrays, mx.array(slots)))
+    assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert (got[[1, 5]] == 0).all()
+    if native.active():
+        for i in range(7):
+            one = ops.gathered_low_rank(
+                arrays[0][i : i + 1], *arrays[1:], mx.array(slots[i : i + 1])
+            )
+            assert (np.asarray(one)[0] == got[i]).all()
+
+
+def test_a_shadow_shares_weights_and_computes_each_row_with_its_adapter(
+    folders: dict[str, Path],
+) -> None:
+    model, _ = load(str(folders["model"]))
+    adapters = [random_adapter(folders["model"], 0.2, seed) for seed in range(3)]
+    before = mx.get_active_memory()
+    shadow = Shadow(model, 4)
+    assert mx.get_active_memory() - before < 100_000
+    ids = mx.array([[5, 6, 7, 8]])
+    plain = model(ids)
+    for slot in (1, 3, 2):
+        shadow.fill(slot, adapters[slot - 1].terms, adapters[slot - 1].scale)
+    shadow.select([0, 3, 1, 2])
+    got = shadow.model(mx.concatenate([ids] * 4))
+    assert mx.array_equal(model(ids), plain)
+    for row, adapter in ((0, None), (1, adapters[2]), (2, adapters[0]), (3, adapters[1])):
+        truth, _ = load(str(folders["model"]))
+        if adapter is not None:
+            put(truth, adapter.terms, adapter.scale)
+        expected = truth(ids)[0]
+        assert mx.abs(got[row] - expected).max() <= 2e-3 * mx.abs(expected).max(), row
+    assert len(adaptable(model)) == 14
+    shadow.fill(2, {}, 1.0)
+    shadow.select([2])
+    assert mx.abs(shadow.model(ids) - plain).max() <= 2e-3 * mx.abs(plain).max()
