@@ -27,7 +27,17 @@ class Selection:
     """The slot of each row of the next batch."""
 
     def __init__(self) -> None:
-        self.rows = mx.zeros((1,), dtype=mx.uint32)
+        self.set([0])
+
+    def set(self, rows: Sequence[int]) -> None:
+        self._rows = mx.array(list(rows), dtype=mx.uint32)
+        self._of: dict[int, mx.array] = {}
+
+    def of(self, tokens: int) -> mx.array:
+        """The slot of each token of all rows, which are equally long."""
+        if tokens not in self._of:  # the same for all layers
+            self._of[tokens] = mx.repeat(self._rows, tokens // self._rows.shape[0])
+        return self._of[tokens]
 
 
 class Gathered(nn.Module):
@@ -47,8 +57,7 @@ class Gathered(nn.Module):
         if self._a is None or self._b is None:
             return y
         flat = x.reshape(-1, x.shape[-1])
-        rows = self._selection.rows
-        slots = mx.repeat(rows, flat.shape[0] // rows.shape[0])
+        slots = self._selection.of(flat.shape[0])
         term = ops.gathered_low_rank(flat, self._a, self._b, slots)
         return y + term.reshape(y.shape).astype(y.dtype)
 
@@ -111,7 +120,7 @@ class Shadow:
 
     def select(self, slots: Sequence[int]) -> None:
         """The slots of the rows of the next batch."""
-        self._selection.rows = mx.array(list(slots), dtype=mx.uint32)
+        self._selection.set(slots)
 
     @property
     def nbytes(self) -> int:
