@@ -16,6 +16,7 @@ import pytest
 
 from optiq import ops
 from optiq.errors import AdapterError
+from optiq.lora import peft
 from optiq.lora.adapter import write
 from optiq.lora.gathered import Shadow
 from optiq.lora.layers import put
@@ -123,9 +124,15 @@ def test_mounting_never_changes_an_answer_that_runs(
 def test_adapters_are_listed_asked_for_and_unmounted(
     folders: dict[str, Path], alone: dict[tuple[str | None, str], str]
 ) -> None:
+    peft.write(random_adapter(folders["model"], 0.2, 2), folders["c"].with_name("peft"))
     with serving(folders, "a") as asked:
-        load_c = {"lora_name": "c", "lora_path": str(folders["c"])}
+        load_c = {"lora_name": "c", "lora_path": str(folders["c"].with_name("peft"))}
         asked.post("/v1/load_lora_adapter", load_c, **ADMIN)
+        prints = {
+            asked.chat("hi", model=name, max_tokens=1).system_fingerprint
+            for name in (MODEL, f"{MODEL}:a", f"{MODEL}:c")
+        }
+        assert len(prints) == 3
         ids = [model.id for model in asked.openai.models.list()]
         assert ids == [MODEL, f"{MODEL}:a", f"{MODEL}:c"]
         assert asked.openai.models.retrieve(f"{MODEL}:c").id == f"{MODEL}:c"

@@ -80,9 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--adapter-memory",
-        default="2GB",
+        default="500MB",
         metavar="SIZE",
-        help="most that all mounted adapters may take (default: 2GB)",
+        help="most that all mounted adapters may take (default: 500MB)",
     )
     parser.add_argument(
         "--allowed-host",

@@ -77,9 +77,12 @@ def open_model(
         dtype = "float16" if halvable(loaded) else ""
         key = Key(source.fingerprint, config=digest(loaded) + dtype)
         base = Base(source.name, source.fingerprint)
-    prefix = _prefix_cache(key, options)
+    nbytes = options.prefix_bytes // 2 if options.adaptable else options.prefix_bytes
+    prefix = _prefix_cache(key, options, nbytes)
     limits = EngineOptions(
-        running=options.max_concurrent, memory=options.memory, beside=options.prefix_bytes
+        running=options.max_concurrent,
+        memory=options.memory,
+        beside=options.prefix_bytes + (2 * options.adapter_memory if options.adaptable else 0),
     )
     try:
         engine = Engine(loaded, tokenizer, limits, prefix)
@@ -105,9 +108,9 @@ def _adapters(
     options: Options,
 ) -> Adapters | None:
     """What can be mounted on `model`, with what is to be from the start. Raises AdapterError."""
-    if not options.adapters and not options.admin_keys:
+    if not options.adaptable:
         return None
-    share = options.prefix_bytes // options.max_concurrent
+    share = options.prefix_bytes // 2 // options.max_concurrent
     found = Adapters(
         model,
         base,
@@ -135,9 +138,9 @@ def _name(given: str, kind: str) -> str:
     return path.stem if kind == "gguf" else path.name
 
 
-def _prefix_cache(key: Key | None, options: Options) -> PrefixCache:
+def _prefix_cache(key: Key | None, options: Options, nbytes: int) -> PrefixCache:
     if options.prefix_cache is None:
-        return PrefixCache(key or Key(""), options.prefix_bytes)
+        return PrefixCache(key or Key(""), nbytes)
     if key is None:
         raise UsageError("a prefix cache on disk is for a model given by its name")
-    return PrefixCache(key, options.prefix_bytes, options.prefix_cache, options.prefix_cache_bytes)
+    return PrefixCache(key, nbytes, options.prefix_cache, options.prefix_cache_bytes)

@@ -58,7 +58,8 @@ class Options:
     are origins whose web pages may use it.
 
     `adapters` are mounted at the start, each a name and a folder. Who has one of `admin_keys` may
-    mount others. All together take at most `adapter_memory` bytes.
+    mount others. All together take at most `adapter_memory` bytes, and as much again beside the
+    model; their prompts share half of `prefix_memory`.
 
     `max_concurrent` answers are made at a time, in `memory` bytes, by default what the machine has.
     Room for the longest answer is kept free from its start, so one without a limit of its own ends
@@ -89,7 +90,7 @@ class Options:
     api_keys: tuple[str, ...] = ()
     admin_keys: tuple[str, ...] = ()
     adapters: tuple[tuple[str, str], ...] = ()
-    adapter_memory: int = 2 * 10**9
+    adapter_memory: int = 500 * 10**6
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     max_concurrent: int = 16
@@ -148,6 +149,11 @@ class Options:
         if self.prefix_memory is not None:
             return self.prefix_memory
         return PREFIX_BYTES if self.memory is None else min(PREFIX_BYTES, self.memory // 4)
+
+    @property
+    def adaptable(self) -> bool:
+        """Whether adapters are there, or may come."""
+        return bool(self.adapters or self.admin_keys)
 
     @property
     def loopback(self) -> bool:

@@ -36,6 +36,13 @@ class Service:
         names = self.adapters.names if self.adapters else ()
         return replace(self.model, adapters=names)
 
+    def fingerprint(self, true_name: str) -> str:
+        """Of all that decides what is answered under a name that `models.find` has returned."""
+        adapter = self.model.adapter_of(true_name)
+        if adapter is None or self.adapters is None:
+            return self.model.fingerprint
+        return f"{self.model.fingerprint}_{self.adapters.take(adapter).adapter.digest[:12]}"
+
 
 class Reply(Protocol):
     """Answers on their way to a client, in the words of a protocol."""

@@ -37,7 +37,7 @@ async def chat(service: Service, body: Fields, client: str) -> ChatReply:
         stream=stream,
         answering=await service.answers.chat(asked, wanted),
         model=model,
-        fingerprint=models.fingerprint,
+        fingerprint=service.fingerprint(model),
         names=service.answers.language.tokens if top is not None else None,
         include_usage=usage,
     )

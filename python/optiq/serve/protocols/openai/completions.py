@@ -47,7 +47,7 @@ async def complete(service: Service, body: Fields, client: str) -> CompletionRep
         stream=stream,
         answering=answering,
         model=model,
-        fingerprint=models.fingerprint,
+        fingerprint=service.fingerprint(model),
         language=service.answers.language,
         kept=wanted.n,
         echoed=prompts if echo else None,
