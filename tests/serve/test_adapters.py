@@ -193,6 +193,26 @@ def test_every_protocol_takes_an_adapter_in_the_name_or_by_its_field(
             assert "no adapter 'z' is mounted" in refused["error"]["message"]
 
 
+def test_a_weighted_sum_is_mounted(
+    folders: dict[str, Path], alone: dict[tuple[str | None, str], str]
+) -> None:
+    paths = {name: str(folders[name]) for name in NAMES}
+    with serving(folders) as asked:
+        for name, sum_ in (
+            ("all-of-b", {paths["a"]: 0, paths["b"]: 1}),
+            ("none", {paths["a"]: 0}),
+            ("half", {paths["a"]: 0.5, paths["b"]: 0.5}),
+        ):
+            body = {"lora_name": name, "lora_path": sum_}
+            asked.post("/v1/load_lora_adapter", body, **ADMIN)
+        said = {name: say(asked, name, PROMPTS[0]) for name in ("all-of-b", "none", "half")}
+        assert said["all-of-b"] == alone["b", PROMPTS[0]]
+        assert said["half"] not in {alone[name, PROMPTS[0]] for name in (None, *NAMES)}
+        for wrong in ({}, {paths["a"]: "x"}, {paths["a"]: 1e9}, 7):
+            body = {"lora_name": "x", "lora_path": wrong}
+            asked.post("/v1/load_lora_adapter", body, status=400, **ADMIN)
+
+
 def test_who_may_mount(folders: dict[str, Path]) -> None:
     body = {"lora_name": "b", "lora_path": str(folders["b"])}
     with serving(folders, "a", admin_keys=()) as asked:

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import mlx.core as mx
+
 from ....errors import AdapterError, RequestError
+from ....lora.adapter import Adapter
+from ....lora.merging import combined
 from ....lora.mounting import opened
 from ..fields import Fields
 from ..protocol import Service
 
+MOST = 100.0  # weight of an adapter in a sum
+
 
 async def load(service: Service, body: Fields, client: str) -> dict[str, Any]:
-    """Mount the adapter in a folder of this machine. A stream that runs goes on as it is."""
+    """Mount the adapter in a folder of this machine, or a weighted sum of several.
+
+    A stream that runs goes on as it is.
+    """
     adapters = service.adapters
-    name, path = str(body.required("lora_name")), str(body.required("lora_path"))
+    name, weights = str(body.required("lora_name")), _weights(body)
     if adapters is None:
         raise _none()
     began = perf_counter()
     try:
-        adapter = await service.answers.preparer.prepare(lambda: opened(Path(path)))
+        adapter = await service.answers.preparer.prepare(partial(_opened, weights))
         adapters.mount(name, adapter)
     except AdapterError as error:
         raise RequestError(str(error), "lora_path") from error
@@ -42,6 +53,24 @@ async def unload(service: Service, body: Fields, client: str) -> dict[str, Any]:
     except AdapterError as error:
         raise RequestError(str(error), "lora_name") from error
     return {"name": f"{service.model.name}:{name}", "mounted": list(service.adapters.names)}
+
+
+def _opened(weights: Mapping[str, float]) -> Adapter:
+    adapter = combined([(opened(Path(path)), weight) for path, weight in weights.items()])
+    mx.eval([list(term) for term in adapter.terms.values()])  # only this thread can
+    adapter.check_finite()
+    return adapter
+
+
+def _weights(body: Fields) -> dict[str, float]:
+    """By folder, of a folder or of an object of folders and numbers."""
+    given = body.required("lora_path")
+    if isinstance(given, str):
+        return {given: 1.0}
+    several = body.object("lora_path")
+    if several is None or not several.values:
+        raise body.wrong("lora_path", "names no folder")
+    return {path: several.number(path, 1.0, -MOST, MOST) for path in several.values}
 
 
 def _none() -> RequestError:
