@@ -181,10 +181,11 @@ class _Template:
     def _end_of(self, stub: str, text: str, messages: Messages) -> int | None:
         """Where the turn with the stub is closed, before the next message begins; None where the
         text does not say."""
-        begin = text.rfind(stub)
+        found = text.rfind(stub)
+        begin = found + len(stub)  # its digits may be the next message's first word
         index = next(i for i, m in enumerate(messages) if m["content"] == stub)
         following = _WORD.search(messages[index + 1]["content"]) if messages[index + 1 :] else None
-        if begin < 0 or following is None:
+        if found < 0 or following is None:
             return None
         closed = self._closes.search(text, begin)
         if closed is None or not closed.start() < text.find(following[0], begin):
