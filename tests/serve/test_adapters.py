@@ -50,8 +50,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @contextmanager
 def serving(folders: dict[str, Path], *names: str, **options: Any) -> Iterator[Asked]:
     mounted = tuple((name, str(folders[name])) for name in names)
+    kv = options.pop("kv", None)
     read = read_options({"adapters": mounted, "admin_keys": (KEY,), **options})
-    with served(open_model(str(folders["model"]), read), read) as asked:
+    with served(open_model(str(folders["model"]), read, kv=kv), read) as asked:
         yield asked
 
 
@@ -83,6 +84,15 @@ def test_any_mix_gives_what_each_alone_gives(
     with serving(folders, *NAMES) as asked, ThreadPoolExecutor(10) as pool:
         said = list(pool.map(lambda one: say(asked, *one), wanted))
     assert said == [alone[one] for one in wanted]
+
+
+def test_with_keys_and_values_in_few_bits_too(folders: dict[str, Path]) -> None:
+    wanted = [(name, prompt) for prompt in PROMPTS[:2] for name in ("a", None, "b")]
+    with serving(folders, "a", "b", kv="8/4") as asked:
+        one_by_one = [say(asked, *one) for one in wanted]
+        assert len(set(one_by_one)) == len(wanted)
+    with serving(folders, "a", "b", kv="8/4") as asked, ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(lambda one: say(asked, *one), wanted)) == one_by_one
 
 
 def test_more_adapters_than_places_take_turns(
