@@ -253,6 +253,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
         lora.train(folder, data, out, progress=False, **fields)
     with pytest.raises(CheckpointError, match="options"):
         lora.train(folder, data, out, progress=False, resume=True, **{**fields, "seed": 5})
+    with pytest.raises(UsageError, match="choose one"):
+        lora.train(folder, data, out, progress=False, resume=True, restart=True, **fields)
     resumed = lora.train(folder, data, out, progress=False, resume=True, **fields)
     assert resumed.updates == whole.updates
     assert resumed.judged == whole.judged
@@ -373,5 +375,9 @@ def test_a_damaged_state_is_named(
         file.write_bytes(file.read_bytes()[:-50])
     else:
         mx.save_safetensors(str(file), {"x": mx.zeros(3)})
-    with pytest.raises(CheckpointError, match="is damaged"):
+    with pytest.raises(CheckpointError, match=r"is damaged.*--restart"):
         lora.train(folder, data, out, progress=False, resume=True, **FIELDS)
+    monkeypatch.setattr(State, "save", save)
+    anew = lora.train(folder, data, out, progress=False, restart=True, **FIELDS)
+    assert len(anew.updates) == FIELDS["iters"]
+    assert not file.exists()

@@ -69,7 +69,7 @@ def check_unfinished(files: Iterable[Path], *, resume: bool, restart: bool = Fal
     left = [path for path in files if path.exists()]
     if left and restart:
         for path in left:
-            path.unlink()
+            path.unlink(missing_ok=True)  # another rank may have been faster
     elif left and not resume:
         raise UsageError(
             f"{left[0]} holds unfinished work; --resume goes on with it, --restart discards it "

@@ -105,8 +105,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         help="keep all activations: faster, and more memory",
     )
     parser.add_argument("--seed", type=options.seed, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    parser.add_argument("--restart", action="store_true", help="discard an interrupted run")
+    options.add_resume(parser)
     options.add_json(parser)
 
 
