@@ -118,14 +118,22 @@ class Answer:
 
 
 async def ask(
-    server: Server, messages: list[Message], tokens: int, answer: Answer | None = None
+    server: Server,
+    messages: list[Message],
+    tokens: int,
+    answer: Answer | None = None,
+    every_token: bool = False,
 ) -> Answer:
-    """Stream one answer of exactly `tokens` tokens, into `answer` if one is given."""
+    """Stream one answer of exactly `tokens` tokens, into `answer` if one is given.
+
+    Text comes in whole characters, so some tokens have no piece of it. With `every_token` each has
+    one: its probability comes even where its text does not.
+    """
     answer = answer or Answer(0)
     body = {
         "model": server.model, "messages": messages, "max_tokens": tokens, "temperature": 0,
         "stream": True, "stream_options": {"include_usage": True},
-        "logit_bias": {str(token): -100 for token in EOS},
+        "logit_bias": {str(token): -100 for token in EOS}, "logprobs": every_token,
     }  # fmt: skip
     async with httpx.AsyncClient(timeout=None) as client:
         answer.asked = time.perf_counter()
@@ -144,9 +152,10 @@ async def ask(
 def _note(chunk: dict, answer: Answer) -> None:
     for choice in chunk.get("choices") or ():
         delta = choice.get("delta") or {}
-        if text := delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning"):
+        text = delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning")
+        if text or choice.get("logprobs"):
             answer.pieces.append(time.perf_counter())
-            answer.text += text
+            answer.text += text or ""
     if usage := chunk.get("usage"):
         answer.prompt_tokens, answer.tokens = usage["prompt_tokens"], usage["completion_tokens"]
         answer.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
@@ -185,9 +194,9 @@ async def throughput(server: Server, texts: Texts) -> dict[str, float]:
 
 
 async def joining(server: Server, texts: Texts) -> dict[str, float]:
-    """Gaps between a stream's pieces while a long prompt is read beside it."""
+    """Gaps between a stream's tokens while a long prompt is read beside it."""
     stream = Answer(0)
-    task = asyncio.create_task(ask(server, [texts.user(16)], LONG, stream))
+    task = asyncio.create_task(ask(server, [texts.user(16)], LONG, stream, every_token=True))
     while len(stream.pieces) < 200:
         await asyncio.sleep(0.01)
     joined = time.perf_counter()
