@@ -159,11 +159,14 @@ def test_the_model_and_its_card_arrive_whole(home: Path, hub: Hub) -> None:
     assert f"uploaded   {hub.url}/org/small" in done.stdout
     assert hub.created[0]["visibility"] == "private"
     assert [made["name"] for made in hub.created] == ["small"]
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "optiq/plan.json"):
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
         sent = hashlib.sha256(hub.files[name]).digest()
         assert sent == hashlib.sha256((home / "out" / name).read_bytes()).digest()
     assert hub.files["README.md"].decode().partition("\n# ")[2].startswith("org/small\n")
     assert ".DS_Store" not in hub.files
+    plan = json.loads((home / "out/optiq/plan.json").read_text())
+    assert plan["model"].pop("path") == str(home / "model")
+    assert json.loads(hub.files["optiq/plan.json"]) == plan
 
 
 def test_a_stranger_is_told_before_any_work(home: Path, hub: Hub) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from ..base.text import one_line
@@ -39,23 +40,36 @@ def upload(folder: str | Path, repo: str, *, private: bool = False) -> str:
     if not (path / "config.json").is_file():
         raise UsageError(f"{folder} is not a model folder; name what optiq convert wrote")
     _write_card(path, repo)
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.utils import filter_repo_objects
 
     try:
         api = HfApi()
         url = api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo,
-            folder_path=path,
-            commit_message="Upload with optiq",
-            ignore_patterns=list(IGNORED),
-        )
+        names = (f.relative_to(path).as_posix() for f in sorted(path.rglob("*")) if f.is_file())
+        files = [
+            CommitOperationAdd(name, _published(path / name))
+            for name in filter_repo_objects(names, ignore_patterns=list(IGNORED))
+        ]
+        api.create_commit(repo, files, commit_message="Upload with optiq")
     except Exception as error:
         raise ExportError(
             f"{folder} cannot be uploaded to {repo}: {one_line(error)}; nothing is lost, try "
             f"again with optiq card {folder} --upload-repo {repo}"
         ) from error
     return str(url)
+
+
+def _published(file: Path) -> str | bytes:
+    """The file, or its contents without the path of the source on this machine."""
+    if file.parent.name == "optiq" and file.suffix == ".json":
+        try:
+            data = json.loads(file.read_bytes())
+            del data["model"]["path"]
+        except (ValueError, TypeError, KeyError):
+            return str(file)
+        return json.dumps(data, indent=1).encode() + b"\n"
+    return str(file)
 
 
 def _write_card(path: Path, repo: str) -> None:
