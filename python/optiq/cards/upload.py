@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 
 from ..base.text import one_line
@@ -41,7 +42,6 @@ def upload(folder: str | Path, repo: str, *, private: bool = False) -> str:
         raise UsageError(f"{folder} is not a model folder; name what optiq convert wrote")
     _write_card(path, repo)
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.utils import filter_repo_objects
 
     try:
         api = HfApi()
@@ -49,7 +49,8 @@ def upload(folder: str | Path, repo: str, *, private: bool = False) -> str:
         names = (f.relative_to(path).as_posix() for f in sorted(path.rglob("*")) if f.is_file())
         files = [
             CommitOperationAdd(name, _published(path / name))
-            for name in filter_repo_objects(names, ignore_patterns=list(IGNORED))
+            for name in names
+            if not any(fnmatch(name, pattern) for pattern in IGNORED)
         ]
         api.create_commit(repo, files, commit_message="Upload with optiq")
     except Exception as error:
