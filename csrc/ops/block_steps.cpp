@@ -20,16 +20,16 @@ cpu::HeadsOut heads_out(float* data, int heads, int rows, int dim) {
 // New vectors [batch, head, row, dim], as project() gives them, into a cache from row `start` on.
 void write_rows(
     const float* x, const cpu::Vectors& cache, int batch, int heads, int rows, int dim, int start) {
+  cpu::Buffer<float> row(dim);
   for (int i = 0; i < batch * heads; i++, x += size_t(rows) * dim) {
     size_t at = i / heads * cache.batch + i % heads * cache.head + start * cache.row;
     if (cache.format.dense()) {
       auto* to = static_cast<char*>(const_cast<void*>(cache.data)) + at * cpu::size_of(cache.type);
-      std::vector<float> row(dim);
       float top = cache.type == cpu::Float::f16 ? 65504.0f : std::numeric_limits<float>::infinity();
       for (int r = 0; r < rows; r++, to += cache.row * cpu::size_of(cache.type)) {
-        std::transform(x + size_t(r) * dim, x + size_t(r + 1) * dim, row.begin(),
+        std::transform(x + size_t(r) * dim, x + size_t(r + 1) * dim, row.get(),
             [=](float value) { return std::clamp(value, -top, top); });
-        cpu::kernels().from_f32(row.data(), cache.type, to, dim);
+        cpu::kernels().from_f32(row.get(), cache.type, to, dim);
       }
     } else {
       auto* to = static_cast<uint32_t*>(const_cast<void*>(cache.data)) + at;
@@ -184,7 +184,8 @@ void StepPrimitive::eval_cpu(const std::vector<array>& inputs, std::vector<array
       });
 }
 
-// Holds the caches, which are there: so they are no inputs, and MLX has one node with one output.
+// Holds the caches, which are evaluated already. So they are not inputs, and MLX has one node with
+// one output.
 class StackPrimitive : public mx::Primitive {
  public:
   StackPrimitive(mx::Stream stream, std::vector<Step> steps, std::vector<array> caches)

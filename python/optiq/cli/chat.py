@@ -23,12 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--show-reasoning", action="store_true", help="do not fold the reasoning")
     options.add_tools(parser)
-    parser.add_argument(
-        "--kv",
-        metavar="CONFIG",
-        help="cache keys and values in few bits: a kv_config.json, or bits of K and V such as 8/4",
-    )
-    parser.add_argument("--memory", metavar="SIZE", help="most memory to use, such as 12GB")
+    options.add_kv(parser)
+    options.add_memory(parser)
     parser.add_argument(
         "--prefix-cache",
         type=Path,

@@ -24,11 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-p", type=float, default=0.0, help="0 takes all words")
     options.add_seed(parser)
     parser.add_argument("--raw", action="store_true", help="no chat template")
-    parser.add_argument(
-        "--kv",
-        metavar="CONFIG",
-        help="cache keys and values in few bits: a kv_config.json, or bits of K and V such as 8/4",
-    )
+    options.add_kv(parser)
     parser.add_argument(
         "--adapter", metavar="FOLDER", help="an adapter of the model: ours, mlx-lm's or PEFT's"
     )

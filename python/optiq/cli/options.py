@@ -63,6 +63,18 @@ def add_packages(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_kv(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kv",
+        metavar="CONFIG",
+        help="cache keys and values in few bits: a kv_config.json, or bits of K and V such as 8/4",
+    )
+
+
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--memory", metavar="SIZE", help="most memory to use, such as 12GB")
+
+
 def add_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size",

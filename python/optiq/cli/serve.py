@@ -41,11 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8080, help="0 takes a free one")
-    parser.add_argument(
-        "--kv",
-        metavar="CONFIG",
-        help="cache keys and values in few bits: a kv_config.json, or bits of K and V such as 8/4",
-    )
+    options.add_kv(parser)
     parser.add_argument(
         "--name",
         help="name of the model for clients (default: as given); with "
@@ -112,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="most tokens of an answer whose request has no limit (default: 8192)",
     )
-    parser.add_argument("--memory", metavar="SIZE", help="most memory to use, such as 12GB")
+    options.add_memory(parser)
     parser.add_argument(
         "--prefix-memory",
         metavar="SIZE",

@@ -16,7 +16,7 @@ from ..calibration.rows import Row, check_row
 from ..chat.template import chat_text, encode
 from ..errors import AdapterError, CalibrationError
 
-HELD_OUT = 20  # of so many rows one is held out where there is no valid.jsonl
+HELD_OUT = 20  # without a valid.jsonl, one row of 20 is held out
 FORMS = '{"messages": [...]}, {"prompt": "...", "completion": "..."} or {"text": "..."}'
 
 

@@ -16,10 +16,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..base.files import whole, write_json
-from ..base.text import one_line
-from ..errors import AdapterError, ExportError
-from .adapter import CONFIG, Adapter, read_json, read_tensors
+from ..base.files import write_json
+from ..errors import AdapterError
+from .adapter import CONFIG, Adapter, read_json, read_tensors, write_tensors
 from .layers import LowRank
 
 WEIGHTS = "adapter_model.safetensors"
@@ -136,12 +135,5 @@ def write(adapter: Adapter, out: Path) -> None:
         "use_rslora": False,
         "use_dora": False,
     }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with whole(out / WEIGHTS) as (weights,):
-            mx.save_safetensors(str(weights), tensors, {"format": "pt"})
-    except (OSError, RuntimeError) as error:
-        raise ExportError(
-            f"{out} cannot be written ({one_line(error)}); free space or name another place"
-        ) from error
+    write_tensors(out / WEIGHTS, tensors, "pt")
     write_json(out / CONFIG, json.loads(json.dumps(config)))

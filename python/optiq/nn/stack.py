@@ -80,6 +80,7 @@ class Together:
         self._blocks, self._caches = blocks, caches
         self._next = 0  # the block to be called
         self._alone = False  # each block has to run by itself
+        self._rows = 0
         self._mask: Any = None
         self._h: mx.array | None = None
         self._slots: list[Slots] = []
