@@ -20,7 +20,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..base.files import whole, write_json
+from ..base.files import write_json
+from ..base.tensors import write_tensors
 from ..base.text import one_line
 from ..errors import AdapterError, ExportError
 from ..models.adaptable import adaptable
@@ -136,7 +137,7 @@ def write(adapter: Adapter, out: Path) -> None:
         "sha256": adapter.digest,
         "made": adapter.made,
     }
-    write_tensors(out / WEIGHTS, tensors, "mlx")
+    write_tensors(out / WEIGHTS, tensors, {"format": "mlx"})
     write_json(out / OURS, ours)
     write_json(out / CONFIG, config)
     if read(out).digest != adapter.digest:
@@ -214,18 +215,6 @@ def read_json(path: Path) -> Json:
     if not isinstance(value, dict):
         raise AdapterError(f"{path} is not a JSON object")
     return value
-
-
-def write_tensors(file: Path, tensors: dict[str, mx.array], form: str) -> None:
-    """Write a safetensors file of that "format", whole or not at all. Raises ExportError."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with whole(file) as (partial,):
-            mx.save_safetensors(str(partial), tensors, {"format": form})
-    except (OSError, RuntimeError) as error:
-        raise ExportError(
-            f"{file.parent} cannot be written ({one_line(error)}); free space or name another place"
-        ) from error
 
 
 def read_tensors(path: Path) -> dict[str, mx.array]:

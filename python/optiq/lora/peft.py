@@ -17,8 +17,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..base.files import write_json
+from ..base.tensors import write_tensors
 from ..errors import AdapterError
-from .adapter import CONFIG, Adapter, read_json, read_tensors, write_tensors
+from .adapter import CONFIG, Adapter, read_json, read_tensors
 from .layers import LowRank
 
 WEIGHTS = "adapter_model.safetensors"
@@ -135,5 +136,5 @@ def write(adapter: Adapter, out: Path) -> None:
         "use_rslora": False,
         "use_dora": False,
     }
-    write_tensors(out / WEIGHTS, tensors, "pt")
+    write_tensors(out / WEIGHTS, tensors, {"format": "pt"})
     write_json(out / CONFIG, json.loads(json.dumps(config)))

@@ -19,8 +19,7 @@ import mlx.optimizers as optimizers
 import numpy as np
 
 from ..base.checkpoint import Identity, check_identity, damaged
-from ..base.files import whole
-from ..errors import ExportError
+from ..base.tensors import write_tensors
 from .options import Training
 from .tuned import Parameters
 
@@ -138,14 +137,7 @@ class State:
             "best_loss": self.best_loss.hex(),
             "notes": json.dumps(self.notes),
         }
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with whole(path) as (partial,):
-                mx.save_safetensors(str(partial), arrays, metadata)
-        except (OSError, RuntimeError) as error:
-            raise ExportError(
-                f"{path} cannot be written ({error}); free space or name another place"
-            ) from error
+        write_tensors(path, arrays, metadata)
 
     @classmethod
     def read(cls, path: Path, identity: Identity, options: Training) -> State:

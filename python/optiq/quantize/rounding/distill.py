@@ -28,11 +28,11 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ... import ops
 from ...base.checkpoint import Identity, check_identity, damaged
-from ...base.files import whole
 from ...base.memory import Needs, available_memory
 from ...base.progress import Progress, tell
+from ...base.tensors import write_tensors
 from ...calibration import Calibration
-from ...errors import ExportError, UsageError
+from ...errors import UsageError
 from ...formats import Format
 from ...models.places import place_at
 from ...models.roles import is_head, quantizable
@@ -297,14 +297,7 @@ class _State:
             "step": str(self.step),
             "total": self.total.hex(),
         }
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with whole(self._path) as (partial,):
-                mx.save_safetensors(str(partial), arrays, metadata)
-        except (OSError, RuntimeError) as error:
-            raise ExportError(
-                f"{self._path} cannot be written ({error}); free space or name another place"
-            ) from error
+        write_tensors(self._path, arrays, metadata)
 
     def _read(self, path: Path) -> None:
         try:
