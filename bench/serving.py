@@ -212,6 +212,9 @@ async def joining(server: Server, texts: Texts) -> dict[str, float]:
     p99, median = np.quantile(during, 0.99), np.median(quiet)
     return {
         "quiet median, ms": 1e3 * median,
+        "quiet p99, ms": 1e3 * np.quantile(quiet, 0.99),
+        "median, ms": 1e3 * np.median(during),
+        "p95, ms": 1e3 * np.quantile(during, 0.95),
         "p99, ms": 1e3 * p99,
         "longest, ms": 1e3 * during.max(),
         "p99 / quiet median": p99 / median,

@@ -11,9 +11,10 @@
 
 namespace optiq::cpu::OPTIQ_ISA {
 
-constexpr int kSplit = 128;   // keys
-constexpr int kChunk = 32;    // values that are decoded at a time
-constexpr int kTileRows = 16; // query rows that share the keys read, at most
+constexpr int kSplit = 128;    // keys
+constexpr int kChunk = 32;     // values that are decoded at a time
+constexpr int kTileRows = 32;  // query rows that share the keys read, at most
+constexpr int kWholeTiles = 8; // per thread, from which on the tasks are tiles and not splits
 // Query rows of a product that fills the registers with its four sums per row.
 #if defined(__AVX512F__)
 constexpr int kDotRows = 4;
@@ -38,9 +39,10 @@ struct AttentionTiles {
   int height;      // rows of a tile
   int tiles;       // per batch entry and key head
   int splits;      // of the keys
-  bool split_up;   // a task is one split, and somebody else merges
+  bool split_up;   // a task is one split, and the last one of a tile merges all
   Partial* states; // [tasks, height], when split up
   float* values;   // [tasks, height, width]
+  int* done;       // [tiles], tasks of each
   int width;       // padded value_dim
 
   struct Tile {
@@ -69,7 +71,8 @@ struct AttentionTiles {
   }
 
   void operator()(int task) {
-    Tile t = tile(split_up ? task / splits : task);
+    int index = split_up ? task / splits : task;
+    Tile t = tile(index);
     int split = split_up ? task % splits : t.first;
     if (split < t.first || split > t.last) {
       return;
@@ -80,6 +83,9 @@ struct AttentionTiles {
     if (split_up) {
       size_t at = size_t(task) * height;
       partial(t, split, own, states + at, values + at * width);
+      if (__atomic_add_fetch(done + index, 1, __ATOMIC_ACQ_REL) == t.last - t.first + 1) {
+        combine(index, t);
+      }
       return;
     }
     Partial all[kTileRows], one[kTileRows];
@@ -91,9 +97,9 @@ struct AttentionTiles {
     finish(t, all, own.sums);
   }
 
-  // The second pass of split-up tiles.
-  void combine(int index) {
-    Tile t = tile(index);
+ private:
+  // The splits of a tile in order, whoever was the last.
+  void combine(int index, const Tile& t) {
     size_t at = (size_t(index) * splits + t.first) * height;
     for (int s = 1; s <= t.last - t.first; s++) {
       size_t next = at + size_t(s) * height;
@@ -102,7 +108,6 @@ struct AttentionTiles {
     finish(t, states + at, values + at * width);
   }
 
- private:
   // Where a task works: pieces of one allocation.
   struct Room {
     float* q;           // [height, dim], scaled
@@ -279,7 +284,7 @@ struct AttentionTiles {
 
   // Scores become exp(score - maximum), the excluded ones and those past n zero.
   Partial weigh(const Tile& t, int r, int begin, int n, float* s) const {
-    int padded = (n + 7) / 8 * 8, i = query(t, r);
+    int padded = (n + kWide - 1) / kWide * kWide, i = query(t, r);
     if (a.softcap != 0) {
       for (int j = 0; j < padded; j += 8) {
         store(s + j, tanh(load<f32x8>(s + j) * (1 / a.softcap)) * a.softcap);
@@ -300,16 +305,16 @@ struct AttentionTiles {
     for (int j = n; j < padded; j++) {
       s[j] = -kInfinity;
     }
-    f32x8 largest = splat(-kInfinity), sums = {};
-    for (int j = 0; j < padded; j += 8) {
-      largest = max(largest, load<f32x8>(s + j));
+    fw largest = fw{} - kInfinity, sums = {};
+    for (int j = 0; j < padded; j += kWide) {
+      largest = max(largest, load<fw>(s + j));
     }
     float m = largest[0];
-    for (int j = 1; j < 8; j++) {
+    for (int j = 1; j < kWide; j++) {
       m = largest[j] > m ? largest[j] : m;
     }
-    for (int j = 0; j < padded; j += 8) {
-      f32x8 p = exp_negative(load<f32x8>(s + j) - m);
+    for (int j = 0; j < padded; j += kWide) {
+      fw p = exp_negative(load<fw>(s + j) - m);
       store(s + j, p);
       sums += p;
     }
@@ -400,8 +405,9 @@ struct AttentionTiles {
 
 // Where the tasks of one of several attentions begin, and the partial results of its splits.
 struct AttentionShare {
-  int tasks, base; // before it; its tiles in all batch entries and key heads
+  int tasks, tiles_before;
   size_t partials; // before it
+  int base;        // tiles in all batch entries and key heads
   int height, tiles, splits;
   bool split_up;
 };
@@ -416,10 +422,12 @@ inline void attention(const Attention* all, int count) {
     const Attention& a = all[i];
     AttentionShare& s = shares[i];
     int rows = a.heads / a.kv_heads * a.rows;
-    s.height = rows < kTileRows ? rows : kTileRows;
-    s.tiles = (rows + s.height - 1) / s.height;
+    s.tiles = (rows + kTileRows - 1) / kTileRows;
+    s.height = (rows + s.tiles - 1) / s.tiles;
+    s.height = s.tiles > 1 ? (s.height + kDotRows - 1) / kDotRows * kDotRows : s.height;
     s.splits = (a.keys + kSplit - 1) / kSplit;
     s.base = a.batch * a.kv_heads * s.tiles;
+    s.tiles_before = base;
     base += s.base;
     flops += 2.0 * a.batch * a.heads * a.rows * a.keys * (a.dim + a.value_dim);
   }
@@ -428,7 +436,7 @@ inline void attention(const Attention* all, int count) {
   size_t partials = 0;
   for (int i = 0; i < count; i++) {
     AttentionShare& s = shares[i];
-    s.split_up = !serial && s.splits > 1 && base < 4 * num_threads();
+    s.split_up = !serial && s.splits > 1 && base < kWholeTiles * num_threads();
     s.tasks = tasks;
     s.partials = partials;
     tasks += s.split_up ? s.base * s.splits : s.base;
@@ -438,11 +446,13 @@ inline void attention(const Attention* all, int count) {
   int width = padded(all[0].value_dim);
   Scratch<Partial> states(partials + 1);
   Scratch<float> values(partials * width + 1);
+  Scratch<int> done(base);
+  std::memset(done, 0, sizeof(int) * base);
   auto work = [&](int i) {
     const AttentionShare& s = shares[i];
     int group = all[i].heads / all[i].kv_heads;
     return AttentionTiles{all[i], group, s.height, s.tiles, s.splits, s.split_up,
-        states + s.partials, values + s.partials * width, width};
+        states + s.partials, values + s.partials * width, done + s.tiles_before, width};
   };
   auto run = [&](int task) {
     int i = 0;
@@ -458,11 +468,6 @@ inline void attention(const Attention* all, int count) {
     return;
   }
   parallel_for(tasks, run);
-  for (int i = 0; i < count; i++) {
-    for (int t = 0; shares[i].split_up && t < shares[i].base; t++) {
-      work(i).combine(t);
-    }
-  }
 }
 
 } // namespace optiq::cpu::OPTIQ_ISA

@@ -8,22 +8,22 @@ namespace optiq::cpu::OPTIQ_ISA {
 
 // exp(x) for x <= 0, relative error below 2e-7: x = n ln2 + r, then a degree-6 polynomial in r
 // (coefficients of Cephes expf), scaled by 2^n. Below -87 the result is zero.
-OPTIQ_INLINE f32x8 exp_negative(f32x8 x) {
+template <class V>
+OPTIQ_INLINE V exp_negative(V x) {
+  using Ints = decltype(x > x);
   constexpr float kShift = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
-  f32x8 t = x * 1.44269504088896341f + kShift;
-  f32x8 n = t - kShift;
-  f32x8 r = x - n * 0.693359375f;
+  V t = x * 1.44269504088896341f + kShift;
+  V n = t - kShift;
+  V r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
-  f32x8 p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
+  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  i32x8 exponent = (i32x8(t) << 23);
-  f32x8 y = f32x8(i32x8(p) + exponent);
-  return select(x > -87.0f, y, f32x8{});
+  Ints exponent = Ints(t) << 23;
+  return V((Ints(p) + exponent) & (x > -87.0f));
 }
 
 struct KlRows {

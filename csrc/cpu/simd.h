@@ -208,6 +208,12 @@ OPTIQ_INLINE float sum(f32x8 v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
+#if defined(__AVX512F__)
+OPTIQ_INLINE float sum(fw v) {
+  return sum(load<f32x8>(&v) + load<f32x8>(reinterpret_cast<float*>(&v) + 8));
+}
+#endif
+
 OPTIQ_INLINE float bf16_to_f32(uint16_t h) {
   uint32_t bits = uint32_t(h) << 16;
   float f;

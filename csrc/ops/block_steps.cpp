@@ -17,24 +17,26 @@ cpu::HeadsOut heads_out(float* data, int heads, int rows, int dim) {
   return {data, size_t(heads) * rows * dim, size_t(rows) * dim, size_t(dim)};
 }
 
-// New vectors [batch, head, row, dim], as project() gives them, into a cache from row `start` on.
-void write_rows(
-    const float* x, const cpu::Vectors& cache, int batch, int heads, int rows, int dim, int start) {
-  cpu::Buffer<float> row(dim);
-  for (int i = 0; i < batch * heads; i++, x += size_t(rows) * dim) {
-    size_t at = i / heads * cache.batch + i % heads * cache.head + start * cache.row;
-    if (cache.format.dense()) {
-      auto* to = static_cast<char*>(const_cast<void*>(cache.data)) + at * cpu::size_of(cache.type);
-      float top = cache.type == cpu::Float::f16 ? 65504.0f : std::numeric_limits<float>::infinity();
-      for (int r = 0; r < rows; r++, to += cache.row * cpu::size_of(cache.type)) {
-        std::transform(x + size_t(r) * dim, x + size_t(r + 1) * dim, row.get(),
-            [=](float value) { return std::clamp(value, -top, top); });
-        cpu::kernels().from_f32(row.get(), cache.type, to, dim);
-      }
-    } else {
+// New vectors, as project() gives them, into a cache from row `start` on.
+void write_rows(const cpu::HeadsOut& x, const cpu::Vectors& cache, int batch, int heads, int rows,
+    int dim, int start) {
+  bool records = !cache.format.dense();
+  int step = records && x.row == size_t(dim) ? rows : 1; // at a time
+  cpu::Buffer<float> one(dim);
+  for (int i = 0; i < batch * heads * rows; i += step) {
+    int r = i % rows, head = i / rows % heads, b = i / rows / heads;
+    const float* from = x.data + b * x.batch + head * x.head + r * x.row;
+    size_t at = b * cache.batch + head * cache.head + (start + r) * cache.row;
+    if (records) {
       auto* to = static_cast<uint32_t*>(const_cast<void*>(cache.data)) + at;
-      cpu::kernels().quantize_kv({x, cpu::Float::f32, to, size_t(rows), dim, cache.format});
+      cpu::kernels().quantize_kv({from, cpu::Float::f32, to, size_t(step), dim, cache.format});
+      continue;
     }
+    auto* to = static_cast<char*>(const_cast<void*>(cache.data)) + at * cpu::size_of(cache.type);
+    float top = cache.type == cpu::Float::f16 ? 65504.0f : std::numeric_limits<float>::infinity();
+    std::transform(
+        from, from + dim, one.get(), [=](float value) { return std::clamp(value, -top, top); });
+    cpu::kernels().from_f32(one.get(), cache.type, to, dim);
   }
 }
 
@@ -46,13 +48,16 @@ struct Step {
 
   // Of each cache; keys and values are at kv, or new where there is none.
   std::vector<cpu::Attention> attentions(
-      int batch, int rows, const array* kv, const array* extra, mx::Stream stream) const {
+      int batch, const array* kv, const array* extra, mx::Stream stream) const {
     std::vector<cpu::Attention> all(places.size());
     for (size_t i = 0; i < all.size(); i++) {
-      all[i].batch = batch / int(all.size());
-      all[i].rows = rows;
+      all[i].batch = all.size() == 1 ? batch : 1;
+      all[i].rows = places[i].rows;
       all[i].keys = places[i].length;
       layout.set(all[i], kv ? kv + 2 * i : nullptr, kv ? kv + 2 * i + 1 : nullptr, extra, stream);
+      if (all.size() > 1 && places[i].rows > 1) {
+        all[i].masking = cpu::Masking::causal;
+      }
     }
     return all;
   }
@@ -64,7 +69,6 @@ void take(const Step& step, std::vector<cpu::Attention> all, bool cached, const 
     int rows, bool mlp, float* y) {
   const auto& layer = *step.block->attention;
   int dim = layer.head_dim, kv_heads = layer.kv_heads, count = int(all.size());
-  int share = batch / count; // batch entries of each cache
   size_t m = size_t(batch) * rows, q_size = m * layer.heads * dim, kv_size = m * kv_heads * dim;
   cpu::Buffer<float> own(q_size + 2 * kv_size);
   float* q = own.get();
@@ -80,25 +84,35 @@ void take(const Step& step, std::vector<cpu::Attention> all, bool cached, const 
       to[i] = {data + step.places[0].start * x.row, x.batch, x.head, x.row};
     }
   }
-  std::vector<int64_t> starts(batch);
-  for (int i = 0; i < batch; i++) {
-    starts[i] = step.places[i / share].offset;
+  std::vector<int64_t> starts(batch, step.places[0].offset);
+  for (int c = 0, i = 0; count > 1 && c < count; c++) {
+    for (int r = 0; r < step.places[c].rows; r++) {
+      starts[i++] = step.places[c].offset + r;
+    }
   }
-  cpu::project(
-      layer, h, batch, rows, {starts.data()}, heads_out(q, layer.heads, rows, dim), to[0], to[1]);
+  cpu::HeadsOut queries = heads_out(q, layer.heads, rows, dim);
+  cpu::project(layer, h, batch, rows, {starts.data()}, queries, to[0], to[1]);
+  size_t first = 0; // batch entry of a cache
   for (int c = 0; c < count; c++) {
     cpu::Attention& a = all[c];
+    const auto& [start, length, offset, own] = step.places[c];
+    auto of_cache = [&](cpu::HeadsOut x) {
+      x.data += first * x.batch;
+      x.row = count > 1 ? x.batch : x.row; // its rows are batch entries
+      return x;
+    };
     for (int i = 0; i < 2; i++) {
       cpu::Vectors& x = i == 0 ? a.k : a.v;
-      const float* from = kv[i] + c * kv_size / count;
+      cpu::HeadsOut from = of_cache(to[i]);
       if (!cached) {
-        x = {from, cpu::Float::f32, {}, to[i].batch, to[i].head, to[i].row};
+        x = {from.data, cpu::Float::f32, {}, from.batch, from.head, from.row};
       } else if (!direct[i]) {
-        write_rows(from, x, share, kv_heads, rows, dim, step.places[c].start);
+        write_rows(from, x, a.batch, kv_heads, own, dim, start);
       }
     }
-    a.q = q + c * q_size / count;
-    a.q_batch = size_t(layer.heads) * rows * dim, a.q_head = size_t(rows) * dim, a.q_row = dim;
+    cpu::HeadsOut from = of_cache(queries);
+    a.q = from.data, a.q_batch = from.batch, a.q_head = from.head, a.q_row = from.row;
+    first += own;
   }
   cpu::attend(layer, h, int(m), all.data(), count, y);
   if (mlp) {
@@ -168,8 +182,8 @@ void StepPrimitive::eval_cpu(const std::vector<array>& inputs, std::vector<array
   }
   step_.block->given.add(caches);
   int batch = h.shape(0), rows = h.shape(1);
-  auto given = step_.attentions(
-      batch, rows, cached_ ? &out[1] : nullptr, inputs.data() + out.size(), stream());
+  auto given =
+      step_.attentions(batch, cached_ ? &out[1] : nullptr, inputs.data() + out.size(), stream());
   mx::cpu::get_command_encoder(stream()).dispatch(
       [=, step = step_, cached = cached_, mlp = mlp_, h = h.data<float>(),
           y = out[0].data<float>()]() {
@@ -198,7 +212,7 @@ class StackPrimitive : public mx::Primitive {
     std::vector<std::vector<cpu::Attention>> given;
     const array* kv = caches_.data();
     for (const Step& step : steps_) {
-      given.push_back(step.attentions(batch, rows, kv, nullptr, stream()));
+      given.push_back(step.attentions(batch, kv, nullptr, stream()));
       kv += 2 * step.places.size();
     }
     mx::cpu::get_command_encoder(stream()).dispatch(
@@ -223,8 +237,15 @@ Step checked(const BlockStep& given, const array& h, bool mlp) {
   const auto& [block, keys, values, places, kv] = given;
   block->attention_over(h, mlp);
   int batch = h.shape(0), rows = h.shape(1), count = int(places.size());
-  if (count == 0 || batch % count != 0 || (count > 1 && count != batch)) {
-    fail_block(count, " places for a batch of ", batch, "; there must be one, or one for each row");
+  int all = 0;
+  for (const CachePlace& place : places) {
+    if (place.rows < 1) {
+      fail_block("a place has ", place.rows, " rows; it must have one or more");
+    }
+    all += place.rows;
+  }
+  if (count == 1 ? all != rows : rows != 1 || all != batch) {
+    fail_block(count, " places with ", all, " rows do not fit h ", h.shape());
   }
   if (keys.size() != values.size() || (!keys.empty() && int(keys.size()) != count) ||
       (keys.empty() && count > 1)) {
@@ -235,9 +256,9 @@ Step checked(const BlockStep& given, const array& h, bool mlp) {
     fail_block("a mask does not go with caches of each row");
   }
   Step step{block, {}, places};
-  AttentionShape shape = block->shape(batch / count, rows);
+  AttentionShape shape = block->shape(count == 1 ? batch : 1, rows);
   for (size_t i = 0; i < keys.size(); i++) {
-    const auto& [start, length, offset] = places[i];
+    const auto& [start, length, offset, own] = places[i];
     step.layout = kv.check("decoder_block", shape, keys[i], values[i], length);
     for (const auto* cache : {&keys[i], &values[i]}) {
       if (cache->dtype() != mx::float32 && cache->dtype() != mx::float16 &&
@@ -246,8 +267,8 @@ Step checked(const BlockStep& given, const array& h, bool mlp) {
             "a cache is ", cache->dtype(), "; it must be float32, float16 or uint32 records");
       }
     }
-    if (start < 0 || start + rows > length || length > keys[i].shape(2)) {
-      fail_block("rows ", start, " to ", start + rows, " of ", length, " do not fit a cache of ",
+    if (start < 0 || start + own > length || length > keys[i].shape(2)) {
+      fail_block("rows ", start, " to ", start + own, " of ", length, " do not fit a cache of ",
           keys[i].shape(2));
     }
   }

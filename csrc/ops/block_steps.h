@@ -9,14 +9,16 @@
 
 namespace optiq {
 
-// Where new rows go in a cache: from `start` on, so that it then has `length` rows. The first of
-// them is at position `offset` of its sequence.
+// Where `rows` new rows go in a cache: from `start` on, so that it then has `length` rows. The
+// first of them is at position `offset` of its sequence.
 struct CachePlace {
-  int start, length, offset;
+  int start, length, offset, rows;
 };
 
-/** A block and its caches [B, kv_heads, S, D] in float32, or of records: one for the batch, or one
- * of batch 1 for each row, as if it were alone. Without caches it attends within h. */
+/** A block and its caches [B, kv_heads, S, D] of floats, or of records: one for the batch, or
+ * several of batch 1. Then h is [B, 1, width], its entries are the new rows of the first cache, of
+ * the second, ..., and each cache is as if it were alone; of several rows each sees those before
+ * it. Without caches a block attends within h. */
 struct BlockStep {
   BlockPtr block;
   std::vector<array> keys, values;

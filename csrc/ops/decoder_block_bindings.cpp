@@ -96,11 +96,11 @@ void bind_decoder_block(nb::module_& m) {
       "mlp"_a = false, "k_format"_a = AffineFormat{}, "v_format"_a = AffineFormat{}, "window"_a = 0,
       "starts"_a = nb::none(), "first"_a = nb::none(), "recent"_a = nb::none(), nb::kw_only(),
       "stream"_a = nb::none());
-  using Places = std::vector<std::tuple<int, int, int>>;
+  using Places = std::vector<std::tuple<int, int, int, int>>;
   auto at = [](const Places& places) {
     std::vector<CachePlace> out;
-    for (const auto& [start, length, offset] : places) {
-      out.push_back({start, length, offset});
+    for (const auto& [start, length, offset, rows] : places) {
+      out.push_back({start, length, offset, rows});
     }
     return out;
   };

@@ -12,7 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import optiq
 from optiq.kv import attach, route
-from optiq.kv.rows import joined
+from optiq.kv.rows import Unbatchable, beside, joined
 from optiq.nn.stack import Stacked, Together, stack
 from optiq.ops import native
 from tests import architectures
@@ -78,6 +78,35 @@ def test_a_stack_is_as_its_blocks(kind: str, kv: str | None, runs: list[bool]) -
             assert x.offset == y.offset
     assert runs.count(True) >= 8
     assert not all(runs)
+
+
+@pytest.mark.parametrize(("kind", "kv"), [("mistral", None), ("mistral", "8/4")])
+def test_a_prompt_read_beside_others_is_as_read_alone(
+    kind: str, kv: str | None, runs: list[bool]
+) -> None:
+    """In slices of any length, also while a cache grows, when the blocks run one by one."""
+    model = prepared(kind, kv)
+    shared, alone = read(model, (5, 250, 3)), read(model, (5, 250, 3))
+    prompt = prompts(300)[0]
+    begin = 3
+    for step, n in enumerate((1, 2, 9, 13, 5, 7, 3, 4)):
+        tokens, part = [[4 + step], [9 + step]], prompt[begin : begin + n]
+        batch = mx.array([*tokens, *([t] for t in part)])
+        got = model(batch, cache=beside(shared[:2], shared[2], n))
+        expected = model(mx.array(tokens), cache=joined(alone[:2]))
+        mx.eval(model(mx.array([part]), cache=alone[2]))
+        assert mx.array_equal(got, expected), step
+        begin += n
+    last = mx.array([prompt[begin:]])
+    assert mx.array_equal(model(last, cache=shared[2]), model(last, cache=alone[2]))
+    assert {True, False} == set(runs)
+
+
+def test_only_caches_of_all_tokens_are_read_beside_others() -> None:
+    model = prepared("gemma3_text")
+    sequences = read(model, (5, 4))
+    with pytest.raises(Unbatchable, match="caches of all tokens"):
+        beside(sequences[:1], sequences[1], 3)
 
 
 def test_a_cache_that_somebody_else_holds_is_not_written_to(runs: list[bool]) -> None:

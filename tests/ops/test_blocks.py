@@ -235,7 +235,7 @@ def test_mlp(rows: int, post: bool, packed: bool, activation: str) -> None:
     y = reference.gated(x @ gate.T + biases[0], x @ up.T + biases[1], activation)
     y = y @ down.T + biases[2]
     y = reference.rms_norm(y, norm, EPS) if post else y
-    got, *_ = ext.block_step(block, mx.array(h), [], [], [(0, rows, 0)], "", mlp=True)
+    got, *_ = ext.block_step(block, mx.array(h), [], [], [(0, rows, 0, rows)], "", mlp=True)
     close(got, h + 0.5 * y)
 
 
@@ -257,7 +257,7 @@ def test_a_cache_is_reused_unless_somebody_else_holds_it() -> None:
     keys, values = mx.zeros((1, 2, 8, 16)), mx.zeros((1, 2, 8, 16))
     mx.eval(h, keys, values)
     kept = keys
-    _, new_keys, new_values = ext.block_step(layer.block, h, [keys], [values], [(3, 4, 3)], "")
+    _, new_keys, new_values = ext.block_step(layer.block, h, [keys], [values], [(3, 4, 3, 1)], "")
     mx.eval(new_keys)
     assert not mx.any(kept)  # the one that is held is as it was
     k = ext.block_project(layer.block, h, 3)[1]
@@ -265,7 +265,7 @@ def test_a_cache_is_reused_unless_somebody_else_holds_it() -> None:
     assert not mx.any(new_keys[:, :, :3])
     view, before = new_keys[..., :4, :], np.array(new_keys)
     mx.eval(view)
-    _, newer, _ = ext.block_step(layer.block, h, [new_keys], [new_values], [(4, 5, 4)], "")
+    _, newer, _ = ext.block_step(layer.block, h, [new_keys], [new_values], [(4, 5, 4, 1)], "")
     del new_keys
     mx.eval(newer)
     assert np.array_equal(np.array(view), before[:, :, :4])
@@ -288,7 +288,7 @@ def test_a_cache_is_reused_while_the_step_that_gave_it_is_still_to_run() -> None
     x, expected = scheduled_behind(work @ work, h), []
     for i in range(6):
         expected.append(ext.block_project(layer.block, x, i)[1])
-        x, keys, values = ext.block_step(layer.block, x, [keys], [values], [(i, i + 1, i)], "")
+        x, keys, values = ext.block_step(layer.block, x, [keys], [values], [(i, i + 1, i, 1)], "")
         mx.async_eval(x, expected[-1])
     mx.eval(x)
     assert mx.get_peak_memory() - held - 2 * work.nbytes < nbytes  # no copy of either
@@ -304,13 +304,13 @@ def test_what_is_held_stays_while_the_step_that_gave_it_is_still_to_run(holder: 
     mx.eval(h, keys, values, work)
     expected = ext.block_project(layer.block, h, 3)[1]
     x = scheduled_behind(work @ work, h)
-    x, keys, values = ext.block_step(layer.block, x, [keys], [values], [(3, 4, 3)], "")
+    x, keys, values = ext.block_step(layer.block, x, [keys], [values], [(3, 4, 3, 1)], "")
     mx.async_eval(x)
     held = keys if holder == "name" else keys[:, :, :6]
     if holder == "scheduled view":
         mx.async_eval(held)
     for i in (4, 5):
-        x, keys, values = ext.block_step(layer.block, x, [keys], [values], [(i, i + 1, i)], "")
+        x, keys, values = ext.block_step(layer.block, x, [keys], [values], [(i, i + 1, i, 1)], "")
         mx.async_eval(x)
     assert mx.any(keys[:, :, 5])
     assert mx.allclose(held[:, :, 3:4], expected)
@@ -339,7 +339,7 @@ def test_a_step_with_records(batch: int, rows: int) -> None:
         x[:, :, 150 : 150 + rows] = ops.quantize_kv(new, fmt)
     length = 150 + rows
     out, *caches = ext.block_step(
-        layer.block, h, before[:1], before[1:], [(150, length, 150)], "causal", None, False,
+        layer.block, h, before[:1], before[1:], [(150, length, 150, rows)], "causal", None, False,
         *PACKED.values(),
     )  # fmt: skip
     seen = [x[:, :, :length] for x in expected]
@@ -358,7 +358,7 @@ def test_a_cache_of_records_is_reused_unless_somebody_else_holds_it() -> None:
     keys, values = empty_records(1, 2, 8, 16)
     mx.eval(h, keys, values)
     kept, address = keys, np.array(values, copy=False).ctypes.data
-    arguments = ([(3, 4, 3)], "", None, False, *PACKED.values())
+    arguments = ([(3, 4, 3, 1)], "", None, False, *PACKED.values())
     _, new_keys, new_values = ext.block_step(layer.block, h, [keys], [values], *arguments)
     del keys, values
     mx.eval(new_keys, new_values)
@@ -449,23 +449,26 @@ def test_wrong_input_is_named() -> None:
     with pytest.raises(ValueError, match="masking is"):
         attend(block, h, q, k, k, "caudal")
     with pytest.raises(ValueError, match="do not fit a cache"):
-        ext.block_step(block, h, [k], [k], [(4, 6, 4)], "")
+        ext.block_step(block, h, [k], [k], [(4, 6, 4, 2)], "")
     keys, values = empty_records(1, 2, 8, 16)
+    at = [(3, 5, 3, 2)]
     with pytest.raises(ValueError, match="must be float32, float16 or uint32 records"):
-        ext.block_step(block, h, [k.astype(mx.bfloat16)], [k.astype(mx.bfloat16)], [(3, 5, 3)], "")
+        ext.block_step(block, h, [k.astype(mx.bfloat16)], [k.astype(mx.bfloat16)], at, "")
     with pytest.raises(ValueError, match="in records of 5 words"):
-        ext.block_step(block, h, [keys], [values], [(3, 5, 3)], "", None, False, (32, 8), (64, 4))
+        ext.block_step(block, h, [keys], [values], at, "", None, False, (32, 8), (64, 4))
     with pytest.raises(ValueError, match="keys: bits is 7"):
-        ext.block_step(block, h, [keys], [values], [(3, 5, 3)], "", None, False, (32, 7), (64, 4))
+        ext.block_step(block, h, [keys], [values], at, "", None, False, (32, 7), (64, 4))
     with pytest.raises(ValueError, match="no MLP"):
         attend(block, h, q, k, k, "", mlp=True)
 
 
 @pytest.mark.parametrize("formats", [None, (K, V)])
 def test_rows_with_caches_of_their_own_are_as_alone(formats: Any) -> None:
+    """A row for each cache, and three for the last one."""
     layer, r = Layer(6, 2, 24), rng(21)
-    h = mx.array(draw(r, 5, 1, 40))
-    places = [(start, start + 1, start) for start in (0, 3, 130, 299, 20)]
+    h = mx.array(draw(r, 8, 1, 40))
+    places = [(start, start + 1, start, 1) for start in (0, 3, 130, 299, 20)]
+    places.append((140, 143, 140, 3))
     packed = PACKED.values() if formats else ()
 
     def caches() -> list[list[mx.array]]:
@@ -490,26 +493,31 @@ def test_rows_with_caches_of_their_own_are_as_alone(formats: Any) -> None:
         *packed,
     )
     for i, (k, v) in enumerate(caches()):
-        alone = ext.block_step(
-            layer.block, h[i : i + 1], [k], [v], places[i : i + 1], "", None, False, *packed
+        rows = h[i:].reshape(1, -1, 40) if i == 5 else h[i : i + 1]
+        masking = "causal" if i == 5 else ""
+        out, *own = ext.block_step(
+            layer.block, rows, [k], [v], places[i : i + 1], masking, None, False, *packed
         )
-        got = [together[i : i + 1], *stored[2 * i : 2 * i + 2]]
-        assert all(mx.array_equal(a, b) for a, b in zip(got, alone, strict=True))
+        got = together[i : i + len(rows[0])].reshape(rows.shape)
+        assert mx.array_equal(got, out), i
+        kept = zip(stored[2 * i : 2 * i + 2], own, strict=True)
+        assert all(mx.array_equal(a, b) for a, b in kept)
     if not formats:  # what a block that shares keys and values does
-        q = ext.block_project(layer.block, h, 0, mx.array([p[2] for p in places]))[0]
+        single = places[:5]
+        q = ext.block_project(layer.block, h[:5], 0, mx.array([p[2] for p in single]))[0]
         seen = [
-            [x[:, :, : p[1]] for x, p in zip(stored[i::2], places, strict=True)] for i in (0, 1)
+            [x[:, :, : p[1]] for x, p in zip(stored[i:10:2], single, strict=True)] for i in (0, 1)
         ]
-        again = ext.block_attend(layer.block, h, q, *seen, "", None, False)
-        assert mx.array_equal(again, together)
+        again = ext.block_attend(layer.block, h[:5], q, *seen, "", None, False)
+        assert mx.array_equal(again, together[:5])
 
 
 def test_rows_with_caches_of_their_own_that_do_not_fit_are_refused() -> None:
     layer, r = Layer(4, 2, 16), rng(23)
     h = mx.array(draw(r, 3, 1, 40))
     cache = mx.zeros((1, 2, 8, 16))
-    place = (0, 1, 0)
-    with pytest.raises(ValueError, match="one for each row"):
+    place = (0, 1, 0, 1)
+    with pytest.raises(ValueError, match="2 places with 2 rows do not fit h"):
         ext.block_step(layer.block, h, [cache] * 2, [cache] * 2, [place] * 2, "")
     with pytest.raises(ValueError, match="caches of keys"):
         ext.block_step(layer.block, h, [cache] * 3, [cache] * 2, [place] * 3, "")
@@ -518,4 +526,4 @@ def test_rows_with_caches_of_their_own_that_do_not_fit_are_refused() -> None:
             layer.block, h, [cache] * 3, [cache] * 3, [place] * 3, "array", mx.zeros((1, 1))
         )
     with pytest.raises(ValueError, match="do not fit a cache"):
-        ext.block_step(layer.block, h, [cache] * 3, [cache] * 3, [place, place, (8, 9, 8)], "")
+        ext.block_step(layer.block, h, [cache] * 3, [cache] * 3, [place, place, (8, 9, 8, 1)], "")

@@ -147,13 +147,13 @@ def test_readers_take_turns_and_slices_are_short_while_others_decode() -> None:
     assert first
     assert second
     assert {first.ticket, second.ticket} == {1, 2}
-    assert first.end == 248  # a quarter of a second
+    assert first.end == 250  # a quarter of a second
     scheduler.submit(job(3, 0))
     scheduler.admit()
     step = scheduler.plan(pace)
     assert step.decode == (3,)
     assert step.read
-    assert step.read.end - step.read.begin == 8  # 1.5 steps of 10 ms, in eights
+    assert step.read.end - step.read.begin == 25  # in 2.5 steps of 10 ms
 
 
 def test_a_job_waits_for_another_that_reads_what_it_can_share() -> None:

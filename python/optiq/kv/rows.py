@@ -13,7 +13,7 @@ does more with keys and values raises Unbatchable, or another error, in the tria
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -36,6 +36,15 @@ class Unbatchable(Exception):
 def joined(sequences: Sequence[Caches]) -> Caches:
     """The caches of several sequences as one, layer by layer. They stay where they are."""
     return [_joined(caches) for caches in zip(*sequences, strict=True)]
+
+
+def beside(sequences: Sequence[Caches], reader: Caches, tokens: int) -> Caches:
+    """The caches of several sequences, and of one more that reads so many tokens of its prompt.
+
+    Then the batch has `tokens` rows more, and the model gives what follows the other ones.
+    """
+    layers = zip(zip(*sequences, strict=True), reader, strict=True)
+    return [Beside(caches, read, tokens) for caches, read in layers]
 
 
 def _joined(caches: Sequence[Any]) -> Any:
@@ -61,6 +70,11 @@ class Rows:
     @property
     def offset(self) -> mx.array:
         return mx.array([c.offset for c in self.rows])
+
+    def each(self, x: mx.array, mask: Any) -> Iterator[tuple[mx.array, Any, Any]]:
+        """The rows of each cache, with their mask and the cache."""
+        for i, cache in enumerate(self.rows):
+            yield x[i : i + 1], mask, cache
 
     def make_mask(self, n: int, **options: Any) -> None:
         if n > 1 or any(c.make_mask(n, **options) is not None for c in self.rows):
@@ -99,6 +113,28 @@ class Rows:
                     mx.fast.scaled_dot_product_attention(row, k, v, scale=scale, sinks=sinks)
                 )
         return mx.concatenate(out)
+
+
+class Beside(Rows):
+    """Keys and values of one layer: a row of the batch for each cache, then some for the reader.
+
+    `lengths` are their numbers. Only blocks that know `rows` know them, too.
+    """
+
+    def __init__(self, caches: Sequence[Any], reader: Any, tokens: int) -> None:
+        if not all(isinstance(c, KVCache) for c in (*caches, reader)):
+            raise Unbatchable("a prompt is read beside others in caches of all tokens")
+        super().__init__([*caches, reader])
+        self.answers = len(caches)
+        self.lengths = [1] * len(caches) + [tokens]
+
+    def each(self, x: mx.array, mask: Any) -> Iterator[tuple[mx.array, Any, Any]]:
+        for i in range(self.answers):
+            yield x[i : i + 1], mask, self.rows[i]
+        yield x[self.answers :].reshape(1, -1, x.shape[-1]), "causal", self.rows[-1]
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+        raise Unbatchable("this model cannot read a prompt beside others")
 
 
 class StateRows:
@@ -148,6 +184,32 @@ def together(model: nn.Module, rows: int, make: Callable[[], Caches]) -> str:
     except Exception as error:  # whatever a model file does with a cache that it does not know
         return f"together they raise {type(error).__name__}: {one_line(error)}"
     return ""
+
+
+def readable_beside(model: nn.Module, make: Callable[[], Caches]) -> bool:
+    """Whether a prompt can be read in the steps of others, with the same bits for all."""
+    prompt = [1 + i % 7 for i in range(16)]
+    results = []
+    for shared in (False, True):
+        answers, reader = [make() for _ in range(2)], make()
+        for caches, read in zip((*answers, reader), ([5, 3], [1, 2, 3], prompt[:5]), strict=True):
+            mx.eval(model(mx.array([read]), cache=caches), [c.state for c in caches])
+        logits = []
+        try:
+            for begin, end in ((5, 8), (8, 15)):
+                tokens, part = mx.array([[begin], [end]]), mx.array([prompt[begin:end]])
+                if shared:
+                    batch = mx.concatenate([tokens, part.T])
+                    logits.append(model(batch, cache=beside(answers, reader, end - begin)))
+                else:
+                    logits.append(model(tokens, cache=joined(answers)))
+                    model(part, cache=reader)
+                mx.eval(logits[-1], [c.state for c in reader])
+            logits.append(model(mx.array([prompt[15:]]), cache=reader))
+        except Exception:  # whatever a model file does with a cache that it does not know
+            return False
+        results.append(mx.concatenate(logits))
+    return native.on_cpu() and bool(mx.array_equal(results[0], results[1]).item())
 
 
 def cuttable(model: nn.Module, make: Callable[[], Caches]) -> bool:

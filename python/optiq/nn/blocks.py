@@ -168,17 +168,16 @@ def _attend(
     rows = x.shape[1]
     if isinstance(parts, Native):
         if cache is None:
-            return parts.step(x, (), (), [Place(0, rows, 0)], mask, with_mlp)[0]
+            return parts.step(x, (), (), [Place(0, rows, 0, rows)], mask, with_mlp)[0]
         if (slots := slots_of(cache, rows)) is not None:
             h, *stored = parts.step(
                 x, *slots.arrays(), slots.places, mask, with_mlp, slots.formats
             )  # fmt: skip
-            slots.store(stored, rows)
+            slots.store(stored)
             return h
     if hasattr(cache, "rows"):  # some of them have to grow or turn over
-        return mx.concatenate(
-            [_attend(parts, x[i : i + 1], mask, c, with_mlp) for i, c in enumerate(cache.rows)]
-        )
+        each = [_attend(parts, own, m, c, with_mlp) for own, m, c in cache.each(x, mask)]
+        return mx.concatenate([h.reshape(-1, *x.shape[1:]) for h in each])
     if _of_records(cache):
         q, k, v = parts.project(x, cache.offset)
         cache.write(k, v)
@@ -198,16 +197,16 @@ class Slots:
         """Keys and values of the caches."""
         return [c.keys for c in self.caches], [c.values for c in self.caches]
 
-    def store(self, stored: Sequence[mx.array], rows: int) -> None:
+    def store(self, stored: Sequence[mx.array]) -> None:
         """Keep what a step gave: keys and values in turn."""
         for c, keys, values in zip(self.caches, stored[::2], stored[1::2], strict=True):
             c.keys, c.values = keys, values
-        self.advance(rows)
+        self.advance()
 
-    def advance(self, rows: int) -> None:
-        """Note that the caches hold so many more."""
+    def advance(self) -> None:
+        """Note that the caches hold the new rows."""
         for c, place in zip(self.caches, self.places, strict=True):
-            c.offset = place.position + rows
+            c.offset = place.position + place.rows
             if isinstance(c, RotatingKVCache):
                 c._idx = place.start + 1
 
@@ -219,8 +218,8 @@ def slots_of(cache: Cache, rows: int) -> Slots | None:
     if formats is None:
         return None
     places = []
-    for c in caches:
-        place = _place(c, rows) if c is caches[0] or _in_place(c) == formats else None
+    for c, own in zip(caches, getattr(cache, "lengths", [rows] * len(caches)), strict=True):
+        place = _place(c, own) if c is caches[0] or _in_place(c) == formats else None
         if place is None:
             return None
         places.append(place)
@@ -252,12 +251,12 @@ def _place(cache: Cache, rows: int) -> Place | None:
     """Where the stock class would put so many new rows; None where it would make room first."""
     start, size = cache.offset, cache.keys.shape[2]
     if isinstance(cache, KVCache):
-        return Place(start, start + rows, start) if start + rows <= size else None
+        return Place(start, start + rows, start, rows) if start + rows <= size else None
     whole = size == cache.max_size
     if rows > 1 or not (whole or start < size < cache.max_size):
         return None
     at = cache.keep if whole and cache._idx == size else cache._idx
-    return Place(at, min(start + 1, size), start)
+    return Place(at, min(start + 1, size), start, 1)
 
 
 def _run(

@@ -26,13 +26,14 @@ PLAIN = DENSE, DENSE  # formats of a cache that holds vectors
 
 
 class Place(NamedTuple):
-    """Where new rows go in a cache: from `start` on, so that it then has `length` rows. The first
-    of them is at `position` of its sequence.
+    """Where `rows` new rows go in a cache: from `start` on, so that it then has `length` rows. The
+    first of them is at `position` of its sequence.
     """
 
     start: int
     length: int
     position: int
+    rows: int
 
 
 def module_at(block: nn.Module, path: str) -> Any:

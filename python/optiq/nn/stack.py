@@ -48,6 +48,11 @@ class Stacked(Adopting):
     """Mixed into the class of the module that calls the blocks."""
 
     def __call__(self, inputs: Any, cache: Any = None, *args: Any, **options: Any) -> Any:
+        out = self._of_all(inputs, cache, *args, **options)
+        answers = getattr(cache[0], "answers", None) if isinstance(cache, list) and cache else None
+        return out if answers is None else out[:answers]
+
+    def _of_all(self, inputs: Any, cache: Any, *args: Any, **options: Any) -> Any:
         blocks = self["layers"]
         if (
             isinstance(cache, list)
@@ -80,7 +85,6 @@ class Together:
         self._blocks, self._caches = blocks, caches
         self._next = 0  # the block to be called
         self._alone = False  # each block has to run by itself
-        self._rows = 0
         self._mask: Any = None
         self._h: mx.array | None = None
         self._slots: list[Slots] = []
@@ -103,17 +107,17 @@ class Together:
         if self._next < len(self._blocks):
             raise Unforeseen
         for slots in self._slots:
-            slots.advance(self._rows)
+            slots.advance()
 
     def _compute(self, x: mx.array, mask: Any) -> bool:
         """Whether the blocks can run as one."""
         if not (mask is None or isinstance(mask, str)):
             return False
-        self._rows, self._mask = x.shape[1], mask
+        self._mask = mask
         natives, given = [], []
         for block, cache in zip(self._blocks, self._caches, strict=True):
             parts = block.runner.parts(block, x)
-            slots = slots_of(cache, self._rows) if isinstance(parts, Native) else None
+            slots = slots_of(cache, x.shape[1]) if isinstance(parts, Native) else None
             if slots is None or not isinstance(parts, Native):
                 return False
             self._slots.append(slots)

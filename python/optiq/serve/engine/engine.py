@@ -27,7 +27,7 @@ from mlx_lm.models.cache import KVCache
 
 from ...base.text import one_line
 from ...errors import DeadlineError, OverloadedError, RequestError, ServeError, TooLongError
-from ...kv.rows import Caches, Unbatchable, joined
+from ...kv.rows import Caches, Unbatchable, beside, joined
 from ...ops import metal
 from .adapters import Adapters, Mounted
 from .model import GROWTH, Measured, measure
@@ -141,6 +141,8 @@ class Engine:
             Limits(options.running, options.waiting, nbytes), grid=self._measured.grid
         )
         self._pace = Pace(self._measured.step_seconds, self._measured.token_seconds)
+        self._to_keep: tuple[Answer, int] | None = None  # who reads, and its tokens so far
+        self._paced = 0  # rows of the steps whose pace it is
         self._eos = frozenset(tokenizer.eos_token_ids)
         self._answers: dict[int, Answer] = {}
         self._joined: tuple[list[Caches], Caches] = [], []  # of a group, and as one
@@ -290,21 +292,34 @@ class Engine:
             self._admit(self._answers[ticket])
         with self._changed:
             step = self._scheduler.plan(self._pace)
+        # To copy what was read takes about as long as to read a slice: a step does one of them.
+        keep, self._to_keep = self._to_keep, None
+        part = None if keep else step.read
         started = time.perf_counter()
         if step.decode:
-            rows = [self._answers[t] for t in step.decode]
-            model = 0.0
-            for group in self._groups(rows):
-                model += self._decode(group)
-            taken = time.perf_counter() - started
-            self._pace = replace(self._pace, step=_smoothed(self._pace.step, taken))
-            self._stats.step_seconds = self._pace.step
-            self._stats.overhead_seconds = _smoothed(self._stats.overhead_seconds, taken - model)
             self._stats.steps += 1
-        if step.read and step.read.ticket in self._answers:
-            self._read(step.read)
+            groups = self._groups([self._answers[t] for t in step.decode])
+            if part and self._beside(groups, part):
+                self._decode(groups[0], part)
+            else:
+                self._note_step(len(step.decode), started, sum(map(self._decode, groups)))
+                self._read(part)
+        else:
+            self._read(part)
+        if part:
+            taken = (time.perf_counter() - started) / (part.end - part.begin)
+            self._pace = replace(self._pace, token=_smoothed(self._pace.token, taken))
+        if keep and keep[0].ticket in self._answers:
+            self._keep(*keep, reading=True)
         if not step.decode and not step.read:
             time.sleep(0.001)  # those who wait have to wait for memory or another reader
+
+    def _note_step(self, rows: int, started: float, model: float) -> None:
+        """What a step of decoding took that read nothing, and the model of it."""
+        taken = time.perf_counter() - started
+        self._pace, self._paced = replace(self._pace, step=_smoothed(self._pace.step, taken)), rows
+        self._stats.step_seconds = self._pace.step
+        self._stats.overhead_seconds = _smoothed(self._stats.overhead_seconds, taken - model)
 
     def _groups(self, rows: list[Answer]) -> list[list[Answer]]:
         """Who shares a pass through the model: rows without an adapter, and rows with one."""
@@ -317,6 +332,17 @@ class Engine:
         ):
             groups += [shared[i : i + most] for i in range(0, len(shared), most)]
         return groups
+
+    def _beside(self, groups: list[list[Answer]], part: Slice) -> bool:
+        """Whether the slice is read in the step of the only group, whose pace is known."""
+        return (
+            self._measured.beside
+            and len(groups) == 1
+            and len(groups[0]) == self._paced
+            and all(a.adapter is None and not a.alone for a in groups[0])
+            and self._answers[part.ticket].adapter is None
+            and not self._answers[part.ticket].alone
+        )
 
     def _drop_ended(self) -> None:
         """Answers that were cancelled, or whose time is over."""
@@ -355,19 +381,21 @@ class Engine:
         with self._changed:
             self._scheduler.skip(answer.ticket, length)
 
-    def _read(self, part: Slice) -> None:
+    def _read(self, part: Slice | None) -> None:
+        if part is None or part.ticket not in self._answers:
+            return
         answer = self._answers[part.ticket]
         tokens = answer.held[part.begin : part.end]
-        started = time.perf_counter()
         try:
             self._model_of([answer])(mx.array([tokens]), cache=answer.caches)
             mx.eval([cache.state for cache in answer.caches])
         except Exception as error:  # whatever a model or a kernel raises
             self._stumble([answer], error)
             return
-        taken = (time.perf_counter() - started) / len(tokens)
-        self._pace = replace(self._pace, token=_smoothed(self._pace.token, taken))
-        self._stats.prompt_tokens += len(tokens)
+        self._has_read(answer, part)
+
+    def _has_read(self, answer: Answer, part: Slice) -> None:
+        self._stats.prompt_tokens += part.end - part.begin
         with self._changed:
             self._scheduler.read(part)
         if part.end == len(answer.held):
@@ -375,19 +403,24 @@ class Engine:
         if part.end == len(answer.held) or part.end in answer.request.boundaries:
             self._keep(answer, part.end)
         elif part.end // KEEPING > part.begin // KEEPING:
-            self._keep(answer, part.end, reading=True)
+            self._to_keep = answer, part.end
         total = len(answer.request.tokens)
         self._tell(answer, Reading(min(part.end + 1, total), total, answer.cached))
 
-    def _decode(self, group: list[Answer]) -> float:
-        """One token for each; returns the seconds that the model took."""
+    def _decode(self, group: list[Answer], part: Slice | None = None) -> float:
+        """One token for each, and `part` is read; returns the seconds that the model took."""
         started = time.perf_counter()
+        reader = self._answers[part.ticket] if part else None
         try:
-            logits = self._forward(group)
+            logits = self._forward(group, part)
         except Unbatchable:
+            if part:
+                seconds = self._decode(group)
+                self._read(part)
+                return seconds
             return sum(self._decode([answer]) for answer in group)
         except Exception as error:  # whatever a model or a kernel raises
-            self._stumble(group, error)
+            self._stumble([*group, reader] if reader else group, error)
             return time.perf_counter() - started
         model = time.perf_counter() - started
         chosen = choose(logits, [answer.sampler for answer in group])
@@ -397,16 +430,25 @@ class Engine:
                 self._end(answer, Failed(token))
             else:
                 self._go_on(answer, token)
+        if part and reader and reader.ticket in self._answers:
+            self._has_read(reader, part)
         return model
 
-    def _forward(self, group: list[Answer]) -> Floats:
-        """Logits `[B, V]` after the next token of each."""
-        inputs = mx.array([[answer.next] for answer in group])
+    def _forward(self, group: list[Answer], part: Slice | None = None) -> Floats:
+        """Logits `[B, V]` after the next token of each, once `part` is read, too."""
+        inputs = [[answer.next] for answer in group]
         caches = [answer.caches for answer in group]
-        if len(group) > 1 and self._joined[0] != caches:
-            self._joined = caches, joined(caches)
-        together = caches[0] if len(group) == 1 else self._joined[1]
-        logits = self._model_of(group)(inputs, cache=together)
+        if part:
+            reader = self._answers[part.ticket]
+            inputs += [[token] for token in reader.held[part.begin : part.end]]
+            together = beside(caches, reader.caches, part.end - part.begin)
+        elif len(group) == 1:
+            together = caches[0]
+        else:
+            if self._joined[0] != caches:
+                self._joined = caches, joined(caches)
+            together = self._joined[1]
+        logits = self._model_of(group)(mx.array(inputs), cache=together)
         logits = logits[:, -1].astype(mx.float32)
         if self._measured.states:
             mx.eval(logits, [cache.state for each in caches for cache in each])

@@ -18,7 +18,7 @@ from ...base.text import one_line
 from ...errors import ServeError
 from ...kv import route
 from ...kv.half import halvable, halved
-from ...kv.rows import Caches, cuttable, together
+from ...kv.rows import Caches, cuttable, readable_beside, together
 from ...ops import metal
 
 GRID = 256  # tokens of a slice, for models whose results depend on where slices end
@@ -36,7 +36,7 @@ class Measured:
     A sequence of n tokens takes `fixed_bytes` + `token_bytes` * min(n, window) of each cache, the
     `windows` as (bytes per token, most tokens or 0). `grid` is 0 where a prompt may be cut anywhere
     with the same result. `states`: caches that a step leaves to be evaluated. At most `together`
-    sequences share a step.
+    sequences share a step, and a prompt can be read `beside` them in the same one.
     """
 
     make_caches: Callable[[], Caches]
@@ -49,6 +49,7 @@ class Measured:
     grid: int
     states: bool
     together: int
+    beside: bool
     step_seconds: float
     token_seconds: float
 
@@ -122,6 +123,8 @@ def _measure(model: nn.Module, running: int, context: int | None) -> Measured:
     step = time.perf_counter() - started
     leaves = [leaf for cache in caches for leaf in _leaves(cache)]
     kv = [c for c in leaves if hasattr(c, "keys") and c.keys is not None]
+    plain = all(isinstance(c, KVCache) for c in leaves)
+    grid = 0 if plain and cuttable(model, make) else GRID
     return Measured(
         make_caches=make,
         context=context or _context(model),
@@ -130,9 +133,10 @@ def _measure(model: nn.Module, running: int, context: int | None) -> Measured:
         fixed_bytes=sum(int(c.nbytes) for c in leaves if c not in kv),
         weight_bytes=weights,
         work_bytes=work,
-        grid=0 if all(isinstance(c, KVCache) for c in leaves) and cuttable(model, make) else GRID,
+        grid=grid,
         states=any(isinstance(c, ArraysCache) for c in leaves),
         together=shared,
+        beside=shared > 1 and not grid and readable_beside(model, make),
         step_seconds=step,
         token_seconds=read / TRIED,
     )

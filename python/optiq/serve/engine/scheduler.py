@@ -13,6 +13,7 @@ from itertools import takewhile
 
 from ...errors import OverloadedError
 
+FEWEST = 2  # tokens of a slice
 SHARED = 64  # tokens in common with a prompt that is being read, that are worth waiting for
 
 
@@ -33,7 +34,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds that a step of decoding takes, and one token of a prompt."""
+    """Seconds of a step that only decodes, and of one that reads, by token of its slice."""
 
     step: float = 0.02
     token: float = 0.001
@@ -79,13 +80,14 @@ class Step:
 class Scheduler:
     """The jobs, and the plan of each step.
 
-    While others decode, a slice takes about `gap` steps of theirs; else `alone` seconds. With a
-    `grid`, slices end at its multiples and nowhere else but at cuts, whoever else is there.
+    While others decode, a step that reads takes about `slower` times as long as one that does not;
+    else `alone` seconds. With a `grid`, slices end at its multiples and nowhere else but at cuts,
+    whoever else is there.
     """
 
     limits: Limits = Limits()
     grid: int = 0
-    gap: float = 1.5
+    slower: float = 2.5
     alone: float = 0.25
     _jobs: dict[int, Job] = field(default_factory=dict)
     _waiting: dict[str, deque[int]] = field(default_factory=dict)  # by client, who takes turns
@@ -211,8 +213,8 @@ class Scheduler:
             return None
         job = self._jobs[self._turns[0]]
         self._turns.rotate(-1)
-        seconds = self.gap * pace.step if decoding else self.alone
-        end = job.done + max(8, int(seconds / max(pace.token, 1e-9)) // 8 * 8)
+        seconds = self.slower * pace.step if decoding else self.alone
+        end = job.done + max(FEWEST, int(seconds / max(pace.token, 1e-9)))
         if self.grid:
             end = (job.done // self.grid + 1) * self.grid
         end = min([end, job.length, *(cut for cut in job.cuts if cut > job.done)])
