@@ -38,6 +38,7 @@ from tests.quantize.sensitivity.cases import (
 )
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
+Expected = tuple[Floats, Floats, float]  # as in Moments
 SEED = 7
 
 
@@ -121,26 +122,34 @@ def brute_moments(
     texts: Sequence[Sequence[int]],
     judges: Sequence[int],
     running: nn.Module | None = None,
-) -> dict[str, tuple[Floats, Floats]]:
-    """H of the sequences that are fitted to, and of those that judge."""
+) -> dict[str, Expected]:
+    """H of the sequences that are fitted to, and of those that judge; the noise of the former."""
     dense, _ = load_model(source.path)
     model = running or dense
     modules = [m for m in quantizable(dense) if len(m.shape) == 2]
     keys = mx.random.split(mx.random.key(SEED), len(texts))
     each = [brute_force(model, modules, text, keys[t]) for t, text in enumerate(texts)]
-    return {
-        path: (
-            sum((h[path] for t, h in enumerate(each) if t not in judges), np.array(0.0)),
-            sum((h[path] for t, h in enumerate(each) if t in judges), np.array(0.0)),
-        )
-        for path in each[0]
-    }
+    return {path: expected_moments([h[path] for h in each], judges) for path in each[0]}
 
 
-def check(found: Moments, expected: tuple[Floats, Floats], name: str, rel: float = 5e-4) -> None:
-    for h, truth in zip((found.fit, found.judge), expected, strict=True):
+def expected_moments(each: Sequence[Floats], judges: Sequence[int]) -> Expected:
+    """Of the H of each sequence: entry by entry the variance of their sum, in correlations."""
+    fitted = [h for t, h in enumerate(each) if t not in judges]
+    fit, root = np.sum(fitted, axis=0), np.sqrt(np.diag(np.sum(each, axis=0)))
+    correlations = [h / np.where(root > 0, np.outer(root, root), np.inf) for h in each]
+    variance = len(fitted) * np.var(correlations, axis=0, ddof=1)
+    observed = np.sum([c for t, c in enumerate(correlations) if t not in judges], axis=0) ** 2
+    off = ~np.eye(len(fit), dtype=bool)
+    noise = np.sqrt(min(1.0, variance[off].sum() / observed[off].sum()))
+    return fit, np.sum([h for t, h in enumerate(each) if t in judges], axis=0), float(noise)
+
+
+def check(found: Moments, expected: Expected, name: str, rel: float = 5e-4) -> None:
+    *hessians, noise = expected
+    for h, truth in zip((found.fit, found.judge), hessians, strict=True):
         assert h.dtype == mx.float32
         np.testing.assert_allclose(np.array(h), truth, 0, rel * np.abs(truth).max(), err_msg=name)
+    assert found.noise.item() == pytest.approx(noise, abs=10 * rel), name
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -242,13 +251,13 @@ def coupled(n: int, seed: int) -> mx.array:
 def moments_for(way: str) -> Moments:
     h = coupled(128, 0)
     if way == "descent":
-        return Moments(h, coupled(128, 0) + 0.01 * mx.eye(128))
+        return Moments(h, coupled(128, 0) + 0.01 * mx.eye(128), mx.array(0.0))
     if way == "search":  # what was fitted to couples columns, what judges does not
         uneven = mx.array(np.geomspace(1e-3, 1e3, 128), dtype=mx.float32)
         root = mx.sqrt(uneven)
-        return Moments(h * root[:, None] * root, mx.diag(uneven * mx.diag(h)))
+        return Moments(h * root[:, None] * root, mx.diag(uneven * mx.diag(h)), mx.array(0.0))
     uneven = mx.array([1e6, 1.0] * 64)  # columns that hardly counted are all that counts
-    return Moments(mx.diag(uneven), mx.diag(1 / uneven))
+    return Moments(mx.diag(uneven), mx.diag(1 / uneven), mx.array(0.5))
 
 
 @pytest.mark.parametrize("way", ["descent", "search", "minmax"])
@@ -258,7 +267,8 @@ def test_the_best_by_what_was_not_fitted(way: str, fmt: Format) -> None:
     w = w * mx.array([0.1, 1.0] * 64)  # who serves the small columns clips the large ones
     moments = moments_for(way)
     searched = ops.quantize(w, fmt, mx.diag(moments.fit))
-    damped = moments.fit + descent.DAMPING * mx.mean(mx.diag(moments.fit)) * mx.eye(128)
+    kept = (1 - moments.noise) * (1 - mx.eye(128)) + mx.eye(128)
+    damped = moments.fit * kept + descent.DAMPING * mx.mean(mx.diag(moments.fit)) * mx.eye(128)
     start = ops.AffineWeight(*searched, fmt.group_size, fmt.bits)
     ways = {
         "descent": ops.descend(w, start, damped)[:3],
@@ -377,11 +387,69 @@ def test_each_head_is_rounded_as_it_would_be_alone() -> None:
     w = mx.random.normal((3, 16, 64), key=mx.random.key(0))
     x = mx.random.normal((2, 3, 100, 64), key=mx.random.key(1)) * mx.arange(1, 65) / 64
     hessians = x.swapaxes(-1, -2) @ x
-    moments = Moments(hessians[0], hessians[1])
+    moments = Moments(hessians[0], hessians[1], mx.array([0.0, 0.3, 1.0]))
     _, found = descent.best_of_each(w, fmt, moments)
     for h in range(3):
-        _, alone = best(w[h], fmt, Moments(moments.fit[h], moments.judge[h]))
+        _, alone = best(w[h], fmt, Moments(moments.fit[h], moments.judge[h], moments.noise[h]))
         for part, other in zip(found, alone, strict=True):
             assert part is not None
             assert other is not None
             assert mx.array_equal(part[h], other)
+
+
+def correlated(n: int, tokens: int, count: int, scale: float = 1.0) -> list[descent.Rows]:
+    """Inputs of so many sequences whose columns share a few directions of uneven strength."""
+    shared = mx.random.normal((n // 8, n), key=mx.random.key(0))
+    columns = mx.exp(mx.random.normal((n,), key=mx.random.key(1)))
+    keys = mx.random.split(mx.random.key(2), 2 * count)
+    rows = []
+    for a, b in zip(keys[:count], keys[count:], strict=True):
+        x = mx.random.normal((tokens, n // 8), key=a) @ shared
+        x = (x + 4 * mx.random.normal((tokens, n), key=b)) * columns * scale
+        rows.append((x, mx.ones(tokens)))
+    return rows
+
+
+@pytest.mark.parametrize("tokens", [4, 16, 64, 256])
+def test_of_few_tokens_the_descent_is_better_than_the_search(tokens: int) -> None:
+    """By the exact H of the inputs, which nobody sees; without shrinking it may be worse."""
+    n, fmt = 128, Format("affine", 3, 64)
+    rows = correlated(n, tokens, 8)
+    moments = descent._sum([False] * 7 + [True], [[of] for of in rows])
+    many = correlated(n, 20_000, 1)[0][0]
+    truth = many.T @ many
+    w = mx.random.normal((64, n), key=mx.random.key(3))
+    searched = ops.quantize(w, fmt, mx.diag(moments.fit))
+    limit = error(w, searched, fmt, truth)
+    start = ops.AffineWeight(*searched, fmt.group_size, fmt.bits)
+    name, found = best(w, fmt, moments)
+    assert name == "descent"
+    assert error(w, found, fmt, truth) < 0.9 * limit
+    whole = replace(moments, noise=mx.array(0.0)).shrunk
+    unshrunk = error(w, ops.descend(w, start, whole)[:3], fmt, truth)
+    assert error(w, found, fmt, truth) < unshrunk
+    assert tokens > 4 or unshrunk > limit
+
+
+def test_noise_falls_with_tokens_and_not_with_the_scale_of_inputs() -> None:
+    def noise(tokens: int, count: int, scale: float = 1.0) -> float:
+        rows = correlated(64, tokens, count, scale)
+        judges = [False] * (count - 1) + [True]
+        return float(np.array(descent._sum(judges, [[of] for of in rows]).noise))
+
+    found = [noise(tokens, 8) for tokens in (2, 8, 32, 128)]
+    assert found == sorted(found, reverse=True)
+    assert found[0] > 0.7
+    assert found[-1] < 0.4
+    assert noise(32, 8, 1000.0) == pytest.approx(noise(32, 8), rel=1e-3)
+
+
+def test_inputs_that_never_differ_have_no_noise_and_dead_columns_do_no_harm() -> None:
+    x = mx.random.normal((32, 64), key=mx.random.key(0)) * (mx.arange(64) >= 8)
+    rows = [[(x, mx.ones(32))]] * 4
+    moments = descent._sum([False, False, False, True], rows)
+    assert moments.noise.item() == pytest.approx(0, abs=1e-3)
+    assert mx.all(mx.isfinite(moments.shrunk))
+    nothing = descent._sum([False, True], [[(mx.zeros((4, 64)), mx.ones(4))]] * 2)
+    assert nothing.noise.item() == 0
+    assert not mx.any(nothing.shrunk)

@@ -11,9 +11,10 @@ says what each row must keep (GuidedQuant, Kim et al. 2025, weighs tokens so, pe
 A row e that is looked up moves the output by 1/2 (g'e)^2 each time, so an embedding's H is the sum
 of g g'; one that is also the head has the sum of both, for a word that is looked up often is about
 as often likely to come next.
-`ops.descend` makes a rounding good by that measure. It was fitted to few tokens; so every module's
-candidates are judged by the H of sequences that none was fitted to, and the best of min/max, the
-weighted search and the descent is taken.
+`ops.descend` makes a rounding good by that measure. H of few tokens is mostly noise off its
+diagonal, which a descent would fit; so it is shrunk towards its diagonal, by what the sequences
+differ in (`Moments.shrunk`). Then every module's candidates are judged by the H of sequences that
+none was fitted to, and the best of min/max, the weighted search and the descent is taken.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import mlx.core as mx
 import numpy as np
@@ -57,11 +59,21 @@ TAPE_BYTES = 4 << 30
 class Moments:
     """H, `[in, in]` float32, of the sequences that are fitted to and of those that judge.
 
-    Of a weight for each head there is one for each: `[heads, in, in]`.
+    `noise` is the standard error of the entries of `fit` off its diagonal, by what sequences differ
+    in, over their own size: both as root mean squares of correlations, so that large columns do not
+    count more. Of a weight for each head there is one of each: `[heads, in, in]` and `[heads]`.
     """
 
     fit: mx.array
     judge: mx.array
+    noise: mx.array
+
+    @property
+    def shrunk(self) -> mx.array:
+        """What a weight is fitted to: `fit` with that share taken off all but its diagonal."""
+        diagonal = mx.diag(self.fit)
+        damping = DAMPING * mx.mean(diagonal) * mx.eye(len(diagonal))
+        return (1 - self.noise) * self.fit + self.noise * mx.diag(diagonal) + damping
 
 
 @metal.restarts
@@ -120,11 +132,10 @@ def best(w: mx.array, fmt: Format, moments: Moments) -> tuple[str, Rounded]:
 
     The output error of `v` is the sum over rows of `(v - w)' H (v - w)`.
     """
-    damped = moments.fit + DAMPING * mx.mean(mx.diag(moments.fit)) * mx.eye(w.shape[-1])
     searched = ops.quantize(w, fmt, mx.diag(moments.fit))
     start = ops.AffineWeight(*searched, fmt.group_size, fmt.bits)
     candidates = {
-        "descent": ops.descend(w, start, damped),
+        "descent": ops.descend(w, start, moments.shrunk),
         "search": start,
         "minmax": ops.AffineWeight(*ops.quantize(w, fmt), fmt.group_size, fmt.bits),
     }
@@ -135,8 +146,8 @@ def best(w: mx.array, fmt: Format, moments: Moments) -> tuple[str, Rounded]:
 
 def best_of_each(w: mx.array, fmt: Format, moments: Moments) -> tuple[str, Rounded]:
     """`best` of each of `w` `[heads, out, in]`, and the way that most of them take."""
-    each = zip(w, moments.fit, moments.judge, strict=True)
-    found = [best(one, fmt, Moments(fit, judge)) for one, fit, judge in each]
+    each = zip(w, moments.fit, moments.judge, moments.noise, strict=True)
+    found = [best(one, fmt, Moments(*of)) for one, *of in each]
     ways, rounded = zip(*found, strict=True)
     codes, scales, biases = (mx.stack(list(parts)) for parts in zip(*rounded, strict=True))
     return Counter(ways).most_common(1)[0][0], (codes, scales, biases)
@@ -223,9 +234,28 @@ def _head_rows(replay: Replay, tape: Tape) -> list[Rows]:
 
 def _sum(judges: Sequence[bool], rows: Sequence[Sequence[Rows]]) -> Moments:
     *heads, _, size = rows[0][0][0].shape
+    diagonal = mx.zeros((*heads, size))
+    for x, weights in chain.from_iterable(rows):
+        diagonal = diagonal + mx.sum(mx.square(x) * weights[..., None], axis=-2)
     sums = [mx.zeros((*heads, size, size)) for _ in range(2)]
+    each = mx.zeros(heads)
     for judge, of in zip(judges, rows, strict=True):
+        hessian = mx.zeros((*heads, size, size))
         for x, weights in of:
-            sums[judge] = sums[judge] + (x * weights[..., None]).swapaxes(-1, -2) @ x
-        mx.eval(sums)
-    return Moments(*sums)
+            hessian = hessian + (x * weights[..., None]).swapaxes(-1, -2) @ x
+        sums[judge] = sums[judge] + hessian
+        each = each + _off_diagonal(hessian, diagonal)
+        mx.eval(sums, each)
+    n, fitted = len(judges), judges.count(False)
+    variance = (each - _off_diagonal(sums[0] + sums[1], diagonal) / n) / (n - 1)
+    observed = _off_diagonal(sums[0], diagonal)
+    share = mx.clip(fitted * variance / mx.where(observed > 0, observed, mx.inf), 0, 1)
+    return Moments(*sums, noise=mx.sqrt(share))
+
+
+def _off_diagonal(hessian: mx.array, diagonal: mx.array) -> mx.array:
+    """The sum of squares off the diagonal, each column and row divided by the root of `diagonal`."""
+    scale = mx.where(diagonal > 0, mx.rsqrt(diagonal), 0)
+    scaled = hessian * scale[..., None] * scale[..., None, :]
+    scaled = scaled * (1 - mx.eye(hessian.shape[-1]))
+    return mx.sum(mx.square(scaled), axis=(-2, -1))
