@@ -246,15 +246,16 @@ def _sum(judges: Sequence[bool], rows: Sequence[Sequence[Rows]]) -> Moments:
         sums[judge] = sums[judge] + hessian
         each = each + _off_diagonal(hessian, diagonal)
         mx.eval(sums, each)
+    fit, judging = sums
     n, fitted = len(judges), judges.count(False)
-    variance = (each - _off_diagonal(sums[0] + sums[1], diagonal) / n) / (n - 1)
-    observed = _off_diagonal(sums[0], diagonal)
+    variance = (each - _off_diagonal(fit + judging, diagonal) / n) / (n - 1)  # of one sequence
+    observed = _off_diagonal(fit, diagonal)
     share = mx.clip(fitted * variance / mx.where(observed > 0, observed, mx.inf), 0, 1)
-    return Moments(*sums, noise=mx.sqrt(share))
+    return Moments(fit, judging, mx.sqrt(share))
 
 
 def _off_diagonal(hessian: mx.array, diagonal: mx.array) -> mx.array:
-    """The sum of squares off the diagonal, each column and row divided by the root of `diagonal`."""
+    """The sum of squares off the diagonal, columns and rows divided by the root of `diagonal`."""
     scale = mx.where(diagonal > 0, mx.rsqrt(diagonal), 0)
     scaled = hessian * scale[..., None] * scale[..., None, :]
     scaled = scaled * (1 - mx.eye(hessian.shape[-1]))
