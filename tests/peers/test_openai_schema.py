@@ -14,6 +14,7 @@ from tests.serve.servers import (
     CALL,
     MODEL,
     TOOLS,
+    WEATHER,
     Asked,
     chat_body,
     scripted,
@@ -37,7 +38,8 @@ def schemas() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def asked() -> Iterator[Asked]:
-    with scripted(tiny_tokenizer(thinking=True), aliases=("gpt-*",)) as asked:
+    options = {"aliases": ("gpt-*",), "tools": ("python",), "sandbox_packages": ()}
+    with scripted(tiny_tokenizer(thinking=True), context=20_000, **options) as asked:
         yield asked
 
 
@@ -88,6 +90,42 @@ def test_chat_completions(
 def test_completions(schemas: dict[str, Any], asked: Asked, body: dict[str, Any]) -> None:
     body = {"model": MODEL, "prompt": "SAY:Hello\n", **body}
     check(schemas, "CreateCompletionResponse", asked.post(COMPLETE, body))
+
+
+def _event_schemas(schemas: dict[str, Any]) -> dict[str, str]:
+    """The name of each event's schema by the event's type, so that an error says what is wrong."""
+    found = {}
+    for each in schemas["schemas"]["ResponseStreamEvent"]["anyOf"]:
+        name = each["$ref"].rpartition("/")[2]
+        for kind in schemas["schemas"][name]["properties"]["type"]["enum"]:
+            found[kind] = name
+    return found
+
+
+RUN = '<tool_call>\n{"name": "python", "arguments": {"code": "print(5)"}}\n</tool_call>'
+RESPONSES: list[dict[str, Any]] = [
+    {"input": "SAY:<think>\nHm\n</think>\n\nHello"},
+    {"input": "SAY:Hello", "include": ["message.output_text.logprobs"]},
+    {"input": f"SAY:Well, {CALL}", "tools": [{"type": "function", **WEATHER, "strict": False}]},
+    {"input": f"SAY:{RUN}", "tools": [{"type": "code_interpreter", "container": {"type": "auto"}}]},
+]
+
+
+@pytest.mark.parametrize("body", RESPONSES, ids=["reasoning", "logprobs", "function", "python"])
+def test_responses(schemas: dict[str, Any], asked: Asked, body: dict[str, Any]) -> None:
+    answer = asked.post("/v1/responses", body)
+    check(schemas, "Response", answer)
+    events = [json.loads(e) for e in asked.events("/v1/responses", {**body, "stream": True})]
+    names = _event_schemas(schemas)
+    for event in events:
+        if event.get("response", {}).get("usage", 0) is None:
+            del event["response"]["usage"]  # as OpenAI has it, and not its schema
+        check(schemas, names[event["type"]], event)
+    kinds = {event["type"] for event in events}
+    if "code_interpreter" in str(body):
+        assert "response.code_interpreter_call.interpreting" in kinds
+    listed = asked.http.get(f"/v1/responses/{answer['id']}/input_items").json()
+    check(schemas, "ResponseItemList", listed)
 
 
 def test_models_and_errors(schemas: dict[str, Any], asked: Asked) -> None:

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from tests.serve.servers import CALL, MODEL, TOOLS, WEATHER, Asked, scripted, tiny_tokenizer
 
 CHAT = "/v1/chat/completions"
+RESPOND = "/v1/responses"
+ENDS = ("data: [DONE]", 'data: {"type":"message_stop"}')
 SEEN = "SAY:The neighbour's words"
 REFUSALS = {400, 401, 403, 404, 405, 408, 413, 415, 429, 503, 529}
 
@@ -128,7 +130,7 @@ BODIES: dict[str, dict[str, Any]] = {
         "output_config": {"effort": "low"},
     },
     "/v1/messages/count_tokens": {"model": MODEL, "messages": ANTHROPIC_MESSAGES},
-    "/v1/responses": {
+    RESPOND: {
         "model": MODEL,
         "input": RESPONSES_ITEMS,
         "tools": [
@@ -141,6 +143,7 @@ BODIES: dict[str, dict[str, Any]] = {
         "reasoning": {"effort": "low", "summary": "auto"},
         "include": ["reasoning.encrypted_content"],
         "previous_response_id": None,
+        "store": True,
         "max_output_tokens": 30,
     },
 }
@@ -220,7 +223,12 @@ def check_answer(asked: Asked, path: str, body: Any) -> None:
     if answer.status_code == 200:
         if answer.headers["content-type"].startswith("text/event-stream"):
             last = [line for line in answer.text.splitlines() if line][-1]
-            assert last in ("data: [DONE]", 'data: {"type":"message_stop"}') or '"error"' in last
+            if path == RESPOND:
+                check_stored(asked, json.loads(last.removeprefix("data: "))["response"])
+            else:
+                assert last in ENDS or '"error"' in last
+        elif path == RESPOND:
+            check_stored(asked, answer.json())
         else:
             assert answer.json()
         return
@@ -228,6 +236,18 @@ def check_answer(asked: Asked, path: str, body: Any) -> None:
     error = answer.json()["error"]
     assert error["message"]
     assert "\n" not in error["message"].strip()
+
+
+def check_stored(asked: Asked, response: dict[str, Any]) -> None:
+    """A response is complete, and if it is stored, what it answered can be listed."""
+    assert response["status"] in ("completed", "incomplete", "failed")
+    listed = asked.http.get(f"{RESPOND}/{response['id']}/input_items", params={"limit": 100})
+    if response["store"] and response["status"] != "failed":
+        data = listed.json()["data"]
+        assert data
+        assert all(isinstance(item["id"], str) for item in data)
+    else:
+        assert listed.status_code == 404
 
 
 @FEW

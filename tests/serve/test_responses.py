@@ -11,7 +11,7 @@ from typing import Any
 
 import openai
 import pytest
-from openai.types.responses import Response, ResponseStreamEvent
+from openai.types.responses import Response, ResponseItemList, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from optiq.serve.protocols.store import ResponseStore
@@ -133,9 +133,18 @@ def test_openai_18_calls_in_a_stream(server: Asked) -> None:
     assert added[1].item.arguments == ""
     arguments = by_kind["response.function_call_arguments.done"].arguments
     assert json.loads(arguments) == {"city": "Paris"}
-    assert by_kind["response.function_call_arguments.delta"].delta == arguments
+    deltas = [e.delta for e in events if e.type == "response.function_call_arguments.delta"]
+    assert "".join(deltas) == arguments
+    assert len(deltas) > 1  # while it is written
     assert events[-2].item.status == "completed"
     assert [item.type for item in events[-1].response.output] == ["message", "function_call"]
+    with server.openai.responses.stream(
+        model=MODEL, input=f"SAY:{CALL}", tools=[{**FUNCTION, "strict": True}]
+    ) as streamed:
+        snapshots = [e.snapshot for e in streamed if e.type.endswith("arguments.delta")]
+        (call,) = streamed.get_final_response().output
+    assert snapshots[-1] == call.arguments
+    assert call.parsed_arguments == {"city": "Paris"}
 
 
 def test_openai_18_a_malformed_call_is_text(server: Asked) -> None:
@@ -145,6 +154,24 @@ def test_openai_18_a_malformed_call_is_text(server: Asked) -> None:
     (item,) = events[-1].response.output
     assert item.type == "message"
     assert item.content[0].text == broken
+
+
+@pytest.mark.parametrize("kind", ["function", "custom"])
+def test_openai_18_a_call_that_breaks_off_is_never_done(server: Asked, kind: str) -> None:
+    """Its arguments have begun to be streamed; it comes again as text, and is not in the output."""
+    tool = {**FUNCTION, "type": kind}
+    broken = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Par'
+    events = stream(server, f"SAY:Well. {broken}", tools=[tool])
+    done = [e.item for e in events if e.type == "response.output_item.done"]
+    output = events[-1].response.output
+    assert [item.type for item in output] == ["message", "message"]
+    assert [item.id for item in done] == [item.id for item in output]
+    assert output[1].content[0].text == f" {broken}"
+    if kind == "function":
+        assert any(e.type == "response.function_call_arguments.delta" for e in events)
+    answer = respond(server, f"SAY:Well. {broken}", tools=[tool])
+    assert answer.output_text == f"Well. {broken}"
+    assert respond(server, "SAY:x", previous_response_id=answer.id).output_text == "x"
 
 
 def test_openai_18_namespaces(server: Asked) -> None:
@@ -280,6 +307,53 @@ def test_openai_18_a_conversation_by_ids(server: Asked) -> None:
         create(model=MODEL, input="x", previous_response_id=first.id)
     assert gone.value.code == "previous_response_not_found"
     assert create(model=MODEL, input="SAY:x", previous_response_id=second.id).output_text == "x"
+
+
+def test_openai_18_the_input_of_a_stored_response(server: Asked) -> None:
+    first = respond(server, "SAY:One", instructions="Be brief")
+    call = respond(server, f"SAY:{CALL}", tools=[FUNCTION], previous_response_id=first.id).output[0]
+    assert call.type == "function_call"
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+    items = [
+        {"role": "user", "content": "SAY:Two"},
+        plain(call),
+        output,
+        {"type": "custom_tool_call", "call_id": "c", "name": "patch", "input": "x"},
+        {"type": "custom_tool_call_output", "call_id": "c", "output": "done"},
+        {"type": "reasoning", "summary": [], "encrypted_content": "x"},
+        {"role": "assistant", "content": "Sunny"},
+        {"role": "user", "content": [{"type": "input_text", "text": "SAY:Three"}]},
+    ]
+    last = respond(server, items, previous_response_id=first.id)
+    raw = server.http.get(f"{PATH}/{last.id}/input_items", params={"limit": 100}).json()
+    listed = ResponseItemList.model_validate_json(json.dumps(raw), strict=True)
+    ids = [item.id for item in listed.data]
+    assert len(set(ids)) == len(items) + 2
+    assert (raw["first_id"], raw["last_id"], raw["has_more"]) == (ids[0], ids[-1], False)
+    list_items = server.openai.responses.input_items.list
+    found = list(list_items(last.id, order="asc", limit=3))  # in pages
+    assert [item.id for item in found] == ids[::-1]
+    assert [item.type for item in found] == [
+        "message", "message", *(item.get("type", "message") for item in items)
+    ]  # fmt: skip
+    texts = [found[i].content[0].text for i in (0, 1, 2, -2, -1)]
+    assert texts == ["SAY:One", "One", "SAY:Two", "Sunny", "SAY:Three"]
+    assert len(list_items(last.id, limit=4).data) == 4
+    for query in ({"limit": 0}, {"limit": "x"}, {"order": "up"}, {"after": "msg_x"}):
+        answer = server.http.get(f"{PATH}/{last.id}/input_items", params=query)
+        assert (answer.status_code, [answer.json()["error"]["param"]]) == (400, list(query))
+    assert server.http.get(f"{PATH}/resp_x/input_items").status_code == 404
+
+
+def test_openai_18_what_is_stored_is_not_running(server: Asked) -> None:
+    answer = respond(server)
+    with pytest.raises(openai.BadRequestError, match="background"):
+        server.openai.responses.cancel(answer.id)
+    with pytest.raises(openai.NotFoundError):
+        server.openai.responses.cancel("resp_x")
+    with pytest.raises(openai.BadRequestError, match="stream"):
+        list(server.openai.responses.retrieve(answer.id, stream=True))
+    assert server.openai.responses.retrieve(answer.id, include=[]).id == answer.id
 
 
 def test_openai_18_nothing_is_stored_unasked(server: Asked) -> None:
@@ -421,6 +495,8 @@ def test_openai_18_a_stream_that_fails(double: Asked) -> None:
     assert events[-1].type == "response.failed"
     assert events[-1].response.status == "failed"
     assert events[-1].response.error.code == "server_error"
+    (item,) = events[-1].response.output
+    assert (item.status, item.content[0].text) == ("incomplete", "Half")
     assert "secret" not in events[-1].response.error.message
     assert double.post(PATH, body("SAY(raises=overloaded):x"), 503)["error"]["code"] == "overloaded"
 

@@ -9,7 +9,7 @@ from inspect import isawaitable
 from time import perf_counter
 from typing import Any
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, QueryParams
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
@@ -22,6 +22,7 @@ from ..protocols import anthropic, openai, responses
 from ..protocols.fields import read_json
 from ..protocols.problems import Problem, Refusal, problem
 from ..protocols.protocol import Dialect, Endpoint, Reply
+from ..protocols.store import Stored
 from ..running import Services, Shared
 from ..tools.python import Python
 from . import log
@@ -252,7 +253,7 @@ async def _send_error(told: Problem, scope: Scope, send: Send) -> None:
 
 
 class Got:
-    """A path that is read, and perhaps deleted."""
+    """A path that is asked for without a body: it is read, and perhaps deleted."""
 
     def __init__(
         self,
@@ -270,6 +271,10 @@ class Got:
             await found(scope, receive, send)
         else:
             await send_json(found, scope, send)
+
+
+def _query(scope: Scope) -> QueryParams:
+    return QueryParams(scope["query_string"])
 
 
 async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
@@ -316,12 +321,21 @@ def make_app(services: Services, shared: Shared, state: State) -> ASGIApp:
         dialect: Dialect = scope["optiq.dialect"]
         return dialect.model(services.find(scope["path_params"]["name"]))
 
+    def stored(scope: Scope) -> Stored:
+        return shared.store.find(scope["path_params"]["id"])
+
     def response(scope: Scope) -> dict[str, Any]:
-        identity = scope["path_params"]["id"]
+        found = stored(scope)
         if scope["method"] == "DELETE":
-            shared.store.delete(identity)
-            return {"id": identity, "object": "response", "deleted": True}
-        return dict(shared.store.find(identity).response)
+            shared.store.delete(found.response["id"])
+            return {"id": found.response["id"], "object": "response", "deleted": True}
+        return responses.retrieve(found, _query(scope))
+
+    def response_input(scope: Scope) -> dict[str, Any]:
+        return responses.list_input(stored(scope), _query(scope))
+
+    def cancelled(scope: Scope) -> dict[str, Any]:
+        return responses.cancel(stored(scope))
 
     async def files(scope: Scope) -> dict[str, Any]:
         container = scope["path_params"]["id"]
@@ -354,6 +368,7 @@ def make_app(services: Services, shared: Shared, state: State) -> ASGIApp:
         "/metrics": counts,
         "/v1/models": models,
         "/v1/models/{name:path}": model,
+        "/v1/responses/{id}/input_items": response_input,
         "/v1/containers/{id}/files": files,
         "/v1/containers/{id}/files/{name:path}/content": file,
     }
@@ -365,13 +380,14 @@ def make_app(services: Services, shared: Shared, state: State) -> ASGIApp:
         )  # fmt: skip
         routes.append(Route(path, app))
     routes.append(Route("/v1/responses/{id}", Got(response, ("GET", "HEAD", "DELETE"))))
+    routes.append(Route("/v1/responses/{id}/cancel", Got(cancelled, ("POST",))))
     router = Router(routes, redirect_slashes=False, default=_not_found)
     told: ASGIApp = Told(router, Guard(options), metrics)
     if options.cors_origins:
         told = CORSMiddleware(
             told,
             allow_origins=options.cors_origins,
-            allow_methods=("GET", "POST"),
+            allow_methods=("GET", "POST", "DELETE"),
             allow_headers=("*",),
             expose_headers=("x-request-id", "request-id", "retry-after"),
         )

@@ -18,17 +18,22 @@ Event = dict[str, Any]
 class Output:
     """Collects the output of one response, and says what happens to it in events.
 
-    A call comes once it is complete: clients carry out what they see, and what turns out not to be
-    a call comes as text. `seal` makes the `encrypted_content` of reasoning, if it is asked for.
+    Arguments of functions are streamed while they are written. What turns out not to be a call is
+    never done, so no client carries it out; it comes again as text. `seal` makes the
+    `encrypted_content` of reasoning, if it is asked for.
     """
 
     def __init__(self, called: Mapping[str, Called], seal: Callable[[str], str] | None) -> None:
         self._called, self._seal = called, seal
-        self.items: list[dict[str, Any]] = []
+        self._items: list[dict[str, Any]] = []
         self._open: dict[str, Any] | None = None
         self._space = ""  # before a text that may not come
-        self._call: CallStart | None = None
         self._arguments = ""
+
+    @property
+    def items(self) -> list[dict[str, Any]]:
+        """Those that are done."""
+        return [item for item in self._items if item["status"] != "in_progress"]
 
     def add(self, part: Part, logprobs: Sequence[Mapping[str, Any]] = ()) -> Iterator[Event]:
         """`logprobs` are those of a text's tokens."""
@@ -37,18 +42,20 @@ class Output:
         elif isinstance(part, Reasoning):
             yield from self._reasoning(part.text)
         elif isinstance(part, CallStart):
-            self._call, self._arguments = part, ""
+            yield from self._start_call(part.name)
         elif isinstance(part, CallArguments):
+            assert self._open is not None
             self._arguments += part.text
+            if self._open["type"] == "function_call":
+                yield self._event("function_call_arguments.delta", delta=part.text)
         else:
             assert isinstance(part, CallEnd)
-            assert self._call is not None
-            yield from self._call_item(self._call.name, self._arguments)
+            yield from self._end_call()
 
     def close(self, status: str = "completed") -> Iterator[Event]:
-        """Complete the open item, if there is one."""
+        """Complete the open item, if there is one and it is not a broken call."""
         item, self._open = self._open, None
-        if item is None:
+        if item is None or "content" not in item:
             return
         part = item["content"][0]
         if item["type"] == "reasoning":
@@ -63,7 +70,6 @@ class Output:
         yield self._done(item, status)
 
     def _text(self, text: str, logprobs: Sequence[Mapping[str, Any]]) -> Iterator[Event]:
-        self._call = None
         if self._open is None or self._open["type"] != "message":
             self._space += text
             if not self._space.strip():
@@ -94,22 +100,32 @@ class Output:
         self._open["content"].append(part)
         yield self._event("content_part.added", content_index=0, part=dict(part))
 
-    def _call_item(self, name: str, arguments: str) -> Iterator[Event]:
+    def _start_call(self, name: str) -> Iterator[Event]:
         yield from self.close()
         called = self._called.get(name, Called("function", name))
-        known = {"call_id": f"call_{secrets.token_hex(12)}", "name": called.name}
-        if called.namespace is not None:
-            known["namespace"] = called.namespace
-        if called.kind == "custom":
-            kind, field, prefix = "custom_tool_call", "input", "ctc"
-            arguments = str(json.loads(arguments).get(INPUT, ""))
-        else:
-            kind, field, prefix = "function_call", "arguments", "fc"
-        item = {**_identified(prefix), "type": kind, **known, field: ""}
-        yield self._added(item)
-        yield self._event(f"{kind}_{field}.delta", delta=arguments)
-        item[field] = arguments
-        yield self._event(f"{kind}_{field}.done", **{field: arguments})
+        custom = called.kind == "custom"
+        self._space = self._arguments = ""
+        self._open = {
+            **_identified("ctc" if custom else "fc"),
+            "type": "custom_tool_call" if custom else "function_call",
+            "call_id": f"call_{secrets.token_hex(12)}",
+            "name": called.name,
+            **({"namespace": called.namespace} if called.namespace is not None else {}),
+            "input" if custom else "arguments": "",
+        }
+        yield self._added(self._open)
+
+    def _end_call(self) -> Iterator[Event]:
+        item, self._open = self._open, None
+        assert item is not None
+        if item["type"] == "function_call":
+            item["arguments"] = self._arguments
+            named = {"name": item["name"], "arguments": self._arguments}
+            yield self._event("function_call_arguments.done", **named)
+        else:  # a text within JSON, which can be read when it is complete
+            item["input"] = text = str(json.loads(self._arguments).get(INPUT, ""))
+            yield self._event("custom_tool_call_input.delta", delta=text)
+            yield self._event("custom_tool_call_input.done", input=text)
         yield self._done(item, "completed")
 
     def program(self, event: Running | Ran) -> Iterator[Event]:
@@ -132,7 +148,7 @@ class Output:
             yield self._event(f"{kind}_code.done", code=event.code)
             yield self._event(f"{kind}.interpreting")
         else:
-            item = self.items[-1]
+            item = self._items[-1]
             logs = {"type": "logs", "logs": event.text}
             item["outputs"] = [logs, *({"type": "image", "url": u} for u in pictures(event))]
             if event.files:
@@ -141,7 +157,7 @@ class Output:
             yield self._done(item, "failed" if event.failed else "completed")
 
     def _added(self, item: dict[str, Any]) -> Event:
-        self.items.append(item)
+        self._items.append(item)
         return self._item_event("added", item)
 
     def _done(self, item: dict[str, Any], status: str) -> Event:
@@ -151,13 +167,13 @@ class Output:
     def _item_event(self, what: str, item: dict[str, Any]) -> Event:
         return {
             "type": f"response.output_item.{what}",
-            "output_index": len(self.items) - 1,
+            "output_index": len(self._items) - 1,
             "item": json.loads(json.dumps(item)),
         }
 
     def _event(self, kind: str, **fields: Any) -> Event:
         """An event about the newest item."""
-        where = {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1}
+        where = {"item_id": self._items[-1]["id"], "output_index": len(self._items) - 1}
         return {"type": f"response.{kind}", **where, **fields}
 
 

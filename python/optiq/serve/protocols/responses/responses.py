@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -179,7 +180,7 @@ def _head(body: Fields, asked: _Asked, wanted: Wishes, model: str) -> dict[str, 
         "top_logprobs": wanted.top_logprobs or 0,
         "top_p": wanted.sampling.top_p,
         "truncation": "disabled",
-        "user": body.text("user"),
+        **({"user": body.text("user")} if "user" in body else {}),
         **({"notes": list(asked.notes)} if asked.notes else {}),
     }
 
@@ -218,6 +219,7 @@ class ResponseReply:
 
     def error_event(self, problem: Problem, request_id: str) -> str:
         error = {"code": "server_error", "message": problem.message}
+        deque(self._output.close("incomplete"), maxlen=0)
         response = self._response("failed", error=error)
         return self._written({"type": "response.failed", "response": response})
 
