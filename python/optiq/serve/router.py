@@ -201,8 +201,9 @@ class Router:
         try:
             async with self._one:
                 await self._make_room(place)
+                opened: list[Running] = []
                 try:
-                    running = await asyncio.to_thread(self._load_model, place)
+                    await asyncio.to_thread(_open, self._load_model, place, opened)
                 except OptiqError as error:
                     raise Refusal(
                         500,
@@ -210,9 +211,9 @@ class Router:
                         f"the model {place.name!r} cannot be loaded: {one_line(error)}",
                     ) from error
                 if self._closing:
-                    running.close()
+                    opened.pop().close()
                     raise OverloadedError("the server is stopping", 5)
-                self._add(place, running)
+                self._add(place, opened.pop())
         finally:
             del self._loading[place.name]
 
@@ -260,7 +261,7 @@ class Router:
 
     async def _unload(self, name: str) -> None:
         """By its name: whoever holds the model holds its memory."""
-        await asyncio.to_thread(self._loaded.pop(name).running.close)
+        await asyncio.to_thread(_close, [self._loaded.pop(name).running])
         gc.collect()
         mx.clear_cache()
 
@@ -270,3 +271,15 @@ class Router:
             old = time.monotonic() - seconds
             while (name := self._least_used()) is not None and self._loaded[name].used < old:
                 await self._unload(name)
+
+
+# A thread of a pool holds what it was given, and what it returned, until it is scheduled again,
+# which may be after the next model is loaded. So a model goes to it and comes from it in a list.
+
+
+def _open(load: Callable[[Place], Running], place: Place, opened: list[Running]) -> None:
+    opened.append(load(place))
+
+
+def _close(closing: list[Running]) -> None:
+    closing.pop().close()
