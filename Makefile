@@ -36,11 +36,11 @@ attacks: $(VENV)/.installed
 	OPTIQ_ATTACK_SEED=$(or $(SEED),1000) $(BIN)/python -m pytest -m attacks tests/sandbox
 
 # Real coding agents and libraries on our server, where nothing but loopback can be reached:
-# docs/agents.md. 1.5 GB from npm and PyPI. CLIENTS=FOLDER uses one that has them.
+# docs/agents.md. 2.3 GB from npm and PyPI. CLIENTS=FOLDER uses one that has them.
 CLIENTS := build/clients
 AGENTS := @openai/codex@0.171.0 opencode-ai@1.18.33 @mariozechner/pi-coding-agent@0.73.1 \
-  @qwen-code/qwen-code@0.15.10 ai@6.0.326 @ai-sdk/openai@3 @ai-sdk/anthropic@3 \
-  @ai-sdk/openai-compatible@2 zod@4
+  @qwen-code/qwen-code@0.15.10 @anthropic-ai/claude-code@2.1.332 ai@6.0.326 @ai-sdk/openai@3 \
+  @ai-sdk/anthropic@3 @ai-sdk/openai-compatible@2 zod@4
 LIBRARIES := 'pydantic-ai-slim[openai,anthropic]==2.68.0' langchain==1.5.2 langchain-openai==1.7.4 \
   langchain-anthropic==1.7.10 llm==0.36 'smolagents[openai]==1.26.0' openai-agents==0.24.0
 test-clients: $(VENV)/.installed
@@ -49,6 +49,8 @@ test-clients: $(VENV)/.installed
 	npm install --prefix $(CLIENTS) --no-audit --no-fund --ignore-scripts --silent $(AGENTS)
 	test -x $(CLIENTS)/venv/bin/python || $(PYTHON) -m venv $(CLIENTS)/venv
 	$(CLIENTS)/venv/bin/pip install --quiet $(LIBRARIES)
+	test -x $(CLIENTS)/aider/bin/python || $(PYTHON) -m venv $(CLIENTS)/aider
+	$(CLIENTS)/aider/bin/pip install --quiet aider-chat==0.86.2
 	OPTIQ_CLIENTS=$(CLIENTS) unshare -rn sh -c \
 	  'ip link set lo up && exec $(BIN)/python -m pytest -m clients tests/clients'
 

@@ -28,14 +28,14 @@ def call(name: str, **arguments: Any) -> str:
 
 
 class AgentModel(nn.Module):
-    """Says `steps` one after the other, one in each turn after the task, and a title where there
-    are no tools. Its caches hold tokens in the place of keys."""
+    """Says `steps` one after the other, one in each turn after the task, and a title where `mark`
+    is not in the prompt. Its caches hold tokens in the place of keys."""
 
-    def __init__(self, tokenizer: Any, steps: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Any, steps: Sequence[str], mark: str) -> None:
         super().__init__()
         self.args = SimpleNamespace(max_position_embeddings=CONTEXT)
         self.layers: list[nn.Module] = []
-        self._tokenizer, self._steps = tokenizer, steps
+        self._tokenizer, self._steps, self._mark = tokenizer, steps, mark
         self._start = tokenizer.encode(START, add_special_tokens=False)
         self._going: dict[int, list[int]] = {}  # what is still to be said, by length
 
@@ -67,7 +67,7 @@ class AgentModel(nn.Module):
             return []
         text = self._tokenizer.decode(history)
         turn = text.rpartition(TASK)[2].count(START) - 1
-        step = self._steps[min(turn, len(self._steps) - 1)] if "<tools>" in text else TITLE
+        step = self._steps[min(turn, len(self._steps) - 1)] if self._mark in text else TITLE
         return list(self._tokenizer.encode(step, add_special_tokens=False))
 
 

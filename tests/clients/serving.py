@@ -25,18 +25,24 @@ CACHED = 0.95  # of each prompt from the second turn on
 
 
 def programs() -> str:
-    """PATH with the agents in front. opencode's package has its program in one for the machine."""
+    """PATH with the agents in front. Two have their programs in packages for the machine."""
     machine = {"x86_64": "x64", "aarch64": "arm64", "arm64": "arm64"}[platform.machine()]
-    own = CLIENTS / "node_modules" / f"opencode-{sys.platform}-{machine}" / "bin"
-    return os.pathsep.join([str(own), str(CLIENTS / "node_modules" / ".bin"), os.environ["PATH"]])
+    packages, system = CLIENTS / "node_modules", f"{sys.platform}-{machine}"
+    folders = [
+        packages / f"opencode-{system}" / "bin",
+        packages / "@anthropic-ai" / f"claude-code-{system}",
+        packages / ".bin",
+    ]
+    return os.pathsep.join([*map(str, folders), os.environ["PATH"]])
 
 
 @contextmanager
-def served(steps: Sequence[str]) -> Iterator[tuple[Server, Watched]]:
+def served(steps: Sequence[str], mark: str = "<tools>") -> Iterator[tuple[Server, Watched]]:
+    """`mark` is in the prompts of the task, and not in one that asks for a title."""
     tokenizer = tiny_tokenizer()
     options = Options(port=0, drain=0.0, name="m", prefix_memory=10**9)
-    opened = open_model((AgentModel(tokenizer, steps), tokenizer), options)
-    watched = Watched(opened.engine, partial(asks_for_the_task, tokenizer))
+    opened = open_model((AgentModel(tokenizer, steps, mark), tokenizer), options)
+    watched = Watched(opened.engine, partial(asks_for_the_task, tokenizer, mark))
     opened = replace(opened, engine=watched)  # type: ignore[arg-type]
     with bind(options) as bound:
         server = Server(partial(one, opened), bound, options)
@@ -44,10 +50,10 @@ def served(steps: Sequence[str]) -> Iterator[tuple[Server, Watched]]:
         yield server, watched
 
 
-def asks_for_the_task(tokenizer: Any, request: Any) -> bool:
-    """Not a title, which is asked for without tools."""
+def asks_for_the_task(tokenizer: Any, mark: str, request: Any) -> bool:
+    """Not for a title."""
     text = tokenizer.decode(list(request.tokens))
-    return "<tools>" in text and TASK in text
+    return mark in text and TASK in text
 
 
 def environment(folder: Path) -> dict[str, str]:

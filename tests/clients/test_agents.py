@@ -27,6 +27,7 @@ from tests.clients.serving import CLIENTS, NOTES, SECONDS, check, environment, p
 pytestmark = pytest.mark.clients
 
 ARGUMENTS = {
+    "claude": ["-p", TASK, "--permission-mode", "acceptEdits"],
     "codex": ["exec", "--json", "--skip-git-repo-check",
               "--dangerously-bypass-approvals-and-sandbox", TASK],
     "opencode": ["run", "--format", "json", TASK],
@@ -39,6 +40,10 @@ def steps(agent: str, folder: Path) -> list[str]:
     """What the model says: two calls in the agent's own words, and that it is done."""
     notes, copy = str(folder / "notes.txt"), str(folder / "copy.txt")
     calls = {
+        "claude": [
+            call("Read", file_path=notes),
+            call("Write", file_path=copy, content=NOTES),
+        ],
         "codex": [
             call("exec_command", cmd="cat notes.txt"),
             call("exec_command", cmd="cp notes.txt copy.txt && cat copy.txt"),
@@ -109,3 +114,37 @@ def test_the_other_protocols(agent: str, protocol: str, work: Path, tmp_path: Pa
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         check(work, watched)
+
+
+AIDERS_TURNS = 4  # an answer, and what it says in the model's place about files and tests
+
+
+def test_aider(work: Path, tmp_path: Path) -> None:
+    """It has no tools. It writes the files that an answer shows, runs a test of the user's, and
+    sends what that says back: twice here, until the third answer is right.
+
+    It puts the files as they are now in front of the conversation, so that all after its
+    instructions is read again in each turn.
+    """
+    program = CLIENTS / "aider" / "bin" / "aider"
+    if not program.exists():
+        pytest.skip(f"there is no {program}; make test-clients installs it")
+    answers = [f"copy.txt\n```\n{text}```\n" for text in ("x\n", "y\n", NOTES)]
+    with served([a for a in answers for _ in range(AIDERS_TURNS)], mark=TASK) as (server, watched):
+        command = [
+            program, "--model", "openai/m", "--openai-api-base", f"{server.url}/v1",
+            "--openai-api-key", "none", "--edit-format", "whole", "--message", TASK,
+            "--auto-test", "--test-cmd", "cmp notes.txt copy.txt", "--yes-always", "--no-git",
+            "--no-show-model-warnings", "--analytics-disable", "--no-check-update",
+            "--no-show-release-notes", "--map-tokens", "0", "notes.txt",
+        ]  # fmt: skip
+        done = subprocess.run(
+            command, cwd=work, env=environment(tmp_path), timeout=SECONDS,
+            stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert (work / "copy.txt").read_text() == NOTES
+        assert len(watched.turns) >= 3
+        shares = [turn.cached_tokens / turn.prompt_tokens for turn in watched.turns]
+        assert min(shares[1:]) > 0.4
+        print([f"{share:.1%}" for share in shares])

@@ -389,6 +389,17 @@ def test_anthropic_7_what_cannot_be_honoured_is_named(server: Asked, name: str, 
     assert f"'{name}' cannot be honoured" in server.refused_message(message_body(**{name: value}))
 
 
+def test_anthropic_7_nothing_is_taken_out_of_the_conversation(thinker: Asked) -> None:
+    """As Claude Code asks for it."""
+    edits = [{"type": "clear_thinking_20251015", "keep": "all"}]
+    thinking = {"thinking": {"type": "adaptive"}, "output_config": {"effort": "high"}}
+    answer = thinker.message("SAY:Hi", context_management={"edits": edits}, **thinking)
+    assert answer.content[0].text == "Hi"  # type: ignore[union-attr]
+    edits[0]["keep"] = {"type": "thinking_turns", "value": 1}  # type: ignore[assignment]
+    body = message_body(context_management={"edits": edits})
+    assert "'context_management' cannot be honoured" in thinker.refused_message(body)
+
+
 def test_anthropic_8_the_billing_block_is_dropped(server: Asked) -> None:
     header = "x-anthropic-billing-header: cc_version=2.1; cch=12345;"
     prompts = []

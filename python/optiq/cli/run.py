@@ -11,7 +11,7 @@ from typing import Any
 
 from . import options
 
-AGENTS = ("codex", "opencode", "pi", "qwen")
+AGENTS = ("claude", "codex", "opencode", "pi", "qwen")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -134,6 +134,22 @@ def _qwen(served: Served, folder: Path) -> Setup:
     return Setup(files, environment, ("--auth-type", "openai"))
 
 
+def _claude(served: Served, folder: Path) -> Setup:
+    kinds = ("MODEL", *(f"DEFAULT_{size}_MODEL" for size in ("OPUS", "SONNET", "HAIKU")))
+    environment = {
+        "CLAUDE_CONFIG_DIR": str(folder),
+        "ANTHROPIC_BASE_URL": served.url,
+        "ANTHROPIC_AUTH_TOKEN": served.key or "none",
+        "ANTHROPIC_API_KEY": "",  # the user's own is not for this server
+        **{f"ANTHROPIC_{kind}": served.model for kind in kinds},
+        "CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(served.context),
+        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(served.answer),
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+    }
+    files = {folder / ".claude.json": _json({"hasCompletedOnboarding": True})}
+    return Setup(files, environment)
+
+
 def _key(served: Served) -> dict[str, str]:
     return {"OPTIQ_API_KEY": served.key} if served.key else {}
 
@@ -143,6 +159,7 @@ def _json(value: object) -> str:
 
 
 AGENTS = {
+    "claude": Agent("claude", "@anthropic-ai/claude-code", _claude),
     "codex": Agent("codex", "@openai/codex", _codex),
     "opencode": Agent("opencode", "opencode-ai", _opencode),
     "pi": Agent("pi", "@mariozechner/pi-coding-agent", _pi),

@@ -24,10 +24,12 @@ from .dialect import DIALECT
 
 MAX_STOPS = 64
 
+# As Claude Code asks for it: reasoning of earlier turns stays, as it always does here.
+_KEPT = {"type": "clear_thinking_20251015", "keep": "all"}
 # Fields that ask for something that is not done here, and the values that ask for nothing.
 _REFUSED: dict[str, tuple[object, ...]] = {
     "container": (),
-    "context_management": ({}, {"edits": []}),
+    "context_management": ({}, {"edits": []}, {"edits": [_KEPT]}),
     "mcp_servers": ([],),
     "speed": ("standard",),
 }
