@@ -21,9 +21,11 @@ from optiq.sandbox import Sandbox
 from optiq.serve.asked import Interpreter
 from optiq.serve.options import Options
 from optiq.serve.server import Server
-from optiq.serve.tools.python import LIMITS, Python
+from optiq.serve.tools.python import LIMITS, MOST_TOLD, Python
+from tests.sandbox.campaign import AT_ONCE, access
 from tests.sandbox.campaign import LIMITS as ATTACKED
-from tests.sandbox.campaign import access
+from tests.sandbox.holding import holding
+from tests.sandbox.programs import BOMBS, WRITTEN
 from tests.serve.servers import MODEL, TOOLS, WEATHER, Asked, scripted, tiny_tokenizer, wait_until
 
 CHAT = "/v1/chat/completions"
@@ -257,6 +259,36 @@ def test_no_attack_succeeds_through_the_tool() -> None:
         through.close()
     assert broken == {}
     assert found.keys() <= {14}
+
+
+def test_no_program_takes_more_than_its_own_call() -> None:
+    """Those of tests/sandbox on memory, disk, output and time, nine at a time, beside a session
+    that goes on answering and keeps its variables."""
+
+    async def run(python: Python) -> None:
+        beside = python.open(Interpreter())
+        await python.run("a", beside, "kept = 41")
+        free = asyncio.Semaphore(AT_ONCE)
+
+        async def drop(number: int, code: str) -> tuple[int, Any]:
+            async with free:
+                return number, await python.run("b", python.open(Interpreter()), code)
+
+        bombs = [asyncio.create_task(drop(n, code)) for n, (code, _) in BOMBS.items()]
+        while not all(bomb.done() for bomb in bombs):
+            assert (await python.run("c", beside, "kept + 1")).text == "42"
+            await asyncio.sleep(0.2)
+        for number, ran in [bomb.result() for bomb in bombs]:
+            assert ran.failed, number
+            assert len(ran.text) <= 2 * (MOST_TOLD + 500), number
+            ends = {f"[{status}: " for status in BOMBS[number][1] - {"error"}}
+            assert "error" in BOMBS[number][1] or any(end in ran.text for end in ends), ran.text
+        assert (await python.run("d", beside, "kept + 1")).text == "42"
+
+    with Sandbox(ATTACKED) as sandbox, holding(sandbox) as most:
+        asyncio.run(run(Python(sandbox, most=2 * len(BOMBS), limits=ATTACKED)))
+        assert most["files"] <= ATTACKED.files
+        assert most["bytes"] <= (WRITTEN // 16 if most["watched"] else ATTACKED.disk)
 
 
 def test_a_session_whose_process_has_ended_starts_anew(runs: Asked) -> None:

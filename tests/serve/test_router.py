@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import pytest
@@ -240,16 +240,27 @@ def test_places(tmp_path: Path) -> None:
             places_in(wrong)
 
 
+class Watched(Running):
+    """Notes how many answers were open whenever a model was unloaded."""
+
+    closed: ClassVar[list[int]] = []
+
+    def close(self, drain: float = 0.0) -> None:
+        stats = self.engine.stats()
+        self.closed.append(stats.running + stats.waiting)
+        super().close(drain)
+
+
 @pytest.fixture(scope="module")
 def routed() -> Iterator[str]:
     """Real engines of scripted models behind HTTP."""
     tokenizer = tiny_tokenizer()
-    options = Options(port=0, drain=0.0, prefix_memory=10**7)
+    options = Options(port=0, drain=0.0, prefix_memory=10**7, preparing_seconds=120.0)
 
     def load(shared: Any, place: Place) -> Running:
         own = Options(name=place.name, aliases=("*",), prefix_memory=10**7)
         model = ScriptedModel(tokenizer, 512)
-        running = Running(open_model((model, tokenizer), own), shared)
+        running = Watched(open_model((model, tokenizer), own), shared)
         running.engine.start()
         return running
 
@@ -257,25 +268,32 @@ def routed() -> Iterator[str]:
         places = [Place(name, Path(name), 90) for name in NAMES]
         return Router(places, partial(load, shared), memory=220, share=10, aliases=[("gpt-*", "c")])
 
+    Watched.closed.clear()
     with pytest.MonkeyPatch.context() as patched, bind(options) as bound:
         patched.setattr("optiq.serve.router.PATIENCE", 0.2)
         with Server(services, bound, options) as server:
             yield server.url
 
 
-def test_over_http_every_request_is_answered(routed: str) -> None:
+@pytest.mark.parametrize("requests", [24, pytest.param(200, marks=pytest.mark.fuzz)])
+def test_over_http_every_request_is_answered(routed: str, requests: int) -> None:
+    """For 4 models in memory for 2."""
     chosen = random.Random(7)
-    jobs = [(chosen.choice(NAMES), f"word {number}") for number in range(24)]
+    jobs = [(chosen.choice(NAMES), f"word {number}") for number in range(requests)]
 
     def send(job: tuple[str, str]) -> tuple[str, str]:
         name, word = job
         body = {"model": name, "messages": [{"role": "user", "content": f"SAY:{word}"}]}
-        answer = httpx.post(f"{routed}/v1/chat/completions", json=body, timeout=120).json()
-        return answer["model"], answer["choices"][0]["message"]["content"]
+        answer = httpx.post(f"{routed}/v1/chat/completions", json=body, timeout=300)
+        assert answer.status_code == 200, answer.text
+        whole = answer.json()
+        return whole["model"], whole["choices"][0]["message"]["content"]
 
     before = threading.active_count()
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(16) as pool:
         assert list(pool.map(send, jobs)) == jobs
+    assert len(Watched.closed) > 2
+    assert not any(Watched.closed)
     assert threading.active_count() <= before + 12
     listed = httpx.get(f"{routed}/v1/models").json()["data"]
     assert sum(model["loaded"] for model in listed) <= 2
