@@ -41,6 +41,26 @@ def test_a_call_in_each_notation(case: str) -> None:
     assert read(known(case), list(CALLS[case])) == (parts, calls)
 
 
+@pytest.mark.parametrize("fence", ["```json\n", "```\n", "\n```json "])
+def test_a_call_in_a_fence(fence: str) -> None:
+    """As Qwen2.5-Coder writes it: at the beginning of an answer, and of a tool that is there."""
+    answer = f'{fence}{{\n  "name": "price",\n  "arguments": {JSON}\n}}\n```'
+    parts, calls = read(known("json_tools"), answer)
+    assert (calls_of(parts), calls) == ([("price", ARGUMENTS)], 1)
+    assert len(parts) == 3
+    assert read(known("json_tools"), list(answer)) == (parts, calls)
+    for text in (
+        answer.replace("price", "cost"),
+        f"So:\n{answer}",
+        f'{fence}{{"temperature": 21}}\n```',
+        "```python\nprint({})\n```",
+    ):
+        parts, calls = read(known("json_tools"), list(text))
+        assert (joined(parts), calls) == ([Text(text)], 0)
+    streamed = Reader(known("json_tools")).feed('```json\n{"temperature": 21, ')
+    assert joined(streamed) == [Text('```json\n{"temperature": 21,')]
+
+
 @pytest.mark.parametrize("case", [case for case in CALLS if "llama3" not in case])
 def test_two_calls_in_each_notation(case: str) -> None:
     between = "<|start|>assistant" if known(case).channels else "\n"

@@ -94,6 +94,8 @@ class Notation:
 
 
 _JSON_TOOLS = JsonCalls("<tool_call>", r"[\s,;\[]*(?=\{)", end="</tool_call>")
+# As Qwen2.5-Coder writes calls, whatever its template asks for.
+_FENCED = JsonCalls("", r"\s*```(?:json)?\s*(?=\{)", close="```")
 _MISTRAL = JsonCalls(
     "[TOOL_CALLS]",
     r"[\s,;\[]*(?:(?P<name>[\w.-]+)\s*(?:\[CALL_ID\]\s*\w*\s*)?(?:\[ARGS\])?\s*)?(?=\{)",
@@ -184,7 +186,7 @@ _TAGGED: dict[str, tuple[Any, ...]] = {
 }
 # Those that need no parser: what stands in a Notation after its name.
 _OWN: dict[str, tuple[Any, ...]] = {
-    "json_tools": ((_JSON_TOOLS,),),
+    "json_tools": ((_JSON_TOOLS, _FENCED),),
     "mistral": ((_MISTRAL,),),
     "kimi_k2": ((_KIMI_K2,),),
     "deepseek_v3": ((_DEEPSEEK,),),
