@@ -14,6 +14,7 @@ import ctypes
 import importlib.util
 import os
 import sys
+import warnings
 from pathlib import Path
 
 
@@ -23,11 +24,18 @@ def provide() -> None:
         return
     if os.environ.get("OPTIQ_NATIVE") == "0":
         return
-    if "mlx.core" in sys.modules:
-        return  # too late: MLX has bound its own; `optiq doctor` says so
     extension = importlib.util.find_spec("optiq._ext")  # an editable install keeps it elsewhere
     if extension is None or extension.origin is None:
         return  # not built: optiq.ops says so
+    if "mlx.core" in sys.modules:  # too late: MLX has bound its own
+        if not provider():
+            warnings.warn(
+                "mlx was imported before optiq, so MLX's own float32 matmul stays slow on Linux; "
+                "import optiq before mlx and mlx_lm",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return
     with contextlib.suppress(OSError):
         library = Path(extension.origin).parent / "liboptiq_cpu.so"
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)

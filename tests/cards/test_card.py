@@ -184,9 +184,33 @@ def test_quick_looks_and_unfinished_runs_are_labelled(model: Path) -> None:
     rows = {row[0]: row[1:] for row in table(text, "Benchmarks")}
     assert rows["**GSM8K, 3-shot** (quick look)"][0] == "40"
     assert rows["**BFCL-V3 simple** (quick look)"][0] == "20"
+    assert "too few to tell" not in str(rows)
     assert rows["**HumanEval pass@1**"] == ["", "unfinished, 7 of 164 items"]
     assert "do not compare with any others" in section(text, "Benchmarks")
     assert ModelCard.load(model / "README.md").data.eval_results is None
+
+
+def test_two_items_are_too_few_to_tell(model: Path) -> None:
+    for task in BENCHMARKS:
+        write_run(
+            model / runs.FOLDER / "limit-2", task, 0.0, items=2, limit=2,
+            fingerprint=fingerprint(model),
+        )  # fmt: skip
+    text = optiq.card(model).path.read_text()
+    benchmarks = section(text, "Benchmarks")
+    assert "0.0" not in benchmarks
+    assert benchmarks.count("too few to tell") == len(table(text, "Benchmarks")) - 1
+
+
+def test_the_model_is_loaded_by_what_works(model: Path) -> None:
+    """The id on the hub, or from within its folder, wherever that is."""
+    text = optiq.card(model).path.read_text()
+    assert "mlx_lm.generate --model . --prompt" in text
+    assert 'load(".")' in text
+    assert "In the folder of the model:" in text
+    text = optiq.card(model, name="org/it").path.read_text()
+    assert "mlx_lm.generate --model org/it --prompt" in text
+    assert "In the folder" not in text
 
 
 def test_a_whole_run_comes_before_a_quick_look(model: Path) -> None:

@@ -37,6 +37,11 @@ def test_refuses(given: dict[str, Any], message: str) -> None:
         EvalOptions.parse(**given)
 
 
+def test_several_tasks() -> None:
+    assert EvalOptions.parse(tasks=["kl", "size", "kl"]).tasks == ("kl", "size")
+    assert EvalOptions.parse(tasks=["kl", "capability"]) == EvalOptions.parse()
+
+
 def test_an_unknown_option_is_an_error() -> None:
     with pytest.raises(TypeError, match="suite"):
         EvalOptions.parse(suite="kl")  # type: ignore[call-arg]

@@ -200,6 +200,16 @@ def test_size_alone(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (found["nbytes"], found["model"]) == (plan["nbytes"], str(model))
 
 
+def test_several_suites_on_one_line(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["eval", str(model), "--limit", "2", "--data", str(data), "-o", str(tmp_path)]
+    assert main([*command, "--suite", "gsm8k,bfcl", "--suite", "size"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} >= {"gsm8k.jsonl", "bfcl.jsonl", "size.json"}
+    assert not (tmp_path / "mmlu.jsonl").exists()
+    assert "bits per weight" in capsys.readouterr().out
+
+
 def test_full_asks_what_the_sample_leaves_out(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

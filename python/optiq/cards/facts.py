@@ -112,9 +112,10 @@ class FormatTotal:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything that the card of a model says."""
+    """Everything that the card of a model says. `repo` is its id on the hub, if it has one."""
 
     name: str
+    repo: str | None
     base: BaseModel
     fingerprint: str
     plan: Plan

@@ -20,6 +20,7 @@ from ..planning.plan import Plan, uniform_plan
 from ..quality.statistics import quantiles
 from ..sources.beside import SOURCE_CARD
 from ..sources.folder import Folder, check_folder, fingerprint
+from ..sources.hub import is_repo_id
 from .base_model import describe
 from .facts import MEASURED, Distance, Facts, MetricScore, RecordFile, UniformBuild
 from .options import CardOptions
@@ -47,6 +48,7 @@ def gather(folder: Path, options: CardOptions) -> Facts:
     rows, whole = _against(stock, finished)
     return Facts(
         name=options.name or folder.resolve().name,
+        repo=options.name if options.name and is_repo_id(options.name) else None,
         base=describe(plan.model, folder / SOURCE_CARD, options.base_model, options.license),
         fingerprint=mark,
         plan=plan,

@@ -21,10 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     parser.add_argument(
         "--suite",
-        default="capability",
+        action="extend",
+        type=lambda text: text.split(","),
         metavar="NAME",
         help="capability (the default: all five benchmarks, KL and size), mmlu, gsm8k, ifeval, "
-        "bfcl, humaneval, kl or size",
+        "bfcl, humaneval, kl or size; several by commas, or by --suite again",
     )
     parser.add_argument(
         "--limit", type=options.positive, metavar="N", help="a quick look at N items of each"
@@ -50,7 +51,10 @@ def run(args: argparse.Namespace) -> int:
     names = ("limit", "full", "data", "reference", "revision", "resume", "restart")
     try:
         summary = evaluate(
-            args.model, args.out, tasks=args.suite, **{name: getattr(args, name) for name in names}
+            args.model,
+            args.out,
+            tasks=args.suite or "capability",
+            **{name: getattr(args, name) for name in names},
         )
     except KeyboardInterrupt:
         hint = "; the same command with --resume goes on from here"

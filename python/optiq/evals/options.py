@@ -64,11 +64,10 @@ class EvalOptions:
         """
         given: dict[str, Any] = dict(fields)
         named, data = given.pop("tasks", ALL), given.pop("data", None)
-        if isinstance(named, str):
-            named = TASKS if named == ALL else (named,)
+        names = (named,) if isinstance(named, str) else tuple(dict.fromkeys(named))
         options = cls(
-            tasks=tuple(named),
-            required=fields.get("tasks", ALL) != ALL,
+            tasks=TASKS if ALL in names else names,
+            required=ALL not in names,
             data=None if data is None else Path(data).expanduser(),
             **given,
         )
