@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..evals.runner import evaluate
 
+    tasks = args.suite or "capability"
     names = ("limit", "full", "data", "reference", "revision", "resume", "restart")
     try:
         summary = evaluate(
