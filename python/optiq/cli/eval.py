@@ -52,10 +52,7 @@ def run(args: argparse.Namespace) -> int:
     names = ("limit", "full", "data", "reference", "revision", "resume", "restart")
     try:
         summary = evaluate(
-            args.model,
-            args.out,
-            tasks=args.suite or "capability",
-            **{name: getattr(args, name) for name in names},
+            args.model, args.out, tasks=tasks, **{name: getattr(args, name) for name in names}
         )
     except KeyboardInterrupt:
         hint = "; the same command with --resume goes on from here"
