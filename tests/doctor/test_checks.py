@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,8 @@ from optiq import blas
 from optiq.base import memory
 from optiq.doctor import checks as doctor
 from optiq.doctor.checks import examine
-from optiq.ops import native
+from optiq.ops import contest, native
+from optiq.ops.contest import Times, Timings
 
 
 def findings() -> dict[str, doctor.Finding]:
@@ -46,6 +48,29 @@ def test_native_kernels_or_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     found = findings()["native kernels"]
     assert found.value == "no: pure MLX is used"
     assert found.advice == "built for mlx 1; pip install mlx==1"
+
+
+def test_metal_kernels_that_were_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert not any("metal" in name for name in findings())
+    monkeypatch.setattr(native, "device", lambda: "metal")
+    monkeypatch.setattr(native, "extension", SimpleNamespace(isa=lambda: "neon", num_threads=int))
+    monkeypatch.delenv("OPTIQ_METAL", raising=False)
+    timings = Timings(tmp_path, {"chip": "M9"})
+    monkeypatch.setattr(contest, "timings", lambda: timings)
+    assert "optiq generate" in findings()["metal kernels"].advice
+    timings.ask("a product", lambda: Times(0.125, 0.25))
+    timings.ask("another", lambda: Times(0.5, 0.25))
+    found = examine()
+    at = [f.name for f in found].index("metal kernels")
+    file = tmp_path / "metal-M9.json"
+    assert [(f.name, f.value, f.advice) for f in found[at : at + 3]] == [
+        ("metal kernels", f"1 of 2 timed are not slower than stock ({file})", ""),
+        ("  optiq", "a product: 0.125 ms, stock 0.25 ms", ""),
+        ("  stock", "another: 0.5 ms, stock 0.25 ms", ""),
+    ]
+    for value in ("0", "1"):
+        monkeypatch.setenv("OPTIQ_METAL", value)
+        assert f"OPTIQ_METAL={value}" in findings()["metal kernels"].advice
 
 
 def test_a_package_of_the_same_import_name_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

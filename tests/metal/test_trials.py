@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from optiq.formats import Format
-from optiq.ops import AffineWeight
+from optiq.ops import AffineWeight, trials
 from optiq.ops.cases import DTYPES
 from optiq.ops.kl import Head
 from optiq.ops.trials import TRIALS, passes
@@ -89,6 +89,8 @@ K8, V4 = Format("affine", 8, 64), Format("affine", 4, 32)
 LAUNCHES = [
     ("quantized_matmul", ("one", F16, 1, (F16, 64, 4))),
     ("quantized_matmul", ("one", BF16, 16, (BF16, 64, 4))),
+    ("quantized_matmul", ("one", F16, 32, (F16, 64, 3))),
+    ("quantized_matmul", ("several", F16, 64, (F16, 64, 4), (F16, 32, 8))),
     ("quantized_matmul", ("not transposed", F32, 2, (F32, 64, 3))),
     ("quantized_matmul", ("several", BF16, 1, (BF16, 64, 3), (BF16, 128, 6), (BF16, 32, 3))),
     ("quantized_matmul", ("experts", F32, 2, (F32, 64, 3))),
@@ -105,6 +107,9 @@ LAUNCHES = [
 def test_the_kernels_pass(op: str, launch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if launch[0] == "min/max":  # what a Mac compares with
         monkeypatch.setattr(mx, "quantize", gpu_quantize)
+    # The tiles that a wide weight would get, without the work it would be.
+    monkeypatch.setattr(trials, "WIDE", 128)
+    monkeypatch.setenv("OPTIQ_TUNE", "narrow_from=0")
     assert passes(Emulated(), op, launch)
 
 

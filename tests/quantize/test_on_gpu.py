@@ -13,9 +13,8 @@ import pytest
 
 import optiq
 from optiq.evals.engine import Engine, Prompt
-from optiq.ops import native
 from optiq.runtime.loading import load
-from tests.ops.test_on_gpu import Extension, raised_later
+from tests.ops.test_on_gpu import Extension, on_device, raised_later
 from tests.tiny import tiny_folder
 
 KERNELS = (
@@ -79,11 +78,10 @@ def test_it_goes_on_with_stock_mlx(
     model: Path, job: Job, after: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extension = Extension()
-    monkeypatch.setattr(native, "device", lambda: "metal")
-    monkeypatch.setattr(native, "extension", extension)
+    on_device(monkeypatch, extension)
     job(model)  # from now on all launches are proven
-    for check in ("disagreement", "layer_disagreement"):  # and the layers, which are loaded again
-        monkeypatch.setattr(f"optiq.nn.accelerate.{check}", lambda *args: "")
+    # and the blocks, which are loaded again
+    monkeypatch.setattr("optiq.nn.accelerate.disagreement", lambda *args: "")
     extension.calls.clear()
     expected = job(model)
     calls = sum(extension.calls[name] for name in KERNELS)

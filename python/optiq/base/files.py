@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExportError, UsageError
+
+
+def cache_folder() -> Path:
+    """Where answers are kept that can be found again: `optiq` in XDG_CACHE_HOME or ~/.cache."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    return (Path(given) if given else Path("~/.cache")).expanduser() / "optiq"
 
 
 @contextmanager

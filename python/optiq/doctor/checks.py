@@ -9,9 +9,13 @@ import warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import blas
 from ..version import __version__
+
+if TYPE_CHECKING:
+    from ..ops.contest import Times
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ def examine() -> list[Finding]:
     else:
         value = f"yes: {extension.isa()}, {extension.num_threads()} threads"
         findings.append(Finding("native kernels", value, _cpu_advice(extension.isa())))
+    findings += _metal()
     if sys.platform == "linux":
         findings.append(_blas())
         if shutil.which(os.environ.get("CXX", "g++")) is None:
@@ -86,6 +91,36 @@ def _blas() -> Finding:
         else "import optiq before mlx, or preload OpenBLAS"
     )
     return Finding("float32 matmul of MLX", "reference BLAS", advice)
+
+
+def _metal() -> list[Finding]:
+    """Which Metal kernels run here: all that were timed against stock MLX, by `accelerate`."""
+    from ..ops import contest, metal, native
+
+    if native.device() != "metal" or native.extension is None:
+        return []
+    mode, timings = metal.mode(), contest.timings()
+    if mode == "0":
+        value, advice = "no", "OPTIQ_METAL=0 leaves them alone; unset it"
+    elif mode == "1":
+        value, advice = "yes, also slower ones", "OPTIQ_METAL=1 takes all; unset it"
+    else:
+        wins = sum(not t.slower for t in timings.known.values())
+        value = f"{wins} of {len(timings.known)} timed are not slower than stock ({timings.path})"
+        advice = (
+            "" if timings.known else "nothing was timed yet; run: optiq generate MODEL -p hello"
+        )
+    return [
+        Finding("metal kernels", value, advice),
+        *(
+            Finding("  stock" if t.slower else "  optiq", f"{work}: {_milliseconds(t)}")
+            for work, t in sorted(timings.known.items())
+        ),
+    ]
+
+
+def _milliseconds(times: Times) -> str:
+    return f"{times.ours:.4g} ms, stock {times.stock:.4g} ms"
 
 
 def _sandbox() -> list[Finding]:

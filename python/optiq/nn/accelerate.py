@@ -9,6 +9,7 @@ all dtypes stay.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..base.text import dtype_name
 from ..formats import AFFINE_BITS, AFFINE_GROUPS, Format
 from ..models.blocks import Unknown, describe
 from ..models.kinds import Kind, kind_of
@@ -25,7 +27,7 @@ from ..models.places import place_at
 from ..models.roles import blocks as blocks_of
 from ..ops import AffineWeight, matmul, metal, native
 from .blocks import Fused, fuse
-from .check import disagreement, layer_disagreement
+from .check import disagreement
 from .layers import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -35,8 +37,6 @@ from .layers import (
 )
 from .parts import Description
 from .stack import Stacked, stack, stackable
-
-FAILED = "its Metal kernel does not run here, or not right"
 
 
 @dataclass
@@ -60,15 +60,16 @@ def accelerate(model: nn.Module, *, blocks: bool = True) -> Accelerated:
     you do, pass `blocks=False`. A kind of block is first compared with the original on random
     input, and left alone if the two disagree.
 
-    On a Metal GPU quantized linear layers and embeddings are swapped, whose products are native for
-    up to 16 rows, and blocks in which they share an input run with one launch for it; all else
-    stays stock. What an answer launches, token by token, is compiled and compared here, before the
-    first token; a layer or block whose kernels fail is left as it is, with one warning. On other
-    GPUs nothing is swapped. What is native already is not in the report.
+    On a Metal GPU quantized linear layers and embeddings are swapped, and blocks in which they
+    share an input run with one launch for it; all else stays stock. What an answer launches, token
+    by token, is compiled and compared here, before the first token; a layer or block whose kernels
+    fail is left as it is, with one warning. One that is slower than stock MLX on this chip is left
+    without a warning (optiq.ops.contest), unless OPTIQ_METAL=1. On other GPUs nothing is swapped.
+    What is native already is not in the report.
     """
     report = Accelerated()
     swaps: list[tuple[str, nn.Module]] = []
-    failures: dict[Any, str] = {}  # on a GPU, of each kind of layer
+    refusals: dict[Any, str] = {}  # on a GPU, of each kind of layer
     classes = stock_classes()
     leaves: dict[str, nn.Module] = dict(
         tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
@@ -81,15 +82,11 @@ def accelerate(model: nn.Module, *, blocks: bool = True) -> Accelerated:
             weight = getattr(module, "weight", None)
             if isinstance(weight, mx.array) and weight.ndim > 1:
                 report.left[path] = f"{type(module).__name__} has no native counterpart"
-        elif reason := _unsupported(module):
+        elif reason := _unsupported(module) or _refusal(module, refusals):
             report.left[path] = reason
         else:
-            layer = native_class.adopt(module)
-            if reason := _failure(module, layer, failures):
-                report.left[path] = reason
-            else:
-                swaps.append((path, layer))
-                report.swapped.append(path)
+            swaps.append((path, native_class.adopt(module)))
+            report.swapped.append(path)
     for path, module in swaps:
         place_at(model, path).set(module)
     if native.on_cpu():
@@ -129,15 +126,19 @@ def _fuse_blocks(model: nn.Module, report: Accelerated) -> None:
                 )
                 continue
             named = [matmul.several(dtype, 1, parts) for parts in launches]
-            if not all(metal.proven(matmul.OP, *launch) for launch in named):
-                report.left[path] = FAILED
+            shared = [parts for parts in launches if len(parts) > 1]
+            refused = [matmul.refusal_together(dtype, parts) for parts in shared]
+            if all(refused):
+                report.left[path] = refused[0]
                 continue
             kind = (*kind, *named)
         fused = fuse(block, anatomy)
         if kind not in verdicts:
-            verdicts[kind] = disagreement(block, fused, description.width, dtype)
-            if verdicts[kind] and not native.on_cpu():
-                metal.warn(matmul.OP, (path,), verdicts[kind])
+            slower = "" if native.on_cpu() else _slower(block, fused, description, dtype)
+            wrong = "" if slower else disagreement(block, fused, description.width, dtype)
+            verdicts[kind] = slower or wrong
+            if wrong and not native.on_cpu():
+                metal.warn(matmul.OP, (path,), wrong)
         if verdicts[kind]:
             report.left[path] = verdicts[kind]
         else:
@@ -185,21 +186,46 @@ def quantized(
     return out
 
 
-def _failure(module: nn.Module, layer: nn.Module, seen: dict[Any, str]) -> str:
-    """Why the Metal kernels cannot be trusted with the product of this layer at one row."""
+def _refusal(module: nn.Module, seen: dict[Any, str]) -> str:
+    """Why the Metal kernels do not compute the product of this layer at one row."""
     if native.on_cpu():
         return ""
     weight = AffineWeight(
         module["weight"], module["scales"], module["biases"], module.group_size, module.bits
     )
-    launch = matmul.single(weight.scales.dtype, 1, weight)
-    kind = launch, weight.shape
+    kind = weight.scales.dtype, weight.group_size, weight.bits, tuple(weight.scales.shape)
     if kind not in seen:
-        works = metal.proven(matmul.OP, *launch)
-        seen[kind] = layer_disagreement(module, layer) if works else FAILED
-        if seen[kind]:
-            metal.warn(matmul.OP, launch, seen[kind])  # unless its trial has
+        seen[kind] = matmul.refusal(weight.scales.dtype, weight)
     return seen[kind]
+
+
+def _slower(block: nn.Module, fused: nn.Module, description: Description, dtype: mx.Dtype) -> str:
+    """Why the whole block is left, or nothing: timed at one row, with no keys before it."""
+
+    def work(block: nn.Module) -> Callable[[mx.array], mx.array]:
+        def step(x: mx.array) -> mx.array:
+            out = block(x, None, None)
+            hidden: mx.array = out[0] if isinstance(out, tuple) else out
+            return hidden
+
+        return step
+
+    products = " / ".join(
+        " + ".join(f"{w.scales.shape[0]}x{w.bits} bits" for w in parts)
+        for parts in description.launches()
+    )
+    heads = f"{description.attention['heads']} and {description.attention['kv_heads']} heads"
+    name = (
+        f"{type(block).__module__.rpartition('.')[2]}.{type(block).__name__}, {dtype_name(dtype)}, "
+        f"{description.width} wide, {heads}, {products}"
+    )
+    x = mx.random.normal((1, 1, description.width), key=mx.random.key(0)).astype(dtype)
+    try:
+        return metal.slower(name, work(fused), work(block), x)
+    except Exception as error:  # whatever a compiler, a driver or MLX raises
+        why = f"it does not run ({error})"
+        metal.warn(matmul.OP, (name,), why)
+        return f"{metal.FAILED}: {why}"
 
 
 def _dtype(block: nn.Module) -> mx.Dtype:

@@ -12,6 +12,7 @@ group size (head_dim 80 in groups of 32); zeros fill the code stream up to whole
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
@@ -20,8 +21,10 @@ import mlx.core as mx
 from ..formats import DENSE, NO_KV_FORMAT, Format, is_kv_format
 from . import metal, native
 from .affine import pack
+from .contest import Sample
 
 Mask = mx.array | str | None
+TIMED_KEYS = 256  # of a cache, at least
 
 
 class Exact(NamedTuple):
@@ -158,7 +161,7 @@ def quantized_attention(
     dim = q.shape[-1]
     v_dim = value_dim or dim
 
-    def native_attention(ext: ModuleType) -> mx.array:
+    def native_attention(ext: ModuleType, q: mx.array = q) -> mx.array:
         out: mx.array = ext.quantized_attention(
             q,
             k,
@@ -177,7 +180,7 @@ def quantized_attention(
         )
         return out
 
-    def composed() -> mx.array:
+    def composed(q: mx.array = q) -> mx.array:
         keys = _plain(k, dim, k_format, q.dtype)
         values = _plain(v, v_dim, v_format, q.dtype)
         for exact, at in ((first, 0 if starts is None else starts), (recent, None)):
@@ -199,7 +202,15 @@ def quantized_attention(
     if native.on_cpu() or not _has_kernel(q, k, v_dim):
         return composed()
     launch = q.dtype, dim, v_dim, k_format, v_format, _tile(q, k)
-    return metal.run("quantized_attention", launch, native_attention, composed)
+    given = sinks, starts, *(first or ()), *(recent or ()), masking(mask)[1]
+    reads = (k, v, *(a for a in given if a is not None))
+    keys = max(TIMED_KEYS, 1 << (k.shape[2] - 1).bit_length())  # once for each power of two
+    name = f"{'x'.join(map(str, q.shape[:3]))} queries, {k.shape[1]} x {keys} keys"
+    refused = partial(
+        metal.refusal, "quantized_attention", launch, q.dtype, native_attention, composed,
+        Sample(name, tuple(q.shape), reads),
+    )  # fmt: skip
+    return metal.run("quantized_attention", launch, native_attention, composed, refused)
 
 
 def _has_kernel(q: mx.array, k: mx.array, value_dim: int) -> bool:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from . import metal, native
 from .affine import AffineWeight
+from .contest import Sample
 
-# Of x, up to which the Metal kernels read each weight once. Above it stock MLX stays until ours
-# have been measured on a Mac.
+# Of x, up to which the Metal kernels read each weight once. For more rows there are others,
+# compiled for up to 32 rows and for more.
 GPU_ROWS = 16
+FEW, MANY = 32, 64
+TIMED_ROWS = 256  # at most
 OP = "quantized_matmul"  # the name of all these products to metal.py
 
 
@@ -90,13 +94,13 @@ def quantized_matmul(
     if x.ndim == 1:
         return quantized_matmul(x[None], w, scales, biases, transpose, group_size, bits)[0]
 
-    def native_product(ext: ModuleType) -> mx.array:
+    def native_product(ext: ModuleType, x: mx.array = x) -> mx.array:
         out: mx.array = ext.quantized_matmul(
             x, w, scales, biases, transpose, group_size, bits, indices=indices
         )
         return out
 
-    def stock() -> mx.array:
+    def stock(x: mx.array = x) -> mx.array:
         weight = w, scales, biases
         how: dict[str, Any] = {"transpose": transpose, "group_size": group_size, "bits": bits}
         if indices is None:
@@ -106,11 +110,15 @@ def quantized_matmul(
     if ext := native.active():
         return native_product(ext)
     rows = _rows(x)
-    if not 0 < rows <= GPU_ROWS:
+    plain = transpose and indices is None
+    if not rows or (rows > GPU_ROWS and (not plain or _traced(x))):
         return stock()
     kind = "experts" if indices is not None else "one" if transpose else "not transposed"
-    launch = kind, x.dtype, rows, (scales.dtype, group_size, bits)
-    return metal.run(OP, launch, native_product, stock)
+    launch = kind, x.dtype, _compiled(rows), (scales.dtype, group_size, bits)
+    reads = (w, scales, biases) if indices is None else (w, scales, biases, indices)
+    sample = _sample(rows, x.shape[-1], [scales.shape[:-1]], reads)
+    refused = partial(metal.refusal, OP, launch, x.dtype, native_product, stock, sample)
+    return metal.run(OP, launch, native_product, stock, refused)
 
 
 def mixed_quantized_matmul(x: mx.array, parts: Sequence[AffineWeight]) -> list[mx.array]:
@@ -128,33 +136,94 @@ def mixed_quantized_matmul(x: mx.array, parts: Sequence[AffineWeight]) -> list[m
         `quantized_matmul` gives for it alone, to the bit.
     """
 
-    def native_products(ext: ModuleType) -> list[mx.array]:
-        outs: list[mx.array] = ext.mixed_quantized_matmul(x, [tuple(part) for part in parts])
-        return outs
+    together = _Together(parts)
+    if native.on_cpu():
+        ext = native.extension
+        return together.ours(ext, x) if ext else together.one_by_one(x)
+    rows = _rows(x)
+    if not rows or (rows > GPU_ROWS and _traced(x)):
+        return together.one_by_one(x)
+    return metal.run(
+        OP,
+        several(x.dtype, rows, parts),
+        lambda ext: together.ours(ext, x),
+        lambda: together.one_by_one(x),
+        lambda: together.refusal(x.dtype, rows),
+    )
 
-    def one_by_one() -> list[mx.array]:
+
+class _Together(NamedTuple):
+    """The products of one x with several weights."""
+
+    parts: Sequence[AffineWeight]
+
+    def ours(self, ext: ModuleType, x: mx.array) -> list[mx.array]:
+        out: list[mx.array] = ext.mixed_quantized_matmul(x, [tuple(part) for part in self.parts])
+        return out
+
+    def one_by_one(self, x: mx.array) -> list[mx.array]:
         return [
             quantized_matmul(x, w.codes, w.scales, w.biases, group_size=w.group_size, bits=w.bits)
-            for w in parts
+            for w in self.parts
         ]
 
-    if native.on_cpu():
-        return native_products(native.extension) if native.extension else one_by_one()
-    rows = _rows(x)
-    if not 0 < rows <= GPU_ROWS:
-        return one_by_one()
-    return metal.run(OP, several(x.dtype, rows, parts), native_products, one_by_one)
+    def refusal(self, dtype: mx.Dtype, rows: int) -> str:
+        inner = self.parts[0].scales.shape[-1] * self.parts[0].group_size
+        outs = [w.scales.shape[:-1] for w in self.parts]
+        sample = _sample(rows, inner, outs, [a for w in self.parts for a in w[:3]])
+        launch = several(dtype, rows, self.parts)
+        return metal.refusal(OP, launch, dtype, self.ours, self.one_by_one, sample)
+
+
+def refusal_together(dtype: mx.Dtype, parts: Sequence[AffineWeight]) -> str:
+    """Why a Metal GPU has no launch for these products of one row, or nothing."""
+    return _Together(parts).refusal(dtype, 1)
+
+
+def refusal(dtype: mx.Dtype, weight: AffineWeight) -> str:
+    """Why a Metal GPU leaves the product of one row with this weight to stock MLX, or nothing."""
+
+    def native_product(ext: ModuleType, x: mx.array) -> mx.array:
+        out: mx.array = ext.quantized_matmul(x, *weight[:3], True, *weight[3:])
+        return out
+
+    def stock(x: mx.array) -> mx.array:
+        size, bits = weight[3:]
+        return mx.quantized_matmul(x, *weight[:3], group_size=size, bits=bits)
+
+    inner = weight.scales.shape[-1] * weight.group_size
+    sample = _sample(1, inner, [weight.scales.shape[:-1]], weight[:3])
+    return metal.refusal(OP, single(dtype, 1, weight), dtype, native_product, stock, sample)
 
 
 def single(x: mx.Dtype, rows: int, part: AffineWeight) -> tuple[Hashable, ...]:
     """The launch of a product on a Metal GPU, for `metal.proven`."""
-    return "one", x, rows, (part.scales.dtype, part.group_size, part.bits)
+    return "one", x, _compiled(rows), (part.scales.dtype, part.group_size, part.bits)
 
 
 def several(x: mx.Dtype, rows: int, parts: Sequence[AffineWeight]) -> tuple[Hashable, ...]:
     """The same of `mixed_quantized_matmul`."""
-    return "several", x, rows, *((w.scales.dtype, w.group_size, w.bits) for w in parts)
+    return "several", x, _compiled(rows), *((w.scales.dtype, w.group_size, w.bits) for w in parts)
 
 
 def _rows(x: mx.array) -> int:
     return x.size // max(x.shape[-1], 1) if x.ndim else 0
+
+
+def _compiled(rows: int) -> int:
+    """The rows that tell one kernel from another (csrc/launch/quantized_matmul.cpp)."""
+    return rows if rows <= GPU_ROWS else FEW if rows <= FEW else MANY
+
+
+def _sample(
+    rows: int, inner: int, outs: Sequence[Sequence[int]], reads: Sequence[mx.array]
+) -> Sample:
+    """Many rows are timed once for each power of two."""
+    if rows > GPU_ROWS:
+        rows = min(1 << (rows - 1).bit_length(), TIMED_ROWS)
+    name = f"{rows} x {inner} x {' + '.join('x'.join(map(str, out)) for out in outs)}"
+    return Sample(name, (rows, inner), tuple(reads))
+
+
+def _traced(x: mx.array) -> bool:
+    return native.extension is not None and bool(native.extension.traced(x))

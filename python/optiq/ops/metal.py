@@ -3,10 +3,14 @@
 They are tested on emulated threads and have never run on a Mac. MLX compiles a kernel when a graph
 that holds it is evaluated, and what is thrown then ends an answer. So nothing enters a graph before
 it was evaluated once: each launch, which is what kernels are compiled for (dtypes, widths, rows),
-first computes a small case by itself. One that raises, there or when a graph is built, or is wrong
-is left to stock MLX from then on. Should a graph raise all the same when it is evaluated, whoever
-built it does so again with stock MLX: `restarts` is for functions, `give_up` for what goes on where
-it was (runtime/generate.py).
+first computes a small case by itself, and then, at each size, the same as stock MLX (contest.py).
+One that raises, there or when a graph is built, is wrong, or is slower is left to stock MLX from
+then on. Should a graph raise all the same when it is evaluated, whoever built it does so again with
+stock MLX: `restarts` is for functions, `give_up` for what goes on where it was
+(runtime/generate.py).
+
+OPTIQ_METAL=0 leaves all kernels alone, 1 takes all that are right, also slower ones; `auto`, which
+is the default, takes those that are not slower.
 """
 
 from __future__ import annotations
@@ -18,23 +22,41 @@ from functools import wraps
 from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
-from . import native
+import mlx.core as mx
+
+from ..errors import UsageError
+from . import contest, native
+from .contest import Sample
 
 if TYPE_CHECKING:
     from typing_extensions import ParamSpec
 
     P = ParamSpec("P")
 T = TypeVar("T")
+R = TypeVar("R", bound=contest.Results)
+Launch = tuple[Hashable, ...]
 
-# (extension, op, launch) -> whether it may run; (extension, op) of those that a warning has named.
-_verdicts: dict[tuple[ModuleType, str, tuple[Hashable, ...]], bool] = {}
-_warned: set[tuple[ModuleType, str]] = set()
+FAILED = "its Metal kernel does not run here, or not right"
+
+# (extension, op, launch) -> whether it may run; with the name of a sample -> why it is left, or
+# nothing; those of which a warning was given.
+_verdicts: dict[tuple[ModuleType, str, Launch], bool] = {}
+_contests: dict[tuple[ModuleType, str, Launch, str], str] = {}
+_warned: set[ModuleType] = set()
 _given_up: set[ModuleType | None] = set()
+
+
+def mode() -> str:
+    """OPTIQ_METAL: 0, 1 or auto. Raises UsageError."""
+    value = os.environ.get("OPTIQ_METAL", "auto")
+    if value not in ("0", "1", "auto"):
+        raise UsageError(f"OPTIQ_METAL={value!r} must be 0, 1 or auto; unset it")
+    return value
 
 
 def enabled() -> ModuleType | None:
     """The extension on a Metal GPU, else None. OPTIQ_METAL=0 leaves its kernels alone."""
-    if native.device() != "metal" or os.environ.get("OPTIQ_METAL") == "0":
+    if native.device() != "metal" or mode() == "0":
         return None
     return None if native.extension in _given_up else native.extension
 
@@ -45,12 +67,7 @@ def give_up(why: Exception) -> bool:
     if extension is None or not any(_verdicts[key] for key in _verdicts if key[0] is extension):
         return False
     _given_up.add(extension)
-    warnings.warn(
-        f"optiq's Metal kernels are left alone, since a graph with them raised ({why}); it goes on "
-        "with stock MLX; please report what `optiq doctor --selftest` prints",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    _warn_once(f"s are left alone, since a graph with them raised ({why}); stock MLX goes on")
     return True
 
 
@@ -95,12 +112,58 @@ def proven(op: str, *launch: Hashable) -> ModuleType | None:
     return extension if _verdicts[key] else None
 
 
-def run(
-    op: str, launch: tuple[Hashable, ...], ours: Callable[[ModuleType], T], stock: Callable[[], T]
-) -> T:
-    """`ours` where this launch is proven, else `stock`, also from the moment that `ours` raises."""
+def refusal(
+    op: str,
+    launch: Launch,
+    dtype: mx.Dtype,
+    ours: Callable[[ModuleType, mx.array], R],
+    stock: Callable[[mx.array], R],
+    sample: Sample,
+) -> str:
+    """Why work of this size is left to stock MLX, or nothing. `dtype` is that of its x.
+
+    The first time both compute it: ours must not be slower, and they must agree.
+    """
     extension = proven(op, *launch)
     if extension is None:
+        return FAILED
+    key = extension, op, launch, sample.name
+    if key not in _contests:
+        if any(extension.traced(a) for a in sample.reads):
+            return ""  # nothing can be evaluated now
+        x = sample.x(dtype)
+        failed, expected = "", stock(x)  # which raises where the arguments are at fault
+        try:
+            work = f"{op}, {_text(launch)}, {sample.name}"
+            _contests[key] = slower(work, lambda x: ours(extension, x), stock, x)
+            if error := contest.difference(ours(extension, x), expected):
+                failed = f"it differs from stock MLX by {error} of the largest value"
+        except Exception as raised:  # whatever a compiler, a driver or MLX raises
+            failed = f"it does not run ({raised})"
+        if failed:
+            _contests[key] = f"{FAILED}: {failed}"
+            warn(op, (*launch, sample.name), failed)
+    return _contests[key]
+
+
+def slower(work: str, ours: contest.Work, stock: contest.Work, x: mx.array) -> str:
+    """Why ours is left, or nothing: timed on the first use of this work on this machine."""
+    if mode() == "1":
+        return ""
+    return contest.timings().ask(work, lambda: contest.measure(ours, stock, x)).slower
+
+
+def run(
+    op: str,
+    launch: Launch,
+    ours: Callable[[ModuleType], T],
+    stock: Callable[[], T],
+    refused: Callable[[], str] = lambda: "",
+) -> T:
+    """`ours` where this launch is proven and not refused, else `stock`, also from the moment that
+    `ours` raises."""
+    extension = proven(op, *launch)
+    if extension is None or refused():
         return stock()
     try:
         return ours(extension)
@@ -112,15 +175,25 @@ def run(
 
 
 def warn(op: str, launch: tuple[Hashable, ...], why: str) -> None:
-    """One warning for an op; what else of it fails is left to stock MLX without a word."""
-    extension = native.extension
-    if extension is None or (extension, op) in _warned:
+    """One warning for a process; what else fails is left to stock MLX without a word."""
+    _warn_once(f" for {op} is left alone, in {_text(launch)}: {why}")
+
+
+def _warn_once(text: str) -> None:
+    if native.extension is None or native.extension in _warned:
         return
-    _warned.add((extension, op))
-    what = str(launch).replace("mlx.core.", "")
+    _warned.add(native.extension)
     warnings.warn(
-        f"optiq's Metal kernel for {op} is left alone, in {what}: {why}; please report what "
-        "`optiq doctor --selftest` prints",
+        f"optiq's Metal kernel{text}; please report what `optiq doctor --selftest` prints",
         RuntimeWarning,
-        stacklevel=2,
+        stacklevel=3,
+    )
+
+
+def _text(launch: Hashable) -> str:
+    """`one, float16, 1, float16 64 4`: groups of 64 of 4 bits, with their dtype."""
+    if not isinstance(launch, tuple):
+        return str(launch).removeprefix("mlx.core.")
+    return ", ".join(
+        " ".join(map(_text, part)) if isinstance(part, tuple) else _text(part) for part in launch
     )

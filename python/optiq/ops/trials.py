@@ -16,6 +16,8 @@ from .affine import AffineWeight
 from .attention_cases import Attention, Records
 from .cases import DTYPES, Pair, Product, Rounding
 
+WIDE = 64 * 256  # outputs: 256 tiles of 64, as many as `narrow_from` can ask for (docs/kernels.md)
+
 # Each of these runs a case on the default device and returns the largest error as a part of its
 # bound. With `cpu`, the bound is that of the CPU's kernels, which round x to fixed point and
 # compute the logits that matter in double precision. What may come with strides in a model does so
@@ -107,17 +109,20 @@ def _products(
     ext: Any, how: str, x: mx.Dtype, rows: int, *weights: tuple[mx.Dtype, int, int]
 ) -> list[float]:
     """Each weight: dtype of its scales, group size, bits. Some columns are a lane's second ones."""
+    many = rows > 16
     cases = [
-        Product(rows, 64 + 8 * i, 1152, bits, group_size, _named(x), _named(scales))
+        Product(rows - 3 * many, 64 + 8 * i, 1152, bits, group_size, _named(x), _named(scales))
         for i, (scales, group_size, bits) in enumerate(weights)
     ]
     if how == "experts":
         return [multiply_experts(ext, cases[0])]
-    if how == "several":
-        return [multiply_several(ext, cases)]
     if how == "not transposed":
         return [multiply(ext, replace(cases[0], out=128), transpose=False)]
-    return [multiply(ext, cases[0])]
+    # Where a weight is wide, the kernel for many rows has wider tiles.
+    wide = [replace(c, out=WIDE, inner=256) for c in cases] if many else []
+    if how == "several":
+        return [multiply_several(ext, some) for some in (cases, wide) if some]
+    return [multiply(ext, case) for case in (*cases, *wide)]
 
 
 def _roundings(ext: Any, how: str, w: mx.Dtype, group_size: int, bits: int) -> list[float]:
