@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc metal -name '*.cpp' -o -name '*.h' -o -name '*.metal')
 
-.PHONY: demo test families attacks fuzz test-clients bench lint format clean wheel-macos wheel-linux test-aarch64 evidence
+.PHONY: demo test families schedules attacks fuzz test-clients bench lint format clean wheel-macos wheel-linux test-aarch64 evidence
 
 # A changed kernel, binding or dependency reinstalls the package; Python files are used in place.
 $(VENV)/.installed: pyproject.toml CMakeLists.txt cmake/embed_metal.cmake $(SOURCES)
@@ -30,6 +30,10 @@ test: $(VENV)/.installed
 # configs are also compared with the models of transformers.
 families: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m families tests
+
+# The Metal kernels in 16 orders of execution, each on an emulated chip of its own.
+schedules: $(VENV)/.installed
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m schedules tests/metal
 
 # The long part of the attacks on the sandbox, from a seed of its own: make attacks SEED=7.
 attacks: $(VENV)/.installed

@@ -12,7 +12,7 @@ import numpy as np
 
 import optiq  # noqa: F401
 from optiq.ops import native
-from tests.msl.emulator import Counters, Module, Out
+from tests.msl.emulator import APPLE, Chip, Counters, Module, Out
 
 METAL = Path(__file__).parents[2] / "metal"
 NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -28,8 +28,11 @@ Plan = dict[str, Any]
 
 
 @functools.cache
-def compiled(source: str, instantiations: frozenset[tuple[str, str]], mode: Mode) -> Module:
-    return Module(METAL / source, dict(sorted(instantiations)), mode=mode)
+def compiled(
+    source: str, instantiations: frozenset[tuple[str, str]], mode: Mode, contracts: bool
+) -> Module:
+    chip = Chip(contracts=contracts)
+    return Module(METAL / source, dict(sorted(instantiations)), mode=mode, chip=chip)
 
 
 def compile_together(plans: Sequence[Plan], mode: Mode = "check") -> None:
@@ -48,10 +51,10 @@ def compile_together(plans: Sequence[Plan], mode: Mode = "check") -> None:
 _modules: dict[tuple[str, str, Mode], tuple[str, frozenset[tuple[str, str]], Mode]] = {}
 
 
-def module(launch: dict[str, Any], mode: Mode) -> Module:
+def module(launch: dict[str, Any], mode: Mode, contracts: bool = True) -> Module:
     key = (launch["source"], launch["kernel"], mode)
     alone = (launch["source"], frozenset([(launch["kernel"], launch["instantiation"])]), mode)
-    return compiled(*_modules.get(key, alone))
+    return compiled(*_modules.get(key, alone), contracts)
 
 
 def to_numpy(a: mx.array) -> np.ndarray:
@@ -69,6 +72,7 @@ def run_arrays(
     outputs: Sequence[tuple[tuple[int, ...], Any]],
     mode: Mode = "check",
     shuffle: int | bool = False,
+    chip: Chip = APPLE,
 ) -> tuple[list[np.ndarray], Counters]:
     """The plan's outputs, and what its launches counted together.
 
@@ -93,12 +97,13 @@ def run_arrays(
             else:
                 arguments[i] = Out((plan["temporaries"][argument["index"]],), np.uint8)
                 written.append((temporaries, argument["index"]))
-        out, counters = module(launch, mode)(
+        out, counters = module(launch, mode, chip.contracts)(
             launch["kernel"],
             arguments,
             grid=launch["threadgroups"],
             threads=launch["threads"],
             shuffle=shuffle,
+            chip=chip,
         )
         for (where, index), array in zip(written, out, strict=True):
             where[index] = array
@@ -113,10 +118,11 @@ def run(
     outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
     mode: Mode = "check",
     shuffle: int | bool = False,
+    chip: Chip = APPLE,
 ) -> tuple[list[mx.array], Counters]:
     """The same on MLX arrays."""
     shapes = [(shape, NUMPY[dtype]) for shape, dtype in outputs]
-    out, counters = run_arrays(plan, [to_numpy(a) for a in inputs], shapes, mode, shuffle)
+    out, counters = run_arrays(plan, [to_numpy(a) for a in inputs], shapes, mode, shuffle, chip)
     return [to_mlx(a, dtype) for a, (_, dtype) in zip(out, outputs, strict=True)], counters
 
 

@@ -14,7 +14,7 @@ from optiq.ops import reference
 from optiq.ops.attention import Exact, packing
 from optiq.ops.attention_cases import ATTENTION, Attention, attention, masks, normal
 from optiq.ops.cases import DTYPES
-from tests.msl.emulator import KernelError, Module, needs_emulator
+from tests.msl.emulator import APPLE, Chip, KernelError, Module, needs_emulator
 from tests.ops.test_quantized_attention import records
 
 from .launcher import NAMES, Plan, compile_together, plan_quantized_attention, run
@@ -52,7 +52,12 @@ def plan(q: mx.array, k: mx.array, v: mx.array, **given: Any) -> Plan:
 
 
 def attend(
-    q: mx.array, k: mx.array, v: mx.array, shuffle: int | bool = False, **given: Any
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    shuffle: int | bool = False,
+    chip: Chip = APPLE,
+    **given: Any,
 ) -> tuple[mx.array, Any]:
     """The result and the counters."""
     inputs = [q, k, v]
@@ -66,14 +71,18 @@ def attend(
     if (sinks := given.get("sinks")) is not None:
         inputs.append(sinks)
     shape = (*q.shape[:3], given.get("value_dim") or q.shape[-1])
-    (y,), counters = run(plan(q, k, v, **given), inputs, [(shape, q.dtype)], shuffle=shuffle)
+    (y,), counters = run(
+        plan(q, k, v, **given), inputs, [(shape, q.dtype)], shuffle=shuffle, chip=chip
+    )
     return y, counters
 
 
-def launched(case: Attention, shuffle: int | bool = False, **changed: Any) -> mx.array:
+def launched(
+    case: Attention, shuffle: int | bool = False, chip: Chip = APPLE, **changed: Any
+) -> mx.array:
     """The result, by splits of 128 keys."""
     given = case.arguments() | {"tune": "kv_split=128"} | changed
-    return attend(case.queries(), *case.stored(), shuffle=shuffle, **given)[0]
+    return attend(case.queries(), *case.stored(), shuffle=shuffle, chip=chip, **given)[0]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -196,7 +205,7 @@ def test_a_fault_planted_in_the_kernel_is_reported(
 ) -> None:
     right, wrong = FAULTS[fault]
 
-    def broken(launch: dict[str, Any], mode: Any) -> Module:
+    def broken(launch: dict[str, Any], mode: Any, contracts: bool) -> Module:
         text = launch["library_source"]
         assert right in text
         return Module(source=text.replace(right, wrong), kernels=[launch["kernel"]], mode=mode)

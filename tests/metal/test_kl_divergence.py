@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -35,7 +37,7 @@ def plan(tokens: int, w_p: Head, w_q: Head, soft_cap: float | None = None) -> Pl
 
 
 def compared(
-    sides: tuple[mx.array, Head, mx.array, Head], soft_cap: float | None = None, **options: int
+    sides: tuple[mx.array, Head, mx.array, Head], soft_cap: float | None = None, **options: Any
 ) -> Comparison:
     h_p, w_p, h_q, w_q = sides
     heads = [list(w[:3]) if isinstance(w, AffineWeight) else [w] for w in (w_p, w_q)]

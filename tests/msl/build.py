@@ -31,8 +31,10 @@ LANGUAGE = [
     *("-x", "cl", "-cl-std=CLC++2021", "-cl-no-stdinc", "-target", "x86_64-linux-gnu"),
     *("-Xclang", "-cl-ext=-cl_khr_fp64,-__opencl_c_fp64"),  # Metal has no double
 ]
-# One rounding an operation and defined overflow, as Metal without fast-math.
-_CODE = ["-fPIC", "-g1", "-fno-strict-aliasing", "-ffp-contract=off", "-fwrapv", "-fno-math-errno"]
+# Defined overflow, and no fast-math.
+_CODE = ["-fPIC", "-g1", "-fno-strict-aliasing", "-fwrapv", "-fno-math-errno"]
+# Apple's compiler makes an fma of a * b + c, without fast-math as well: its AIR has llvm.fmuladd.
+_CONTRACT = {True: ["-ffp-contract=on"], False: ["-ffp-contract=off"]}
 # Indices of fixed-size arrays, and frames that would jump over the guard page of a stack.
 _CODE += ["-fsanitize=array-bounds,local-bounds", "-fsanitize-trap=local-bounds"]
 _CODE += ["-fno-sanitize-recover=array-bounds", "-fstack-clash-protection"]
@@ -103,11 +105,12 @@ def build(
     mode: str,
     include: Sequence[str | Path] = (),
     define: Sequence[str] = (),
+    contract: bool = True,
 ) -> Built:
     """Compile `path` (or take it from the cache). `kernels` maps names to kernel expressions."""
     started = time.perf_counter()
     text = preprocess(path, include, define)
-    key = _key(text, repr(kernels), mode)
+    key = _key(text, repr(kernels), mode, str(contract))
     library, record = CACHE / f"{key}.so", CACHE / f"{key}.json"
     if library.exists() and record.exists():
         os.utime(library)
@@ -123,7 +126,7 @@ def build(
         source += launcher(expression, signatures[name], number)
     seconds["rewrite"] = time.perf_counter() - started
     CACHE.mkdir(parents=True, exist_ok=True)
-    _compile(source, unit, key, mode, seconds)
+    _compile(source, unit, key, mode, contract, seconds)
     built = Built(library, signatures, unit.constants, unit.threadgroup_variables, seconds)
     _write(record, json.dumps({**asdict(built), "library": library.name}))
     _prune()
@@ -158,13 +161,18 @@ def _base(expression: str) -> str:
     return expression.split("<")[0].strip().rsplit("::", 1)[-1]
 
 
-def _compile(source: str, unit: Unit, key: str, mode: str, seconds: dict[str, float]) -> None:
+def _compile(
+    source: str, unit: Unit, key: str, mode: str, contract: bool, seconds: dict[str, float]
+) -> None:
     # Other processes may build the same: what is not renamed into place has a name of its own.
     text, code = CACHE / f"{key}.cl", CACHE / f"{key}.{os.getpid()}.o"
     _write(text, source)
     started = time.perf_counter()
     done = _clang(
-        [*LANGUAGE, "-w", *_ARCH, *_CODE, *_MODES[mode], "-c", str(text), "-o", str(code)]
+        [
+            *(*LANGUAGE, "-w", *_ARCH, *_CODE, *_CONTRACT[contract], *_MODES[mode]),
+            *("-c", str(text), "-o", str(code)),
+        ]
     )
     if done.returncode:
         raise CompileError("\n".join(compiler_errors(done.stderr)) or done.stderr[:4000])

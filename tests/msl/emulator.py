@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,14 +25,24 @@ from .counters import Counters, RawCounters
 from .launcher import Parameter
 from .symbols import readable
 
-__all__ = ["CompileError", "Counters", "InOut", "KernelError", "Module", "Out", "needs_emulator"]
+__all__ = [
+    "APPLE",
+    "Chip",
+    "CompileError",
+    "Counters",
+    "InOut",
+    "KernelError",
+    "Module",
+    "Out",
+    "needs_emulator",
+]
 
 BUFFERS = 31
 MAX_THREADS = 1024
 MAX_THREADGROUP_BYTES = 32768
 # Mirrors of rt/runtime.h.
 WRITABLE, UNWRITTEN = 1, 2
-ALLOW_DIVERGENCE, SHUFFLE, GRID_IS_THREADS = 1, 2, 4
+ALLOW_DIVERGENCE, SHUFFLE, GRID_IS_THREADS, FLUSH = 1, 2, 4, 8
 
 needs_emulator = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
@@ -53,8 +64,26 @@ class InOut:
     """A buffer with contents that the kernel may change; the array given is not changed."""
 
     def __init__(self, array: npt.ArrayLike) -> None:
-        self.array = np.array(array, order="C")
+        self.array = np.asarray(array, order="C")
 
+
+@dataclass(frozen=True)
+class Chip:
+    """What Metal leaves to the compiler and the chip, as Apple's do it unless told otherwise.
+
+    Args:
+        number: other chips than 0 sum lanes and products of matrices in orders of their own, and
+            have functions (exp, log, ...) that are off by up to 2 ulp.
+        contracts: `a * b + c` is one fma.
+        flushes: denormal floats are zeros.
+    """
+
+    number: int = 0
+    contracts: bool = True
+    flushes: bool = True
+
+
+APPLE = Chip()
 
 Argument = np.ndarray | np.generic | Out | InOut
 
@@ -78,6 +107,7 @@ class _Launch(ctypes.Structure):
         ("flags", ctypes.c_uint32),
         ("seconds", ctypes.c_uint32),
         ("seed", ctypes.c_uint64),
+        ("chip", ctypes.c_uint64),
     )
 
 
@@ -99,6 +129,7 @@ class Module:
         kernels: name to kernel expression ("qmv<half, 64>") or to a [[host_name]]; a list of such;
             None takes every kernel that is no template and every [[host_name]].
         mode: "check" finds bugs and counts bytes; "fast" is several times faster.
+        chip: what it is compiled for and, unless a launch says otherwise, runs on.
         include: folders for #include. define: "NAME" or "NAME=value".
 
     Raises:
@@ -111,6 +142,7 @@ class Module:
         kernels: Mapping[str, str] | Sequence[str] | None = None,
         *,
         mode: Literal["check", "fast"] = "check",
+        chip: Chip = APPLE,
         include: Sequence[str | Path] = (),
         define: Sequence[str] = (),
         source: str | None = None,
@@ -119,8 +151,8 @@ class Module:
             raise TypeError("Module takes a path or a source")
         file = _stored(source) if source is not None else _found(Path(path or ""))
         wanted = dict(kernels) if isinstance(kernels, Mapping) else kernels
-        self.mode = mode
-        self.built = build(file, wanted, mode, include, define)
+        self.mode, self.chip = mode, chip
+        self.built = build(file, wanted, mode, include, define, contract=chip.contracts)
         self.kernels = tuple(self.built.kernels)
         self._library = ctypes.CDLL(str(self.built.library), mode=ctypes.RTLD_LOCAL)
         self._library.msl_launch.argtypes = (
@@ -147,6 +179,7 @@ class Module:
         threadgroup_memory: Mapping[int, int] | None = None,
         *,
         shuffle: bool | int = False,
+        chip: Chip | None = None,
         allow_divergence: bool = False,
         dispatch_threads: bool = False,
         seconds: int = 60,
@@ -159,6 +192,7 @@ class Module:
             threads: threads of a threadgroup in x, y, z; at most 1024.
             threadgroup_memory: bytes for each [[threadgroup(i)]] argument.
             shuffle: run lanes and simdgroups in random order; an integer is the seed.
+            chip: another than the module's, that contracts as it does.
             allow_divergence: run a simdgroup function on the lanes that reach it, as a GPU does,
                 instead of reporting the lanes that do not.
             seconds: limit on the processor time.
@@ -171,6 +205,9 @@ class Module:
         """
         if kernel not in self.kernels:
             raise KeyError(f"no kernel {kernel!r}; this module has: {', '.join(self.kernels)}")
+        chip = chip or self.chip
+        if chip.contracts != self.chip.contracts:
+            raise ValueError("contraction is a matter of compiling: give the chip to Module")
         signature = self.built.kernels[kernel]
         number = self.kernels.index(kernel)
         launch, raw = _Launch(), RawCounters()
@@ -181,9 +218,11 @@ class Module:
             ALLOW_DIVERGENCE * allow_divergence
             | SHUFFLE * (shuffle is not False)
             | GRID_IS_THREADS * dispatch_threads
+            | FLUSH * chip.flushes
         )
-        launch.seed, launch.seconds = int(shuffle), seconds
+        launch.seed, launch.seconds, launch.chip = int(shuffle), seconds, chip.number
         _bind_memory(kernel, launch, signature, threadgroup_memory or {})
+        _check_aliases(kernel, arguments)
         arrays = {i: _array(kernel, i, a) for i, a in arguments.items()}
         self._check_sizes(kernel, number, signature, arrays)
         for i, array in arrays.items():
@@ -255,6 +294,20 @@ def _bind_memory(
         raise ValueError(f"threadgroup memory over 32 KiB: {sum(memory.values())} bytes")
     for i, count in memory.items():
         launch.threadgroup_bytes[i] = count
+
+
+def _check_aliases(kernel: str, arguments: Mapping[int, Argument]) -> None:
+    """Apple's compiler takes it that what a kernel writes is bound once (air-buffer-no-alias)."""
+    memory = {
+        i: a.array if isinstance(a, (Out, InOut)) else np.asarray(a) for i, a in arguments.items()
+    }
+    for i in (i for i, a in arguments.items() if isinstance(a, (Out, InOut))):
+        for j, other in memory.items():
+            if i != j and np.may_share_memory(memory[i], other):
+                raise ValueError(
+                    f"{kernel}: buffer({min(i, j)}) and buffer({max(i, j)}) overlap, and the "
+                    "kernel writes one; Apple's compiler takes it that they do not"
+                )
 
 
 def _array(kernel: str, index: int, argument: Argument) -> np.ndarray:

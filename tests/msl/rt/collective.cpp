@@ -45,8 +45,10 @@ template <class Combine>
 static inline __attribute__((always_inline)) void reduce(Simdgroup& s) {
   float values[kLanes];
   u32 count = 0;
-  for (u32 lanes = s.active; lanes; lanes &= lanes - 1) {
-    memcpy(&values[count++], s.slots[s.parity][__builtin_ctz(lanes)], sizeof(float));
+  for (const u8 lane : engine.lanes) {
+    if (s.active >> lane & 1) {
+      memcpy(&values[count++], s.slots[s.parity][lane], sizeof(float));
+    }
   }
   for (u32 step = 1; step < count; step *= 2) {
     for (u32 i = 0; i + step < count; i += 2 * step) {
@@ -97,7 +99,7 @@ static void multiply(Simdgroup& s) {
     memcpy(&c[row][column], six + 4, 8);
   }
   for (u32 row = 0; row < 8; row++) {
-    for (u32 inner = 0; inner < 8; inner++) {
+    for (const u8 inner : engine.inner) {
       for (u32 column = 0; column < 8; column++) {
         c[row][column] += a[row][inner] * b[inner][column];
       }

@@ -80,12 +80,49 @@ static void run_grid() {
   }
 }
 
+static u64 mixed(u64 x) { // splitmix64
+  x += 0x9e3779b97f4a7c15;
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
+  x = (x ^ x >> 27) * 0x94d049bb133111eb;
+  return x ^ x >> 31;
+}
+
+// A chip sums in one order, whatever it sums.
+static void choose_order(u8* order, u32 count) {
+  for (u32 i = 0; i < count; i++) {
+    order[i] = i;
+  }
+  for (u32 i = count - 1; engine.launch->chip && i > 0; i--) {
+    const u32 other = mixed(engine.launch->chip * 64 + i) % (i + 1);
+    const u8 kept = order[i];
+    order[i] = order[other];
+    order[other] = kept;
+  }
+}
+
+// The value that a chip has for a function of x: the same for the same x, at most 2 ulp away. Exact
+// where any implementation is: at zero, and for 0, 1, infinities and NaN as results.
+MSL_ENTRY float __msl_near(float value, float x) {
+  const float size = value < 0 ? -value : value;
+  if (!engine.launch->chip || x == 0 || size == 1 || !(size > 1e-30f && size < 1e30f)) {
+    return value;
+  }
+  u32 bits, input;
+  memcpy(&bits, &value, sizeof bits);
+  memcpy(&input, &x, sizeof input);
+  bits += mixed(engine.launch->chip ^ (u64)bits << 32 ^ input) % 5 - 2;
+  memcpy(&value, &bits, sizeof bits);
+  return value;
+}
+
 // Returns 0, or 1 with the report in counters->error.
 MSL_ENTRY int msl_launch(const Launch* launch, Counters* counters) {
   static u8 signal_stack[65536];
   engine.launch = launch;
   engine.owner = pthread_self();
   engine.random = launch->seed * 2 + 1;
+  choose_order(engine.lanes, kLanes);
+  choose_order(engine.inner, 8);
   memset(&engine.counters, 0, sizeof engine.counters);
   if (!prepare_stacks(launch->threads[0] * launch->threads[1] * launch->threads[2]) ||
       !place_buffers()) {
@@ -108,7 +145,12 @@ MSL_ENTRY int msl_launch(const Launch* launch, Counters* counters) {
   engine.current = nullptr;
   engine.late = false;
   engine.armed = true;
+  const u32 rounding = __builtin_ia32_stmxcsr();
+  if (launch->flags & kFlush) { // denormals, as operands and as results
+    __builtin_ia32_ldmxcsr(rounding | 0x8040);
+  }
   run_grid();
+  __builtin_ia32_ldmxcsr(rounding);
   engine.armed = false;
   engine.counters.seconds = now() - start;
   set_timer(0);

@@ -65,7 +65,7 @@ enum Operation {
 };
 
 enum BufferFlags { kWritable = 1, kUnwritten = 2 }; // kUnwritten: contents undefined on entry
-enum LaunchFlags { kAllowDivergence = 1, kShuffled = 2, kGridIsThreads = 4 };
+enum LaunchFlags { kAllowDivergence = 1, kShuffled = 2, kGridIsThreads = 4, kFlush = 8 };
 
 // Mirrored in emulator.py.
 struct BufferArgument {
@@ -79,7 +79,8 @@ struct Launch {
   u64 threadgroup_bytes[kBuffers];
   u32 grid[3], threads[3];
   u32 flags, seconds;
-  u64 seed;
+  u64 seed; // of the schedule
+  u64 chip; // of what Metal leaves to a chip; 0: exact functions, sums by neighbours
 };
 struct Counters {
   u64 threads, threadgroups, switches, barriers, simdgroup_barriers, threadgroup_memory;
@@ -132,6 +133,7 @@ struct Engine {
   u32 runnable; // mask of simdgroups with a ready lane
   u32 threadgroup_number;
   u64 random;
+  u8 lanes[kLanes], inner[8]; // the chip's orders of sums
   bool armed; // inside a launch: with a current fiber, faults and accesses are the kernel's
   bool late;  // the time limit passed between two threadgroups
   pthread_t owner;
