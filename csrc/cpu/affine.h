@@ -43,33 +43,56 @@ struct Tile {
     return w.rows < kWide ? w.rows : (w.rows + kWide - 1) / kWide;
   }
 
-  static size_t scratch(const Weight& w) {
-    return size_t(kWide) * (w.groups() + 1);
-  }
-
-  Tile(const Weight& w, int index, float* scales, float* biases, float* scratch)
+  Tile(const Weight& w, int index, float* scales, float* biases)
       : w(w), lanes(w.rows < kWide ? 1 : kWide), scales(scales), biases(biases) {
     first = lanes == 1 ? index : (index + 1) * kWide < w.rows ? index * kWide : w.rows - kWide;
     rows = static_cast<const uint8_t*>(w.data) + size_t(first) * w.row_bytes();
     stride = lanes == 1 ? 0 : w.row_bytes();
-    lay(w.scales, scratch, scales);
-    lay(w.biases, scratch, biases);
+    if (w.type == Float::f32) {
+      lay(static_cast<const uint32_t*>(w.scales), scales);
+      lay(static_cast<const uint32_t*>(w.biases), biases);
+    } else {
+      lay_halves();
+    }
   }
 
  private:
+  size_t at(int row, int group) const {
+    return size_t(first + (lanes == 1 ? 0 : row)) * w.groups() + group;
+  }
+
   // values [first + row][group] -> out[group][row].
-  void lay(const void* values, float* scratch, float* out) {
+  void lay(const uint32_t* values, float* out) {
     int groups = w.groups();
-    widen(values, w.type, size_t(first) * groups, lanes * groups, scratch);
-    size_t next_row = lanes == 1 ? 0 : groups;
     for (int g = 0; g < groups; g += kWide) {
       uw block[kWide];
-      for (int r = 0; r < kWide; r++) { // beyond the last group: values of the next row, not used
-        block[r] = load<uw>(scratch + r * next_row + g);
+      for (int r = 0; r < kWide; r++) {
+        block[r] = load_words(values + at(r, g), groups - g);
       }
       transpose(block);
       for (int j = 0; j < kWide && g + j < groups; j++) {
         store(out + size_t(g + j) * kWide, block[j]);
+      }
+    }
+  }
+
+  // Scales and biases of 16 bits, which are transposed as the halves of a word.
+  void lay_halves() {
+    auto* scale = static_cast<const uint16_t*>(w.scales);
+    auto* bias = static_cast<const uint16_t*>(w.biases);
+    int groups = w.groups();
+    for (int g = 0; g < groups; g += kWide) {
+      uw block[kWide];
+      for (int r = 0; r < kWide; r++) {
+        size_t i = at(r, g);
+        block[r] = load_halves(scale + i, groups - g) | load_halves(bias + i, groups - g) << 16;
+      }
+      transpose(block);
+      for (int j = 0; j < kWide && g + j < groups; j++) {
+        bool bf16 = w.type == Float::bf16;
+        size_t to = size_t(g + j) * kWide;
+        store(scales + to, bf16 ? fw(block[j] << 16) : from_f16(block[j] & 0xffff));
+        store(biases + to, bf16 ? fw(block[j] & 0xffff0000) : from_f16(block[j] >> 16));
       }
     }
   }

@@ -19,16 +19,15 @@ struct AffineProducts {
     end = end < first_tile[count] ? end : first_tile[count];
     size_t most = 0;
     for (int p = 0; p < count; p++) {
-      size_t n = Tile::scratch(parts[p].w);
+      size_t n = parts[p].w.groups() * kWide;
       most = n > most ? n : most;
     }
-    Scratch<float> scales(most), biases(most), scratch(most);
+    Scratch<float> scales(most), biases(most);
     for (int p = 0; p < count; p++) {
       int from = begin > first_tile[p] ? begin : first_tile[p];
       int to = end < first_tile[p + 1] ? end : first_tile[p + 1];
       for (int t = from; t < to; t++) {
-        multiply_tile(
-            Tile(parts[p].w, t - first_tile[p], scales, biases, scratch), parts[p].y, *x[p]);
+        multiply_tile(Tile(parts[p].w, t - first_tile[p], scales, biases), parts[p].y, *x[p]);
       }
     }
   }

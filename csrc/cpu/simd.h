@@ -83,6 +83,22 @@ OPTIQ_INLINE uw load_words(const uint32_t* p, int n) {
 #endif
 }
 
+// The first n 16-bit words at p, a word per lane, if that many are in a vector, the others zero.
+OPTIQ_INLINE uw load_halves(const uint16_t* p, int n) {
+#if defined(__AVX512F__)
+  __mmask16 mask = n >= kWide ? 0xffff : __mmask16((1u << n) - 1);
+  return uw(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)));
+#else
+  uint16_t words[kWide] = {};
+  std::memcpy(words, p, sizeof(uint16_t) * (n < kWide ? n : kWide));
+  uw v;
+  for (int i = 0; i < kWide; i++) {
+    v[i] = words[i];
+  }
+  return v;
+#endif
+}
+
 // acc + a.low * b.low + a.high * b.high in each lane: two signed 16-bit integers a lane.
 OPTIQ_INLINE iw dot_pairs(iw acc, iw a, iw b) {
 #if defined(__AVX512VNNI__)
@@ -277,6 +293,9 @@ OPTIQ_INLINE f32x8 load_f16(const void* p) {
 
 // Each lane from the float16 in its low half.
 OPTIQ_INLINE fw from_f16(uw halves) {
+#if defined(__AVX512F__)
+  return fw(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(__m512i(halves))));
+#else
   uint16_t packed[kWide];
   for (int i = 0; i < kWide; i++) {
     packed[i] = uint16_t(halves[i]);
@@ -286,6 +305,7 @@ OPTIQ_INLINE fw from_f16(uw halves) {
     store(reinterpret_cast<float*>(&out) + i, load_f16(packed + i));
   }
   return out;
+#endif
 }
 
 OPTIQ_INLINE f32x8 load_float(const void* base, Float type, size_t i) {

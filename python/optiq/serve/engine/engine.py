@@ -442,8 +442,8 @@ class Engine:
             reader = self._answers[part.ticket]
             inputs += [[token] for token in reader.held[part.begin : part.end]]
             together = beside(caches, reader.caches, part.end - part.begin)
-        elif len(group) == 1:
-            together = caches[0]
+        elif len(group) == 1 and not self._measured.beside:
+            together = caches[0]  # else one node for all blocks is faster, also for one row
         else:
             if self._joined[0] != caches:
                 self._joined = caches, joined(caches)
