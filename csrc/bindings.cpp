@@ -18,6 +18,7 @@
 #include "ops/quantize.h"
 #include "ops/quantized_attention.h"
 #include "ops/quantized_matmul.h"
+#include "ops/room.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -66,6 +67,12 @@ NB_MODULE(_ext, m) {
       "format_q"_a, "soft_cap"_a = 0.0f, nb::kw_only(), "stream"_a = nb::none());
   m.def("compare_logits", &optiq::compare_logits, "p"_a, "q"_a, nb::kw_only(),
       "stream"_a = nb::none());
+  m.def(
+      "room",
+      [](const std::vector<int>& shape, mx::Dtype dtype, mx::StreamOrDevice s) {
+        return optiq::room(mx::Shape(shape.begin(), shape.end()), dtype, s);
+      },
+      "shape"_a, "dtype"_a, nb::kw_only(), "stream"_a = nb::none());
   m.def("quantize_kv", &optiq::quantize_kv, "x"_a, "group_size"_a, "bits"_a, nb::kw_only(),
       "stream"_a = nb::none());
   m.def("dequantize_kv", &optiq::dequantize_kv, "records"_a, "dim"_a, "group_size"_a, "bits"_a,

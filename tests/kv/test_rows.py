@@ -90,8 +90,8 @@ def test_half_caches_hold_what_stock_ones_do() -> None:
             assert mx.allclose(y[:, :, :43].astype(mx.float32), x[:, :, :43], rtol=2e-3, atol=2e-3)
     large = halved(make_prompt_cache(model))[0]
     large.update_and_fetch(mx.full((1, 2, 1, 16), 1e6), mx.full((1, 2, 1, 16), -1e6))
-    assert large.keys.max().item() == 65504
-    assert large.values.min().item() == -65504
+    assert large.keys[:, :, :1].max().item() == 65504
+    assert large.values[:, :, :1].min().item() == -65504
 
 
 def test_the_trial_finds_who_can_share_a_step() -> None:

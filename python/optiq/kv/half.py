@@ -32,6 +32,19 @@ class _Half:
 class HalfKVCache(_Half, KVCache):  # type: ignore[misc]
     """All tokens of one sequence."""
 
+    keys: Any
+    values: Any
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+        if self.keys is None and (ext := native.active()):
+            # The stock class fills its room with zeros, which for a long prompt takes as long as
+            # several steps of those who decode.
+            rows = -(-keys.shape[2] // self.step) * self.step
+            self.keys, self.values = (
+                ext.room((*x.shape[:2], rows, x.shape[3]), mx.float16) for x in (keys, values)
+            )
+        return super().update_and_fetch(keys, values)
+
 
 class HalfRotatingKVCache(_Half, RotatingKVCache):  # type: ignore[misc]
     """The last tokens of one sequence."""
