@@ -16,10 +16,15 @@ from typing import Any
 
 import pytest
 
+from optiq.cli import main
+from optiq.lora.adapter import write
+from optiq.runtime.generate import generate
 from optiq.serve.terminal.commands import turns_of
 from optiq.serve.terminal.run import chat
 from optiq.serve.terminal.screen import harmless
 from optiq.serve.terminal.talk import Settings
+from tests.lora.models import mixed_folder
+from tests.lora.test_adapter import random_adapter
 from tests.serve.scripted import ScriptedModel
 from tests.serve.servers import tiny_tokenizer
 
@@ -61,6 +66,18 @@ def test_reasoning_is_folded(talk: Any) -> None:
     assert "thought for 10 characters" in folded
     assert folded.index("Paris") < folded.index("Let me see")  # asked for, afterwards
     assert shown.index("Let me see") < shown.index("Rome")
+
+
+def test_an_adapter_answers(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    folder = mixed_folder(tmp_path)
+    write(random_adapter(folder, 0.2), tmp_path / "adapter")
+    said = []
+    for options in ([], ["--adapter", str(tmp_path / "adapter")]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Where?\n"))
+        assert main(["chat", str(folder), "--temp", "0", "-m", "8", "--json", *options]) == 0
+        said.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    expected = generate(str(folder), "Where?", adapter=tmp_path / "adapter", max_tokens=8)
+    assert said[1]["text"] == expected.text != said[0]["text"]
 
 
 def test_lines_of_json(talk: Any) -> None:
@@ -126,6 +143,8 @@ PROGRAM = """
 import sys
 from optiq.serve.terminal.run import chat
 from optiq.serve.terminal.talk import Settings
+from tests.lora.models import mixed_folder
+from tests.lora.test_adapter import random_adapter
 from tests.serve.scripted import ScriptedModel
 from tests.serve.servers import tiny_tokenizer
 tokenizer = tiny_tokenizer()

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from . import options
 
+ADAPTER = "adapter"  # the name under which it is mounted
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
@@ -24,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--show-reasoning", action="store_true", help="do not fold the reasoning")
     options.add_tools(parser)
     options.add_kv(parser)
+    options.add_adapter(parser)
     options.add_memory(parser)
     parser.add_argument(
         "--prefix-cache",
@@ -49,9 +52,11 @@ def run(args: argparse.Namespace) -> int:
             thinking={"on": True, "off": False, "auto": None}[args.think],
             sampling=Sampling(temperature=args.temp, top_p=args.top_p, seed=args.seed),
             max_tokens=args.max_tokens,
+            adapter=ADAPTER if args.adapter else None,
         ),
         fold=not args.show_reasoning,
         json_lines=args.json,
+        adapters=((ADAPTER, args.adapter),) if args.adapter else (),
         max_concurrent=1,
         memory=options.nbytes("--memory", args.memory),
         prefix_cache=args.prefix_cache,

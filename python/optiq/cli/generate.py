@@ -25,9 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_seed(parser)
     parser.add_argument("--raw", action="store_true", help="no chat template")
     options.add_kv(parser)
-    parser.add_argument(
-        "--adapter", metavar="FOLDER", help="an adapter of the model: ours, mlx-lm's or PEFT's"
-    )
+    options.add_adapter(parser)
     parser.add_argument(
         "--prompt-cache",
         metavar="FILE",

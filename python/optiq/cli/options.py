@@ -71,6 +71,12 @@ def add_kv(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_adapter(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adapter", metavar="FOLDER", help="an adapter of the model: ours, mlx-lm's or PEFT's"
+    )
+
+
 def add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", metavar="SIZE", help="most memory to use, such as 12GB")
 

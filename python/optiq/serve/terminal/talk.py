@@ -25,13 +25,15 @@ from .screen import Screen
 
 @dataclass(frozen=True)
 class Settings:
-    """How answers are made. `thinking` None leaves it to the model."""
+    """How answers are made. `thinking` None leaves it to the model. `adapter` is one that is
+    mounted, by its name."""
 
     system: str = ""
     python: bool = False
     thinking: bool | None = None
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int | None = None
+    adapter: str | None = None
 
 
 @dataclass
@@ -75,7 +77,8 @@ class Talk:
 
     async def _ask(self, now: _Round) -> None:
         chat = self._chat()
-        wishes = Wishes(max_tokens=self.settings.max_tokens, sampling=self.settings.sampling)
+        settings = self.settings
+        wishes = Wishes(settings.max_tokens, settings.sampling, adapter=settings.adapter)
         began = perf_counter()
         async with await self._answers.chat(chat, wishes) as answering:
             self._screen.reading()
