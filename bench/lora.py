@@ -2,15 +2,17 @@
 
     python -m bench.lora MODEL --original DENSE --data TRAIN.jsonl -o OUT.json
                          [--rows 500] [--held-out 100] [--seeds 3] [--rank 8] [--arms ...]
+                         [--most 400] [--skip-qera]
     python -m bench.lora OUT.json     prints the tables of what is there
 
 MODEL is quantized, DENSE what it was quantized from. TRAIN.jsonl holds GSM8K's rows, {"question",
-"answer"}: the first `--rows` are trained on for one epoch, the next `--held-out` judge. An arm is
-RANKS-INIT, such as sensitivity-qera; `random` draws a rank for each layer. Seeds are paired: all
-arms of a seed see the same batches. Reported: held-out loss in nats per token of the answer, and
+"answer"}: the first `--rows` are trained on for one epoch, the next `--held-out` judge; with
+`--most` only rows of so few characters are taken, which is cheaper. An arm is RANKS-INIT, such as
+sensitivity-qera; `random` draws a rank for each layer. Seeds are paired: all arms of a seed see the
+same batches. Reported: held-out loss in nats per token of the answer, and
 drift, KL(base || adapted) in nats per token on held-out rows of the bundled calibration mix. Before
-training, how much of KL(DENSE || MODEL) on those rows qera alone takes away. Every result is
-written as it is made, and a run that was stopped goes on.
+training, how much of KL(DENSE || MODEL) on those rows qera alone takes away (`--skip-qera` leaves
+that out). Every result is written as it is made, and a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import argparse
 import json
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,9 @@ import numpy as np
 
 import optiq
 from optiq.base.machine import machine, versions
+from optiq.calibration.files import load_rows
 from optiq.calibration.render import render
-from optiq.calibration.rows import load_rows, split
+from optiq.calibration.rows import split
 from optiq.lora import ranks, start
 from optiq.lora.data import read
 from optiq.lora.layers import LowRank, put
@@ -37,7 +41,11 @@ from optiq.nn.accelerate import accelerate
 from optiq.ops import kl_from_logits
 from optiq.sources import load, resolve
 
-ARMS = ("uniform-zero", "sensitivity-zero", "bits-zero", "random-zero", "uniform-qera")
+ARMS = tuple(
+    f"{how}-{init}"
+    for init in ("zero", "qera")
+    for how in ("uniform", "sensitivity", "bits", "random")
+)
 QERA_RANKS = (8, 16, 32)
 DRIFT_TOKENS = 160  # of each held-out row
 DRIFT_ROWS = 16
@@ -57,6 +65,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--most", type=int, default=0, help="characters of a row; 0: any")
+    parser.add_argument("--skip-qera", action="store_true")
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     args = parser.parse_args()
     if Path(args.model).is_file() and args.model.endswith(".json"):
@@ -69,14 +79,14 @@ def main() -> None:
     }}  # fmt: skip
     with tempfile.TemporaryDirectory() as work:
         data = write_data(args, Path(work) / "data")
-        if "qera" not in found:
+        if "qera" not in found and not args.skip_qera:
             found["qera"] = qera_alone(args, data)
             args.out.write_text(json.dumps(found, indent=1))
         for seed in range(args.seeds):
             for arm in args.arms:
                 key = f"{arm}/{seed}"
                 if key not in found["runs"]:
-                    found["runs"][key] = run_arm(args, data, arm, seed, Path(work))
+                    found["runs"][key] = run_arm(args, data, arm, seed, Path(work), found)
                     args.out.write_text(json.dumps(found, indent=1))
                     print(key, found["runs"][key], flush=True)
     show(found)
@@ -84,25 +94,32 @@ def main() -> None:
 
 def write_data(args: argparse.Namespace, folder: Path) -> Path:
     folder.mkdir()
-    lines = args.data.read_text().splitlines()
-    rows = [json.loads(line) for line in lines[: args.rows + args.held_out]]
+    read_rows = map(json.loads, args.data.read_text().splitlines())
+    short = (r for r in read_rows if len(r["question"] + r["answer"]) <= (args.most or 1 << 30))
+    rows = list(islice(short, args.rows + args.held_out))
     for name, part in (("train", rows[: args.rows]), ("valid", rows[args.rows :])):
         pairs = [{"prompt": r["question"], "completion": r["answer"]} for r in part]
         (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(p) for p in pairs))
     return folder
 
 
-def run_arm(args: argparse.Namespace, data: Path, arm: str, seed: int, work: Path) -> Json:
+def run_arm(
+    args: argparse.Namespace, data: Path, arm: str, seed: int, work: Path, found: Json
+) -> Json:
     how, init = arm.split("-")
     if how == "random":
         how = str(random_ranks(args, seed, work / f"{seed}.json"))
+    if how == "sensitivity" and "sensitivity" in found:  # the same for all seeds, and takes a while
+        file = work / "sensitivity.json"
+        file.write_text(json.dumps(found["sensitivity"]))
+        how = str(file)
     out, began = work / f"{arm}-{seed}", time.monotonic()
     iters = -(-args.rows // args.batch_size)
     result = optiq.lora.train(
         args.model,
         data,
         out,
-        original=args.original if "sensitivity" in arm or init == "qera" else None,
+        original=args.original if how == "sensitivity" or init == "qera" else None,
         iters=iters,
         eval_every=iters,
         batch_size=args.batch_size,
@@ -114,6 +131,8 @@ def run_arm(args: argparse.Namespace, data: Path, arm: str, seed: int, work: Pat
         held_out=args.held_out,
         seed=seed,
     )
+    if how == "sensitivity":
+        found["sensitivity"] = result.adapter.ranks
     before, after = (j.loss for j in result.judged)
     return {
         "before": before,
