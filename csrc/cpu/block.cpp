@@ -13,12 +13,23 @@ constexpr size_t kMlpValues = size_t(1) << 22;
 
 using Values = Buffer<float>;
 
-void multiply(const float* x, int rows, const Projection* from, int count, float* const* y) {
+void multiply(const float* x, int rows, const Projection* from, int count, float* const* y,
+    Adapters adapters) {
   Part parts[3];
   for (int i = 0; i < count; i++) {
     parts[i] = {from[i].w, y[i]};
   }
   kernels().products({x, rows, parts, count});
+  if (adapters.slots) {
+    LowRankPart terms[3];
+    int n = 0;
+    for (int i = 0; i < count; i++) {
+      if (adapters.terms[i]) {
+        terms[n++] = {adapters.terms[i], y[i], from[i].w.rows};
+      }
+    }
+    kernels().low_rank({x, rows, from[0].w.cols, adapters.slots, terms, n});
+  }
 }
 
 void norm(const Norm& n, const float* x, size_t rows, int dims, float* y) {
@@ -80,7 +91,7 @@ const float* turns(const Rope& rope, int batch, int rows, Positions at) {
 } // namespace
 
 void project(const AttentionLayer& layer, const float* h, int batch, int rows, Positions positions,
-    HeadsOut q, HeadsOut k, HeadsOut v) {
+    HeadsOut q, HeadsOut k, HeadsOut v, Adapters adapters) {
   size_t m = size_t(batch) * rows;
   int width = layer.qkv[0].w.cols;
   Values normed(layer.in ? m * width : 0);
@@ -94,7 +105,7 @@ void project(const AttentionLayer& layer, const float* h, int batch, int rows, P
   bool packed = layer.qkv.size() == 1;
   float* parts[3] = {out.get(), out.get() + (packed ? 1 : m) * q_width,
       out.get() + (packed ? 1 : m) * (q_width + kv_width)};
-  multiply(h, int(m), layer.qkv.data(), int(layer.qkv.size()), parts);
+  multiply(h, int(m), layer.qkv.data(), int(layer.qkv.size()), parts, adapters);
   const float* cos_sin = layer.rope.dims ? turns(layer.rope, batch, rows, positions) : nullptr;
   if (layer.qkv.size() == 2) { // values are the keys before their norm and rotation
     parts[2] = parts[1];
@@ -130,8 +141,8 @@ void project(const AttentionLayer& layer, const float* h, int batch, int rows, P
   }
 }
 
-void attend(
-    const AttentionLayer& layer, const float* h, int rows, Attention* all, int count, float* y) {
+void attend(const AttentionLayer& layer, const float* h, int rows, Attention* all, int count,
+    float* y, Adapters adapters) {
   Values context(size_t(rows) * layer.out.w.cols);
   Values out(size_t(rows) * layer.width());
   float* next = context.get();
@@ -148,11 +159,11 @@ void attend(
   }
   kernels().attention(all, count);
   float* part = out.get();
-  multiply(context.get(), rows, &layer.out, 1, &part);
+  multiply(context.get(), rows, &layer.out, 1, &part, adapters);
   add(h, part, layer.out, layer.post, layer.gain, rows, y);
 }
 
-void mlp(const MlpLayer& layer, const float* h, int rows, float* y) {
+void mlp(const MlpLayer& layer, const float* h, int rows, float* y, Adapters adapters) {
   size_t width = layer.down.w.rows, inner = layer.down.w.cols;
   bool packed = layer.gate_up.size() == 1;
   int most = int(std::clamp<size_t>(kMlpValues / (3 * inner), 32, std::max(rows, 32)));
@@ -167,8 +178,9 @@ void mlp(const MlpLayer& layer, const float* h, int rows, float* y) {
       norm(*layer.in, x, m, int(width), normed.get());
     }
     float* parts[2] = {gate_up.get(), gate_up.get() + (packed ? 1 : m) * inner};
-    multiply(
-        layer.in ? normed.get() : x, m, layer.gate_up.data(), int(layer.gate_up.size()), parts);
+    Adapters of_rows{adapters.slots ? adapters.slots + begin : nullptr, adapters.terms};
+    multiply(layer.in ? normed.get() : x, m, layer.gate_up.data(), int(layer.gate_up.size()), parts,
+        of_rows);
     Gate g{parts[0], parts[1], packed ? 2 * inner : inner, layer.gate_up[0].bias, nullptr,
         gated.get(), size_t(m), inner, layer.activation};
     if (g.gate_bias) {
@@ -176,7 +188,7 @@ void mlp(const MlpLayer& layer, const float* h, int rows, float* y) {
     }
     kernels().gate(g);
     float* part = out.get();
-    multiply(gated.get(), m, &layer.down, 1, &part);
+    multiply(gated.get(), m, &layer.down, 1, &part, of_rows.after(layer.gate_up.size()));
     add(x, part, layer.down, layer.post, layer.gain, m, y + begin * width);
   }
 }

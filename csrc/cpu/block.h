@@ -61,16 +61,28 @@ struct Positions {
   const int64_t* starts;
 };
 
+// Terms beside the products of a part: of each projection in their order, by slot, or null; `slots`
+// are those of the rows. Without slots there are none.
+struct Adapters {
+  const int* slots = nullptr;
+  const LowRank* const* terms = nullptr;
+
+  Adapters after(size_t projections) const {
+    return {slots, slots ? terms + projections : nullptr};
+  }
+};
+
 // Queries, keys and values of h[batch * rows, width].
 OPTIQ_API void project(const AttentionLayer& layer, const float* h, int batch, int rows,
-    Positions positions, HeadsOut q, HeadsOut k, HeadsOut v);
+    Positions positions, HeadsOut q, HeadsOut k, HeadsOut v, Adapters adapters = {});
 
 // y = h + post(out(attention)) of `rows` rows of h; the `count` attentions, rows after rows, hold
 // everything but y.
-OPTIQ_API void attend(
-    const AttentionLayer& layer, const float* h, int rows, Attention* a, int count, float* y);
+OPTIQ_API void attend(const AttentionLayer& layer, const float* h, int rows, Attention* a,
+    int count, float* y, Adapters adapters = {});
 
 // y = h + post(down(act(gate) * up)) for h[rows, width]; y may be h.
-OPTIQ_API void mlp(const MlpLayer& layer, const float* h, int rows, float* y);
+OPTIQ_API void mlp(
+    const MlpLayer& layer, const float* h, int rows, float* y, Adapters adapters = {});
 
 } // namespace optiq::cpu

@@ -8,6 +8,7 @@
 #include "kl_gradient.h"
 #include "kl_stream.h"
 #include "kv_records.h"
+#include "low_rank.h"
 #include "products.h"
 #include "quantize.h"
 #include "rows.h"
@@ -98,8 +99,8 @@ void from_f32(const float* in, Float type, void* out, size_t n) {
 
 } // namespace
 
-extern const Kernels table = {OPTIQ_STRING(OPTIQ_ISA), matmul, products, sgemm, kl_divergence,
-    head_kl, head_kl_gradient, quantize, descend, group_gradient, rms_norm, heads, attention,
-    quantize_kv, dequantize_kv, gate, to_f32, from_f32};
+extern const Kernels table = {OPTIQ_STRING(OPTIQ_ISA), matmul, products, low_rank, sgemm,
+    kl_divergence, head_kl, head_kl_gradient, quantize, descend, group_gradient, rms_norm, heads,
+    attention, quantize_kv, dequantize_kv, gate, to_f32, from_f32};
 
 } // namespace optiq::cpu::OPTIQ_ISA

@@ -84,6 +84,28 @@ struct Products {
   int count;
 };
 
+// x @ a @ b: a term of low rank beside a product. a [in, rank] and b [rank, out] are contiguous, in
+// float32 or float16; the rank is a multiple of 8, or 0 for none.
+struct LowRank {
+  const void *a, *b;
+  Float type;
+  int rank;
+};
+
+// y[i, :] += x[i, :] @ a @ b of the term in the slot of row i, for several products of x[m, in].
+struct LowRankPart {
+  const LowRank* terms; // by slot
+  float* y;             // [m, out]
+  int out;
+};
+struct LowRankProducts {
+  const float* x;
+  int m, in;
+  const int* slots; // [m]
+  const LowRankPart* parts;
+  int count;
+};
+
 // C = alpha * op(A) @ op(B) + beta * C, row-major, leading dimensions as in CBLAS.
 struct Sgemm {
   int m, n, k;
@@ -258,6 +280,7 @@ struct Kernels {
   const char* isa;
   void (*matmul)(const Matmul&);
   void (*products)(const Products&);
+  void (*low_rank)(const LowRankProducts&);
   void (*sgemm)(const Sgemm&);
   void (*kl_divergence)(const KlDivergence&);
   void (*head_kl)(const HeadKl&);

@@ -35,8 +35,8 @@ class PartPrimitive : public mx::Primitive {
 
 class ProjectPrimitive : public PartPrimitive {
  public:
-  ProjectPrimitive(mx::Stream stream, BlockPtr block, int offset)
-      : PartPrimitive(stream, std::move(block)), offset_(offset) {}
+  ProjectPrimitive(mx::Stream stream, BlockPtr block, int offset, TermsOfRows terms)
+      : PartPrimitive(stream, std::move(block)), offset_(offset), terms_(std::move(terms)) {}
 
   void eval_cpu(const std::vector<array>& inputs, std::vector<array>& out) override {
     array h = row_contiguous(inputs[0], stream());
@@ -47,26 +47,32 @@ class ProjectPrimitive : public PartPrimitive {
     for (auto& o : out) {
       o.set_data(mx::allocator::malloc(o.nbytes()));
     }
-    dispatch([=, offset = offset_, batch = h.shape(0), rows = h.shape(1), hp = h.data<float>(),
-                 op = offsets ? offsets->data<int32_t>() : nullptr, q = heads_out(out[0]),
-                 k = heads_out(out[1]), v = heads_out(out[2])](const DecoderBlock& b) {
+    dispatch([=, offset = offset_, terms = terms_, batch = h.shape(0), rows = h.shape(1),
+                 hp = h.data<float>(), op = offsets ? offsets->data<int32_t>() : nullptr,
+                 q = heads_out(out[0]), k = heads_out(out[1]),
+                 v = heads_out(out[2])](const DecoderBlock& b) {
       std::vector<int64_t> starts(batch, offset);
       if (op) {
         starts.assign(op, op + batch);
       }
-      cpu::project(*b.attention, hp, batch, rows, {starts.data()}, q, k, v);
+      cpu::project(*b.attention, hp, batch, rows, {starts.data()}, q, k, v, terms.get());
     });
   }
 
  private:
   int offset_;
+  TermsOfRows terms_;
 };
 
 class AttendPrimitive : public PartPrimitive {
  public:
-  AttendPrimitive(
-      mx::Stream stream, BlockPtr block, int caches, const KeyValueLayout& layout, bool mlp)
-      : PartPrimitive(stream, std::move(block)), caches_(caches), layout_(layout), mlp_(mlp) {}
+  AttendPrimitive(mx::Stream stream, BlockPtr block, int caches, const KeyValueLayout& layout,
+      bool mlp, TermsOfRows terms)
+      : PartPrimitive(stream, std::move(block)),
+        caches_(caches),
+        layout_(layout),
+        mlp_(mlp),
+        terms_(std::move(terms)) {}
 
   void eval_cpu(const std::vector<array>& inputs, std::vector<array>& outputs) override {
     array &out = outputs[0], h = row_contiguous(inputs[0], stream()),
@@ -85,11 +91,12 @@ class AttendPrimitive : public PartPrimitive {
       layout_.set(a, kv, kv + 1, extra, stream());
     }
     dispatch([given, rows = h.shape(0) * h.shape(1), hp = h.data<float>(), y = out.data<float>(),
-                 mlp = mlp_](const DecoderBlock& b) {
+                 mlp = mlp_, terms = terms_](const DecoderBlock& b) {
       std::vector<cpu::Attention> all = given;
-      cpu::attend(*b.attention, hp, rows, all.data(), int(all.size()), y);
+      cpu::Adapters adapters = terms.get().after(b.attention->qkv.size());
+      cpu::attend(*b.attention, hp, rows, all.data(), int(all.size()), y, adapters);
       if (mlp) {
-        cpu::mlp(*b.mlp, y, rows, y);
+        cpu::mlp(*b.mlp, y, rows, y, adapters.after(1));
       }
     });
   }
@@ -98,12 +105,13 @@ class AttendPrimitive : public PartPrimitive {
   int caches_;
   KeyValueLayout layout_;
   bool mlp_;
+  TermsOfRows terms_;
 };
 
 } // namespace
 
 std::vector<array> block_project(const BlockPtr& block, const array& h, int offset,
-    const std::optional<array>& offsets, mx::StreamOrDevice s) {
+    const std::optional<array>& offsets, const std::vector<int>& slots, mx::StreamOrDevice s) {
   const auto& layer = block->attention_over(h);
   int batch = h.shape(0), rows = h.shape(1);
   std::vector<array> inputs = {h};
@@ -117,12 +125,14 @@ std::vector<array> block_project(const BlockPtr& block, const array& h, int offs
   mx::Shape q = {batch, layer.heads, rows, layer.head_dim};
   mx::Shape k = {batch, layer.kv_heads, rows, layer.head_dim};
   return array::make_arrays({q, k, k}, {mx::float32, mx::float32, mx::float32},
-      std::make_shared<ProjectPrimitive>(mx::to_stream(s), block, offset), inputs);
+      std::make_shared<ProjectPrimitive>(
+          mx::to_stream(s), block, offset, block->terms(slots, batch, rows)),
+      inputs);
 }
 
 array block_attend(const BlockPtr& block, const array& h, const array& q,
     const std::vector<array>& keys, const std::vector<array>& values, const KeyValues& kv, bool mlp,
-    mx::StreamOrDevice s) {
+    const std::vector<int>& slots, mx::StreamOrDevice s) {
   const auto& layer = block->attention_over(h, mlp);
   int batch = h.shape(0), rows = h.shape(1);
   if (q.shape() != mx::Shape{batch, layer.heads, rows, layer.head_dim} ||
@@ -147,7 +157,8 @@ array block_attend(const BlockPtr& block, const array& h, const array& q,
   }
   kv.append(inputs, s);
   return array(h.shape(), mx::float32,
-      std::make_shared<AttendPrimitive>(mx::to_stream(s), block, count, layout, mlp),
+      std::make_shared<AttendPrimitive>(
+          mx::to_stream(s), block, count, layout, mlp, block->terms(slots, batch, rows)),
       std::move(inputs));
 }
 

@@ -45,6 +45,7 @@ struct Step {
   BlockPtr block;
   KeyValueLayout layout;
   std::vector<CachePlace> places;
+  TermsOfRows terms;
 
   // Of each cache; keys and values are at kv, or new where there is none.
   std::vector<cpu::Attention> attentions(
@@ -91,7 +92,8 @@ void take(const Step& step, std::vector<cpu::Attention> all, bool cached, const 
     }
   }
   cpu::HeadsOut queries = heads_out(q, layer.heads, rows, dim);
-  cpu::project(layer, h, batch, rows, {starts.data()}, queries, to[0], to[1]);
+  cpu::Adapters adapters = step.terms.get();
+  cpu::project(layer, h, batch, rows, {starts.data()}, queries, to[0], to[1], adapters);
   size_t first = 0; // batch entry of a cache
   for (int c = 0; c < count; c++) {
     cpu::Attention& a = all[c];
@@ -114,9 +116,10 @@ void take(const Step& step, std::vector<cpu::Attention> all, bool cached, const 
     a.q = from.data, a.q_batch = from.batch, a.q_head = from.head, a.q_row = from.row;
     first += own;
   }
-  cpu::attend(layer, h, int(m), all.data(), count, y);
+  adapters = adapters.after(layer.qkv.size());
+  cpu::attend(layer, h, int(m), all.data(), count, y, adapters);
   if (mlp) {
-    cpu::mlp(*step.block->mlp, y, int(m), y);
+    cpu::mlp(*step.block->mlp, y, int(m), y, adapters.after(1));
   }
 }
 
@@ -234,7 +237,7 @@ class StackPrimitive : public mx::Primitive {
 };
 
 Step checked(const BlockStep& given, const array& h, bool mlp) {
-  const auto& [block, keys, values, places, kv] = given;
+  const auto& [block, keys, values, places, kv, slots] = given;
   block->attention_over(h, mlp);
   int batch = h.shape(0), rows = h.shape(1), count = int(places.size());
   int all = 0;
@@ -255,7 +258,7 @@ Step checked(const BlockStep& given, const array& h, bool mlp) {
   if (count > 1 && kv.mask) {
     fail_block("a mask does not go with caches of each row");
   }
-  Step step{block, {}, places};
+  Step step{block, {}, places, block->terms(slots, batch, rows)};
   AttentionShape shape = block->shape(count == 1 ? batch : 1, rows);
   for (size_t i = 0; i < keys.size(); i++) {
     const auto& [start, length, offset, own] = places[i];

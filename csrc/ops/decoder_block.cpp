@@ -145,6 +145,43 @@ void DecoderBlock::set_mlp(const std::vector<Matrix>& gate_up, const Matrix& dow
   mlp = std::move(layer);
 }
 
+void DecoderBlock::set_terms(const std::vector<TermsPtr>& terms) {
+  std::vector<const cpu::Projection*> projections;
+  if (attention) {
+    for (const auto& p : attention->qkv) {
+      projections.push_back(&p);
+    }
+    projections.push_back(&attention->out);
+  }
+  if (mlp) {
+    for (const auto& p : mlp->gate_up) {
+      projections.push_back(&p);
+    }
+    projections.push_back(&mlp->down);
+  }
+  if (terms.size() != projections.size()) {
+    fail_block("terms of ", terms.size(), " projections; the block has ", projections.size());
+  }
+  for (size_t i = 0; i < terms.size(); i++) {
+    const auto& w = projections[i]->w;
+    if (terms[i] && (terms[i]->in != w.cols || terms[i]->out != w.rows)) {
+      fail_block("a term takes ", terms[i]->in, " to ", terms[i]->out, ", its projection ", w.cols,
+          " to ", w.rows);
+    }
+  }
+  terms_ = terms;
+}
+
+TermsOfRows DecoderBlock::terms(const std::vector<int>& slots, int batch, int rows) const {
+  if (slots.empty() || terms_.empty()) {
+    return {};
+  }
+  if (int(slots.size()) != batch) {
+    fail_block(slots.size(), " slots for a batch of ", batch);
+  }
+  return {terms_, slots, rows};
+}
+
 const cpu::AttentionLayer& DecoderBlock::attention_over(const array& h, bool with_mlp) const {
   if (!attention || (with_mlp && !mlp)) {
     fail_block("the block has no ", attention ? "MLP" : "attention");

@@ -11,6 +11,7 @@
 #include "cpu/block.h"
 #include "ops/fail.h"
 #include "ops/key_values.h"
+#include "ops/low_rank.h"
 #include "ops/matmul.h"
 
 namespace optiq {
@@ -67,6 +68,13 @@ class DecoderBlock {
   void set_mlp(const std::vector<Matrix>& gate_up, const Matrix& down,
       const std::string& activation, const Norm& in, const Norm& post, float gain);
 
+  /** Low-rank terms beside its projections, in this order: queries, keys, values, output, gate, up,
+   * down; one for matrices in one. Null where there are none. */
+  void set_terms(const std::vector<TermsPtr>& terms);
+
+  /** Those of the rows of a step, of which each batch entry has a slot. Without slots none. */
+  TermsOfRows terms(const std::vector<int>& slots, int batch, int rows) const;
+
   /** Throws std::invalid_argument unless h is its input [batch, rows, width] and it has attention
    * and, if `with_mlp`, an MLP. */
   const cpu::AttentionLayer& attention_over(const array& h, bool with_mlp = false) const;
@@ -83,6 +91,7 @@ class DecoderBlock {
   std::optional<cpu::Norm> norm(const char* name, const Norm& n, int size);
 
   std::vector<array> kept_;
+  std::vector<TermsPtr> terms_;
 };
 
 using BlockPtr = std::shared_ptr<DecoderBlock>;

@@ -51,6 +51,13 @@ struct Handle {
   }
 };
 
+// For the same reason.
+struct Terms {
+  TermsPtr terms;
+};
+
+using Slots = std::vector<int>;
+
 // f(block, ...) as f(handle, ...).
 template <class R, class... Args>
 auto with_handle(R (*f)(const BlockPtr&, Args...)) {
@@ -68,6 +75,25 @@ auto method(void (DecoderBlock::*f)(Args...)) {
 } // namespace
 
 void bind_decoder_block(nb::module_& m) {
+  nb::class_<Terms>(m, "LowRankTerms")
+      .def(
+          "__init__",
+          [](Terms* self, int slots, int in, int out) {
+            new (self) Terms{std::make_shared<LowRankTerms>(slots, in, out)};
+          },
+          "slots"_a, "in"_a, "out"_a)
+      .def(
+          "put",
+          [](Terms& t, int slot, const array& a, const array& b) { t.terms->put(slot, a, b); },
+          "slot"_a, "a"_a, "b"_a)
+      .def("clear", [](Terms& t, int slot) { t.terms->clear(slot); }, "slot"_a);
+  m.def("use_large_pages", &use_large_pages, "a"_a);
+  m.def(
+      "gathered_low_rank",
+      [](const array& x, const Terms& t, const Slots& slots, mx::StreamOrDevice s) {
+        return gathered_low_rank(x, *t.terms, slots, s);
+      },
+      "x"_a, "terms"_a, "slots"_a, nb::kw_only(), "stream"_a = nb::none());
   nb::class_<Handle>(m, "DecoderBlock")
       .def(nb::init<>())
       .def("set_attention", method(&DecoderBlock::set_attention), nb::kw_only(), "qkv"_a, "out"_a,
@@ -77,25 +103,35 @@ void bind_decoder_block(nb::module_& m) {
           "gain"_a = 1.0f)
       .def("set_mlp", method(&DecoderBlock::set_mlp), nb::kw_only(), "gate_up"_a, "down"_a,
           "activation"_a, "norm"_a = nb::none(), "post_norm"_a = nb::none(), "gain"_a = 1.0f)
+      .def(
+          "set_terms",
+          [](Handle& h, const std::vector<std::optional<Terms>>& terms) {
+            std::vector<TermsPtr> all;
+            for (const auto& t : terms) {
+              all.push_back(t ? t->terms : nullptr);
+            }
+            h.block->set_terms(all);
+          },
+          "terms"_a)
       .def("watch", &Handle::watch, "children"_a)
       .def("unchanged", &Handle::unchanged, "parents"_a, "keys"_a, "children"_a);
   m.def("traced", [](const array& a) { return a.is_tracer(); }, "a"_a);
   m.def("block_project", with_handle(&block_project), "block"_a, "h"_a, "offset"_a = 0,
-      "offsets"_a = nb::none(), nb::kw_only(), "stream"_a = nb::none());
+      "offsets"_a = nb::none(), "slots"_a = Slots{}, nb::kw_only(), "stream"_a = nb::none());
   m.def(
       "block_attend",
       [](const Handle& h, const array& x, const array& q, const std::vector<array>& keys,
           const std::vector<array>& values, const std::string& masking, const MaybeArray& mask,
           bool mlp, AffineFormat k_format, AffineFormat v_format, int window,
           const MaybeArray& starts, const MaybePair& first, const MaybePair& recent,
-          mx::StreamOrDevice s) {
+          const Slots& slots, mx::StreamOrDevice s) {
         KeyValues kv{k_format, v_format, masking, mask, window, starts, first, recent};
-        return block_attend(h.block, x, q, keys, values, kv, mlp, s);
+        return block_attend(h.block, x, q, keys, values, kv, mlp, slots, s);
       },
       "block"_a, "h"_a, "q"_a, "keys"_a, "values"_a, "masking"_a, "mask"_a = nb::none(),
       "mlp"_a = false, "k_format"_a = AffineFormat{}, "v_format"_a = AffineFormat{}, "window"_a = 0,
-      "starts"_a = nb::none(), "first"_a = nb::none(), "recent"_a = nb::none(), nb::kw_only(),
-      "stream"_a = nb::none());
+      "starts"_a = nb::none(), "first"_a = nb::none(), "recent"_a = nb::none(), "slots"_a = Slots{},
+      nb::kw_only(), "stream"_a = nb::none());
   using Places = std::vector<std::tuple<int, int, int, int>>;
   auto at = [](const Places& places) {
     std::vector<CachePlace> out;
@@ -109,20 +145,20 @@ void bind_decoder_block(nb::module_& m) {
       [at](const Handle& h, const array& x, const std::vector<array>& keys,
           const std::vector<array>& values, const Places& places, const std::string& masking,
           const MaybeArray& mask, bool mlp, AffineFormat k_format, AffineFormat v_format,
-          mx::StreamOrDevice s) {
+          const Slots& slots, mx::StreamOrDevice s) {
         KeyValues kv{k_format, v_format, masking, mask, 0, {}, {}, {}};
-        return block_step({h.block, keys, values, at(places), kv}, x, mlp, s);
+        return block_step({h.block, keys, values, at(places), kv, slots}, x, mlp, s);
       },
       "block"_a, "h"_a, "keys"_a, "values"_a, "places"_a, "masking"_a, "mask"_a = nb::none(),
-      "mlp"_a = false, "k_format"_a = AffineFormat{}, "v_format"_a = AffineFormat{}, nb::kw_only(),
-      "stream"_a = nb::none());
+      "mlp"_a = false, "k_format"_a = AffineFormat{}, "v_format"_a = AffineFormat{},
+      "slots"_a = Slots{}, nb::kw_only(), "stream"_a = nb::none());
   // Of several blocks, each with (keys, values, places, k_format, v_format). None where a cache is
   // held by something else than what gives it and the list, so that it may not be written to.
   using Given = std::tuple<nb::list, nb::list, Places, AffineFormat, AffineFormat>;
   m.def(
       "block_stack",
       [at](const std::vector<const Handle*>& blocks, const array& x,
-          const std::vector<Given>& caches, const std::string& masking,
+          const std::vector<Given>& caches, const std::string& masking, const Slots& slots,
           mx::StreamOrDevice s) -> MaybeArray {
         if (blocks.size() != caches.size()) {
           fail_block(blocks.size(), " blocks but caches of ", caches.size());
@@ -131,7 +167,7 @@ void bind_decoder_block(nb::module_& m) {
         for (size_t i = 0; i < blocks.size(); i++) {
           const auto& [keys, values, places, k_format, v_format] = caches[i];
           BlockStep& step = steps.emplace_back(BlockStep{blocks[i]->block, {}, {}, at(places),
-              {k_format, v_format, masking, {}, 0, {}, {}, {}}});
+              {k_format, v_format, masking, {}, 0, {}, {}, {}}, slots});
           for (auto [from, to] : {std::pair(&keys, &step.keys), {&values, &step.values}}) {
             for (nb::handle cache : *from) {
               const array& a = nb::cast<const array&>(cache);
@@ -144,7 +180,8 @@ void bind_decoder_block(nb::module_& m) {
         }
         return block_stack(steps, x, s);
       },
-      "blocks"_a, "h"_a, "caches"_a, "masking"_a, nb::kw_only(), "stream"_a = nb::none());
+      "blocks"_a, "h"_a, "caches"_a, "masking"_a, "slots"_a = Slots{}, nb::kw_only(),
+      "stream"_a = nb::none());
 }
 
 } // namespace optiq

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
 
 from optiq.errors import AdapterError
+from optiq.kv.prefix import Key
 from optiq.lora import peft
+from optiq.lora.adapter import Adapter
 from optiq.lora.layers import put
 from optiq.lora.mounting import opened
+from optiq.serve.engine.adapters import Mounted
+from optiq.serve.engine.prefix import PrefixCache
 from optiq.sources import load, resolve
 from tests.lora.models import mixed_folder
 from tests.lora.test_adapter import random_adapter, same
@@ -96,7 +103,7 @@ def test_there_and_back(tmp_path: Path) -> None:
         ({"use_qalora": True}, "QA-LoRA"),
         ({"lora_bias": True}, "lora_bias"),
         ({"bias": "all"}, "bias='all'"),
-        ({"alora_invocation_tokens": [1]}, "activated LoRA"),
+        ({"alora_invocation_tokens": "<go>"}, "alora_invocation_tokens"),
         ({"r": 8}, "rank 4"),
         ({"lora_alpha": None}, "no lora_alpha"),
     ],
@@ -118,24 +125,105 @@ def test_other_tensors_are_named(tmp_path: Path, name: str) -> None:
         peft.read(tmp_path / "p")
 
 
-def test_peft_computes_what_we_do(tmp_path: Path) -> None:
+IDS = [[5, 6, 7, 8, 9, 7, 8, 5]]
+
+
+@pytest.fixture
+def real(tmp_path: Path) -> Any:
+    """PEFT itself, and a model of transformers to put adapters beside."""
     torch: Any = pytest.importorskip("torch", reason="torch and peft are not installed")
-    real: Any = pytest.importorskip("peft", reason="torch and peft are not installed")
+    found: Any = pytest.importorskip("peft", reason="torch and peft are not installed")
     transformers: Any = pytest.importorskip("transformers")
     folder = tiny_folder(tmp_path)
-    adapter = random_adapter(folder)
-    peft.write(adapter, tmp_path / "p")
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
-    model = real.PeftModel.from_pretrained(base, tmp_path / "p")
-    with torch.no_grad():
-        expected = model(torch.tensor([[5, 6, 7, 8]])).logits.numpy()
-    ours = load(resolve(str(folder)), allow_quantized=True).model
-    put(ours, adapter.terms, adapter.scale)
-    got = np.asarray(ours(mx.array([[5, 6, 7, 8]])))
+    torch.manual_seed(0)
+
+    def base() -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def logits(model: Any, **options: Any) -> Any:
+        with torch.no_grad():
+            return model(torch.tensor(IDS), **options).logits.numpy()
+
+    return SimpleNamespace(peft=found, folder=folder, base=base, logits=logits)
+
+
+def ours(folder: Path, adapter: Adapter) -> Any:
+    model = load(resolve(str(folder)), allow_quantized=True).model
+    put(model, adapter.terms, adapter.scale)
+    return np.asarray(model(mx.array(IDS)))
+
+
+def assert_close(got: Any, expected: Any) -> None:
     assert np.abs(got - expected).max() < 1e-3 * np.abs(expected).max()
+
+
+def test_peft_computes_what_we_do(tmp_path: Path, real: Any) -> None:
+    adapter = random_adapter(real.folder)
+    peft.write(adapter, tmp_path / "p")
+    model = real.peft.PeftModel.from_pretrained(real.base(), tmp_path / "p")
+    assert_close(ours(real.folder, adapter), real.logits(model))
 
     model.save_pretrained(tmp_path / "again")
     again = opened(tmp_path / "again")
     for path in adapter.terms:
         assert np.abs(change(tmp_path / "again", path) - change(tmp_path / "p", path)).max() < 1e-5
     assert again.ranks == adapter.ranks
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {r"layers\.1\..*": 12}},
+        {"layers_to_transform": [1]},
+        {"target_modules": "all-linear", "use_rslora": True, "rank_pattern": {"q_proj": 6}},
+    ],
+    ids=["plain", "rslora", "patterns", "some layers", "all-linear"],
+)
+def test_we_compute_what_peft_does(tmp_path: Path, real: Any, config: dict[str, Any]) -> None:
+    targets = {"target_modules": ["q_proj", "v_proj", "down_proj"], **config}
+    made = real.peft.LoraConfig(
+        r=4, lora_alpha=8, init_lora_weights=False, task_type="CAUSAL_LM", **targets
+    )
+    model = real.peft.get_peft_model(real.base(), made).eval()
+    model.save_pretrained(tmp_path / "p")
+    expected = real.logits(model)
+    assert np.abs(expected - real.logits(real.base())).max() > 0.01  # it does something
+    assert_close(ours(real.folder, opened(tmp_path / "p")), expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"target_modules": ["embed_tokens"]}, "lora_embedding_A"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"trainable_token_indices": [3]}, "trained tokens"),
+    ],
+)
+def test_what_peft_writes_and_we_do_not_read(
+    tmp_path: Path, real: Any, config: dict[str, Any], reason: str
+) -> None:
+    made = real.peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj"], **config})
+    real.peft.get_peft_model(real.base(), made).save_pretrained(tmp_path / "p")
+    with pytest.raises(AdapterError, match=reason):
+        opened(tmp_path / "p")
+
+
+def test_peft_activates_an_adapter_where_we_do(tmp_path: Path, real: Any) -> None:
+    invocation = (7, 8)
+    adapter = replace(random_adapter(real.folder), invocation=invocation)
+    peft.write(adapter, tmp_path / "p")
+    model = real.peft.PeftModel.from_pretrained(real.base(), tmp_path / "p")
+    expected = real.logits(model, alora_offsets=[3])
+    start = Mounted("a", adapter, PrefixCache(Key(""), 0)).start(IDS[0])
+    assert start == len(IDS[0]) - 3 == 5
+    plain = load(resolve(str(real.folder)), allow_quantized=True).model
+    adapted = load(resolve(str(real.folder)), allow_quantized=True).model
+    put(adapted, adapter.terms, adapter.scale)
+    caches: list[Any] = make_prompt_cache(plain)
+    before = plain(mx.array([IDS[0][:start]]), cache=caches)
+    after = adapted(mx.array([IDS[0][start:]]), cache=caches)
+    assert_close(np.asarray(mx.concatenate([before, after], axis=1)), expected)

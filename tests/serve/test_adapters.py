@@ -7,26 +7,27 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
 
-from optiq import ops
 from optiq.errors import AdapterError
 from optiq.lora import peft
 from optiq.lora.adapter import write
-from optiq.lora.gathered import Shadow
+from optiq.lora.gathered import Shadow, halved
 from optiq.lora.layers import put
+from optiq.lora.merging import combined, merge
 from optiq.models.adaptable import adaptable
-from optiq.ops import native, reference
 from optiq.runtime.loading import load
+from optiq.serve.engine.request import Request, Sampling
 from optiq.serve.opening import open_model
 from tests.lora.models import mixed_folder
 from tests.lora.test_adapter import random_adapter
-from tests.serve.cases import NEVER_ENDS
+from tests.serve.cases import NEVER_ENDS, ask
 from tests.serve.servers import MODEL, Asked, read_options, served
 
 KEY = "an-admin-key"
@@ -240,7 +241,7 @@ def test_what_does_not_fit_is_refused_with_the_reason(
 ) -> None:
     other = mixed_folder(tmp_path, name="other", seed=3)
     write(random_adapter(other), tmp_path / "foreign")
-    with serving(folders, "a", adapter_memory=30_000) as asked:
+    with serving(folders, "a", adapter_memory=50_000) as asked:
         for name, path, reason in (
             ("x", tmp_path / "foreign", "was made for"),
             ("x", tmp_path / "nowhere", "cannot be read"),
@@ -258,29 +259,6 @@ def test_what_does_not_fit_is_refused_with_the_reason(
         pass
 
 
-@pytest.mark.parametrize("path", ["native", "pure"])
-def test_the_gathered_product_is_that_of_float64(
-    path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if path == "pure":
-        monkeypatch.setattr(native, "extension", None)
-    rng = np.random.default_rng(0)
-    x, slots = rng.normal(size=(7, 48)), np.array([2, 0, 1, 2, 3, 0, 1], np.uint32)
-    a, b = rng.normal(size=(4, 8, 48)), rng.normal(size=(4, 40, 8))
-    a[0] = b[0] = 0
-    expected = reference.gathered_low_rank(x, a, b, slots)
-    arrays = [mx.array(m.astype(np.float32)) for m in (x, a, b)]
-    got = np.asarray(ops.gathered_low_rank(*arrays, mx.array(slots)))
-    assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
-    assert (got[[1, 5]] == 0).all()
-    if native.active():
-        for i in range(7):
-            one = ops.gathered_low_rank(
-                arrays[0][i : i + 1], *arrays[1:], mx.array(slots[i : i + 1])
-            )
-            assert (np.asarray(one)[0] == got[i]).all()
-
-
 def test_a_shadow_shares_weights_and_computes_each_row_with_its_adapter(
     folders: dict[str, Path],
 ) -> None:
@@ -292,7 +270,7 @@ def test_a_shadow_shares_weights_and_computes_each_row_with_its_adapter(
     ids = mx.array([[5, 6, 7, 8]])
     plain = model(ids)
     for slot in (1, 3, 2):
-        shadow.fill(slot, adapters[slot - 1].terms, adapters[slot - 1].scale)
+        shadow.fill(slot, halved(adapters[slot - 1]))
     shadow.select([0, 3, 1, 2])
     got = shadow.model(mx.concatenate([ids] * 4))
     assert mx.array_equal(model(ids), plain)
@@ -303,6 +281,69 @@ def test_a_shadow_shares_weights_and_computes_each_row_with_its_adapter(
         expected = truth(ids)[0]
         assert mx.abs(got[row] - expected).max() <= 2e-3 * mx.abs(expected).max(), row
     assert len(adaptable(model)) == 14
-    shadow.fill(2, {}, 1.0)
+    shadow.fill(2, {})
     shadow.select([2])
     assert mx.abs(shadow.model(ids) - plain).max() <= 2e-3 * mx.abs(plain).max()
+
+
+def test_an_activated_adapter_keeps_what_the_model_has_read(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """It works from the last invocation on, as PEFT's do; before, prompts are the base's."""
+    invocation = (20, 21)
+    adapter = replace(random_adapter(folders["model"], 0.2, 1), invocation=invocation)
+    peft.write(adapter, tmp_path / "a")
+    read = read_options({"adapters": (("a", str(tmp_path / "a")),)})
+    opened = open_model(str(folders["model"]), read)
+    engine = opened.engine
+    engine.start()
+    try:
+        before = (*range(30, 60), *invocation, *range(60, 90))
+        prompt = (*before, *invocation, 7, 8)
+        sampling = Sampling(temperature=0, logit_bias=NEVER_ENDS)
+
+        def said(tokens: tuple[int, ...], adapter: str | None) -> Any:
+            request = Request(tokens, max_tokens=10, sampling=sampling, adapter=adapter)
+            return ask(engine, request)
+
+        base = said(prompt, None)
+        first = said(prompt, "a")
+        assert first.last.cached_tokens == len(before)
+        again = said(prompt, "a")
+        assert again.last.cached_tokens == len(prompt) - 1
+        assert first.answer == again.answer != base.answer
+        # Where the prompt has no invocation, it is the model itself.
+        assert said(before[:30], "a").answer == said(before[:30], None).answer
+
+        model, _ = load(str(folders["model"]))
+        adapted, _ = load(str(folders["model"]))
+        put(adapted, adapter.terms, adapter.scale)
+        caches: list[Any] = make_prompt_cache(model)
+        model(mx.array([before]), cache=caches)
+        tokens, expected = list(prompt[len(before) :]), []
+        for _ in range(10):
+            logits = adapted(mx.array([tokens]), cache=caches)[0, -1]
+            logits[mx.array(list(NEVER_ENDS))] = -mx.inf
+            tokens = [int(mx.argmax(logits).item())]
+            expected += tokens
+        assert first.ids == expected
+    finally:
+        engine.close()
+
+
+def test_an_activated_adapter_is_refused_where_it_would_always_work(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    adapter = replace(random_adapter(folders["model"]), invocation=(40, 41))
+    peft.write(adapter, tmp_path / "a")
+    found = peft.read(tmp_path / "a")
+    assert found.invocation == adapter.invocation
+    assert found.digest == adapter.digest != random_adapter(folders["model"]).digest
+    for refused in (
+        lambda: load(str(folders["model"]), adapter=tmp_path / "a"),
+        lambda: write(found, tmp_path / "mlx"),
+        lambda: combined([(found, 0.5)]),
+        lambda: merge(folders["model"], [(found, 1.0)], tmp_path / "merged"),
+    ):
+        with pytest.raises(AdapterError, match="aLoRA"):
+            refused()

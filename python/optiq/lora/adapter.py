@@ -45,7 +45,8 @@ class Adapter:
     """Low-rank terms by path of the layer; each adds scale * x @ a @ b to the layer's output.
 
     `blocks` is how many blocks the base has, 0 where that is not known. `made` says how it was
-    made, as JSON.
+    made, as JSON. With an `invocation` it is an activated one (aLoRA, Greenewald et al. 2025): it
+    works from the last place on where the prompt has these tokens, and not before.
     """
 
     terms: Mapping[str, LowRank]
@@ -53,6 +54,7 @@ class Adapter:
     base: Base | None = None
     blocks: int = 0
     made: Json = field(default_factory=dict)
+    invocation: tuple[int, ...] = ()
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -70,12 +72,22 @@ class Adapter:
     def digest(self) -> str:
         """sha256 of all that decides what the adapter computes."""
         found = sha256(np.float64(self.scale).tobytes())
+        if self.invocation:
+            found.update(np.asarray(self.invocation, "<i8").tobytes())
         for path in sorted(self.terms):
             found.update(path.encode())
             for array in self.terms[path]:
                 found.update(str(array.shape).encode())
                 found.update(np.asarray(array.astype(mx.float32)).tobytes())
         return found.hexdigest()
+
+    def check_everywhere(self, what: str) -> None:
+        """Raise AdapterError for an activated adapter: `what` would make another one of it."""
+        if self.invocation:
+            raise AdapterError(
+                f"{what} does not go with an activated adapter (aLoRA), which works on a part of "
+                "the text; mount the folder of PEFT on a server"
+            )
 
     def check_finite(self) -> None:
         for path, term in self.terms.items():
@@ -109,7 +121,9 @@ def check_fits(adapter: Adapter, model: nn.Module, base: Base | None = None) -> 
 
 
 def write(adapter: Adapter, out: Path) -> None:
-    """Write the folder, each file whole or not at all, and read it back. Raises ExportError."""
+    """Write the folder, each file whole or not at all, and read it back. Raises ExportError, and
+    AdapterError for what mlx-lm does not know."""
+    adapter.check_everywhere("mlx-lm's format")
     most = max(adapter.ranks.values())
     tensors: dict[str, mx.array] = {}
     for path, (a, b) in adapter.terms.items():

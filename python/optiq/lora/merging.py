@@ -33,6 +33,8 @@ def combined(adapters: Sequence[Weighted]) -> Adapter:
     first, weight = adapters[0]
     if len(adapters) == 1 and weight == 1:
         return first
+    for adapter, _ in adapters:
+        adapter.check_everywhere("a sum of adapters")
     scale = first.scale
     parts: dict[str, list[LowRank]] = {}  # by path, of each adapter
     for adapter, weight in adapters:
@@ -70,6 +72,7 @@ def merge(
     source = resolve(str(model))
     loaded = load(source, allow_quantized=True)
     adapter = combined(adapters)
+    adapter.check_everywhere("merging")
     check_fits(adapter, loaded.model, Base(source.name, source.fingerprint))
     changed = loaded.model
     config = copy.deepcopy(loaded.config)

@@ -21,5 +21,6 @@ def opened(adapter: Adapter | Path | str) -> Adapter:
 
 def mount(model: nn.Module, adapter: Adapter, base: Base | None = None) -> None:
     """Put the adapter beside the layers of `model`, in place. Raises AdapterError."""
+    adapter.check_everywhere("this command")
     check_fits(adapter, model, base)
     put(model, adapter.terms, adapter.scale)

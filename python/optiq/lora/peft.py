@@ -36,7 +36,6 @@ _REFUSED = {
     "trainable_token_indices": "trained tokens",
     "lora_bias": "biases of LoRA",
     "fan_in_fan_out": "transposed weights",
-    "alora_invocation_tokens": "activated LoRA",
     "velora_config": "VeLoRA",
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
@@ -99,9 +98,17 @@ def _adapter(
         for path, pair in halves.items()
     }
     made = {"from": "PEFT", "base_model": config.get("base_model_name_or_path")}
-    adapter = Adapter(terms, scale, made=made)
+    adapter = Adapter(terms, scale, made=made, invocation=_invocation(folder, config))
     adapter.check_finite()
     return adapter
+
+
+def _invocation(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The tokens that activate the adapter; empty where it always works."""
+    tokens = config.get("alora_invocation_tokens") or []
+    if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+        raise AdapterError(f"alora_invocation_tokens of {folder / CONFIG} are not tokens")
+    return tuple(tokens)
 
 
 def _of_layer(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
@@ -135,6 +142,7 @@ def write(adapter: Adapter, out: Path) -> None:
         "alpha_pattern": {path: adapter.scale * rank for path, rank in others.items()},
         "use_rslora": False,
         "use_dora": False,
+        "alora_invocation_tokens": list(adapter.invocation) or None,
     }
     write_tensors(out / WEIGHTS, tensors, {"format": "pt"})
     write_json(out / CONFIG, json.loads(json.dumps(config)))

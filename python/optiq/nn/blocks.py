@@ -28,6 +28,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 from ..formats import DENSE, Format
 from ..models.blocks import Block, Unknown
 from ..ops import native
+from .adapted import Adapted
 from .layers import Adopting
 from .parts import PLAIN, Composed, Native, Place
 
@@ -175,8 +176,11 @@ def _attend(
             )  # fmt: skip
             slots.store(stored)
             return h
-    if hasattr(cache, "rows"):  # some of them have to grow or turn over
-        each = [_attend(parts, own, m, c, with_mlp) for own, m, c in cache.each(x, mask)]
+    if isinstance(parts, Native) and hasattr(cache, "rows"):  # some have to grow or turn over
+        each = []
+        for i, (own, m, c) in enumerate(cache.each(x, mask)):
+            with parts.only(i):
+                each.append(_attend(parts, own, m, c, with_mlp))
         return mx.concatenate([h.reshape(-1, *x.shape[1:]) for h in each])
     if _of_records(cache):
         q, k, v = parts.project(x, cache.offset)
@@ -288,6 +292,9 @@ def links(block: nn.Module, anatomy: Block) -> Links | None:
                 return None
             found[id(at), key] = (at, key, at[key])
             at = at[key]
+        if isinstance(at, Adapted):
+            found[id(at), "linear"] = (at, "linear", at["linear"])
+            at = at["linear"]
         if isinstance(at, nn.Module):
             arrays = {k: v for k, v in at.items() if isinstance(v, mx.array)}
             found |= {(id(at), k): (at, k, v) for k, v in arrays.items()}

@@ -7,6 +7,7 @@ the cache). `Native` keeps the weights in the extension, so that a call builds o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from ..formats import DENSE, Format
 from ..models.blocks import Block, Unknown
 from ..ops import AffineWeight
 from ..ops.attention import capped_attention, masking, packing
+from .adapted import Adapted
 from .layers import Linear, QuantizedLinear
 
 Mask = Any  # None, "causal" or an array that broadcasts to [batch, heads, rows, keys]
@@ -49,6 +51,8 @@ def matrix(block: nn.Module, path: str) -> tuple[Any, ...]:
     Raises Unknown for a layer that computes something else.
     """
     layer = module_at(block, path)
+    if isinstance(layer, Adapted):
+        layer = layer.linear
     bias = layer.get("bias")
     if type(layer) in (Linear, nn.Linear):
         return layer["weight"], None, None, 0, 0, bias
@@ -103,6 +107,10 @@ class Description:
                 "gain": anatomy.gain,
             }
 
+        paths = [*a.qkv, a.out, *((*m.gate_up, m.down) if m else ())]
+        layers = [module_at(block, path) for path in paths]
+        self.adapted = [at if isinstance(at, Adapted) else None for at in layers]
+
     def launches(self) -> list[list[AffineWeight]]:
         """The quantized matrices of each product with several of them, or one."""
         a, m = self.attention, self.mlp
@@ -133,6 +141,20 @@ class Native:
         if d.mlp is not None:
             self.block.set_mlp(**d.mlp)
         self._step = ext.block_step
+        adapted = [a for a in d.adapted if a is not None]
+        self._selection = adapted[0].selection if adapted else None
+        if adapted:
+            self.block.set_terms([a and a.terms.native for a in d.adapted])
+
+    @property
+    def slots(self) -> list[int]:
+        """Of the adapters of the rows; empty where there are none."""
+        chosen = self._selection.slots if self._selection else []
+        return chosen if any(chosen) else []
+
+    def only(self, row: int) -> AbstractContextManager[None]:
+        """While this row of a batch runs by itself."""
+        return self._selection.only(row) if self._selection else nullcontext()
 
     def step(
         self,
@@ -150,16 +172,16 @@ class Native:
         name, array = masking(mask)
         packings = [packing(f) for f in formats]
         out: list[mx.array] = self._step(
-            self.block, x, keys, values, places, name, array, mlp, *packings
+            self.block, x, keys, values, places, name, array, mlp, *packings, self.slots
         )
         return out
 
     def project(self, x: mx.array, offset: int | mx.array) -> list[mx.array]:
         if isinstance(offset, mx.array):
             offsets = mx.broadcast_to(offset, (x.shape[0],))
-            out: list[mx.array] = self.ext.block_project(self.block, x, 0, offsets)
+            out: list[mx.array] = self.ext.block_project(self.block, x, 0, offsets, self.slots)
         else:
-            out = self.ext.block_project(self.block, x, offset)
+            out = self.ext.block_project(self.block, x, offset, slots=self.slots)
         return out
 
     def attend(
@@ -180,7 +202,7 @@ class Native:
         name, array = masking(mask)
         formats = packing(k_format), packing(v_format)
         out: mx.array = self.ext.block_attend(
-            self.block, x, q, [k], [v], name, array, mlp, *formats, **stored
+            self.block, x, q, [k], [v], name, array, mlp, *formats, slots=self.slots, **stored
         )
         return out
 
@@ -188,7 +210,9 @@ class Native:
         self, x: mx.array, q: mx.array, keys: Sequence[mx.array], values: Sequence[mx.array]
     ) -> mx.array:
         """What follows the cache, with plain vectors of each row, of which it sees all."""
-        out: mx.array = self.ext.block_attend(self.block, x, q, keys, values, "", None, True)
+        out: mx.array = self.ext.block_attend(
+            self.block, x, q, keys, values, "", None, True, slots=self.slots
+        )
         return out
 
 
@@ -199,6 +223,8 @@ class Composed:
 
     def __init__(self, block: nn.Module, anatomy: Block) -> None:
         self.d = Description(block, anatomy)
+        if any(self.d.adapted):
+            raise Unknown("an adapter lies beside its projections")
         if rope := self.d.rope:
             self.wavelengths = mx.array([1 / f if f else mx.inf for f in rope.frequencies])
 

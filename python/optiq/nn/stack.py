@@ -124,5 +124,7 @@ class Together:
             natives.append(parts)
             given.append((*slots.arrays(), slots.places, *map(packing, slots.formats)))
         ext = natives[0].ext
-        self._h = ext.block_stack([n.block for n in natives], x, given, mask or "")
+        self._h = ext.block_stack(
+            [n.block for n in natives], x, given, mask or "", natives[0].slots
+        )
         return self._h is not None

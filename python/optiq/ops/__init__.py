@@ -7,12 +7,14 @@ from .affine import AffineWeight
 from .attention import dequantize_kv, quantize_kv, quantized_attention
 from .coordinate_descent import descend
 from .kl import Comparison, compare_logits, kl_divergence, kl_from_logits
-from .matmul import gathered_low_rank, linear, mixed_quantized_matmul, quantized_matmul
+from .low_rank import LowRankTerms, gathered_low_rank
+from .matmul import linear, mixed_quantized_matmul, quantized_matmul
 from .rounding import quantize
 
 __all__ = [
     "AffineWeight",
     "Comparison",
+    "LowRankTerms",
     "compare_logits",
     "dequantize_kv",
     "descend",

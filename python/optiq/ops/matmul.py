@@ -49,22 +49,6 @@ def linear(
     return mx.gather_mm(x[:, None, :], right, rhs_indices=indices).squeeze(-2).astype(dtype)
 
 
-def gathered_low_rank(x: mx.array, a: mx.array, b: mx.array, indices: mx.array) -> mx.array:
-    """`x[i] @ a[s].T @ b[s].T` with s = indices[i]: the low-rank term of each row's own adapter.
-
-    Args:
-        x: Activations `[rows, in]` in float32, float16 or bfloat16.
-        a: `[slots, rank, in]`.
-        b: `[slots, out, rank]`.
-        indices: uint32 `[rows]`.
-
-    Returns:
-        `[rows, out]` in the widest dtype. On the CPU, with up to 16 rows of a slot, a row does not
-        depend on the others, to the bit.
-    """
-    return linear(linear(x, a, indices=indices), b, indices=indices)
-
-
 def quantized_matmul(
     x: mx.array,
     w: mx.array,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,17 @@ def dequantize(codes: Any, scales: Any, biases: Any, group_size: int, bits: int)
     return np.asarray(q * s + b)
 
 
-def gathered_low_rank(x: Any, a: Any, b: Any, indices: Any) -> Float64:
-    """`x[i] @ a[s].T @ b[s].T` with s = indices[i]: `[rows, out]`."""
-    x, a, b = (np.asarray(array, dtype=np.float64) for array in (x, a, b))
-    return np.stack([b[s] @ (a[s] @ row) for row, s in zip(x, np.asarray(indices), strict=True)])
+def gathered_low_rank(x: Any, terms: Sequence[tuple[Any, Any] | None], slots: Any) -> Float64:
+    """`x[i] @ a @ b` with `(a, b) = terms[slots[i]]`, zeros for None: `[rows, out]`."""
+    x = np.asarray(x, dtype=np.float64)
+    out = next(np.shape(t[1])[1] for t in terms if t is not None)
+    rows = []
+    for row, slot in zip(x, slots, strict=True):
+        term = terms[slot]
+        rows.append(
+            np.zeros(out) if term is None else row @ np.float64(term[0]) @ np.float64(term[1])
+        )
+    return np.stack(rows)
 
 
 def dequantize_kv(records: Any, dim: int, group_size: int, bits: int) -> Float64:

@@ -12,12 +12,13 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from ...errors import AdapterError, RequestError
 from ...kv.rows import Caches, together
 from ...lora.adapter import Adapter, Base, check_fits
-from ...lora.gathered import Shadow
+from ...lora.gathered import Shadow, halved
 from .prefix import PrefixCache
 
 _NAME = re.compile(r"[\w.-]{1,64}")
@@ -27,13 +28,24 @@ class Mounted:
     """One adapter under one name. `slot` is None while it does not lie beside the model."""
 
     def __init__(self, name: str, adapter: Adapter, prefix: PrefixCache) -> None:
-        self.name, self.adapter, self.prefix = name, adapter, prefix
+        self.name, self.digest, self.prefix = name, adapter.digest, prefix
+        self.invocation, self.terms = adapter.invocation, halved(adapter)
+        self.nbytes = sum(a.nbytes + b.nbytes for a, b in self.terms.values())
         self.slot: int | None = None
         self.used = 0
 
+    def start(self, tokens: Sequence[int]) -> int | None:
+        """From which token of a prompt on the adapter works; None where it does nowhere."""
+        n = len(self.invocation)
+        places = range(len(tokens) - n, -1, -1) if n else (0,)
+        return next((i for i in places if tuple(tokens[i : i + n]) == self.invocation), None)
+
 
 class Adapters:
-    """What is mounted on one model. `mount`, `unmount`, `names` and `take` from any thread."""
+    """What is mounted on one model. `mount`, `unmount`, `names` and `take` from any thread.
+
+    `together`: rows that can share a pass; `alike`: rows without an adapter may be among them.
+    """
 
     def __init__(
         self,
@@ -59,26 +71,30 @@ class Adapters:
             ),
             1,
         )
+        self.alike = _alike(model, self._shadow.model, make_caches)
         self._named: dict[str, Mounted] = {}
         self._slots: list[Mounted | None] = [None] * slots
         self._clock = count(1)
         self._lock = threading.Lock()
 
-    def mount(self, name: str, adapter: Adapter) -> None:
-        """Mount an adapter, in place of one of the same name. Raises AdapterError."""
+    def mount(self, name: str, adapter: Adapter) -> Mounted:
+        """Mount an adapter, in place of one of the same name, which takes a while. Raises
+        AdapterError."""
         if not _NAME.fullmatch(name):
             raise AdapterError(
                 f"{name[:80]!r} is not a name for an adapter; use up to 64 letters, digits and ._-"
             )
         check_fits(adapter, self._plain, self._base)
+        mounted = Mounted(name, adapter, self._prefix(adapter.digest))
         with self._lock:
-            others = sum(m.adapter.nbytes for n, m in self._named.items() if n != name)
-            if others + adapter.nbytes > self._nbytes:
+            others = sum(m.nbytes for n, m in self._named.items() if n != name)
+            if others + mounted.nbytes > self._nbytes:
                 raise AdapterError(
-                    f"{name} has {adapter.nbytes:,} bytes, and {others:,} of {self._nbytes:,} are "
+                    f"{name} has {mounted.nbytes:,} bytes, and {others:,} of {self._nbytes:,} are "
                     "taken; unmount an adapter, or start the server with more --adapter-memory"
                 )
-            self._named[name] = Mounted(name, adapter, self._prefix(adapter.digest))
+            self._named[name] = mounted
+        return mounted
 
     def unmount(self, name: str) -> None:
         """Raises AdapterError for a name under which nothing is mounted."""
@@ -105,14 +121,17 @@ class Adapters:
 
     # What follows runs in the engine's thread.
 
-    def model(self, rows: Sequence[Mounted], in_use: Iterable[Mounted]) -> nn.Module:
+    def model(self, rows: Sequence[Mounted | None], in_use: Iterable[Mounted]) -> nn.Module:
         """The model for a batch of these rows; the adapters of `in_use` keep their places."""
-        kept = {id(m) for m in (*rows, *in_use)}
-        for mounted in rows:
+        adapted = [m for m in rows if m is not None]
+        if not adapted:
+            return self._plain
+        kept = {id(m) for m in (*adapted, *in_use)}
+        for mounted in adapted:
             mounted.used = next(self._clock)
             if mounted.slot is None:
                 self._place(mounted, kept)
-        self._shadow.select([m.slot + 1 for m in rows if m.slot is not None])
+        self._shadow.select([m.slot + 1 if m and m.slot is not None else 0 for m in rows])
         return self._shadow.model
 
     def _place(self, mounted: Mounted, kept: set[int]) -> None:
@@ -121,5 +140,19 @@ class Adapters:
         slot = min(free, key=lambda i: m.used if (m := self._slots[i]) else 0)
         if (before := self._slots[slot]) is not None:
             before.slot = None
-        self._shadow.fill(slot + 1, mounted.adapter.terms, mounted.adapter.scale)
+        self._shadow.fill(slot + 1, mounted.terms)
         self._slots[slot], mounted.slot = mounted, slot
+
+
+def _alike(model: nn.Module, shadow: nn.Module, make: Callable[[], Caches]) -> bool:
+    """Whether rows without an adapter may run in the shadow: it gives the same bits there.
+
+    On a GPU its blocks run layer by layer, and the model's do not.
+    """
+    prompt = mx.array([[1, 2, 3, 4, 5]])
+    logits = []
+    for each in (model, shadow):
+        caches = make()
+        each(prompt, cache=caches)
+        logits.append(each(prompt[:, :1], cache=caches))
+    return bool(mx.array_equal(*logits))

@@ -99,6 +99,7 @@ class Answer:
     text: AnswerText
     until: float  # time.monotonic() of its deadline
     adapter: Mounted | None = None
+    adapted: int = 0  # tokens that are read before the adapter works
     caches: Caches = field(default_factory=list)
     generated: list[int] = field(default_factory=list)
     cached: int = 0
@@ -145,7 +146,8 @@ class Engine:
         self._paced = 0  # rows of the steps whose pace it is
         self._eos = frozenset(tokenizer.eos_token_ids)
         self._answers: dict[int, Answer] = {}
-        self._joined: tuple[list[Caches], Caches] = [], []  # of a group, and as one
+        # By the tickets of a group: the caches of its answers, and as one.
+        self._joined: dict[tuple[int, ...], tuple[list[Caches], Caches]] = {}
         self._cancelled: deque[int] = deque()
         self._tickets = count(1)
         self._changed = threading.Condition()
@@ -171,7 +173,7 @@ class Engine:
         `listener` must return at once. Raises RequestError, TooLongError or OverloadedError.
         """
         request = self._checked(request)
-        adapter = self._adapter(request)
+        adapter, adapted = self._adapter(request)
         sampler = Sampler(
             request.sampling, request.tokens, self.vocabulary, request.guide, request.top_logprobs
         )
@@ -189,12 +191,12 @@ class Engine:
                     request.tokens,
                     length,
                     self._measured.nbytes(length + request.max_tokens),
-                    cuts=request.boundaries if self._measured.grid else (),
+                    cuts=(*(request.boundaries if self._measured.grid else ()), adapted),
                     share=self._prefix is not None and adapter is None,
                 )
             )
             self._answers[ticket] = Answer(
-                ticket, request, listener, sampler, text, float(until), adapter
+                ticket, request, listener, sampler, text, float(until), adapter, adapted
             )
             self._changed.notify()
         return ticket
@@ -230,13 +232,15 @@ class Engine:
             self._thread.join()
             _until_gone(self._thread)
 
-    def _adapter(self, request: Request) -> Mounted | None:
-        """What is mounted under the name that is asked for, now."""
+    def _adapter(self, request: Request) -> tuple[Mounted | None, int]:
+        """What is mounted under the name that is asked for, now, and where it begins to work."""
         if request.adapter is None:
-            return None
+            return None, 0
         if self.adapters is None:
             raise RequestError("this server has no adapters; leave the name of one out", "model")
-        return self.adapters.take(request.adapter)
+        adapter = self.adapters.take(request.adapter)
+        start = adapter.start(request.tokens)
+        return (None, 0) if start is None else (adapter, start)
 
     def _checked(self, request: Request) -> Request:
         """The request with an answer that fits the context."""
@@ -299,6 +303,8 @@ class Engine:
         if step.decode:
             self._stats.steps += 1
             groups = self._groups([self._answers[t] for t in step.decode])
+            tickets = [tuple(answer.ticket for answer in group) for group in groups]
+            self._joined = {key: self._joined[key] for key in tickets if key in self._joined}
             if part and self._beside(groups, part):
                 self._decode(groups[0], part)
             else:
@@ -322,14 +328,18 @@ class Engine:
         self._stats.overhead_seconds = _smoothed(self._stats.overhead_seconds, taken - model)
 
     def _groups(self, rows: list[Answer]) -> list[list[Answer]]:
-        """Who shares a pass through the model: rows without an adapter, and rows with one."""
+        """Who shares a pass through the model: all, or rows with and without an adapter apart."""
         groups = [[row] for row in rows if row.alone]
-        plain = [row for row in rows if not row.alone and row.adapter is None]
-        adapted = [row for row in rows if not row.alone and row.adapter is not None]
-        for shared, most in (
-            (plain, self._measured.together),
-            (adapted, self.adapters.together if self.adapters else 1),
-        ):
+        rows = [row for row in rows if not row.alone]
+        plain, adapted = self._measured.together, self.adapters.together if self.adapters else 1
+        if self.adapters and self.adapters.alike and any(row.adapter for row in rows):
+            shares = [(rows, min(plain, adapted))]
+        else:
+            shares = [
+                ([row for row in rows if row.adapter is None], plain),
+                ([row for row in rows if row.adapter is not None], adapted),
+            ]
+        for shared, most in shares:
             groups += [shared[i : i + most] for i in range(0, len(shared), most)]
         return groups
 
@@ -365,9 +375,12 @@ class Engine:
         """Caches for a reader: those that hold most of what it has to read."""
         tokens, length = (*answer.held, answer.next), 0
         answer.caches = []
-        if (prefix := self._prefix_of(answer)) is not None:
+        if (prefix := self._prefix_of(answer, len(tokens))) is not None:
             try:
                 answer.caches, length = prefix.find(tokens, self.make_caches)
+                if self._prefix is not None and length < answer.adapted:
+                    before = tokens[: answer.adapted + 1]
+                    answer.caches, length = self._prefix.find(before, self.make_caches)
             except Exception:
                 log.exception("the prefix cache failed; the prompt is read as a whole")
                 answer.caches = []
@@ -387,7 +400,8 @@ class Engine:
         answer = self._answers[part.ticket]
         tokens = answer.held[part.begin : part.end]
         try:
-            self._model_of([answer])(mx.array([tokens]), cache=answer.caches)
+            model = self._model_of([answer] if part.begin >= answer.adapted else [])
+            model(mx.array([tokens]), cache=answer.caches)
             mx.eval([cache.state for cache in answer.caches])
         except Exception as error:  # whatever a model or a kernel raises
             self._stumble([answer], error)
@@ -400,7 +414,8 @@ class Engine:
             self._scheduler.read(part)
         if part.end == len(answer.held):
             _grow_by(answer.caches, GROWTH)
-        if part.end == len(answer.held) or part.end in answer.request.boundaries:
+        ends = (len(answer.held), answer.adapted, *answer.request.boundaries)
+        if part.end in ends:
             self._keep(answer, part.end)
         elif part.end // KEEPING > part.begin // KEEPING:
             self._to_keep = answer, part.end
@@ -445,9 +460,10 @@ class Engine:
         elif len(group) == 1 and not self._measured.beside:
             together = caches[0]  # else one node for all blocks is faster, also for one row
         else:
-            if self._joined[0] != caches:
-                self._joined = caches, joined(caches)
-            together = self._joined[1]
+            key = tuple(answer.ticket for answer in group)
+            if key not in self._joined or self._joined[key][0] != caches:
+                self._joined[key] = caches, joined(caches)
+            together = self._joined[key][1]
         logits = self._model_of(group)(mx.array(inputs), cache=together)
         logits = logits[:, -1].astype(mx.float32)
         if self._measured.states:
@@ -455,16 +471,16 @@ class Engine:
         return np.asarray(logits)
 
     def _model_of(self, group: list[Answer]) -> nn.Module:
-        """The model for a group whose rows all have an adapter, or none."""
-        rows = [answer.adapter for answer in group if answer.adapter is not None]
-        if not rows or self.adapters is None:
+        """The model for a group, with the adapters of its rows."""
+        if self.adapters is None:
             return self._model
+        rows = [answer.adapter for answer in group]
         in_use = (a.adapter for a in self._answers.values() if a.caches and a.adapter is not None)
         return self.adapters.model(rows, in_use)
 
-    def _prefix_of(self, answer: Answer) -> Prefixes | None:
-        """What an adapter has read is not what the model has."""
-        if answer.adapter is not None and self._prefix is not None:
+    def _prefix_of(self, answer: Answer, length: int) -> Prefixes | None:
+        """For the first tokens of it: what an adapter has read is not what the model has."""
+        if answer.adapter is not None and self._prefix is not None and length > answer.adapted:
             return answer.adapter.prefix
         return self._prefix
 
@@ -509,7 +525,7 @@ class Engine:
         )
 
     def _keep(self, answer: Answer, length: int, reading: bool = False) -> None:
-        prefix = self._prefix_of(answer)
+        prefix = self._prefix_of(answer, length)
         if prefix is None or not length:
             return
         try:
@@ -558,7 +574,7 @@ class Engine:
                 self._stats.answers += 1
             self._changed.notify_all()
         answer.caches = []
-        self._joined = [], []
+        self._joined = {}
         if event is not None:
             self._tell(answer, event)
 

@@ -41,7 +41,7 @@ class Service:
         adapter = self.model.adapter_of(true_name)
         if adapter is None or self.adapters is None:
             return self.model.fingerprint
-        return f"{self.model.fingerprint}_{self.adapters.take(adapter).adapter.digest[:12]}"
+        return f"{self.model.fingerprint}_{self.adapters.take(adapter).digest[:12]}"
 
 
 class Reply(Protocol):

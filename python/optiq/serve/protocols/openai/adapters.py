@@ -11,9 +11,9 @@ from typing import Any
 import mlx.core as mx
 
 from ....errors import AdapterError, RequestError
-from ....lora.adapter import Adapter
 from ....lora.merging import combined
 from ....lora.mounting import opened
+from ...engine.adapters import Adapters, Mounted
 from ..fields import Fields
 from ..protocol import Service
 
@@ -31,14 +31,13 @@ async def load(service: Service, body: Fields, client: str) -> dict[str, Any]:
         raise _none()
     began = perf_counter()
     try:
-        adapter = await service.answers.preparer.prepare(partial(_opened, weights))
-        adapters.mount(name, adapter)
+        mounted = await service.answers.preparer.prepare(partial(_mounted, adapters, name, weights))
     except AdapterError as error:
         raise RequestError(str(error), "lora_path") from error
     return {
         "name": f"{service.model.name}:{name}",
-        "sha256": adapter.digest,
-        "bytes": adapter.nbytes,
+        "sha256": mounted.digest,
+        "bytes": mounted.nbytes,
         "ms": round(1000 * (perf_counter() - began), 1),
     }
 
@@ -55,11 +54,11 @@ async def unload(service: Service, body: Fields, client: str) -> dict[str, Any]:
     return {"name": f"{service.model.name}:{name}", "mounted": list(service.adapters.names)}
 
 
-def _opened(weights: Mapping[str, float]) -> Adapter:
+def _mounted(adapters: Adapters, name: str, weights: Mapping[str, float]) -> Mounted:
     adapter = combined([(opened(Path(path)), weight) for path, weight in weights.items()])
     mx.eval([list(term) for term in adapter.terms.values()])  # only this thread can
     adapter.check_finite()
-    return adapter
+    return adapters.mount(name, adapter)
 
 
 def _weights(body: Fields) -> dict[str, float]:

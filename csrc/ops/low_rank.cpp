@@ -1,0 +1,148 @@
+#include "ops/low_rank.h"
+
+#include <algorithm>
+#include <cstdint>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <mlx/allocator.h>
+#include <mlx/backend/cpu/encoder.h>
+#include <mlx/ops.h>
+#include <mlx/primitives.h>
+
+#include "ops/fail.h"
+#include "ops/matmul.h"
+
+namespace optiq {
+namespace {
+
+constexpr int kRanks = 8; // as the kernel wants them
+
+template <class... Parts>
+[[noreturn]] void fail_terms(Parts&&... parts) {
+  fail("gathered_low_rank", parts...);
+}
+
+class GatheredLowRank : public mx::UnaryPrimitive {
+ public:
+  GatheredLowRank(mx::Stream stream, TermsOfRows terms, int in, int out)
+      : UnaryPrimitive(stream), terms_(std::move(terms)), in_(in), out_(out) {}
+
+  void eval_cpu(const std::vector<array>& inputs, array& out) override {
+    array x = row_contiguous(inputs[0], stream());
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+    auto& encoder = mx::cpu::get_command_encoder(stream());
+    encoder.set_input_array(x);
+    encoder.set_output_array(out);
+    encoder.dispatch([terms = terms_, in = in_, width = out_, m = x.shape(0), x = x.data<float>(),
+                         y = out.data<float>()]() {
+      std::fill_n(y, size_t(m) * width, 0.0f);
+      cpu::Adapters adapters = terms.get();
+      cpu::LowRankPart part{adapters.terms[0], y, width};
+      cpu::kernels().low_rank({x, m, in, adapters.slots, &part, 1});
+    });
+  }
+  void eval_gpu(const std::vector<array>&, array&) override {
+    throw std::runtime_error("[gathered_low_rank] has no GPU kernel; use mx.gather_mm there");
+  }
+  DEFINE_NAME(OptiqGatheredLowRank)
+
+ private:
+  TermsOfRows terms_;
+  int in_, out_;
+};
+
+} // namespace
+
+LowRankTerms::LowRankTerms(int slots, int in, int out) : in(in), out(out) {
+  if (slots < 1 || in < 1 || out < 1) {
+    fail_terms(slots, " slots for a layer of ", in, " to ", out, "; all must be positive");
+  }
+  auto empty = std::make_shared<Table>();
+  empty->terms.resize(slots, cpu::LowRank{});
+  empty->kept.resize(2 * size_t(slots), array(0.0f));
+  table_ = std::move(empty);
+}
+
+std::shared_ptr<LowRankTerms::Table> LowRankTerms::changed(int slot) {
+  if (slot < 1 || slot >= int(table_->terms.size())) {
+    fail_terms("slot ", slot, " is not one of 1 to ", table_->terms.size() - 1);
+  }
+  return std::make_shared<Table>(*table_);
+}
+
+void LowRankTerms::put(int slot, const array& a, const array& b) {
+  auto table = changed(slot);
+  for (const array* m : {&a, &b}) {
+    if (m->ndim() != 2 || (m->dtype() != mx::float32 && m->dtype() != mx::float16) ||
+        !m->is_available() || !m->flags().row_contiguous) {
+      fail_terms("a term holds ", m->shape(), " ", m->dtype(),
+          "; it must be a matrix in float32 or float16, evaluated and contiguous");
+    }
+  }
+  int rank = a.shape(1);
+  if (a.shape(0) != in || b.shape(1) != out || b.shape(0) != rank || a.dtype() != b.dtype() ||
+      rank < kRanks || rank % kRanks != 0) {
+    fail_terms("a is ", a.shape(), " ", a.dtype(), " and b ", b.shape(), " ", b.dtype(),
+        "; they must be [", in, ", rank] and [rank, ", out,
+        "] of one dtype, with a rank that is a multiple of ", kRanks);
+  }
+  table->terms[slot] = {a.data<char>(), b.data<char>(), float_type(a.dtype()), rank};
+  table->kept[2 * slot] = a;
+  table->kept[2 * slot + 1] = b;
+  table_ = std::move(table);
+}
+
+void LowRankTerms::clear(int slot) {
+  auto table = changed(slot);
+  table->terms[slot] = {};
+  table->kept[2 * slot] = table->kept[2 * slot + 1] = array(0.0f);
+  table_ = std::move(table);
+}
+
+TermsOfRows::TermsOfRows(
+    const std::vector<TermsPtr>& layers, const std::vector<int>& slots, int rows) {
+  for (int slot : slots) {
+    slots_.insert(slots_.end(), rows, slot);
+  }
+  for (const TermsPtr& layer : layers) {
+    auto& table = tables_.emplace_back(layer ? layer->table() : nullptr);
+    terms_.push_back(table ? table->terms.data() : nullptr);
+    for (int slot : slots) {
+      if (table && (slot < 0 || slot >= int(table->terms.size()))) {
+        fail_terms("slot ", slot, " is not one of 0 to ", table->terms.size() - 1);
+      }
+    }
+  }
+}
+
+array gathered_low_rank(const array& x, const LowRankTerms& terms, const std::vector<int>& slots,
+    mx::StreamOrDevice s) {
+  if (x.ndim() != 2 || x.shape(1) != terms.in || x.dtype() != mx::float32) {
+    fail_terms("x is ", x.shape(), " ", x.dtype(), "; it must be [rows, ", terms.in, "] float32");
+  }
+  if (slots.empty() || x.shape(0) % slots.size() != 0) {
+    fail_terms(slots.size(), " slots do not go into ", x.shape(0), " rows");
+  }
+  TermsOfRows of_rows(
+      {std::make_shared<LowRankTerms>(terms)}, slots, x.shape(0) / int(slots.size()));
+  return array({x.shape(0), terms.out}, mx::float32,
+      std::make_shared<GatheredLowRank>(mx::to_stream(s), std::move(of_rows), terms.in, terms.out),
+      {x});
+}
+
+void use_large_pages(const array& a) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = uintptr_t(2) << 20;
+  constexpr int kCollapse = 25; // MADV_COLLAPSE, which older headers do not know
+  auto begin = (reinterpret_cast<uintptr_t>(a.data<char>()) + kPage - 1) / kPage * kPage;
+  auto end = (reinterpret_cast<uintptr_t>(a.data<char>()) + a.nbytes()) / kPage * kPage;
+  if (begin < end) {
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+    madvise(reinterpret_cast<void*>(begin), end - begin, kCollapse);
+  }
+#endif
+}
+
+} // namespace optiq
