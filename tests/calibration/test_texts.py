@@ -47,6 +47,15 @@ def test_too_little_text_to_choose_by_is_said_and_stops_nothing(
     assert "63 calibration tokens are too few" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("held_out", "most"), [(1000, 1000), (100_000, 4096)])
+def test_plans_are_chosen_by_no_more_text_than_the_result_is_judged_on(
+    monkeypatch: pytest.MonkeyPatch, held_out: int, most: int
+) -> None:
+    monkeypatch.setattr(texts, "SELECTION_TOKENS", 4096)
+    found = gather_selection(Letters(), None, 0, held_out)
+    assert 0.9 * most < sum(len(s.tokens) for s in found) <= most
+
+
 def test_a_bad_row_to_choose_by_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="calibration line 2 is 3 tokens long"):
         gather_selection(Letters(), mix(tmp_path, a=[99, 3, 99]), 0)

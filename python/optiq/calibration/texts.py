@@ -49,7 +49,7 @@ def gather_texts(
         scoring = gather(tokenizer, path, "calibration", SCORING_TOKENS, seed)
     return Texts(
         held_out=gather(tokenizer, path, "heldout", held_out_tokens, seed),
-        selection=gather_selection(tokenizer, path, seed),
+        selection=gather_selection(tokenizer, path, seed, held_out_tokens),
         scoring=scoring,
         calibration=calibration,
     )
@@ -79,11 +79,17 @@ def gather(
     return replace(found, source=text_name(path))
 
 
-def gather_selection(tokenizer: Tokenizer, path: Path | None, seed: int) -> list[Sample]:
-    """Sequences from the "selection" rows at `path`; none where they are too few, which is said."""
+def gather_selection(
+    tokenizer: Tokenizer, path: Path | None, seed: int, held_out_tokens: int = HELD_OUT_TOKENS
+) -> list[Sample]:
+    """Sequences from the "selection" rows at `path`; none where they are too few, which is said.
+
+    No more tokens than the result is judged on.
+    """
     rows = split(load_rows(path), "selection")
+    tokens = min(SELECTION_TOKENS, held_out_tokens)
     try:
-        return batches(rows, tokenizer, tokens=SELECTION_TOKENS, seed=seed).sequences
+        return batches(rows, tokenizer, tokens=tokens, seed=seed).sequences
     except TooLittleText as error:
         tell(f"selection text of {text_name(path)}: none, plans are not compared ({error})")
         return []
