@@ -105,6 +105,17 @@ def test_a_short_domain_lowers_the_others() -> None:
     )
 
 
+def test_rows_too_short_are_left_out() -> None:
+    """Their domain, too, if it has no others."""
+    rows = rows_of(a=[7, 90, 1, 90, 7, 7], b=[7], c=[90, 90])
+    result = batches(rows, Letters(), tokens=300)
+    assert result.tokens_per_domain == {"a": 150, "c": 150}
+    assert result.note == "left out 5 rows under 8 tokens (lines 1, 3, 5, ...)"
+    short = batches(rows, Letters(), tokens=500).note
+    assert short.startswith("left out 5 rows under 8 tokens")
+    assert short.endswith("kept equal")
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.lists(st.integers(32, 700), min_size=1, max_size=8), min_size=1, max_size=4),
@@ -127,7 +138,7 @@ def test_shares_are_exact(lengths: list[list[int]], tokens: int, max_length: int
     ("rows", "options", "message"),
     [
         ([], {"tokens": 500}, "no calibration rows"),
-        (rows_of(a=[90, 7]), {"tokens": 500}, "calibration line 2 is 7 tokens long"),
+        (rows_of(a=[3, 7]), {"tokens": 500}, "no calibration rows of 8 tokens or more"),
         (rows_of(a=[90], b=[90]), {"tokens": 63}, "ask for at least 64"),
         (rows_of(a=[90], b=[20]), {"tokens": 500}, "domain 'b' has only 20 tokens"),
         (rows_of(a=[90]), {"tokens": 500, "max_length": 31}, "max_length is 31"),

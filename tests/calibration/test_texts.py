@@ -56,9 +56,15 @@ def test_plans_are_chosen_by_no_more_text_than_the_result_is_judged_on(
     assert 0.9 * most < sum(len(s.tokens) for s in found) <= most
 
 
-def test_a_bad_row_to_choose_by_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match="calibration line 2 is 3 tokens long"):
-        gather_selection(Letters(), mix(tmp_path, a=[99, 3, 99]), 0)
+def test_rows_too_short_are_left_out_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("optiq.base.lines.EVERY", 0)
+    assert gather_selection(Letters(), mix(tmp_path, a=[99, 3, 99]), 0) == []
+    assert "no calibration rows of 8 tokens or more" in capsys.readouterr().err
+    gather(Letters(), mix(tmp_path, a=[99, 3, 5, 99, 99]), "calibration", 50, 0)
+    told = capsys.readouterr().err
+    assert "calibration text of mix.jsonl: left out 2 rows under 8 tokens (lines 2, 3)" in told
 
 
 def test_of_one_row_nothing_can_be_held_out(tmp_path: Path) -> None:

@@ -63,15 +63,15 @@ def batches(
 
     Whole samples are taken in an order shuffled by `seed` and cut at `max_length`; the last one or
     two of a domain are cut further to hit its share, never below 32 tokens. When a domain has
-    fewer tokens than its share, all shares are lowered to what it has, and `note` says so.
-    Raises CalibrationError for a row under 8 tokens, and its subclass TooLittleText for no rows or
-    shares under 32 tokens.
+    fewer tokens than its share, all shares are lowered to what it has, and rows under 8 tokens are
+    left out; `note` says so. Raises TooLittleText for no rows or shares under 32 tokens.
     """
     if max_length < MIN_CUT:
         raise CalibrationError(f"max_length is {max_length}; expected at least {MIN_CUT} tokens")
-    pools = _render_all(rows, tokenizer, max_length)
+    pools, left_out = _render_all(rows, tokenizer, max_length)
     if not pools:
-        raise TooLittleText("there are no calibration rows; give a file with at least one")
+        short = f" of {MIN_ROW} tokens or more" if left_out else ""
+        raise TooLittleText(f"there are no calibration rows{short}; give a file with at least one")
     if tokens < MIN_CUT * len(pools):
         raise TooLittleText(
             f"{tokens} calibration tokens are too few for {len(pools)} domains; "
@@ -89,6 +89,7 @@ def batches(
     per_domain = {
         domain: sum(len(s.tokens) for s in sequences if s.domain == domain) for domain in pools
     }
+    note = "; ".join(filter(None, [left_out, note]))
     return Calibration(sequences, token_hash(sequences), per_domain, note)
 
 
@@ -102,18 +103,20 @@ def token_hash(sequences: Iterable[Sample]) -> str:
 
 def _render_all(
     rows: Iterable[Row], tokenizer: Tokenizer, max_length: int
-) -> dict[str, list[Sample]]:
+) -> tuple[dict[str, list[Sample]], str]:
+    """The rows by domain, and a note about those that are too short."""
     pools: dict[str, list[Sample]] = defaultdict(list)
+    short: list[int] = []
     for number, row in enumerate(rows, start=1):
         line = row.get("line", number)
         ids = render(row, tokenizer)
         if len(ids) < MIN_ROW:
-            raise CalibrationError(
-                f"calibration line {line} is {len(ids)} tokens long; "
-                f"expected at least {MIN_ROW}: lengthen the row or remove it"
-            )
-        pools[row["domain"]].append(Sample(row["domain"], ids[:max_length], line))
-    return dict(pools)
+            short.append(line)
+        else:
+            pools[row["domain"]].append(Sample(row["domain"], ids[:max_length], line))
+    lines = ", ".join(map(str, short[:3])) + (", ..." if len(short) > 3 else "")
+    note = f"left out {len(short)} rows under {MIN_ROW} tokens (lines {lines})" if short else ""
+    return dict(pools), note
 
 
 def _share(pools: dict[str, list[Sample]], tokens: int) -> tuple[int, str]:

@@ -57,7 +57,7 @@ def gather_texts(
 
 def text_name(path: Path | None) -> str:
     """What a plan calls the rows at `path`."""
-    return str(path or BUNDLED.name)
+    return BUNDLED.name if path is None else path.resolve().name
 
 
 def gather(

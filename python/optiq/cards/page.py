@@ -12,10 +12,10 @@ import json
 import re
 import shlex
 from math import isfinite
-from pathlib import PurePath
 
 from huggingface_hub import ModelCard
 
+from ..base.command import without_folders
 from ..evals.comparison import Compared
 from ..planning.plan import Plan
 from ..quality.results import Distribution, Divergence
@@ -325,9 +325,9 @@ def _text(sha256: str | None, tokens: int | None) -> str:
 
 
 def _without_folders(command: str) -> str:
-    """A command with the last part of every path: the rest is about somebody's disk."""
+    """The command, also of a plan of an earlier version, without what is about somebody's disk."""
     try:
         words = shlex.split(command)
     except ValueError:
         return ""
-    return shlex.join(PurePath(w).name if w.startswith(("/", "~", ".")) else w for w in words)
+    return shlex.join(without_folders(words))

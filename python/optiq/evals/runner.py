@@ -127,7 +127,7 @@ def _header(task: Task, source: Source, limit: int | None) -> records.Header:
     return records.Header(
         task=task.name,
         protocol=task.protocol,
-        model=source.name,
+        model=source.label,
         fingerprint=source.fingerprint,
         data_sha256=task.data_sha256,
         items=sum(len(wave) for wave in task.waves),
@@ -144,7 +144,7 @@ def _sizes(source: Source, loaded: LoadedModel) -> Sizes:
     files = [f for f in source.path.rglob("*") if f.is_file() and "optiq" not in f.parts]
     nbytes = {file: file.stat().st_size for file in files}
     return Sizes(
-        model=source.name,
+        model=source.label,
         fingerprint=source.fingerprint,
         **model_size(loaded.model)._asdict(),
         weight_file_bytes=sum(n for f, n in nbytes.items() if f.suffix == ".safetensors"),

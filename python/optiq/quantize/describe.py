@@ -21,7 +21,7 @@ def describe_model(loaded: LoadedModel, modules: Sequence[Module]) -> ModelInfo:
     parameters: dict[str, mx.array] = dict(tree_flatten(loaded.model.parameters()))
     shapes = {name: array.shape for name, array in parameters.items()}
     return ModelInfo(
-        name=source.name,
+        name=source.label,
         fingerprint=source.fingerprint,
         model_type=loaded.config["model_type"],
         dtype=dtype_name(loaded.dtype),

@@ -90,9 +90,11 @@ def module_table(grid: Grid) -> str:
     for cell in grid.cells:
         scores = "".join(_score(cell, fmt) for fmt in menu)
         rows.append(
-            f'<tr><th scope="row">{esc(cell.module.path)}</th><td>{cell.module.role.value}</td>'
-            f"<td>{shape(cell.module.shape)}</td><td>{cell.format}</td>"
-            f"<td>{data(cell.nbytes, count(cell.nbytes))}</td>{scores}</tr>"
+            f'<tr><th scope="row">{esc(cell.module.path)}</th>'
+            f'<td data-label="role">{cell.module.role.value}</td>'
+            f'<td data-label="shape">{shape(cell.module.shape)}</td>'
+            f'<td data-label="format">{cell.format}</td>'
+            f'<td data-label="bytes">{data(cell.nbytes, count(cell.nbytes))}</td>{scores}</tr>'
         )
     return (
         '<div class="scroll tall"><table class="figures modules"><thead><tr><th>module</th>'
@@ -104,10 +106,11 @@ def module_table(grid: Grid) -> str:
 def _score(cell: Cell, fmt: Format) -> str:
     if fmt not in cell.scores:
         reason = "not measured" if fmt.fits(cell.module.shape) else "groups do not fit"
-        return f'<td class="missing" title="{reason}">&ndash;</td>'
+        return f'<td class="missing" title="{reason}" data-label="{fmt}">&ndash;</td>'
     kl, se = cell.scores[fmt].kl, cell.scores[fmt].se
     mark = ' class="chosen"' if fmt == cell.format else ""
-    return f"<td{mark}>{data(kl, plus_minus(1000 * kl, 1000 * se if se else None))}</td>"
+    shown = data(kl, plus_minus(1000 * kl, 1000 * se if se else None))
+    return f'<td{mark} data-label="{fmt}">{shown}</td>'
 
 
 def tooltip(cell: Cell) -> str:

@@ -44,6 +44,11 @@ class Source:
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
     departures: tuple[str, ...] = ()  # how mlx-lm's model differs from it, see departures.py
 
+    @property
+    def label(self) -> str:
+        """What files call it: its id on the hub, or the last part of its path on this machine."""
+        return self.name if self.kind == "hub" else Path(self.name).expanduser().resolve().name
+
 
 @dataclass(frozen=True)
 class LoadedModel:
