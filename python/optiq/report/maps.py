@@ -109,7 +109,7 @@ def _score(cell: Cell, fmt: Format) -> str:
         return f'<td class="missing" title="{reason}" data-label="{fmt}">&ndash;</td>'
     kl, se = cell.scores[fmt].kl, cell.scores[fmt].se
     mark = ' class="chosen"' if fmt == cell.format else ""
-    shown = data(kl, plus_minus(1000 * kl, 1000 * se if se else None))
+    shown = data(kl, plus_minus(1000 * kl, 1000 * se if se else None).replace("± ", "±&nbsp;"))
     return f'<td{mark} data-label="{fmt}">{shown}</td>'
 
 
