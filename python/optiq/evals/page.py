@@ -29,10 +29,10 @@ def evals_page(found: Comparison, names: Sequence[str]) -> str:
 </header>
 <section>
 <h2>Benchmarks</h2>
-{table(_HEAD, rows)}
+{table(_HEAD, rows, "verdicts")}
 <p>Shares in percent, differences in points, paired by item. <em>Only A</em> and <em>only B</em>
 count the items that one alone got right. p is after Holm&rsquo;s correction over the main metric
-of {found.tests} benchmarks.</p>
+of {found.tests} {'benchmark' if found.tests == 1 else 'benchmarks'}.</p>
 {notes}
 </section>""",
     )
