@@ -16,18 +16,19 @@ PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 COLUMNS = ("converts", "bfloat16", "--refine", "kv", "eval")
 HEADER = """# Families
 
-Every model file of mlx-lm {version}, as a tiny model with random weights. "yes" says:
+Which of mlx-lm {version}'s model files work with optiq, tried on a tiny model of each with random weights.
+"yes" means:
 
-- **converts**: converted with the usual settings, loaded by stock mlx-lm and by `optiq.load`, and
-  both give the same on the same tokens with caches. {converts} of {all} do.
-- **bfloat16**: the same from weights in bfloat16.
-- **--refine**: the same with scales and biases trained; a line says why where nothing is trained.
-- **kv**: `optiq kv` chooses formats for its caches, and the model decodes with them.
-- **eval**: questions with four answers are asked after a beginning they share, in batches where
-  mlx-lm has batches of its caches, else one by one.
+- **converts**: the model was converted with the default settings. Stock mlx-lm and `optiq.load` both load
+  the result and give the same output on the same tokens with caches. {converts} of {all} do.
+- **bfloat16**: the same with weights in bfloat16.
+- **--refine**: the same with trained scales and biases. If nothing was trained, the table says why.
+- **kv**: `optiq kv` chose formats for its caches, and the model decodes with them.
+- **eval**: questions with four answers were asked after a shared beginning. They ran in batches if mlx-lm can
+  batch the model's caches, otherwise one by one.
 
-For each of the others, the table says why not: a refusal before anything is measured.
-`make families` runs them and writes this page.
+If a cell is not "yes", it gives the reason. optiq refuses such a model before it measures anything.
+`make families` runs all of them and writes this page.
 
 """
 _found: dict[str, list[str]] = {}

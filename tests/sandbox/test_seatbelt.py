@@ -1,6 +1,6 @@
 """The macOS level, as far as it can be tested without a Mac: its profile's text, its watchdogs.
 
-It was NEVER RUN on macOS. What a Mac has to show is in docs/sandbox.md.
+It was NEVER RUN on macOS. What a Mac has to show is in docs/sandbox-security.md.
 """
 
 from __future__ import annotations

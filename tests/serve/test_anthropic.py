@@ -1,4 +1,4 @@
-"""Anthropic's protocol, line by line. The numbers are those of docs/serving.md."""
+"""Anthropic's protocol, line by line. The numbers are those of docs/serving-reference.md."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Requests that stop, crash or mislead other servers; one test for each row of the table in
-docs/serving.md. After each of them this server answers as before."""
+docs/serving-reference.md. After each of them this server answers as before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OpenAI's protocol, point by point. The numbers are those of docs/serving.md."""
+"""OpenAI's protocol, point by point. The numbers are those of docs/serving-reference.md."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def evals_page(found: Comparison, names: Sequence[str]) -> str:
 {table(_HEAD, rows, "verdicts")}
 <p>Shares in percent, differences in points, paired by item. <em>Only A</em> and <em>only B</em>
 count the items that one alone got right. p is after Holm&rsquo;s correction over the main metric
-of {found.tests} {'benchmark' if found.tests == 1 else 'benchmarks'}.</p>
+of {found.tests} {"benchmark" if found.tests == 1 else "benchmarks"}.</p>
 {notes}
 </section>""",
     )

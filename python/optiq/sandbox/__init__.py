@@ -9,7 +9,7 @@
             session.run("x = 6 * 7")
             session.run("x").value                 # "42"
 
-docs/sandbox.md has the threat model.
+docs/sandbox-security.md has the threat model.
 """
 
 from ..errors import SandboxError, SandboxUnavailable
