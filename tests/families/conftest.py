@@ -16,16 +16,17 @@ PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 COLUMNS = ("converts", "bfloat16", "--refine", "kv", "eval")
 HEADER = """# Families
 
-Which of mlx-lm {version}'s model files work with optiq, tried on a tiny model of each with random weights.
-"yes" means:
+Which of mlx-lm {version}'s model files work with optiq, tried on a tiny model of each with random
+weights. "yes" means:
 
-- **converts**: the model was converted with the default settings. Stock mlx-lm and `optiq.load` both load
-  the result and give the same output on the same tokens with caches. {converts} of {all} do.
+- **converts**: the model was converted with the default settings. Stock mlx-lm and `optiq.load`
+  both load the result and give the same output on the same tokens with caches. {converts} of
+  {all} do.
 - **bfloat16**: the same with weights in bfloat16.
 - **--refine**: the same with trained scales and biases. If nothing was trained, the table says why.
 - **kv**: `optiq kv` chose formats for its caches, and the model decodes with them.
-- **eval**: questions with four answers were asked after a shared beginning. They ran in batches if mlx-lm can
-  batch the model's caches, otherwise one by one.
+- **eval**: questions with four answers were asked after a shared beginning. They ran in batches
+  if mlx-lm can batch the model's caches, otherwise one by one.
 
 If a cell is not "yes", it gives the reason. optiq refuses such a model before it measures anything.
 `make families` runs all of them and writes this page.

@@ -1,9 +1,9 @@
 """The attacks on files, network and processes: a program for the inside of a jail, nowhere else.
 
-Each has the number it has in docs/sandbox-attacks.md and some attempts: a function and its arguments. An
-attempt that returns has succeeded, whatever it returns; an OSError is a refusal; anything else is
-an attempt that could not be made, and a mistake in here. All are harmless where they succeed: the
-clock is set to the time it shows, the host name to the one it has. `T` names what
+Each has the number it has in docs/sandbox-attacks.md and some attempts: a function and its
+arguments. An attempt that returns has succeeded, whatever it returns; an OSError is a refusal;
+anything else is an attempt that could not be made, and a mistake in here. All are harmless where
+they succeed: the clock is set to the time it shows, the host name to the one it has. `T` names what
 `campaign.py` has laid out, and looks at afterwards.
 """
 

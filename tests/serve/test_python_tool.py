@@ -251,7 +251,7 @@ class Through:
 
 
 def test_no_attack_succeeds_through_the_tool() -> None:
-    """Those of tests/sandbox on files, network and processes; 14 is stat, see docs/sandbox-security.md."""
+    """Those of tests/sandbox on files, network and processes; 14 is stat, which is documented."""
     through: Any = Through()
     try:
         found, broken = access(through)

@@ -1,7 +1,7 @@
 """OpenAI's Responses, through its SDK and strictly against its types.
 
-`test_openai_18_*` is point 18 of docs/serving-reference.md. `test_compliance_*` restate the compliance cases
-of openresponses: basic, streaming, system prompt, tools, several turns.
+`test_openai_18_*` is point 18 of docs/serving-reference.md. `test_compliance_*` restate the
+compliance cases of openresponses: basic, streaming, system prompt, tools, several turns.
 """
 
 from __future__ import annotations
