@@ -18,6 +18,7 @@ from mlx_lm import convert as stock_convert
 
 import optiq
 from optiq.cli import main
+from optiq.cli.tables import card_table
 from optiq.errors import EvalError, ExportError, OptiqError, UsageError
 from optiq.evals import metrics, runs
 from optiq.evals.runner import evaluate
@@ -199,6 +200,7 @@ def test_two_items_are_too_few_to_tell(model: Path) -> None:
     text = optiq.card(model).path.read_text()
     benchmarks = section(text, "Benchmarks")
     assert "0.0" not in benchmarks
+    assert "0.0" not in card_table(optiq.card(model))
     assert benchmarks.count("too few to tell") == len(table(text, "Benchmarks")) - 1
 
 

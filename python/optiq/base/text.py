@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
+from typing import TextIO
+
+
+def folded(text: str, stream: TextIO, indent: str = "") -> str:
+    """Lines that fit the terminal, if `stream` is one; `indent` is for all but the first."""
+    if not stream.isatty():
+        return text
+    columns = shutil.get_terminal_size().columns
+    return "\n".join(
+        textwrap.fill(
+            line, columns, subsequent_indent=indent, break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for line in text.split("\n")
+    )  # fmt: skip
+
 
 def one_line(error: BaseException) -> str:
     """An exception of another library as one line of at most 300 characters."""

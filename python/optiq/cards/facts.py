@@ -18,6 +18,8 @@ from .base_model import BaseModel
 
 Json = dict[str, Any]
 
+FEW = 20  # items of a benchmark
+
 MEASURED = "measured"
 NOT_MEASURED = "not measured"
 
@@ -34,6 +36,13 @@ class MetricScore:
     limit: int | None = None
     estimate: Estimate | None = None
     against: ComparedMetric | None = None
+
+    @property
+    def too_few(self) -> bool:
+        """Whether a share of so few items says nothing: its interval spans 40 points and more."""
+        if self.estimate is None or self.metric.task == "kl":
+            return False
+        return self.estimate.n < FEW
 
     def to_json(self) -> Json:
         metric = self.metric

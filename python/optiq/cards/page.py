@@ -26,7 +26,6 @@ from .facts import NOT_MEASURED, Distance, Facts, MetricScore, RecordFile, by_fo
 from .front_matter import DATASETS, front_matter
 from .markdown import code, inline, pairs, plain, table
 
-FEW = 20  # items, below which a share says nothing: its interval spans 40 points and more
 TOO_FEW = "too few to tell"
 
 _MARK = re.compile(r"\n<!-- optiq card ([0-9a-f]{64}) -->\n\Z")
@@ -85,8 +84,8 @@ def _quality(facts: Facts) -> str:
     scores = [score for score in facts.scores if score.metric.task in DATASETS]
     rows = [*map(_score, scores), _capability(facts)]
     if stock:
-        whole = None if any(map(_few, scores)) else facts.against_uniform
-        compared = [*(None if _few(score) else score.against for score in scores), whole]
+        whole = None if any(score.too_few for score in scores) else facts.against_uniform
+        compared = [*(None if score.too_few else score.against for score in scores), whole]
         rows = [row + _against(of) for row, of in zip(rows, compared, strict=True)]
     notes = [
         "Percent, with intervals of 95 % (clustered by subject for MMLU). Capability Score: mean "
@@ -112,19 +111,15 @@ def _score(score: MetricScore) -> list[str]:
     if score.estimate is None:
         return [name, "", score.state]
     label = " (quick look)" if score.limit else ""
-    shown = TOO_FEW if _few(score) else _percent(score.estimate)
+    shown = TOO_FEW if score.too_few else _percent(score.estimate)
     return [name + label, count(score.estimate.n), shown]
-
-
-def _few(score: MetricScore) -> bool:
-    return score.estimate is not None and score.estimate.n < FEW
 
 
 def _capability(facts: Facts) -> list[str]:
     five = [s for s in facts.scores if s.metric.task in DATASETS and s.metric.main]
     quick = " (quick look)" if any(score.limit for score in five) else ""
     shown = _percent(facts.capability) if facts.capability else "not all measured"
-    if facts.capability and any(map(_few, five)):
+    if facts.capability and any(score.too_few for score in five):
         shown = TOO_FEW
     return [f"**Capability Score**{quick}", "", shown]
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..base.progress import silenced
+from ..base.text import folded
 from ..errors import OptiqError, UsageError
 from .parser import parse
 
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OptiqError as error:
         if args.debug:
             raise
-        print(f"optiq {args.command}: {error}", file=sys.stderr)
+        _tell(f"optiq {args.command}: {error}")
         return error.exit_code
     except KeyboardInterrupt as stop:
         print(f"\noptiq {args.command}: interrupted{stop}", file=sys.stderr)
@@ -80,8 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"optiq {args.command}: {reason}; --debug shows where", file=sys.stderr)
+        _tell(f"optiq {args.command}: {reason}; --debug shows where")
         return 1
+
+
+def _tell(text: str) -> None:
+    print(folded(text, sys.stderr, "  "), file=sys.stderr)
 
 
 def _prepare_process() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from ..base.text import folded
 from ..errors import UsageError
 from . import options
 
@@ -46,9 +48,10 @@ def run(args: argparse.Namespace) -> int:
         return 0
     width = max(len(f.name) for f in findings)
     for f in findings:
-        print(f"{f.name.ljust(width)}  {f.value}")
+        indent = " " * (width + 2)
+        print(folded(f"{f.name.ljust(width)}  {f.value}", sys.stdout, indent))
         if f.advice:
-            print(f"{' ' * width}  -> {f.advice}")
+            print(folded(f"{indent}-> {f.advice}", sys.stdout, f"{indent}   "))
     return 0
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
+from ..base.text import folded
 from ..version import __version__
 from . import foreign
 
@@ -21,7 +22,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if "expected one argument" in message:
             message += "; a value that begins with - is written as in --size=-1"
-        print(f"{self.prog}: {message}", file=sys.stderr)
+        print(folded(f"{self.prog}: {message}", sys.stderr, "  "), file=sys.stderr)
         print(f"usage: {_short_usage(self)}", file=sys.stderr)
         print(f"{self.prog} --help lists the options", file=sys.stderr)
         raise SystemExit(2)

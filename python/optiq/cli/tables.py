@@ -14,6 +14,7 @@ from string import ascii_uppercase
 from typing import TYPE_CHECKING
 
 from ..base.progress import duration
+from ..base.text import folded
 from ..formats import UNIFORM4
 
 if TYPE_CHECKING:  # a plan is printed without MLX
@@ -218,7 +219,8 @@ def frontier_table(frontier: Frontier) -> str:
         "bits: per weight. / uniform: KL over that of stock uniform widths at the same\n"
         "bytes; below 1 is better. *: another model is at least as small and as good."
     )
-    return "\n".join([grid(rows), "", legend, *frontier.notes])
+    notes = [folded(note, sys.stdout, "  ") for note in frontier.notes]
+    return "\n".join([grid(rows), "", legend, *notes])
 
 
 def evals_table(compared: Comparison, names: Sequence[str]) -> str:
@@ -253,10 +255,12 @@ def _evals_row(label: str, row: Compared, p: float | None, scale: float) -> list
 def card_table(card: Card) -> str:
     """What a card says, what it lacks, and where it is."""
     facts, base = card.facts, card.facts.base
-    rows, lacking = [], []
+    rows, lacking, few = [], [], []
     for score in facts.scores:
         metric, found = score.metric, score.estimate
-        if metric.main and found:
+        if metric.main and score.too_few:
+            few.append(f"{metric.task} ({found.n if found else 0} items)")
+        elif metric.main and found:
             figures = (found.value, found.low, found.high)
             rows.append([metric.label, *(share(x, metric.scale) for x in figures)])
         elif metric.main:
@@ -266,6 +270,8 @@ def card_table(card: Card) -> str:
     if lacking:
         text = f"{', '.join(lacking)}: the card says so; optiq eval measures them"
         said.insert(0, ("lacking", text))
+    if few:
+        said.insert(0, ("too few", f"{', '.join(few)}: too few to tell"))
     said += [("licence", base.license or "not recorded: --license"), ("card", str(card.path))]
     return "\n".join([*lines, facts_lines(said)])
 
