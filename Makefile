@@ -31,9 +31,10 @@ test: $(VENV)/.installed
 families: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m families tests
 
-# The Metal kernels in 16 orders of execution, each on an emulated chip of its own.
+# The Metal kernels in 16 orders of execution, each on an emulated chip of its own, and all faults
+# planted in their encoder.
 schedules: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m schedules tests/metal
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m schedules tests/metal tests/encoder
 
 # The long part of the attacks on the sandbox, from a seed of its own: make attacks SEED=7.
 attacks: $(VENV)/.installed

@@ -1,6 +1,6 @@
 // What to launch on a GPU, as plain data: tables in, tables out, no Metal and no MLX here.
 // The Metal encoder (csrc/metal/encoder.cpp) and the tests that run the kernels on a CPU
-// (tests/msl) both carry out these plans, so only the encoder's loop is untested off a Mac.
+// (tests/msl) both carry out these plans.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
-// The part under _METAL_ is the only one of the GPU path that no test reaches off a Mac, so it
-// decides nothing: kernels, arguments, grids and constants come from the plan.
+// The part under _METAL_ decides nothing: kernels, arguments, grids and constants come from the
+// plan. Off a Mac it runs against a stand-in for MLX's device (tests/encoder).
 #include "metal/encoder.h"
 
 #include <limits>

@@ -57,13 +57,13 @@ PRODUCTS = ("quantized_matmul", "mixed_quantized_matmul")
 # function, pipeline) or does not run raises in mx.eval, from the first on or later; one that cannot
 # be encoded raises at once.
 FAULTS = [
-    *((how, launch) for how in HOW for launch in (1, 5)),
-    *((how, launch) for how in ("raises", "raises in eval") for launch in (12, 40, 90, 150, 200)),
+    *((how, launch, True) for how in HOW for launch in (1, 5)),
+    *((how, 5, False) for how in HOW),
+    *((how, launch, True) for how in ("raises", "raises in eval") for launch in (40, 150)),
 ]
 
 
-@pytest.mark.parametrize(("how", "launch"), FAULTS)
-@pytest.mark.parametrize("lasting", [True, False], ids=["from then on", "once"])
+@pytest.mark.parametrize(("how", "launch", "lasting"), FAULTS)
 def test_whatever_fails_the_tokens_are_those_of_stock_mlx(
     how: str, launch: int, lasting: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
