@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc metal -name '*.cpp' -o -name '*.h' -o -name '*.metal')
 
-.PHONY: demo test families schedules attacks fuzz test-clients bench lint format clean wheel-macos wheel-linux test-aarch64 evidence
+.PHONY: demo test families schedules agx attacks fuzz test-clients bench lint format clean wheel-macos wheel-linux test-aarch64 evidence
 
 # A changed kernel, binding or dependency reinstalls the package; Python files are used in place.
 $(VENV)/.installed: pyproject.toml CMakeLists.txt cmake/embed_metal.cmake $(SOURCES)
@@ -30,6 +30,12 @@ test: $(VENV)/.installed
 # configs are also compared with the models of transformers.
 families: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m families tests
+
+# Mesa's compiler for Apple's M1 and M2 GPUs, from Debian's source package, for python -m bench.agx.
+agx:
+	@test "$$(id -u)" = 0 && command -v apt-get >/dev/null || \
+	  { echo "make agx needs root and apt-get (Debian): it makes a Debian tree in build/agx"; exit 1; }
+	sh bench/agx/build.sh build/agx
 
 # The Metal kernels in 16 orders of execution, each on an emulated chip of its own, and all faults
 # planted in their encoder.

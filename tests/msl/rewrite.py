@@ -6,11 +6,13 @@ Line markers and line breaks stay, so messages and debug information name the .m
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from .constructions import parameters_and_constructions
 from .launcher import Parameter, parameters
-from .tokens import Token, Tokens
+from .tokens import INCLUDE, Token, Tokens
 
 # Words of OpenCL C that Metal leaves to the author.
 _OPENCL_WORDS = frozenset(
@@ -45,9 +47,9 @@ class Unit:
     dropped_thread: set[str] = field(default_factory=set)  # file:line of `const thread T&`
 
 
-def rewrite(preprocessed: str) -> Unit:
+def rewrite(preprocessed: str, libraries: Sequence[Path] = (INCLUDE,)) -> Unit:
     """Rewrite one source. Raises SyntaxProblem for a form it does not understand."""
-    tokens, unit = Tokens.of(preprocessed), Unit()
+    tokens, unit = Tokens.of(preprocessed, libraries), Unit()
     bodies = _kernels(tokens, unit)
     _words(tokens)
     _function_constants(tokens, unit)

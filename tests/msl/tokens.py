@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 INCLUDE = Path(__file__).parent / "include"
@@ -41,12 +41,13 @@ class SyntaxProblem(ValueError):
 
 
 class Tokens(list[Token]):
-    """The tokens of a file. Our own standard library stays one token: nothing in it changes."""
+    """The tokens of a file. What comes from the folders of a standard library stays one token:
+    nothing in it changes."""
 
     @classmethod
-    def of(cls, preprocessed: str) -> Tokens:
+    def of(cls, preprocessed: str, libraries: Sequence[Path] = (INCLUDE,)) -> Tokens:
         tokens = cls()
-        for library, chunk in _chunks(preprocessed):
+        for library, chunk in _chunks(preprocessed, libraries):
             if library:
                 tokens.append(Token("library", chunk))
             else:
@@ -117,11 +118,12 @@ class Tokens(list[Token]):
         self[start].text = text
 
 
-def _chunks(preprocessed: str) -> Iterator[tuple[bool, str]]:
-    """(whether it is our standard library, text) in order."""
+def _chunks(preprocessed: str, libraries: Sequence[Path]) -> Iterator[tuple[bool, str]]:
+    """(whether it is of a standard library, text) in order."""
     start, library = 0, False
     for marker in _MARKER.finditer(preprocessed):
-        inside = Path(marker.group(1)).is_relative_to(INCLUDE)
+        path = Path(marker.group(1))
+        inside = any(path.is_relative_to(folder) for folder in libraries)
         if inside != library:
             if marker.start() > start:
                 yield library, preprocessed[start : marker.start()]

@@ -4,9 +4,11 @@
 // Apple's are approximate; on another chip than 0 they are off by up to 2 ulp (__msl_near).
 #pragma once
 
+#ifndef __msl_near
 extern "C" {
 float __msl_near(float value, float x); // what a chip may make of a function of x
 }
+#endif
 
 namespace metal {
 #define MSL_UNARY_FOR(T, name, expression) \
