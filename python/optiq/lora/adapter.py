@@ -19,6 +19,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from numpy.typing import NDArray
 
 from ..base.files import write_json
 from ..base.tensors import write_tensors
@@ -74,11 +75,12 @@ class Adapter:
         found = sha256(np.float64(self.scale).tobytes())
         if self.invocation:
             found.update(np.asarray(self.invocation, "<i8").tobytes())
-        for path in sorted(self.terms):
-            found.update(path.encode())
-            for array in self.terms[path]:
-                found.update(str(array.shape).encode())
-                found.update(np.asarray(array.astype(mx.float32)).tobytes())
+        parts: list[Any] = []
+        for path, pair in sorted(self._exact().items()):
+            parts.append(path.encode())
+            for array in pair:
+                parts += [str(array.shape).encode(), array.data]
+        found.update(b"".join(parts))
         return found.hexdigest()
 
     def check_everywhere(self, what: str) -> None:
@@ -90,9 +92,19 @@ class Adapter:
             )
 
     def check_finite(self) -> None:
-        for path, term in self.terms.items():
-            if not all(bool(mx.isfinite(array).all().item()) for array in term):
-                raise AdapterError(f"the adapter of {path} has numbers that are not finite")
+        terms = self._exact()
+        if not np.isfinite(np.concatenate([m.ravel() for t in terms.values() for m in t])).all():
+            path = next(p for p, t in terms.items() if not all(np.isfinite(m).all() for m in t))
+            raise AdapterError(f"the adapter of {path} has numbers that are not finite")
+
+    def _exact(self) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        """The matrices in float32, evaluated at once: each evaluation gives Python's lock away, and
+        has to wait for it after."""
+        arrays = [m.astype(mx.float32) for term in self.terms.values() for m in term]
+        flat = np.asarray(mx.concatenate([a.flatten() for a in arrays]))
+        ends = np.cumsum([a.size for a in arrays])
+        parts = [p.reshape(a.shape) for p, a in zip(np.split(flat, ends[:-1]), arrays, strict=True)]
+        return dict(zip(self.terms, zip(parts[::2], parts[1::2], strict=True), strict=True))
 
 
 def check_fits(adapter: Adapter, model: nn.Module, base: Base | None = None) -> None:

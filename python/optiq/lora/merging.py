@@ -51,7 +51,9 @@ def combined(adapters: Sequence[Weighted]) -> Adapter:
     }
     made = {"combined": [{"sha256": a.digest, "weight": w} for a, w in adapters]}
     base = next(iter(bases.values()), None)
-    return Adapter(terms, scale, base, max(a.blocks for a, _ in adapters), made)
+    made_of_all = Adapter(terms, scale, base, max(a.blocks for a, _ in adapters), made)
+    made_of_all.check_finite()
+    return made_of_all
 
 
 def merge(

@@ -7,7 +7,6 @@ from math import frexp
 
 import mlx.core as mx
 import numpy as np
-from numpy.typing import NDArray
 
 from . import native
 
@@ -25,31 +24,39 @@ def halves(pairs: Mapping[str, Pair], scale: float) -> dict[str, Pair]:
     Powers of two go from one to the other until their largest numbers are about equal. Where those
     are near the ends of float16 even so, both stay float32.
     """
-    flat: list[NDArray[np.float16]] = []
-    apart: dict[str, Pair] = {}
-    for path, (a, b) in pairs.items():
-        exact = [np.asarray(m.astype(mx.float32)) for m in (a, b)]
-        of_a, of_b = (frexp(float(np.abs(m).max(initial=0.0)))[1] for m in exact)
+    # Few large evaluations: each gives Python's lock away, and has to wait for it after.
+    largest = mx.stack(
+        [mx.abs(m).max().astype(mx.float32) for pair in pairs.values() for m in pair]
+    )
+    exponents = [frexp(float(x))[1] for x in np.asarray(largest)]
+    found, flat = {}, []
+    for path, (a, b), of_a, of_b in zip(
+        pairs, pairs.values(), exponents[::2], exponents[1::2], strict=True
+    ):
         shift = (of_b + frexp(scale)[1] - of_a) // 2
+        half = mx.float16 if LEAST <= of_a + shift <= MOST else mx.float32
         wider = -a.shape[1] % RANKS
-        left = np.pad(exact[0] * np.float32(2.0**shift), [(0, 0), (0, wider)])
-        right = np.pad(exact[1] * np.float32(scale * 2.0**-shift), [(0, wider), (0, 0)])
-        if LEAST <= of_a + shift <= MOST:
-            flat += [m.astype(np.float16).ravel() for m in (left, right)]
-        else:
-            apart[path] = mx.array(left), mx.array(right)
-    whole = mx.array(np.concatenate(flat)) if flat else mx.zeros(0)
-    mx.eval(whole, list(apart.values()))
+        left = mx.pad((a.astype(mx.float32) * 2.0**shift).astype(half), [(0, 0), (0, wider)])
+        right = b.astype(mx.float32) * (scale * 2.0**-shift)
+        right = mx.pad(right.astype(half), [(0, wider), (0, 0)])
+        if half == mx.float16:
+            flat += [left.flatten(), right.flatten()]
+        found[path] = left, right
+    whole = mx.concatenate(flat) if flat else mx.zeros(0)
+    apart = [pair for pair in found.values() if pair[0].dtype == mx.float32]
+    mx.eval(whole, apart)
     if native.extension:
         native.extension.use_large_pages(whole)
-    found, at = dict(apart), 0
-    for path, (a, b) in pairs.items():
-        if path not in apart:
-            rank = a.shape[1] + -a.shape[1] % RANKS
-            middle, end = at + a.shape[0] * rank, at + (a.shape[0] + b.shape[1]) * rank
-            found[path] = whole[at:middle].reshape(-1, rank), whole[middle:end].reshape(rank, -1)
+    at = 0
+    for path, (left, right) in found.items():
+        if left.dtype == mx.float16:
+            middle, end = at + left.size, at + left.size + right.size
+            found[path] = (
+                whole[at:middle].reshape(left.shape),
+                whole[middle:end].reshape(right.shape),
+            )
             at = end
-    mx.eval(list(found.values()))
+    mx.eval(found)
     return found
 
 

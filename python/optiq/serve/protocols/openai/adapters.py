@@ -8,8 +8,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import mlx.core as mx
-
 from ....errors import AdapterError, RequestError
 from ....lora.merging import combined
 from ....lora.mounting import opened
@@ -56,8 +54,6 @@ async def unload(service: Service, body: Fields, client: str) -> dict[str, Any]:
 
 def _mounted(adapters: Adapters, name: str, weights: Mapping[str, float]) -> Mounted:
     adapter = combined([(opened(Path(path)), weight) for path, weight in weights.items()])
-    mx.eval([list(term) for term in adapter.terms.values()])  # only this thread can
-    adapter.check_finite()
     return adapters.mount(name, adapter)
 
 
