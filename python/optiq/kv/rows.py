@@ -118,7 +118,7 @@ class Rows:
 class Beside(Rows):
     """Keys and values of one layer: a row of the batch for each cache, then some for the reader.
 
-    `lengths` are their numbers. Only blocks that know `rows` know them, too.
+    `lengths` are their numbers. Only blocks that know `rows` know them.
     """
 
     def __init__(self, caches: Sequence[Any], reader: Any, tokens: int) -> None:

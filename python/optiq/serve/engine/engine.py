@@ -450,7 +450,7 @@ class Engine:
         return model
 
     def _forward(self, group: list[Answer], part: Slice | None = None) -> Floats:
-        """Logits `[B, V]` after the next token of each, once `part` is read, too."""
+        """Logits `[B, V]` after the next token of each. `part` is read in the same pass."""
         inputs = [[answer.next] for answer in group]
         caches = [answer.caches for answer in group]
         if part:
