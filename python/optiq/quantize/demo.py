@@ -35,7 +35,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 QUESTION = "What is the capital of France?"
 # A sample that takes minutes on two cores; a real conversion should measure on more.
-TOKENS = 2048
+TOKENS = 1536
 HELD_OUT_TOKENS = 2048
 
 
