@@ -62,7 +62,7 @@ def test_every_module_has_a_score_for_every_allowed_format(
     with (source.path / "model.safetensors").open("rb") as file:
         assert found["model"].pop("header_bytes") > int.from_bytes(file.read(8), "little")
     assert found["model"] == {
-        "name": source.name,
+        "name": Path(source.name).name,
         "fingerprint": source.fingerprint,
         "model_type": name.split()[0],
         "dtype": "float32",
