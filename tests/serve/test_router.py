@@ -292,7 +292,7 @@ def test_over_http_every_request_is_answered(routed: str, requests: int) -> None
     before = threading.active_count()
     with ThreadPoolExecutor(16) as pool:
         assert list(pool.map(send, jobs)) == jobs
-    assert len(Watched.closed) > 2
+    assert len(Watched.closed) >= 2  # four were loaded, and two stay
     assert not any(Watched.closed)
     assert threading.active_count() <= before + 12
     listed = httpx.get(f"{routed}/v1/models").json()["data"]
