@@ -153,7 +153,7 @@ def test_readers_take_turns_and_slices_are_short_while_others_decode() -> None:
     step = scheduler.plan(pace)
     assert step.decode == (3,)
     assert step.read
-    assert step.read.end - step.read.begin == 25  # in 2.5 steps of 10 ms
+    assert step.read.end - step.read.begin == 20  # in two steps of 10 ms
 
 
 def test_a_job_waits_for_another_that_reads_what_it_can_share() -> None:

@@ -87,7 +87,7 @@ class Scheduler:
 
     limits: Limits = Limits()
     grid: int = 0
-    slower: float = 2.5
+    slower: float = 2.0
     alone: float = 0.25
     _jobs: dict[int, Job] = field(default_factory=dict)
     _waiting: dict[str, deque[int]] = field(default_factory=dict)  # by client, who takes turns
