@@ -241,7 +241,10 @@ async def long_streams(server: Server, prompts: list[list[Message]]) -> dict[str
     """Tokens per second of streams over long contexts, once all are read, and their bytes."""
     answers, nbytes = [Answer(0) for _ in prompts], 0.0
     asked = asyncio.gather(
-        *(ask(server, p, TOKENS, a) for p, a in zip(prompts, answers, strict=True))
+        *(
+            ask(server, p, TOKENS, a, every_token=True)
+            for p, a in zip(prompts, answers, strict=True)
+        )
     )
     while not asked.done():
         await asyncio.sleep(0.5)
