@@ -51,6 +51,20 @@ OPTIQ_INLINE void decode_values(const uint8_t* codes, Grid grid, float* out) {
   store(out, record_codes<BITS, LANES>(codes) * scale + grid.bias);
 }
 
+#if defined(__AVX512F__)
+// 32 values of four bits, whose bytes need no gathering. The results are those of decode_values().
+OPTIQ_INLINE void decode_nibbles(const uint8_t* codes, Grid grid, float* out) {
+  __m256i bytes = _mm256_cvtepu8_epi16(load<__m128i>(codes));
+  __m256i pairs = _mm256_or_si256(bytes, _mm256_slli_epi16(bytes, 4)); // of each byte, low first
+  __m256i nibbles = _mm256_and_si256(pairs, _mm256_set1_epi8(0x0f));
+  __m128i halves[2] = {_mm256_castsi256_si128(nibbles), _mm256_extracti128_si256(nibbles, 1)};
+  for (int i = 0; i < 2; i++) {
+    fw values = fw(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(halves[i])));
+    store(out + i * kWide, values * grid.scale + grid.bias);
+  }
+}
+#endif
+
 template <int BITS>
 OPTIQ_INLINE void decode_record(
     const uint32_t* record, int dim, int groups, int group_size, float* out) {
@@ -59,6 +73,12 @@ OPTIQ_INLINE void decode_record(
     Grid grid = record_grid(record[g]);
     int end = i + group_size < dim ? i + group_size : dim;
     for (; i + 32 <= end; i += 32, codes += 4 * BITS) {
+#if defined(__AVX512F__)
+      if constexpr (BITS == 4) {
+        decode_nibbles(codes, grid, out + i);
+        continue;
+      }
+#endif
 #pragma GCC unroll 4
       for (int j = 0; j < 32; j += kWide) {
         decode_values<BITS, kWide>(codes + j / 8 * BITS, grid, out + i + j);
