@@ -239,12 +239,12 @@ def test_a_model_that_raises_once_ends_nothing(faulty: tuple[Engine, dict[str, A
     calls = iter(range(10_000))
 
     def sometimes(tokens: mx.array) -> None:
-        if next(calls) in (5, 17, 18, 40):
+        if next(calls) in (5, 17):  # an answer may meet both; at three it is given up
             raise RuntimeError("a kernel failed")
 
     model["fault"] = sometimes
     assert [a.answer for a in ask_all(engine, asked)] == alone
-    assert engine.stats().restarts >= 3
+    assert engine.stats().restarts == 2
 
 
 def test_a_request_on_which_the_model_always_fails_fails_alone(
