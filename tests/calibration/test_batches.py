@@ -106,7 +106,7 @@ def test_a_short_domain_lowers_the_others() -> None:
 
 
 def test_rows_too_short_are_left_out() -> None:
-    """Their domain, too, if it has no others."""
+    """Also their domain, if it has no others."""
     rows = rows_of(a=[7, 90, 1, 90, 7, 7], b=[7], c=[90, 90])
     result = batches(rows, Letters(), tokens=300)
     assert result.tokens_per_domain == {"a": 150, "c": 150}
