@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 from tests.msl import tokens
-from tests.msl.launcher import Parameter
+from tests.msl.launcher import SIGNATURE, Parameter
 from tests.msl.rewrite import rewrite
 
 HERE = Path(__file__).resolve().parent
@@ -42,17 +42,10 @@ LAYOUT = (
 CODE = ["-O2", "-fno-discard-value-names", "-ffp-contract=on", "-fno-math-errno"]
 CODE += ["-fno-strict-aliasing", "-Xclang", "-disable-llvm-passes"]
 
-PRELUDE = """
-namespace agx_launch {
-template <class F> struct signature;
-template <class R, class... P> struct signature<R(P...)> {
-  template <int I, class H, class... T> struct nth {
-    typedef typename nth<I - 1, T...>::type type;
-  };
-  template <class H, class... T> struct nth<0, H, T...> { typedef H type; };
-  template <int I> using at = typename nth<I, P...>::type;
-};
-template <class T> struct argument;
+PRELUDE = (
+    f"""
+namespace agx_launch {{{SIGNATURE}"""
+    + """\
 template <class T> struct argument<T*> {
   typedef T* type;
   static T* of(T* p) { return p; }
@@ -74,6 +67,7 @@ template <class E, int N> struct position<metal::vec<E, N>> {
 };
 }
 """
+)
 _XYZ = "(uint){0}(0), (uint){0}(1), (uint){0}(2)"
 POSITIONS = {
     "thread_position_in_grid": _XYZ.format("get_global_id"),

@@ -79,9 +79,7 @@ def _number_the_rest(found: list[Parameter]) -> list[Parameter]:
 
 
 # Types come from the kernel itself, so nothing here parses a type.
-PRELUDE = """
-#pragma OPENCL EXTENSION __cl_clang_function_pointers : enable
-namespace msl_launch {
+SIGNATURE = """
 template <class F> struct signature;
 template <class R, class... P> struct signature<R(P...)> {
   template <int I, class H, class... T> struct nth {
@@ -91,6 +89,12 @@ template <class R, class... P> struct signature<R(P...)> {
   template <int I> using at = typename nth<I, P...>::type;
 };
 template <class T> struct argument;
+"""
+PRELUDE = (
+    f"""
+#pragma OPENCL EXTENSION __cl_clang_function_pointers : enable
+namespace msl_launch {{{SIGNATURE}"""
+    + """\
 template <class T> struct argument<T*> {
   static T* of(ulong address) { return (T*)address; }
   static constexpr uint bytes() { return sizeof(T); }
@@ -112,6 +116,7 @@ template <class E> struct builtin<metal::vec<E, 3>> {
 };
 }
 """
+)
 
 
 def launcher(expression: str, signature: list[Parameter], number: int) -> str:

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "msl/flags.h"
+
 void barrier(uint flags);           // 1: threadgroup memory, 2: device memory
 void sub_group_barrier(uint flags); // the same
 
@@ -15,16 +17,6 @@ MSL_FN uint __msl_lane() {
 }
 
 namespace metal {
-enum class mem_flags {
-  mem_none = 0,
-  mem_device = 1,
-  mem_threadgroup = 2,
-  mem_device_and_threadgroup = 3,
-  mem_texture = 4
-};
-MSL_FN constexpr mem_flags operator|(mem_flags a, mem_flags b) {
-  return mem_flags(int(a) | int(b));
-}
 MSL_FN constexpr uint _fence(mem_flags flags) {
   return ((uint(flags) & 2) ? 1 : 0) | ((uint(flags) & 1) ? 2 : 0);
 }

@@ -214,20 +214,6 @@ MSL_FN _votes _vote(bool mine) {
   }
   return votes;
 }
-struct simd_vote {
-  typedef ulong vote_t;
-  vote_t v;
-  constexpr explicit simd_vote(vote_t votes = 0) : v(votes) {}
-  bool all() const {
-    return uint(v) == 0xffffffffu;
-  }
-  bool any() const {
-    return v != 0;
-  }
-  constexpr explicit operator vote_t() const {
-    return v;
-  }
-};
 MSL_FN simd_vote simd_ballot(bool mine) {
   return simd_vote(_vote(mine).yes);
 }

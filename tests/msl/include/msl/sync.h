@@ -1,6 +1,8 @@
 // Entry points of the runtime (rt/runtime.h) and the barriers.
 #pragma once
 
+#include "flags.h"
+
 extern "C" {
 void __msl_threadgroup_barrier(uint flags);
 void __msl_simdgroup_barrier(uint flags);
@@ -17,16 +19,6 @@ ulong __msl_atomic(const volatile void* where, uint size, uint op, ulong operand
 }
 
 namespace metal {
-enum class mem_flags {
-  mem_none = 0,
-  mem_device = 1,
-  mem_threadgroup = 2,
-  mem_device_and_threadgroup = 3,
-  mem_texture = 4
-};
-MSL_FN constexpr mem_flags operator|(mem_flags a, mem_flags b) {
-  return mem_flags(int(a) | int(b));
-}
 MSL_FN void threadgroup_barrier(mem_flags flags) {
   __msl_threadgroup_barrier(uint(flags));
 }
