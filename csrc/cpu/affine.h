@@ -49,50 +49,39 @@ struct Tile {
     rows = static_cast<const uint8_t*>(w.data) + size_t(first) * w.row_bytes();
     stride = lanes == 1 ? 0 : w.row_bytes();
     if (w.type == Float::f32) {
-      lay(static_cast<const uint32_t*>(w.scales), scales);
-      lay(static_cast<const uint32_t*>(w.biases), biases);
-    } else {
-      lay_halves();
+      for (auto [from, to] : {std::pair(w.scales, scales), {w.biases, biases}}) {
+        auto* words = static_cast<const uint32_t*>(from);
+        float* out = to; // a structured binding is not captured by every compiler
+        lay([=](size_t i, int n) { return load_words(words + i, n); },
+            [=](size_t at, uw values) { store(out + at, values); });
+      }
+      return;
     }
+    // Of 16 bits: both are transposed at once, as the halves of a word.
+    auto* scale = static_cast<const uint16_t*>(w.scales);
+    auto* bias = static_cast<const uint16_t*>(w.biases);
+    bool bf16 = w.type == Float::bf16;
+    lay([=](size_t i, int n) { return load_halves(scale + i, n) | load_halves(bias + i, n) << 16; },
+        [=](size_t at, uw both) {
+          store(scales + at, bf16 ? fw(both << 16) : from_f16(both & 0xffff));
+          store(biases + at, bf16 ? fw(both & 0xffff0000) : from_f16(both >> 16));
+        });
   }
 
  private:
-  size_t at(int row, int group) const {
-    return size_t(first + (lanes == 1 ? 0 : row)) * w.groups() + group;
-  }
-
-  // values [first + row][group] -> out[group][row].
-  void lay(const uint32_t* values, float* out) {
+  // load(i, n): words of n groups from the i-th value on; keep(at, words): those of one group for
+  // all rows, which go to the at-th place.
+  template <class Load, class Keep>
+  void lay(Load&& load, Keep&& keep) const {
     int groups = w.groups();
     for (int g = 0; g < groups; g += kWide) {
       uw block[kWide];
       for (int r = 0; r < kWide; r++) {
-        block[r] = load_words(values + at(r, g), groups - g);
+        block[r] = load(size_t(first + (lanes == 1 ? 0 : r)) * groups + g, groups - g);
       }
       transpose(block);
       for (int j = 0; j < kWide && g + j < groups; j++) {
-        store(out + size_t(g + j) * kWide, block[j]);
-      }
-    }
-  }
-
-  // Scales and biases of 16 bits, which are transposed as the halves of a word.
-  void lay_halves() {
-    auto* scale = static_cast<const uint16_t*>(w.scales);
-    auto* bias = static_cast<const uint16_t*>(w.biases);
-    int groups = w.groups();
-    for (int g = 0; g < groups; g += kWide) {
-      uw block[kWide];
-      for (int r = 0; r < kWide; r++) {
-        size_t i = at(r, g);
-        block[r] = load_halves(scale + i, groups - g) | load_halves(bias + i, groups - g) << 16;
-      }
-      transpose(block);
-      for (int j = 0; j < kWide && g + j < groups; j++) {
-        bool bf16 = w.type == Float::bf16;
-        size_t to = size_t(g + j) * kWide;
-        store(scales + to, bf16 ? fw(block[j] << 16) : from_f16(block[j] & 0xffff));
-        store(biases + to, bf16 ? fw(block[j] & 0xffff0000) : from_f16(block[j] >> 16));
+        keep(size_t(g + j) * kWide, block[j]);
       }
     }
   }
