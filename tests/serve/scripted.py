@@ -22,7 +22,7 @@ import numpy as np
 from mlx_lm.models.cache import KVCache
 
 from optiq.errors import DeadlineError, OverloadedError, TooLongError
-from optiq.serve.engine.engine import Stats
+from optiq.serve.engine.answers import Stats
 from optiq.serve.engine.request import Event, Failed, Finished, Piece, Reading, Request, Token
 from tests.tiny import EOS
 

@@ -114,7 +114,7 @@ def test_a_prefix_from_the_cache_does_not_matter(make: Make, kind: str, kv: str 
 
 def make_again(engine: Engine) -> Engine:
     """The same engine without a prefix cache."""
-    engine._prefix = None
+    engine._answers.prefix = None
     return engine
 
 
@@ -144,7 +144,7 @@ def test_greedy_answers_are_those_of_mlx_lm(make: Make, tmp_path: Path) -> None:
     got = ask(engine, Request(tokens, 25, ENDLESS)).ids
     sequence = list(tokens)
     for _ in range(25):
-        logits = engine._model(mx.array([sequence]))[0, -1]
+        logits = engine._steps._model(mx.array([sequence]))[0, -1]
         logits[mx.array(list(NEVER_ENDS))] -= 100
         sequence.append(int(mx.argmax(logits).item()))
     assert got == sequence[len(tokens) :]
@@ -156,7 +156,7 @@ def test_log_probabilities_are_those_of_the_model(make: Make) -> None:
     sampling = Sampling(temperature=0.5, top_k=3, seed=1, logit_bias=NEVER_ENDS)
     answer = ask(engine, Request(tokens, 5, sampling, top_logprobs=20))
     for i, token in enumerate(answer.tokens):
-        logits = engine._model(mx.array([[*tokens, *answer.ids[:i]]]))[0, -1]
+        logits = engine._steps._model(mx.array([[*tokens, *answer.ids[:i]]]))[0, -1]
         exact = np.array(logits, dtype=np.float64)
         exact -= np.log(np.exp(exact).sum())
         best = np.argsort(-exact)[:20]
@@ -409,7 +409,7 @@ def test_a_fault_of_the_engine_ends_all_answers_and_not_the_engine(
 ) -> None:
     engine = make()
     with monkeypatch.context() as patch:
-        patch.setattr("optiq.serve.engine.engine.choose", lambda logits, samplers: [])
+        patch.setattr("optiq.serve.engine.steps.choose", lambda logits, samplers: [])
         assert "the engine failed" in str(ask(engine, Request((5, 6), 5, ENDLESS)).last.error)
     assert ask(engine, Request((5, 6), 5, ENDLESS)).last.reason == "length"
 

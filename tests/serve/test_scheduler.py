@@ -79,7 +79,6 @@ def test_every_job_reads_all_of_its_prompt_in_order_and_then_decodes(
         admitted = [s for s in seen.values() if s.admitted]
         assert len(admitted) <= LIMITS.running
         assert scheduler.reserved == sum(s.nbytes for s in admitted) <= LIMITS.nbytes
-        assert scheduler.idle == (not seen)
 
     for kind, value in happens:
         if kind == "submit":

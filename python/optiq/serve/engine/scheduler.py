@@ -170,10 +170,6 @@ class Scheduler:
         """Bytes of the caches of all who were admitted."""
         return sum(job.nbytes for job in self._jobs.values() if job.phase is not Phase.WAITING)
 
-    @property
-    def idle(self) -> bool:
-        return not self._jobs
-
     def _next(self, later: set[int]) -> Job | None:
         """Of the client with the fewest running jobs, then the oldest, without those for later."""
         running: dict[str, int] = {}

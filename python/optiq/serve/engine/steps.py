@@ -1,0 +1,220 @@
+"""Steps of the batch: each reads a slice of one prompt and gives every running answer a token.
+
+Whatever goes wrong ends one answer; where the model itself raises, all are read again and go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ...base.text import one_line
+from ...errors import ServeError
+from ...kv.rows import Caches, Unbatchable, beside, joined
+from ...ops import metal
+from .adapters import Adapters
+from .answers import Answer, Answers, grow_by
+from .model import GROWTH, Measured
+from .request import Reading
+from .sampling import Floats, choose
+from .scheduler import Pace, Slice, Step
+
+log = logging.getLogger("optiq.serve")
+
+FAILURES = 3  # of the model, after which an answer is given up
+ALONE = 8  # steps that an answer takes alone after a failure, so that it is known whose it is
+KEEPING = 256  # tokens of a prompt after which what was read of it is kept
+SMOOTHING = 0.2  # of the pace, by each new step
+
+
+class Steps:
+    """Takes steps for `answers`, in one thread. `adapters` may be set before the first."""
+
+    def __init__(self, model: nn.Module, measured: Measured, answers: Answers) -> None:
+        self._model, self._measured, self._answers = model, measured, answers
+        self.adapters: Adapters | None = None
+        self._pace = Pace(measured.step_seconds, measured.token_seconds)
+        self._paced = 0  # rows of the steps whose pace it is
+        self._to_keep: tuple[Answer, int] | None = None  # who reads, and its tokens so far
+        # By the tickets of a group: the caches of its answers, and as one.
+        self._joined: dict[tuple[int, ...], tuple[list[Caches], Caches]] = {}
+
+    def take(self) -> None:
+        """One step."""
+        try:
+            self._take(self._answers.plan(self._pace))
+        except Exception:  # a fault of the engine itself
+            log.exception("the engine failed; all answers end, and it starts anew")
+            self._answers.counters.restarts += 1
+            self._answers.fail_all(ServeError("the engine failed; ask again"))
+        gone = [key for key in self._joined if not all(map(self._answers.has, key))]
+        for key in gone:
+            del self._joined[key]
+
+    def _take(self, step: Step) -> None:
+        # To copy what was read takes about as long as to read a slice: a step does one of them.
+        keep, self._to_keep = self._to_keep, None
+        part = None if keep else step.read
+        started = time.perf_counter()
+        if step.decode:
+            self._answers.counters.steps += 1
+            groups = self._groups([self._answers[t] for t in step.decode])
+            tickets = [tuple(answer.ticket for answer in group) for group in groups]
+            self._joined = {key: self._joined[key] for key in tickets if key in self._joined}
+            if part and self._beside(groups, part):
+                self._decode(groups[0], part)
+            else:
+                self._note_step(len(step.decode), started, sum(map(self._decode, groups)))
+                self._read(part)
+        else:
+            self._read(part)
+        if part:
+            taken = (time.perf_counter() - started) / (part.end - part.begin)
+            self._pace = replace(self._pace, token=_smoothed(self._pace.token, taken))
+        if keep and self._answers.has(keep[0].ticket):
+            self._answers.keep(*keep, reading=True)
+        if not step.decode and not step.read:
+            time.sleep(0.001)  # those who wait have to wait for memory or another reader
+
+    def _note_step(self, rows: int, started: float, model: float) -> None:
+        """What a step of decoding took that read nothing, and the model of it."""
+        taken = time.perf_counter() - started
+        self._pace, self._paced = replace(self._pace, step=_smoothed(self._pace.step, taken)), rows
+        counters = self._answers.counters
+        counters.step_seconds = self._pace.step
+        counters.overhead_seconds = _smoothed(counters.overhead_seconds, taken - model)
+
+    def _groups(self, rows: list[Answer]) -> list[list[Answer]]:
+        """Who shares a pass through the model: all, or rows with and without an adapter apart."""
+        groups = [[row] for row in rows if row.alone]
+        rows = [row for row in rows if not row.alone]
+        plain, adapted = self._measured.together, self.adapters.together if self.adapters else 1
+        if self.adapters and self.adapters.alike and any(row.adapter for row in rows):
+            shares = [(rows, min(plain, adapted))]
+        else:
+            shares = [
+                ([row for row in rows if row.adapter is None], plain),
+                ([row for row in rows if row.adapter is not None], adapted),
+            ]
+        for shared, most in shares:
+            groups += [shared[i : i + most] for i in range(0, len(shared), most)]
+        return groups
+
+    def _beside(self, groups: list[list[Answer]], part: Slice) -> bool:
+        """Whether the slice is read in the step of the only group, whose pace is known."""
+        return (
+            self._measured.beside
+            and len(groups) == 1
+            and len(groups[0]) == self._paced
+            and all(a.adapter is None and not a.alone for a in groups[0])
+            and self._answers[part.ticket].adapter is None
+            and not self._answers[part.ticket].alone
+        )
+
+    def _read(self, part: Slice | None) -> None:
+        if part is None or not self._answers.has(part.ticket):
+            return
+        answer = self._answers[part.ticket]
+        tokens = answer.held[part.begin : part.end]
+        try:
+            model = self._model_of([answer] if part.begin >= answer.adapted else [])
+            model(mx.array([tokens]), cache=answer.caches)
+            mx.eval([cache.state for cache in answer.caches])
+        except Exception as error:  # whatever a model or a kernel raises
+            self._stumble([answer], error)
+            return
+        self._has_read(answer, part)
+
+    def _has_read(self, answer: Answer, part: Slice) -> None:
+        self._answers.has_read(part)
+        if part.end == len(answer.held):
+            grow_by(answer.caches, GROWTH)
+        ends = (len(answer.held), answer.adapted, *answer.request.boundaries)
+        if part.end in ends:
+            self._answers.keep(answer, part.end)
+        elif part.end // KEEPING > part.begin // KEEPING:
+            self._to_keep = answer, part.end
+        total = len(answer.request.tokens)
+        self._answers.tell(answer, Reading(min(part.end + 1, total), total, answer.cached))
+
+    def _decode(self, group: list[Answer], part: Slice | None = None) -> float:
+        """One token for each, and `part` is read; returns the seconds that the model took."""
+        started = time.perf_counter()
+        reader = self._answers[part.ticket] if part else None
+        try:
+            logits = self._forward(group, part)
+        except Unbatchable:
+            if part:
+                seconds = self._decode(group)
+                self._read(part)
+                return seconds
+            return sum(self._decode([answer]) for answer in group)
+        except Exception as error:  # whatever a model or a kernel raises
+            self._stumble([*group, reader] if reader else group, error)
+            return time.perf_counter() - started
+        model = time.perf_counter() - started
+        chosen = choose(logits, [answer.sampler for answer in group])
+        for answer, token in zip(group, chosen, strict=True):
+            answer.alone = max(0, answer.alone - 1)
+            if isinstance(token, ServeError):
+                self._answers.fail(answer, token)
+            else:
+                self._answers.go_on(answer, token)
+        if part and reader and self._answers.has(reader.ticket):
+            self._has_read(reader, part)
+        return model
+
+    def _forward(self, group: list[Answer], part: Slice | None = None) -> Floats:
+        """Logits `[B, V]` after the next token of each. `part` is read in the same pass."""
+        inputs = [[answer.next] for answer in group]
+        caches = [answer.caches for answer in group]
+        if part:
+            reader = self._answers[part.ticket]
+            inputs += [[token] for token in reader.held[part.begin : part.end]]
+            together = beside(caches, reader.caches, part.end - part.begin)
+        elif len(group) == 1 and not self._measured.beside:
+            together = caches[0]  # else one node for all blocks is faster, also for one row
+        else:
+            key = tuple(answer.ticket for answer in group)
+            if key not in self._joined or self._joined[key][0] != caches:
+                self._joined[key] = caches, joined(caches)
+            together = self._joined[key][1]
+        logits = self._model_of(group)(mx.array(inputs), cache=together)
+        logits = logits[:, -1].astype(mx.float32)
+        if self._measured.states:
+            mx.eval(logits, [cache.state for each in caches for cache in each])
+        return np.asarray(logits)
+
+    def _model_of(self, group: list[Answer]) -> nn.Module:
+        """The model for a group, with the adapters of its rows."""
+        if self.adapters is None:
+            return self._model
+        return self.adapters.model([answer.adapter for answer in group], self._answers.adapters())
+
+    def _stumble(self, group: list[Answer], error: Exception) -> None:
+        """The model raised, and nobody knows what is in the caches: read all of it again.
+
+        Those who stumble take some steps alone then, so that one that always fails is found.
+        """
+        metal.give_up(error)
+        self._answers.counters.restarts += 1
+        log.error(
+            "the model raised %s (%s); %d answers are read again",
+            type(error).__name__, one_line(error), len(group),
+        )  # fmt: skip
+        for answer in group:
+            answer.failures += 1
+            answer.alone = ALONE
+            if answer.failures >= FAILURES:
+                self._answers.fail(answer, ServeError(f"the model failed: {one_line(error)}"))
+            else:
+                self._answers.read_again(answer)
+
+
+def _smoothed(before: float, now: float) -> float:
+    return now if before == 0 else before + SMOOTHING * (now - before)
