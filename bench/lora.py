@@ -2,7 +2,7 @@
 
     python -m bench.lora MODEL --original DENSE --data TRAIN.jsonl -o OUT.json
                          [--rows 500] [--held-out 100] [--seeds 3] [--rank 8] [--arms ...]
-                         [--most 400] [--skip-qera]
+                         [--most 400] [--drift-rows 16] [--skip-qera]
     python -m bench.lora OUT.json     prints the tables of what is there
 
 MODEL is quantized, DENSE what it was quantized from. TRAIN.jsonl holds GSM8K's rows, {"question",
@@ -48,7 +48,6 @@ ARMS = tuple(
 )
 QERA_RANKS = (8, 16, 32)
 DRIFT_TOKENS = 160  # of each held-out row
-DRIFT_ROWS = 16
 
 Json = dict[str, Any]
 
@@ -66,6 +65,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--most", type=int, default=0, help="characters of a row; 0: any")
+    parser.add_argument("--drift-rows", type=int, default=16, help="of general text")
     parser.add_argument("--skip-qera", action="store_true")
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     args = parser.parse_args()
@@ -128,6 +128,7 @@ def run_arm(
         init=init,
         learning_rate=args.lr,
         patience=0,
+        recompute=False,
         held_out=args.held_out,
         seed=seed,
     )
@@ -137,7 +138,7 @@ def run_arm(
     return {
         "before": before,
         "after": after,
-        "drift": float(np.mean(drift(args.model, dict(result.adapter.terms)))),
+        "drift": float(np.mean(drift(args, dict(result.adapter.terms)))),
         "parameters": result.adapter.parameters,
         "tokens_per_second": result.tokens_per_second,
         "seconds": time.monotonic() - began,
@@ -159,8 +160,8 @@ def opened(name: str) -> tuple[Any, Any]:
     return loaded.model, loaded.tokenizer
 
 
-def general_text(tokenizer: Any) -> list[list[int]]:
-    rows = split(load_rows(), "heldout")[:DRIFT_ROWS]
+def general_text(tokenizer: Any, most: int) -> list[list[int]]:
+    rows = split(load_rows(), "heldout")[:most]
     return [render(row, tokenizer)[:DRIFT_TOKENS] for row in rows]
 
 
@@ -174,17 +175,17 @@ def divergence(p: Any, q: Any, text: list[list[int]]) -> list[float]:
     ]
 
 
-def drift(name: str, terms: dict[str, LowRank]) -> list[float]:
-    (base, tokenizer), (adapted, _) = opened(name), opened(name)
+def drift(args: argparse.Namespace, terms: dict[str, LowRank]) -> list[float]:
+    (base, tokenizer), (adapted, _) = opened(args.model), opened(args.model)
     put(adapted, terms, Training().scale)
-    return divergence(base, adapted, general_text(tokenizer))
+    return divergence(base, adapted, general_text(tokenizer, args.drift_rows))
 
 
 def qera_alone(args: argparse.Namespace, data: Path) -> Json:
     """KL(DENSE || MODEL) by row, and with the repair of each rank, from moments of the task."""
     dense, tokenizer = opened(args.original)
     base, _ = opened(args.model)
-    text = general_text(tokenizer)
+    text = general_text(tokenizer, args.drift_rows)
     found: Json = {"0": divergence(dense, base, text)}
     options = Training(rank=max(QERA_RANKS), init="qera")
     modules = start.chosen(base, "all")

@@ -11,7 +11,7 @@ import pytest
 from mlx_lm import load as stock_load
 
 from optiq.errors import AdapterError
-from optiq.lora.adapter import Adapter, Base, check_fits, read, write
+from optiq.lora.adapter import Adapter, Base, check_fits, read, read_tensors, write
 from optiq.lora.layers import LowRank, put
 from optiq.models.adaptable import adaptable
 from optiq.sources import load, resolve
@@ -90,6 +90,20 @@ def test_content_decides_the_digest(tmp_path: Path) -> None:
     assert Adapter(changed, adapter.scale).digest != adapter.digest
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_tensors_of_every_float_are_read(tmp_path: Path, dtype: mx.Dtype) -> None:
+    # An odd number of 16-bit values first, so that the next tensor does not lie on 4 bytes.
+    tensors = {"a": mx.ones((3, 1), dtype), "b": mx.random.normal((2, 3)), "c": mx.zeros((0, 4))}
+    mx.save_safetensors(str(tmp_path / "t.safetensors"), tensors)
+    found = read_tensors(tmp_path / "t.safetensors")
+    assert {name: a.dtype for name, a in found.items()} == {
+        "a": dtype, "b": mx.float32, "c": mx.float32,
+    }  # fmt: skip
+    for name, array in tensors.items():
+        assert found[name].shape == array.shape
+        assert mx.array_equal(found[name], array)
+
+
 def damaged(folder: Path, how: str) -> None:
     config, weights = folder / "adapter_config.json", folder / "adapters.safetensors"
     tensors: dict[str, mx.array] = mx.load(str(weights))  # type: ignore[assignment]
@@ -109,6 +123,8 @@ def damaged(folder: Path, how: str) -> None:
         tensors[name] = tensors[name] * (mx.nan if how == "NaN" else 2)
     if how == "half":
         del tensors[name]
+    if how == "integers":
+        tensors[name] = tensors[name].astype(mx.int32)
     if how == "leaf":
         tensors["model.layers.0.self_attn.q_proj.m"] = mx.zeros((4,))
     if how == "ranks":
@@ -130,6 +146,7 @@ def damaged(folder: Path, how: str) -> None:
         ("PEFT", "optiq lora export"),
         ("NaN", "not finite"),
         ("other", "is not the file that"),
+        ("integers", "as I32; F32, F16, BF16 are supported"),
         ("half", "only one half"),
         ("leaf", "only lora_a and lora_b"),
         ("ranks", "two matrices of one rank"),

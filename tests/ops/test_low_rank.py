@@ -31,7 +31,7 @@ def drawn(width: int, out: int, seed: int = 0) -> list[tuple[mx.array, mx.array]
 
 
 def half(a: mx.array, b: mx.array, scale: float) -> Pair:
-    return halves({"a": (a, b)}, scale)["a"]
+    return halves({"a": (np.asarray(a), np.asarray(b))}, scale)["a"]
 
 
 @pytest.fixture(params=["native", "pure"])

@@ -25,7 +25,7 @@ Halves = Mapping[str, Pair]
 
 def halved(adapter: Adapter) -> Halves:
     """The terms of an adapter as the layers of a shadow take them, in 16 bits. Takes a while."""
-    return halves(adapter.terms, adapter.scale)
+    return halves(adapter.exact, adapter.scale)
 
 
 class Shadow:

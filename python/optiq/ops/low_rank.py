@@ -7,6 +7,7 @@ from math import frexp
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from . import native
 
@@ -14,50 +15,50 @@ RANKS = 8  # ranks are padded with zeros to a multiple of this
 # Exponents of the largest number of a matrix that float16 holds well.
 LEAST, MOST = -6, 14
 
+Matrix = NDArray[np.float32]
 Pair = tuple[mx.array, mx.array]  # [in, rank] and [rank, out], as mlx-lm writes them
 
 
-def halves(pairs: Mapping[str, Pair], scale: float) -> dict[str, Pair]:
+def halves(matrices: Mapping[str, tuple[Matrix, Matrix]], scale: float) -> dict[str, Pair]:
     """By path, two matrices whose product is `scale * a @ b`, as `LowRankTerms` wants them: in
     float16, with the rank padded, evaluated; all of them in one array.
 
     Powers of two go from one to the other until their largest numbers are about equal. Where those
     are near the ends of float16 even so, both stay float32.
     """
-    # Few large evaluations: each gives Python's lock away, and has to wait for it after.
-    largest = mx.stack(
-        [mx.abs(m).max().astype(mx.float32) for pair in pairs.values() for m in pair]
-    )
-    exponents = [frexp(float(x))[1] for x in np.asarray(largest)]
-    found, flat = {}, []
-    for path, (a, b), of_a, of_b in zip(
-        pairs, pairs.values(), exponents[::2], exponents[1::2], strict=True
-    ):
-        shift = (of_b + frexp(scale)[1] - of_a) // 2
-        half = mx.float16 if LEAST <= of_a + shift <= MOST else mx.float32
-        wider = -a.shape[1] % RANKS
-        left = mx.pad((a.astype(mx.float32) * 2.0**shift).astype(half), [(0, 0), (0, wider)])
-        right = b.astype(mx.float32) * (scale * 2.0**-shift)
-        right = mx.pad(right.astype(half), [(0, wider), (0, 0)])
-        if half == mx.float16:
-            flat += [left.flatten(), right.flatten()]
-        found[path] = left, right
-    whole = mx.concatenate(flat) if flat else mx.zeros(0)
-    apart = [pair for pair in found.values() if pair[0].dtype == mx.float32]
-    mx.eval(whole, apart)
-    if native.extension:
-        native.extension.use_large_pages(whole)
-    at = 0
-    for path, (left, right) in found.items():
-        if left.dtype == mx.float16:
-            middle, end = at + left.size, at + left.size + right.size
-            found[path] = (
-                whole[at:middle].reshape(left.shape),
-                whole[middle:end].reshape(right.shape),
-            )
+    padded = {path: -(-a.shape[1] // RANKS) * RANKS for path, (a, _) in matrices.items()}
+    size = sum(padded[path] * (len(a) + b.shape[1]) for path, (a, b) in matrices.items())
+    whole, at = np.zeros(size, np.float16), 0
+    apart: dict[str, Pair] = {}
+    places: dict[str, tuple[int, int, int]] = {}
+    for path, (a, b) in matrices.items():
+        of_a, of_b = (frexp(np.abs(m).max(initial=0))[1] for m in (a, b))
+        shift, rank = (of_b + frexp(scale)[1] - of_a) // 2, padded[path]
+        middle = at + len(a) * rank
+        end = middle + rank * b.shape[1]
+        half = LEAST <= of_a + shift <= MOST
+        left, right = whole[at:middle].reshape(-1, rank), whole[middle:end].reshape(rank, -1)
+        if not half:
+            left, right = left.astype(np.float32), right.astype(np.float32)
+        left[:, : a.shape[1]] = a * 2.0**shift
+        right[: len(b)] = b * (scale * 2.0**-shift)
+        if half:
+            places[path] = at, middle, end
             at = end
-    mx.eval(found)
-    return found
+        else:
+            apart[path] = mx.array(left), mx.array(right)
+    shared = mx.array(whole[:at])
+    if native.extension:
+        native.extension.use_large_pages(shared)
+    found = {
+        path: (
+            shared[at:middle].reshape(-1, padded[path]),
+            shared[middle:end].reshape(padded[path], -1),
+        )
+        for path, (at, middle, end) in places.items()
+    }
+    mx.eval(found)  # at once: each evaluation gives Python's lock away, and waits for it after
+    return {path: found[path] if path in found else apart[path] for path in matrices}
 
 
 class LowRankTerms:
