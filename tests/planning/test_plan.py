@@ -141,11 +141,11 @@ def test_sizes(text: str, nbytes: int) -> None:
 
 def test_a_size_in_bytes_is_one_of_files() -> None:
     """The header of the weight files comes off sizes in bytes, not off bits per weight."""
-    assert Size.parse("5000").budget(params=1000, uniform4=777, header=600) == 4400
-    assert Size.parse("5kB").budget(params=1000, uniform4=777, header=600) == 4400
-    assert Size.parse("500B").budget(params=1000, uniform4=777, header=600) == 0
-    assert Size.parse("8bpw").budget(params=1000, uniform4=777, header=600) == 1000
-    assert Size.parse("uniform4").budget(params=1000, uniform4=777, header=600) == 777
+    assert Size.parse("5000").budget(params=1000, uniform4=777, beside=600) == 4400
+    assert Size.parse("5kB").budget(params=1000, uniform4=777, beside=600) == 4400
+    assert Size.parse("500B").budget(params=1000, uniform4=777, beside=600) == 0
+    assert Size.parse("8bpw").budget(params=1000, uniform4=777, beside=600) == 1000
+    assert Size.parse("uniform4").budget(params=1000, uniform4=777, beside=600) == 777
 
 
 @pytest.mark.parametrize("text", ["", "4.8", "4.8bit", "-5GB", "1e9", "uniform8", "GB", "4..8bpw"])

@@ -218,6 +218,11 @@ def _quantization(plan: Plan) -> str:
         text += (
             f" The sum of the scores predicts a KL of {number(plan.predicted_kl)} nats per token."
         )
+    if plan.model.tower_bytes:
+        text += (
+            f" Beside them lie {count(plan.model.tower_bytes)} bytes of vision and audio weights: "
+            "mlx-lm loads the language model, mlx-vlm all."
+        )
     text += " `optiq/plan.json` has the format, bytes and score of every module."
     return f"## Quantization\n\n{table(rows, words=1)}\n\n{text}"
 

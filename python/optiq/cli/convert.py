@@ -30,6 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.add_scores(parser)
     parser.add_argument(
+        "--towers",
+        choices=("keep", "8bit", "drop"),
+        default="keep",
+        help="the vision and audio weights of a multimodal model: keep (as they are, the "
+        "default), 8bit, or drop",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="stop at the plan of least predicted KL"
     )
     parser.add_argument(
@@ -53,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     work = work_folder(Path(args.out).expanduser().resolve())
     fields = options.measuring(args)
     fields["size"] = args.size
+    fields["towers"] = args.towers
     with options.resumable(work / CHECKPOINT, work / distill.CHECKPOINT):
         result = convert(
             args.model,

@@ -165,9 +165,11 @@ def summary(result: Result, name: str) -> str:
     plan = result.plan
     assert result.path is not None
     before = plan.dense_nbytes + plan.model.fixed_bytes
+    towers = plan.model.tower_bytes
     lines = [
         ("size", f"{size(before)} before, {size(plan.nbytes)} now "
          f"({100 * plan.nbytes / before:.0f} %)"),
+        *([("towers", f"{size(towers)} of vision and audio weights beside it")] if towers else []),
         ("quality", _quality(plan)),
         ("scores", scores_line(result.scores)),
         ("time", duration(result.seconds)),

@@ -241,7 +241,7 @@ def problem(
     budget = size.budget(
         params=parameters(model, modules),
         uniform4=uniform_plan(model, modules).nbytes,
-        header=model.header_bytes,
+        beside=model.beside_bytes,
     )
     rest = Item("the tensors that are never quantized", (Choice(DENSE, model.fixed_bytes, 0.0),))
     return [rest, *(_item(scored, model.itemsize, menu) for scored in scores.modules)], budget

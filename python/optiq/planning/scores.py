@@ -37,6 +37,7 @@ class ModelInfo:
 
     `itemsize` is in bytes, of the model's floating `dtype`; `fixed_bytes` are those of all tensors
     that are never quantized, `header_bytes` a bound on what weight files hold beside tensors.
+    `tower_bytes` are those of vision and audio towers that are exported beside the language model.
     `departures` say how mlx-lm's model differs from the original, if it does. `kind` is "hub",
     "folder" or "gguf", and `path` where a local one lay.
     """
@@ -48,6 +49,7 @@ class ModelInfo:
     itemsize: int
     fixed_bytes: int
     header_bytes: int = 0
+    tower_bytes: int = 0
     departures: tuple[str, ...] = ()
     kind: str | None = None
     path: str | None = None
@@ -57,10 +59,16 @@ class ModelInfo:
         return cls(
             **{key: data[key] for key in _MODEL},
             header_bytes=data.get("header_bytes") or 0,
+            tower_bytes=data.get("tower_bytes") or 0,
             departures=tuple(map(str, data.get("departures") or ())),
             kind=data.get("kind"),
             path=data.get("path"),
         )
+
+    @property
+    def beside_bytes(self) -> int:
+        """What weight files hold beside the tensors of the language model."""
+        return self.header_bytes + self.tower_bytes
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "departures": list(self.departures)}

@@ -46,16 +46,16 @@ class Size:
                 return cls(written, nbytes=number * _UNITS[unit])
         raise UsageError(f"size {size!r} is not understood; write uniform4, 4.8bpw, 6.1GB or bytes")
 
-    def budget(self, *, params: int, uniform4: int, header: int = 0) -> int:
+    def budget(self, *, params: int, uniform4: int, beside: int = 0) -> int:
         """Bytes of tensors for a model of `params` parameters.
 
-        A size in bytes is one of weight files, so their `header` bytes are taken off. A fraction of
-        a byte is dropped, so that the budget is never exceeded.
+        A size in bytes is one of weight files, so what they hold `beside` is taken off: headers and
+        towers. A fraction of a byte is dropped, so that the budget is never exceeded.
         """
         if self.bpw is not None:
             return int(self.bpw * params / 8)
         if self.nbytes is not None:
-            return max(0, int(self.nbytes) - header)
+            return max(0, int(self.nbytes) - beside)
         return uniform4
 
 

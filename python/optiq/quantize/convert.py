@@ -37,7 +37,7 @@ from ..sources import LoadedModel, Source, load, resolve
 from .estimate import estimate
 from .export import check_ours, check_target, clear, export, replacing
 from .options import Options
-from .preflight import check_budget
+from .preflight import check_budget, with_towers
 from .prepare import CHECKPOINT, SCORES, prepare, remove_work, texts_of, work_folder
 from .rounding import distill
 from .rounding.render import render_model
@@ -115,7 +115,7 @@ def _convert(
     work = work_folder(out)
     check_writable(out)
     _check_unfinished(work, refine_tokens, options)
-    source = resolve(model, revision=options.revision)
+    source = with_towers(resolve(model, revision=options.revision), options.towers)
     with Job() as job:
         job.phase("reading")
         loaded = load(source)
@@ -124,7 +124,7 @@ def _convert(
         if options.scores is None:
             needed = check_budget(loaded, options.size, options.menu)
             if not dry_run:
-                check_space(out, needed)
+                check_space(out, needed + (source.towers.nbytes if source.towers else 0))
         expected = estimate(loaded, texts, options, dry_run=dry_run, refining=bool(refine))
         tell(f"estimate: {expected}")
         job.expect(expected.seconds)

@@ -20,6 +20,10 @@ def describe_model(loaded: LoadedModel, modules: Sequence[Module]) -> ModelInfo:
     source = loaded.source
     parameters: dict[str, mx.array] = dict(tree_flatten(loaded.model.parameters()))
     shapes = {name: array.shape for name, array in parameters.items()}
+    rounded = {f"{m.path}.weight" for m in modules}
+    if source.towers:
+        shapes |= {t.name: t.spec.shape for t in source.towers.tensors}
+        rounded |= source.towers.formats.keys()
     return ModelInfo(
         name=source.label,
         fingerprint=source.fingerprint,
@@ -27,7 +31,8 @@ def describe_model(loaded: LoadedModel, modules: Sequence[Module]) -> ModelInfo:
         dtype=dtype_name(loaded.dtype),
         itemsize=loaded.dtype.size,
         fixed_bytes=fixed_bytes(loaded.model, modules),
-        header_bytes=header_bound(shapes, {f"{m.path}.weight" for m in modules}),
+        header_bytes=header_bound(shapes, rounded),
+        tower_bytes=source.towers.nbytes if source.towers else 0,
         departures=source.departures,
         kind=source.kind,
         path=None if source.kind == "hub" else str(Path(source.name).expanduser().resolve()),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from ..planning.plan import Plan
 from ..planning.scores import Scores
 from ..sources import LoadedModel, Source, beside, check_finite, load
 from ..sources.check import check
-from ..sources.folder import check_folder, read_config
+from ..sources.folder import WEIGHTS, check_folder, read_config
 from ..sources.shards import SHARD_BYTES, Spec, checksum, write_shards
+from ..sources.towers import Towers
 from .rounding.weights import MINMAX, Rounding, round_weight
 
 
@@ -58,21 +59,22 @@ def export(
         _check_plan(plan, source, loaded)
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(partial.parent).free
-        if free < plan.nbytes:
+        needed = plan.nbytes + plan.model.tower_bytes
+        if free < needed:
             raise ExportError(
-                f"{out} needs {plan.nbytes:,} bytes but only {free:,} are free on its disk; "
+                f"{out} needs {needed:,} bytes but only {free:,} are free on its disk; "
                 "free some space or choose another folder"
             )
         partial.mkdir()
         _write_texts(partial, loaded, plan, scores)
         layout = _layout(loaded, plan)
         parameters = sum(array.size for array in _parameters(loaded.model).values())
-        with Progress(plan.nbytes, "writing") as progress:
+        with Progress(needed, "writing") as progress:
             tensors = _counted(_tensors(loaded, plan, rounding), progress)
             checksums = write_shards(
                 partial, layout, tensors, parameters=parameters, shard_bytes=shard_bytes
             )
-        _verify(partial, plan, layout, checksums)
+        _verify(partial, plan, layout, checksums, source.towers)
         _move(partial, out)
     except (OSError, RuntimeError) as error:  # MLX raises RuntimeError when a read fails
         raise ExportError(
@@ -169,7 +171,11 @@ def _check_plan(plan: Plan, source: Source, loaded: LoadedModel) -> None:
             f"the plan and {actual.get(path, 'missing')} in the model ({len(wrong)} such modules); "
             "measure and plan again"
         )
-    expected = {"itemsize": loaded.dtype.size, "fixed_bytes": fixed_bytes(loaded.model, modules)}
+    expected = {
+        "itemsize": loaded.dtype.size,
+        "fixed_bytes": fixed_bytes(loaded.model, modules),
+        "tower_bytes": source.towers.nbytes if source.towers else 0,
+    }
     for key, value in expected.items():
         if getattr(plan.model, key) != value:
             raise ExportError(
@@ -188,20 +194,29 @@ def _layout(loaded: LoadedModel, plan: Plan) -> dict[str, Spec]:
     layout: dict[str, Spec] = {}
     for name, array in _parameters(loaded.model).items():
         fmt = formats.get(name)
-        if fmt is None:
-            layout[name] = Spec.of(array.dtype, array.shape)
-        elif fmt == DENSE:
-            layout[name] = Spec.of(loaded.dtype, array.shape)
-        else:
-            *outer, width = array.shape
-            layout[name] = Spec.of(mx.uint32, (*outer, width * fmt.bits // 32))
-            dtype = mx.uint8 if fmt == NVFP4 else loaded.dtype
-            groups = Spec.of(dtype, (*outer, width // fmt.group_size))
-            base = name.removesuffix("weight")
-            layout[f"{base}scales"] = groups
-            if fmt != NVFP4:
-                layout[f"{base}biases"] = groups
+        dtype = array.dtype if fmt is None else loaded.dtype
+        layout |= _entries(name, Spec.of(dtype, array.shape), fmt or DENSE)
+    if towers := loaded.source.towers:
+        for tensor in towers.tensors:
+            layout |= _entries(tensor.name, tensor.spec, towers.formats.get(tensor.name, DENSE))
     return layout
+
+
+def _entries(name: str, dense: Spec, fmt: Format) -> dict[str, Spec]:
+    """What a file holds of the weight `dense` in `fmt`."""
+    if fmt == DENSE:
+        return {name: dense}
+    *outer, width = dense.shape
+    groups = Spec("U8" if fmt == NVFP4 else dense.dtype, (*outer, width // fmt.group_size))
+    base = name.removesuffix("weight")
+    entries = {
+        name: Spec.of(mx.uint32, (*outer, width * fmt.bits // 32)),
+        f"{base}scales": groups,
+        f"{base}biases": groups,
+    }
+    if fmt == NVFP4:
+        del entries[f"{base}biases"]
+    return entries
 
 
 def _tensors(loaded: LoadedModel, plan: Plan, rounding: Rounding) -> Iterator[tuple[str, mx.array]]:
@@ -216,6 +231,14 @@ def _tensors(loaded: LoadedModel, plan: Plan, rounding: Rounding) -> Iterator[tu
         yield from _stored(name, array, fmt, dtype, rounding)
         del array
         mx.clear_cache()
+    if towers := loaded.source.towers:
+        for name, array in towers.arrays():
+            if fmt := towers.formats.get(name):
+                yield from _stored(name, array, fmt, array.dtype, MINMAX)
+            else:
+                yield name, array  # also an infinite bound of a clipped layer
+            del array
+            mx.clear_cache()
 
 
 def _stored(
@@ -247,10 +270,12 @@ def _write_texts(folder: Path, loaded: LoadedModel, plan: Plan, scores: Scores |
     source = loaded.source
     config = read_config(source.path) | source.settings
     config.pop("_name_or_path", None)
-    # As mlx-lm's own converter: most of its models drop the vision tower of the source.
-    if "vision_tower" not in getattr(loaded.model, "model", {}):
+    quantization = plan.quantization()
+    if source.towers:
+        quantization |= source.towers.quantization()
+    elif "vision_tower" not in getattr(loaded.model, "model", {}):  # as mlx-lm's own converter
         config.pop("vision_config", None)
-    config["quantization"] = config["quantization_config"] = plan.quantization()
+    config["quantization"] = config["quantization_config"] = quantization
     texts = {
         "config.json": json.dumps(dict(sorted(config.items())), indent=4),
         "optiq/plan.json": json.dumps(plan.to_json(), indent=2),
@@ -269,9 +294,16 @@ def _write_texts(folder: Path, loaded: LoadedModel, plan: Plan, scores: Scores |
 
 
 def _verify(
-    folder: Path, plan: Plan, layout: Mapping[str, Spec], checksums: Mapping[str, int]
+    folder: Path,
+    plan: Plan,
+    layout: Mapping[str, Spec],
+    checksums: Mapping[str, int],
+    towers: Towers | None = None,
 ) -> None:
-    """Load the folder with stock mlx-lm and raise ExportError where it differs from the plan."""
+    """Load the folder with stock mlx-lm and raise ExportError where it differs from the plan.
+
+    What mlx-lm leaves out of it are the towers; these are read back by name.
+    """
     try:
         loaded = load(Source("the folder", "folder", folder, None, ""), allow_quantized=True)
         if added := check(check_folder(folder)).settings:
@@ -279,6 +311,9 @@ def _verify(
     except SourceError as error:
         raise _mismatch(f"it does not load ({error})") from error
     parameters = _parameters(loaded.model)
+    nbytes = sum(array.nbytes for array in parameters.values())
+    if towers:
+        parameters |= _beside(folder, layout.keys() - parameters.keys())
     if parameters.keys() != layout.keys():
         names = sorted(parameters.keys() ^ layout.keys())
         raise _mismatch(f"{names[0]} is on one side only ({len(names)} such tensors)")
@@ -287,7 +322,6 @@ def _verify(
             raise _mismatch(f"{name} is {array.dtype} {array.shape}, not {layout[name]}")
         if checksum(array) != checksums[name]:
             raise _mismatch(f"{name} was read back with other bytes than were written")
-    nbytes = sum(array.nbytes for array in parameters.values())
     if nbytes != plan.nbytes:
         raise _mismatch(f"its tensors are {nbytes:,} bytes, not {plan.nbytes:,}")
     modules = dict(loaded.model.named_modules())
@@ -298,6 +332,15 @@ def _verify(
         if found != ((None,) * 3 if fmt == DENSE else (fmt.mode, fmt.bits, fmt.group_size)):
             raise _mismatch(f"{planned.module.path} loads as mode, bits, group {found}, not {fmt}")
     _check_forward(loaded.model)
+
+
+def _beside(folder: Path, names: Collection[str]) -> dict[str, mx.array]:
+    """The tensors in the folder's files that mlx-lm's model does not have."""
+    found: dict[str, mx.array] = {}
+    for file in folder.glob(WEIGHTS):
+        tensors: Any = mx.load(str(file))
+        found |= {name: array for name, array in tensors.items() if name in names}
+    return found
 
 
 def _check_forward(model: nn.Module) -> None:

@@ -40,7 +40,7 @@ from ..quality.results import Measured
 from ..sources import load, resolve
 from .frontier_files import JSON, Finished, check_replaceable, write
 from .options import Options
-from .preflight import check_budget
+from .preflight import check_budget, with_towers
 from .prepare import CHECKPOINT, Prepared, prepare, remove_work, texts_of, work_folder
 from .rounding.descent import TAPE_BYTES
 from .rounding.render import render_model
@@ -102,7 +102,7 @@ def frontier(
     check_writable(out / JSON)
     left = [work / POINTS, *(existing(work / CHECKPOINT) if measured_here else ())]
     check_unfinished(left, resume=chosen.resume, restart=chosen.restart)
-    source = resolve(str(model), revision=chosen.revision)
+    source = with_towers(resolve(str(model), revision=chosen.revision), chosen.towers)
     loaded = load(source)
     texts = texts_of(chosen, loaded.tokenizer)
     notes: list[str] = []

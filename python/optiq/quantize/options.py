@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 METHODS = ("auto", "kl", "fisher")
 REFERENCES = ("auto", "bf16", "uniform4")
+TOWERS = ("keep", "8bit", "drop")
 ROUNDINGS = ("descent", "search", "minmax")
 
 
@@ -32,6 +33,7 @@ class OptionFields(TypedDict, total=False):
     held_out_tokens: int | None
     scores: str | Path | None
     revision: str | None
+    towers: str
     seed: int
     resume: bool
     restart: bool
@@ -58,6 +60,8 @@ class Options:
         held_out_tokens: Of the text that the result is measured on; None is 4,096.
         scores: A sensitivity.json to use instead of measuring.
         revision: Branch, tag or commit of a model on the hub.
+        towers: What becomes of the vision and audio weights of a multimodal model: "keep" (as they
+            are), "8bit" or "drop".
         seed: Of every draw; 0 to 2**32 - 1.
         resume: Go on with an interrupted run of the same job.
         restart: Discard what an interrupted run left.
@@ -75,6 +79,7 @@ class Options:
     held_out_tokens: int | None = None
     scores: Path | None = None
     revision: str | None = None
+    towers: str = "keep"
     seed: int = 0
     resume: bool = False
     restart: bool = False
@@ -88,6 +93,7 @@ class Options:
             )
         _one_of("sensitivity method", self.sensitivity, METHODS)
         _one_of("reference", self.reference, REFERENCES)
+        _one_of("choice of towers", self.towers, TOWERS)
         if self.rounding is not None:
             _one_of("rounding", self.rounding, ROUNDINGS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from ..base.files import check_absent
+from ..base.notice import notice
 from ..base.progress import tell
 from ..errors import BudgetError, SensitivityError, SourceError, UsageError
 from ..formats import DENSE, Format
@@ -28,6 +30,25 @@ from .rounding.reference import choose, weight_bytes
 
 # Tokens that a float16 model is run on: products of stock MLX in 16 bits are slow on the CPU.
 OVERFLOW_TOKENS = 512
+
+
+def with_towers(source: Source, choice: str) -> Source:
+    """`source` with the towers that are to be exported; UsageError where that cannot be done."""
+    towers = source.towers
+    if choice == "drop":
+        return replace(source, towers=None)
+    if choice == "8bit":
+        if towers is None:
+            raise UsageError(
+                f"{source.name} has no vision or audio weights; leave --towers 8bit out"
+            )
+        towers = towers.rounded()
+    if towers and not towers.tensors:
+        notice(
+            f"the vision and audio weights of {source.name} are left out: mlx-lm would not load a "
+            "folder that has them"
+        )
+    return replace(source, towers=towers if towers and towers.tensors else None)
 
 
 def check_replaceable(path: Path, overwrite: bool) -> None:
@@ -51,7 +72,7 @@ def check_budget(loaded: LoadedModel, size: Size, menu: Sequence[Format]) -> int
     budget = size.budget(
         params=params,
         uniform4=uniform_plan(model, modules).nbytes,
-        header=model.header_bytes,
+        beside=model.beside_bytes,
     )
     sizes = [[f.nbytes(m.shape, model.itemsize) for f in allowed(m, menu)] for m in modules]
     least = model.fixed_bytes + sum(map(min, sizes))

@@ -178,10 +178,14 @@ def remove_work(work: Path, *others: str) -> None:
 def _given(path: Path, loaded: LoadedModel) -> Scores:
     """The scores of a file, if they are those of this model."""
     modules = quantizable(loaded.model)
-    found = read_scores(path, model=describe_model(loaded, modules), modules=modules)
+    here = describe_model(loaded, modules)
+    found = read_scores(path, model=here, modules=modules)
     if found.model.fingerprint != loaded.source.fingerprint:
         raise SensitivityError(
             f"{path} holds the scores of {found.model.name}, not of {loaded.source.name} as it is "
             "now; measure again"
         )
-    return found
+    model = replace(
+        found.model, header_bytes=here.header_bytes, tower_bytes=here.tower_bytes
+    )  # another choice of --towers may have been measured
+    return replace(found, model=model)

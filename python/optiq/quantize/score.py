@@ -13,7 +13,7 @@ from ..distributed.ranks import World, world
 from ..planning.scores import Scores
 from ..sources import load, resolve
 from .options import Options
-from .preflight import check_budget, check_replaceable, check_runs, check_weights
+from .preflight import check_budget, check_replaceable, check_runs, check_weights, with_towers
 from .prepare import choose_rounding
 from .sensitivity.checkpoint import existing
 from .sensitivity.measure import measure
@@ -53,7 +53,7 @@ def score(model: str, out: Path | None, ranks: World, **options: Unpack[OptionFi
             check_replaceable(out, chosen.overwrite)
             check_writable(out)
         check_unfinished(existing(checkpoint), resume=chosen.resume, restart=chosen.restart)
-    source = resolve(model, revision=chosen.revision)
+    source = with_towers(resolve(model, revision=chosen.revision), chosen.towers)
     loaded = load(source)
     if "size" in options:
         check_budget(loaded, chosen.size, chosen.menu)

@@ -62,4 +62,6 @@ def resolve(name: str, *, revision: str | None = None, cache_dir: Path | None = 
     for departure in checked.departures:
         notice(f"mlx-lm runs {name} {departure}")
     mark = fingerprint(folder)
-    return Source(name, kind, path, commit, mark, checked.settings, checked.departures)
+    return Source(
+        name, kind, path, commit, mark, checked.settings, checked.departures, checked.towers
+    )

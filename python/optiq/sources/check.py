@@ -22,7 +22,8 @@ from .config import NESTED, Json, handed_on, holders
 from .departures import departures
 from .folder import Folder, mlx_lm_version
 from .reading import Read, names_read
-from .tensors import HEAD, dropped, head_apart, reasons
+from .tensors import HEAD, MEDIA, dropped, head_apart, reasons
+from .towers import Towers, towers
 from .values import arguments, lost
 
 _CANNOT = "it cannot run this model as it is: use a newer mlx-lm that does, or another model"
@@ -33,7 +34,8 @@ class Checked:
     """`settings` is what optiq adds to config.json, `dropped` the tensors without use, by reason.
 
     `traced` is False for a model file that cannot be followed without its weights. `departures` say
-    where mlx-lm's model is not the original, see departures.py.
+    where mlx-lm's model is not the original, see departures.py, `towers` is what of it has other
+    media than text, and can be kept beside the model.
     """
 
     settings: Json = field(default_factory=dict)
@@ -41,6 +43,7 @@ class Checked:
     tensors: int = 0
     traced: bool = False
     departures: tuple[str, ...] = ()
+    towers: Towers | None = None
 
 
 def check(folder: Folder) -> Checked:
@@ -77,18 +80,20 @@ def check(folder: Folder) -> Checked:
     settings = _only(settings, folder.config, _taken(model, names)) | respelled
     weights = _lazy(folder)
     unused = dropped(model, weights) if weights else None
+    named = _named(folder.path, unused or [], config, apart)
     return Checked(
         settings,
-        _named(folder.path, unused or [], config, apart),
+        {why: len(tensors) for why, tensors in named.items()},
         sum(map(len, folder.files.values())),
         unused is not None,
         tuple(said),
+        towers(folder, config, weights, named[MEDIA]) if MEDIA in named else None,
     )
 
 
-def _named(path: Path, unused: Sequence[str], config: Json, apart: bool) -> dict[str, int]:
-    """How many tensors are dropped for each reason; SourceError for one without any."""
-    found: dict[str, int] = {}
+def _named(path: Path, unused: Sequence[str], config: Json, apart: bool) -> dict[str, list[str]]:
+    """The tensors that are dropped for each reason; SourceError for one without any."""
+    found: dict[str, list[str]] = {}
     for name, why in reasons(unused, config).items():
         if why is None and name.endswith(HEAD) and not apart:
             why = "a head equal to the embedding"
@@ -97,7 +102,7 @@ def _named(path: Path, unused: Sequence[str], config: Json, apart: bool) -> dict
                 f"{path}: the tensor {name} is in the files, but mlx-lm {mlx_lm_version()} drops "
                 f"it from {config['model_type']}, which gives another model; {_CANNOT}"
             )
-        found[why] = found.get(why, 0) + 1
+        found.setdefault(why, []).append(name)
     return found
 
 

@@ -23,6 +23,7 @@ from .config import holders
 from .folder import WEIGHTS, mlx_lm_version, read_config
 from .safetensors import read_header
 from .tokens import check_tokens, refusal
+from .towers import Towers
 
 # The end of the name of what packed weights have beside them, in any of the usual formats.
 _SCALES = re.compile(
@@ -43,6 +44,7 @@ class Source:
     # What is added to config.json for mlx-lm, see check.py; nothing where the folder is stock's.
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
     departures: tuple[str, ...] = ()  # how mlx-lm's model differs from it, see departures.py
+    towers: Towers | None = field(default=None, hash=False)  # what an export keeps beside the model
 
     @property
     def label(self) -> str:

@@ -16,13 +16,14 @@ from .safetensors import TensorInfo, data_start
 
 HEAD = "lm_head.weight"
 CHUNK = 1 << 20  # bytes compared at a time
+MEDIA = "of other media than text"
 
 # Why a tensor may be dropped: what its name must match.
 _KNOWN = {
     "computed by the model itself": r"inv_freq$|rotary_emb\.|\.rope\.freqs$|position_ids$"
     r"|(attn|attention)\.(masked_)?bias$|embed_scale$|(^|\.)rotary|\.(cos|sin)$",
-    "of other media than text": r"visual|vision|_vl$|audio|speech|image|multi_modal|mm_projector"
-    r"|embed_vision|projector",
+    MEDIA: r"visual|vision|_vl$|audio|speech|image|multi_modal|mm_projector|embed_vision|projector"
+    r"|patch_merge_mlp",
     "of the prediction of several tokens": r"(^|[._])mtp|nextn",
     "scales of activations": r"(activation|input|output|k|v)_scale$|weight_shape$",
 }

@@ -68,6 +68,7 @@ def test_every_module_has_a_score_for_every_allowed_format(
         "dtype": "float32",
         "itemsize": 4,
         "fixed_bytes": fixed_bytes(load_model(source.path)[0], modules),
+        "tower_bytes": 0,
         "departures": [],
         "kind": "folder",
         "path": str(Path(source.name).resolve()),
