@@ -45,6 +45,7 @@ struct Step {
   BlockPtr block;
   KeyValueLayout layout;
   std::vector<CachePlace> places;
+  bool ragged; // batch entries are rows of the caches
   TermsOfRows terms;
 
   // Of each cache; keys and values are at kv, or new where there is none.
@@ -52,11 +53,11 @@ struct Step {
       int batch, const array* kv, const array* extra, mx::Stream stream) const {
     std::vector<cpu::Attention> all(places.size());
     for (size_t i = 0; i < all.size(); i++) {
-      all[i].batch = all.size() == 1 ? batch : 1;
+      all[i].batch = ragged ? 1 : batch;
       all[i].rows = places[i].rows;
       all[i].keys = places[i].length;
       layout.set(all[i], kv ? kv + 2 * i : nullptr, kv ? kv + 2 * i + 1 : nullptr, extra, stream);
-      if (all.size() > 1 && places[i].rows > 1) {
+      if (ragged && places[i].rows > 1) {
         all[i].masking = cpu::Masking::causal;
       }
     }
@@ -78,7 +79,7 @@ void take(const Step& step, std::vector<cpu::Attention> all, bool cached, const 
   bool direct[2]; // project() writes into the cache
   for (int i = 0; i < 2; i++) {
     const cpu::Vectors& x = i == 0 ? all[0].k : all[0].v;
-    direct[i] = cached && count == 1 && x.format.dense() && x.type == cpu::Float::f32;
+    direct[i] = cached && !step.ragged && x.format.dense() && x.type == cpu::Float::f32;
     to[i] = heads_out(kv[i], kv_heads, rows, dim);
     if (direct[i]) {
       float* data = static_cast<float*>(const_cast<void*>(x.data));
@@ -86,7 +87,7 @@ void take(const Step& step, std::vector<cpu::Attention> all, bool cached, const 
     }
   }
   std::vector<int64_t> starts(batch, step.places[0].offset);
-  for (int c = 0, i = 0; count > 1 && c < count; c++) {
+  for (int c = 0, i = 0; step.ragged && c < count; c++) {
     for (int r = 0; r < step.places[c].rows; r++) {
       starts[i++] = step.places[c].offset + r;
     }
@@ -100,7 +101,7 @@ void take(const Step& step, std::vector<cpu::Attention> all, bool cached, const 
     const auto& [start, length, offset, own] = step.places[c];
     auto of_cache = [&](cpu::HeadsOut x) {
       x.data += first * x.batch;
-      x.row = count > 1 ? x.batch : x.row; // its rows are batch entries
+      x.row = step.ragged ? x.batch : x.row; // its rows are batch entries
       return x;
     };
     for (int i = 0; i < 2; i++) {
@@ -247,7 +248,8 @@ Step checked(const BlockStep& given, const array& h, bool mlp) {
     }
     all += place.rows;
   }
-  if (count == 1 ? all != rows : rows != 1 || all != batch) {
+  bool ragged = count > 1 || all != rows;
+  if (ragged && (rows != 1 || all != batch)) {
     fail_block(count, " places with ", all, " rows do not fit h ", h.shape());
   }
   if (keys.size() != values.size() || (!keys.empty() && int(keys.size()) != count) ||
@@ -255,11 +257,11 @@ Step checked(const BlockStep& given, const array& h, bool mlp) {
     fail_block(
         keys.size(), " caches of keys and ", values.size(), " of values for ", count, " places");
   }
-  if (count > 1 && kv.mask) {
+  if (ragged && kv.mask) {
     fail_block("a mask does not go with caches of each row");
   }
-  Step step{block, {}, places, block->terms(slots, batch, rows)};
-  AttentionShape shape = block->shape(count == 1 ? batch : 1, rows);
+  Step step{block, {}, places, ragged, block->terms(slots, batch, rows)};
+  AttentionShape shape = block->shape(ragged ? 1 : batch, rows);
   for (size_t i = 0; i < keys.size(); i++) {
     const auto& [start, length, offset, own] = places[i];
     step.layout = kv.check("decoder_block", shape, keys[i], values[i], length);

@@ -12,7 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import optiq
 from optiq.kv import attach, route
-from optiq.kv.rows import Unbatchable, beside, joined
+from optiq.kv.rows import Unbatchable, can_forget, joined, ragged
 from optiq.nn.stack import Stacked, Together, stack
 from optiq.ops import native
 from tests import architectures
@@ -92,7 +92,7 @@ def test_a_prompt_read_beside_others_is_as_read_alone(
     for step, n in enumerate((1, 2, 9, 13, 5, 7, 3, 4)):
         tokens, part = [[4 + step], [9 + step]], prompt[begin : begin + n]
         batch = mx.array([*tokens, *([t] for t in part)])
-        got = model(batch, cache=beside(shared[:2], shared[2], n))
+        got = model(batch, cache=ragged(shared[:2], [1, 1, n], shared[2]))
         expected = model(mx.array(tokens), cache=joined(alone[:2]))
         mx.eval(model(mx.array([part]), cache=alone[2]))
         assert mx.array_equal(got, expected), step
@@ -106,7 +106,16 @@ def test_only_caches_of_all_tokens_are_read_beside_others() -> None:
     model = prepared("gemma3_text")
     sequences = read(model, (5, 4))
     with pytest.raises(Unbatchable, match="caches of all tokens"):
-        beside(sequences[:1], sequences[1], 3)
+        ragged(sequences[:1], [1, 3], sequences[1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "kv", "can"),
+    [("mistral", None, True), ("mistral", "8/4", True), ("gemma3_text", None, False)],
+)
+def test_who_can_read_guesses_and_forget_them(kind: str, kv: str | None, can: bool) -> None:
+    model = prepared(kind, kv)
+    assert can_forget(model, lambda: make_prompt_cache(model)) == can
 
 
 def test_a_cache_that_somebody_else_holds_is_not_written_to(runs: list[bool]) -> None:

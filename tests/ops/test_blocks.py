@@ -512,6 +512,17 @@ def test_rows_with_caches_of_their_own_are_as_alone(formats: Any) -> None:
         assert mx.array_equal(again, together[:5])
 
 
+def test_rows_of_one_cache_are_as_one_sequence() -> None:
+    layer, r = Layer(6, 2, 24), rng(24)
+    h = mx.array(draw(r, 3, 1, 40))
+    k, v = (mx.array(draw(r, 1, 2, 60, 24)) for _ in range(2))
+    place = [(40, 43, 40, 3)]
+    rows = ext.block_step(layer.block, h, [k + 0], [v + 0], place, "")
+    one = ext.block_step(layer.block, h.reshape(1, 3, 40), [k + 0], [v + 0], place, "causal")
+    assert mx.array_equal(rows[0].reshape(1, 3, 40), one[0])
+    assert all(mx.array_equal(a, b) for a, b in zip(rows[1:], one[1:], strict=True))
+
+
 def test_rows_with_caches_of_their_own_that_do_not_fit_are_refused() -> None:
     layer, r = Layer(4, 2, 16), rng(23)
     h = mx.array(draw(r, 3, 1, 40))

@@ -409,7 +409,7 @@ def test_a_fault_of_the_engine_ends_all_answers_and_not_the_engine(
 ) -> None:
     engine = make()
     with monkeypatch.context() as patch:
-        patch.setattr("optiq.serve.engine.steps.choose", lambda logits, samplers: [])
+        patch.setattr("optiq.serve.engine.steps.choose_one", lambda *_: 1 / 0)
         assert "the engine failed" in str(ask(engine, Request((5, 6), 5, ENDLESS)).last.error)
     assert ask(engine, Request((5, 6), 5, ENDLESS)).last.reason == "length"
 

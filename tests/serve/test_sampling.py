@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from optiq.errors import ServeError
 from optiq.serve.engine.request import Sampling, Token
-from optiq.serve.engine.sampling import Sampler, choose
+from optiq.serve.engine.sampling import Sampler, choose_one
 
 V = 700  # more than one block of the draw
 
@@ -33,12 +33,16 @@ def distribution(logits: np.ndarray, s: Sampling) -> np.ndarray:
     return p / p.sum()
 
 
+def chosen(logits: np.ndarray, sampler: Sampler) -> Token | ServeError:
+    return choose_one(logits, float(logits.max()), sampler)
+
+
 def draws(logits: np.ndarray, s: Sampling, count: int) -> np.ndarray:
     """How often each word was drawn."""
     sampler = Sampler(s, [], len(logits))
     seen = np.zeros(len(logits))
     for _ in range(count):
-        (token,) = choose(logits[None].astype(np.float32), [sampler])
+        token = chosen(logits.astype(np.float32), sampler)
         assert isinstance(token, Token)
         seen[token.id] += 1
     return seen
@@ -81,7 +85,7 @@ def test_only_words_of_the_distribution_are_drawn(
     logits = np.array(values, dtype=np.float32)
     s = Sampling(temperature, top_p, top_k, min_p, seed=seed)
     p = distribution(logits, Sampling(temperature, min(1.0, top_p + 1e-5), top_k, min_p * 0.9999))
-    (token,) = choose(logits[None], [Sampler(s, [], len(values))])
+    token = chosen(logits, Sampler(s, [], len(values)))
     assert isinstance(token, Token)
     near = np.abs(logits[p > 0] - logits[token.id]).min()  # words as likely, in float32
     assert p[token.id] > 0 or near <= 1e-5 * temperature + 1e-6 * abs(logits[token.id])
@@ -103,35 +107,16 @@ def test_penalties_and_bias_against_the_formulas() -> None:
     assert logits[0] == 2.0  # the model's own stay as they are
 
 
-def test_rows_do_not_know_of_each_other() -> None:
-    r = np.random.default_rng(4)
-    logits = r.normal(size=(6, V)).astype(np.float32)
-    settings_ = [
-        Sampling(seed=i, temperature=t, top_k=k)
-        for i, (t, k) in enumerate([(0, 0), (1, 0), (1, 9), (2, 0), (0, 0), (0.5, 3)])
-    ]
-    together = choose(logits, [Sampler(s, [], V, top_logprobs=3) for s in settings_])
-    alone = [
-        choose(logits[i : i + 1], [Sampler(s, [], V, top_logprobs=3)])[0]
-        for i, s in enumerate(settings_)
-    ]
-    assert together == alone
-
-
 @pytest.mark.parametrize("bad", [np.nan, inf])
-def test_a_row_without_numbers_fails_alone(bad: float) -> None:
-    logits = np.zeros((3, V), dtype=np.float32)
-    logits[1, 5] = bad
-    first, second, third = choose(logits, [Sampler(Sampling(temperature=0), [], V)] * 3)
-    assert isinstance(second, ServeError)
-    assert first == third == Token(0)
+def test_logits_that_are_not_numbers_are_an_error(bad: float) -> None:
+    logits = np.zeros(V, dtype=np.float32)
+    logits[5] = bad
+    assert isinstance(chosen(logits, Sampler(Sampling(temperature=0), [], V)), ServeError)
 
 
 def test_equal_likely_words_of_log_probabilities_come_in_order() -> None:
-    (token,) = choose(
-        np.zeros((1, 40), dtype=np.float32),
-        [Sampler(Sampling(temperature=0), [], 40, top_logprobs=20)],
-    )
+    sampler = Sampler(Sampling(temperature=0), [], 40, top_logprobs=20)
+    token = chosen(np.zeros(40, dtype=np.float32), sampler)
     assert isinstance(token, Token)
     assert len(token.top) == 20
     assert [exp(p) for _, p in token.top] == pytest.approx([1 / 40] * 20)

@@ -22,6 +22,8 @@ _GAUGES = {
     "running": "answers that are being made",
     "waiting": "answers that wait for room",
     "kv_bytes": "bytes of keys and values of running answers",
+    "drafted_tokens": "tokens that were guessed from earlier text, since the start",
+    "accepted_tokens": "tokens that were guessed right, since the start",
 }
 
 

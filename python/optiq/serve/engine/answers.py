@@ -15,8 +15,9 @@ import numpy as np
 from mlx_lm.models.cache import KVCache
 
 from ...errors import DeadlineError, OverloadedError, ServeError
-from ...kv.rows import Caches
+from ...kv.rows import Caches, cut
 from .adapters import Mounted
+from .drafts import Lookup
 from .model import GROWTH
 from .request import Event, Failed, Finished, Piece, Request, Token
 from .sampling import Sampler
@@ -48,6 +49,8 @@ class Stats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0  # of the drafted ones
     answers: int = 0
     cancelled: int = 0
     failed: int = 0
@@ -67,6 +70,7 @@ class Answer:
     until: float  # time.monotonic() of its deadline
     adapter: Mounted | None = None
     adapted: int = 0  # tokens that are read before the adapter works
+    lookup: Lookup | None = None
     ticket: int = 0
     caches: Caches = field(default_factory=list)
     generated: list[int] = field(default_factory=list)
@@ -185,7 +189,8 @@ class Answers:
 
     def adapters(self) -> Iterable[Mounted]:
         """Of all who have caches."""
-        return (a.adapter for a in self._answers.values() if a.caches and a.adapter is not None)
+        answers = list(self._answers.values())  # others may submit meanwhile
+        return (a.adapter for a in answers if a.caches and a.adapter is not None)
 
     def has_read(self, part: Slice) -> None:
         self.counters.prompt_tokens += part.end - part.begin
@@ -202,6 +207,8 @@ class Answers:
         """With one more token, which may be the last."""
         answer.generated.append(token.id)
         self.counters.generated_tokens += 1
+        if answer.lookup is not None:
+            answer.lookup.add(token.id)
         request, guide = answer.request, answer.request.guide
         if token.id in self._eos:
             self._finish(answer, "stop")
@@ -257,7 +264,7 @@ class Answers:
                 else:
                     self._end(answer, self._finished(answer, "cancelled"))
         now = time.monotonic()
-        for answer in [a for a in self._answers.values() if a.until < now]:
+        for answer in [a for a in list(self._answers.values()) if a.until < now]:
             seconds = answer.request.deadline
             self.fail(answer, DeadlineError(f"not answered within {seconds:g} seconds"))
 
@@ -297,6 +304,7 @@ class Answers:
             self.tell(answer, Piece(rest))
         if answer.text.stopped is not None:
             reason = "stop_text"
+        cut(answer.caches, len(answer.held))
         self.keep(answer, len(answer.held))
         self._end(answer, self._finished(answer, reason))
 

@@ -22,6 +22,7 @@ import numpy as np
 from ...errors import RequestError, TooLongError
 from .adapters import Adapters, Mounted
 from .answers import Answer, Answers, Listener, Prefixes, Stats
+from .drafts import Lookup
 from .model import Measured, measure
 from .request import Request
 from .sampling import Sampler
@@ -103,7 +104,9 @@ class Engine:
         )
         until = time.monotonic() + request.deadline if request.deadline is not None else np.inf
         text = AnswerText(self._tokenizer, request.stop)
-        answer = Answer(request, listener, sampler, text, float(until), adapter, adapted)
+        drafts = self._measured.drafts and adapter is None
+        lookup = Lookup(request.tokens) if drafts else None
+        answer = Answer(request, listener, sampler, text, float(until), adapter, adapted, lookup)
         nbytes = self._measured.nbytes(len(request.tokens) - 1 + request.max_tokens)
         cuts = (*(request.boundaries if self._measured.grid else ()), adapted)
         return self._answers.submit(answer, nbytes, cuts)

@@ -18,7 +18,7 @@ from ...base.text import one_line
 from ...errors import ServeError
 from ...kv import route
 from ...kv.half import halvable, halved
-from ...kv.rows import Caches, cuttable, readable_beside, together
+from ...kv.rows import Caches, can_forget, cuttable, readable_beside, together
 from ...ops import metal
 
 GRID = 256  # tokens of a slice, for models whose results depend on where slices end
@@ -36,7 +36,8 @@ class Measured:
     A sequence of n tokens takes `fixed_bytes` + `token_bytes` * min(n, window) of each cache, the
     `windows` as (bytes per token, most tokens or 0). `grid` is 0 where a prompt may be cut anywhere
     with the same result. `states`: caches that a step leaves to be evaluated. At most `together`
-    sequences share a step, and a prompt can be read `beside` them in the same one.
+    sequences share a step, and a prompt can be read `beside` them in the same one. With
+    `drafts` they can also read guesses there, and forget what was wrong.
     """
 
     make_caches: Callable[[], Caches]
@@ -50,6 +51,7 @@ class Measured:
     states: bool
     together: int
     beside: bool
+    drafts: bool
     step_seconds: float
     token_seconds: float
 
@@ -106,7 +108,7 @@ def _measure(model: nn.Module, running: int, context: int | None) -> Measured:
         caches: Caches = make_prompt_cache(model)
         return halved(caches) if half else caches
 
-    shared = _together(model, running, make)
+    shared = _together(model, max(2, running), make)  # one alone reads guesses as others' rows
     caches = make()
     prompt = mx.zeros((1, TRIED), dtype=mx.int32)
     mx.eval(model(mx.zeros((1, TRIED), dtype=mx.int32), cache=make()))  # compiles what is compiled
@@ -125,6 +127,7 @@ def _measure(model: nn.Module, running: int, context: int | None) -> Measured:
     kv = [c for c in leaves if hasattr(c, "keys") and c.keys is not None]
     plain = all(isinstance(c, KVCache) for c in leaves)
     grid = 0 if plain and cuttable(model, make) else GRID
+    beside = shared > 1 and not grid and readable_beside(model, make)
     return Measured(
         make_caches=make,
         context=context or _context(model),
@@ -135,8 +138,9 @@ def _measure(model: nn.Module, running: int, context: int | None) -> Measured:
         work_bytes=work,
         grid=grid,
         states=any(isinstance(c, ArraysCache) for c in leaves),
-        together=shared,
-        beside=shared > 1 and not grid and readable_beside(model, make),
+        together=min(shared, running),
+        beside=beside,
+        drafts=beside and can_forget(model, make),
         step_seconds=step,
         token_seconds=read / TRIED,
     )

@@ -105,16 +105,8 @@ class Sampler:
         return (bits >> 11) * 2.0**-53
 
 
-def choose(logits: Floats, samplers: Sequence[Sampler]) -> list[Token | ServeError]:
-    """The next token of each row of `logits [B, V]`; an error ends its own row alone."""
-    highest = logits.max(axis=1)  # NaN where the row has any
-    return [
-        _chosen(row, float(top), sampler)
-        for row, top, sampler in zip(logits, highest, samplers, strict=True)
-    ]
-
-
-def _chosen(row: Floats, highest: float, sampler: Sampler) -> Token | ServeError:
+def choose_one(row: Floats, highest: float, sampler: Sampler) -> Token | ServeError:
+    """The next token, from logits `[V]` and the highest of them; an error ends one answer."""
     if not isfinite(highest):
         return ServeError("the model gave logits that are not numbers; try another prompt")
     try:

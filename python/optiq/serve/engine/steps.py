@@ -15,13 +15,14 @@ import numpy as np
 
 from ...base.text import one_line
 from ...errors import ServeError
-from ...kv.rows import Caches, Unbatchable, beside, joined
+from ...kv.rows import Caches, Unbatchable, cut, joined, ragged
 from ...ops import metal
 from .adapters import Adapters
 from .answers import Answer, Answers, grow_by
+from .drafts import LONGEST, MOST, worthwhile
 from .model import GROWTH, Measured
 from .request import Reading
-from .sampling import Floats, choose
+from .sampling import Floats, choose_one
 from .scheduler import Pace, Slice, Step
 
 log = logging.getLogger("optiq.serve")
@@ -40,6 +41,8 @@ class Steps:
         self.adapters: Adapters | None = None
         self._pace = Pace(measured.step_seconds, measured.token_seconds)
         self._paced = 0  # rows of the steps whose pace it is
+        self._row = measured.token_seconds  # what a token more costs that is guessed
+        self._guessed = 0  # tokens in this step
         self._to_keep: tuple[Answer, int] | None = None  # who reads, and its tokens so far
         # By the tickets of a group: the caches of its answers, and as one.
         self._joined: dict[tuple[int, ...], tuple[list[Caches], Caches]] = {}
@@ -60,6 +63,7 @@ class Steps:
         # To copy what was read takes about as long as to read a slice: a step does one of them.
         keep, self._to_keep = self._to_keep, None
         part = None if keep else step.read
+        self._guessed = 0
         started = time.perf_counter()
         if step.decode:
             self._answers.counters.steps += 1
@@ -82,12 +86,29 @@ class Steps:
             time.sleep(0.001)  # those who wait have to wait for memory or another reader
 
     def _note_step(self, rows: int, started: float, model: float) -> None:
-        """What a step of decoding took that read nothing, and the model of it."""
+        """What a step of decoding took that read no prompt, and the model of it."""
         taken = time.perf_counter() - started
+        if self._guessed:
+            more = max(0.0, taken - self._pace.step) / self._guessed
+            self._row = _smoothed(self._row, more)
+            return
         self._pace, self._paced = replace(self._pace, step=_smoothed(self._pace.step, taken)), rows
         counters = self._answers.counters
         counters.step_seconds = self._pace.step
         counters.overhead_seconds = _smoothed(counters.overhead_seconds, taken - model)
+
+    def _drafts(self, group: list[Answer]) -> list[list[int]]:
+        """What each reads beside its next token: the guesses that are worth their rows."""
+        drafts: list[list[int]] = [[] for _ in group]
+        if len(group) != self._paced or any(a.adapter or a.alone for a in group):
+            return drafts
+        least, left = worthwhile(len(group), self._pace.step, self._row), MOST
+        for i, answer in enumerate(group):
+            if answer.lookup is not None:
+                room = answer.request.max_tokens - len(answer.generated) - 1
+                drafts[i] = answer.lookup.guess(least, min(LONGEST, left, room))
+                left -= len(drafts[i])
+        return drafts
 
     def _groups(self, rows: list[Answer]) -> list[list[Answer]]:
         """Who shares a pass through the model: all, or rows with and without an adapter apart."""
@@ -142,41 +163,71 @@ class Steps:
         total = len(answer.request.tokens)
         self._answers.tell(answer, Reading(min(part.end + 1, total), total, answer.cached))
 
-    def _decode(self, group: list[Answer], part: Slice | None = None) -> float:
-        """One token for each, and `part` is read; returns the seconds that the model took."""
+    def _decode(self, group: list[Answer], part: Slice | None = None, guess: bool = True) -> float:
+        """Tokens for each, and `part` is read; returns the seconds that the model took."""
         started = time.perf_counter()
         reader = self._answers[part.ticket] if part else None
+        drafts = self._drafts(group) if guess and not part else [[] for _ in group]
+        self._guessed += sum(map(len, drafts))
         try:
-            logits = self._forward(group, part)
+            logits = self._forward(group, drafts, part)
         except Unbatchable:
             if part:
                 seconds = self._decode(group)
                 self._read(part)
                 return seconds
+            if any(drafts):
+                return self._decode(group, guess=False)
             return sum(self._decode([answer]) for answer in group)
         except Exception as error:  # whatever a model or a kernel raises
             self._stumble([*group, reader] if reader else group, error)
             return time.perf_counter() - started
         model = time.perf_counter() - started
-        chosen = choose(logits, [answer.sampler for answer in group])
-        for answer, token in zip(group, chosen, strict=True):
+        highest = logits.max(axis=1)  # NaN where the row has any
+        row = 0
+        for answer, draft in zip(group, drafts, strict=True):
             answer.alone = max(0, answer.alone - 1)
-            if isinstance(token, ServeError):
-                self._answers.fail(answer, token)
-            else:
-                self._answers.go_on(answer, token)
+            self._draw(answer, draft, logits[row:], highest[row:])
+            row += 1 + len(draft)
         if part and reader and self._answers.has(reader.ticket):
             self._has_read(reader, part)
         return model
 
-    def _forward(self, group: list[Answer], part: Slice | None = None) -> Floats:
-        """Logits `[B, V]` after the next token of each. `part` is read in the same pass."""
-        inputs = [[answer.next] for answer in group]
+    def _draw(self, answer: Answer, draft: list[int], logits: Floats, highest: Floats) -> None:
+        """The next tokens of an answer, as far as its draft was right, and one more."""
+        right = 0
+        for guessed in (*draft, None):
+            token = choose_one(logits[right], float(highest[right]), answer.sampler)
+            if isinstance(token, ServeError):
+                self._answers.fail(answer, token)
+                return
+            self._answers.go_on(answer, token)
+            if not self._answers.has(answer.ticket) or token.id != guessed:
+                break
+            right += 1
+        if draft:
+            self._answers.counters.drafted_tokens += len(draft)
+            self._answers.counters.accepted_tokens += right
+            cut(answer.caches, len(answer.held))
+
+    def _forward(
+        self, group: list[Answer], drafts: list[list[int]], part: Slice | None = None
+    ) -> Floats:
+        """Logits `[rows, V]` after the next token of each, and after each of its draft. `part` is
+        read in the same pass."""
+        inputs = [
+            [token]
+            for answer, draft in zip(group, drafts, strict=True)
+            for token in (answer.next, *draft)
+        ]
         caches = [answer.caches for answer in group]
+        lengths = [1 + len(draft) for draft in drafts]
         if part:
             reader = self._answers[part.ticket]
             inputs += [[token] for token in reader.held[part.begin : part.end]]
-            together = beside(caches, reader.caches, part.end - part.begin)
+            together = ragged(caches, [*lengths, part.end - part.begin], reader.caches)
+        elif any(drafts):
+            together = ragged(caches, lengths)
         elif len(group) == 1 and not self._measured.beside:
             together = caches[0]  # else one node for all blocks is faster, also for one row
         else:

@@ -48,7 +48,8 @@ POSTED: dict[str, tuple[Endpoint, Dialect]] = {
 FILE_HEADERS = {"content-disposition": "attachment", "x-content-type-options": "nosniff"}
 # Of the engine's Stats, at /status.
 SHOWN = (
-    "running", "waiting", "kv_bytes", "prompt_tokens", "cached_tokens", "generated_tokens"
+    "running", "waiting", "kv_bytes", "prompt_tokens", "cached_tokens", "generated_tokens",
+    "accepted_tokens",
 )  # fmt: skip
 EVENT_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
