@@ -61,7 +61,7 @@ def say(asked: Asked, name: str | None, prompt: str, **fields: Any) -> str:
     model = MODEL if name is None else f"{MODEL}:{name}"
     body = {"model": model, "temperature": 0, "max_tokens": 14, "logit_bias": ON, **fields}
     answer = asked.chat(prompt, **body)
-    assert answer.model == model or "adapter" in fields
+    assert answer.model == model or fields.keys() & {"adapter", "lora"}
     return str(answer.choices[0].message.content)
 
 
@@ -222,6 +222,78 @@ def test_a_weighted_sum_is_mounted(
         for wrong in ({}, {paths["a"]: "x"}, {paths["a"]: 1e9}, 7):
             body = {"lora_name": "x", "lora_path": wrong}
             asked.post("/v1/load_lora_adapter", body, status=400, **ADMIN)
+
+
+def test_a_request_names_a_weighted_sum(
+    folders: dict[str, Path], alone: dict[tuple[str | None, str], str]
+) -> None:
+    """In the name, by the field, or as llama.cpp has it: what a sum says that was mounted."""
+    half = {str(folders["a"]): 0.5, str(folders["b"]): 0.5}
+    name = f"{MODEL}:a=0.5+b=0.5"
+    with serving(folders, *NAMES) as asked, ThreadPoolExecutor(6) as pool:
+        body = {"lora_name": "half", "lora_path": half}
+        asked.post("/v1/load_lora_adapter", body, **ADMIN)
+        expected = {prompt: say(asked, "half", prompt) for prompt in PROMPTS}
+        ways: list[dict[str, Any]] = [
+            {"model": f"{MODEL}:b=0.5+a=0.5"},
+            {"model": MODEL, "adapter": "a=0.5+b=0.5+c=0"},
+            {"model": MODEL, "lora": [{"id": "a", "scale": 0.5}, {"id": "b", "scale": 0.5}]},
+        ]
+        for way in ways:
+            answer = asked.chat(PROMPTS[0], **way, max_tokens=14, temperature=0, logit_bias=ON)
+            assert answer.model == name
+            assert answer.choices[0].message.content == expected[PROMPTS[0]]
+        mixed = [(one, prompt) for prompt in PROMPTS for one in ("a=0.5+b=0.5", "a", None)]
+        said = list(pool.map(lambda of: say(asked, *of), mixed))
+        assert said == [
+            alone[one, prompt] if one in (None, "a") else expected[prompt] for one, prompt in mixed
+        ]
+        # A single one is itself, nothing is the model, and a part that is mounted anew is heard.
+        assert say(asked, None, PROMPTS[0], lora=[{"id": "a"}]) == alone["a", PROMPTS[0]]
+        assert (
+            say(asked, None, PROMPTS[0], lora=[{"id": "a", "scale": 0}])
+            == (alone[None, PROMPTS[0]])
+        )
+        body = {"lora_name": "b", "lora_path": str(folders["c"])}
+        asked.post("/v1/load_lora_adapter", body, **ADMIN)
+        assert say(asked, "a=0.5+b=0.5", PROMPTS[0]) != expected[PROMPTS[0]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "reason"),
+    [
+        ({"adapter": "a=0.5+z=0.5"}, 404, "no adapter 'z' is mounted"),
+        ({"adapter": "a=0.5+a=0.5"}, 400, "name each once"),
+        ({"adapter": "a=x+b"}, 400, "'a' with 'x'"),
+        ({"adapter": "a=101"}, 400, "from -100 to 100"),
+        ({"adapter": "a=nan"}, 400, "'nan'"),
+        ({"adapter": "a+"}, 400, "''"),
+        ({"adapter": "a", "lora": [{"id": "b"}]}, 400, "cannot be combined"),
+        ({"lora": [{"scale": 1}]}, 400, "'lora[0].id' is required"),
+        ({"lora": [{"id": 0}]}, 400, "must be a string"),
+        ({"lora": [{"id": "a", "scale": 1e9}]}, 400, "at most 100"),
+        ({"adapter": "a+b"}, 400, "--adapter-memory"),
+    ],
+)
+def test_sums_that_cannot_be_are_refused(
+    small: Asked, fields: dict[str, Any], status: int, reason: str
+) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, **fields}
+    refused = small.post("/v1/chat/completions", body, status=status)
+    assert reason in refused["error"]["message"]
+
+
+@pytest.fixture(scope="module")
+def small(folders: dict[str, Path]) -> Iterator[Asked]:
+    """Room for two adapters, and not for their sum."""
+    opened = open_model(str(folders["model"]), read_options({"admin_keys": (KEY,)}))
+    assert opened.adapters is not None
+    nbytes = sum(
+        opened.adapters.mount(n, random_adapter(folders["model"], 0.2, i)).nbytes
+        for i, n in enumerate(NAMES[:2])
+    )
+    with serving(folders, "a", "b", adapter_memory=nbytes + 100) as asked:
+        yield asked
 
 
 def test_who_may_mount(folders: dict[str, Path]) -> None:

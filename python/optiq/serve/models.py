@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from .engine.sums import Weights, parse, written
 from .protocols.problems import Refusal
 
 
@@ -34,12 +35,15 @@ class Models:
     aliases: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
 
-    def find(self, name: str | None, adapter: str | None = None) -> str:
-        """The true name of what a request asks for; None asks for the one model there is."""
-        if adapter is None and name is not None:
-            before, _, after = name.rpartition(":")
-            if after in self.adapters and self._is_ours(before):
-                name, adapter = before, after
+    def find(self, name: str | None, adapters: Weights | None = None) -> str:
+        """The true name of what a request asks for; None asks for the one model there is.
+
+        Raises Refusal, and RequestError for a sum that cannot be read.
+        """
+        if adapters is None and name is not None:
+            before, colon, after = name.rpartition(":")
+            if colon and not self._is_ours(name) and self._is_ours(before):
+                name, adapters = before, parse(after)
         if name is not None and not self._is_ours(name):
             raise Refusal(
                 404,
@@ -47,17 +51,18 @@ class Models:
                 f"the model {name!r} is not served here; ask for {self.name!r}, or start the "
                 "server with --alias",
             )
-        if adapter is None:
-            return self.name
-        if adapter not in self.adapters:
-            mounted = ", ".join(self.adapters) or "none"
-            raise Refusal(
-                404, "model_not_found", f"no adapter {adapter!r} is mounted; mounted are {mounted}"
-            )
-        return f"{self.name}:{adapter}"
+        for adapter in adapters or ():
+            if adapter not in self.adapters:
+                mounted = ", ".join(self.adapters) or "none"
+                raise Refusal(
+                    404,
+                    "model_not_found",
+                    f"no adapter {adapter!r} is mounted; mounted are {mounted}",
+                )
+        return f"{self.name}:{written(adapters)}" if adapters else self.name
 
     def adapter_of(self, true_name: str) -> str | None:
-        """The adapter in what `find` has returned."""
+        """The adapter, or the sum of several, in what `find` has returned."""
         return None if true_name == self.name else true_name.removeprefix(f"{self.name}:")
 
     @property

@@ -2,7 +2,8 @@
 
 A request takes what is mounted under a name when it is submitted, and keeps it to its end: what is
 unmounted or mounted anew meanwhile does not change its answer. Each has a prefix cache of its own,
-so what one adapter has read is never taken for what another has.
+so what one adapter has read is never taken for what another has. A request may also name a weighted
+sum of mounted adapters, which is made then, and kept while there is room.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,7 +21,10 @@ from ...errors import AdapterError, RequestError
 from ...kv.rows import Caches, together
 from ...lora.adapter import Adapter, Base, check_fits
 from ...lora.gathered import Shadow, halved
+from ...lora.layers import LowRank
+from ...lora.merging import combined
 from .prefix import PrefixCache
+from .sums import parse
 
 _NAME = re.compile(r"[\w.-]{1,64}")
 
@@ -34,11 +39,23 @@ class Mounted:
         self.slot: int | None = None
         self.used = 0
 
+    def adapter(self) -> Adapter:
+        """What is mounted, from its terms in 16 bits."""
+        terms = {p: LowRank(a, b.astype(mx.float32)) for p, (a, b) in self.terms.items()}
+        return Adapter(terms, 1.0, invocation=self.invocation)
+
     def start(self, tokens: Sequence[int]) -> int | None:
         """From which token of a prompt on the adapter works; None where it does nowhere."""
         n = len(self.invocation)
         places = range(len(tokens) - n, -1, -1) if n else (0,)
         return next((i for i in places if tuple(tokens[i : i + n]) == self.invocation), None)
+
+
+class Sum(NamedTuple):
+    """A weighted sum, and what was mounted when it was made."""
+
+    mounted: Mounted
+    parts: list[Mounted]
 
 
 class Adapters:
@@ -73,6 +90,7 @@ class Adapters:
         )
         self.alike = _alike(model, self._shadow.model, make_caches)
         self._named: dict[str, Mounted] = {}
+        self._sums: dict[str, Sum] = {}  # the least recently used first
         self._slots: list[Mounted | None] = [None] * slots
         self._clock = count(1)
         self._lock = threading.Lock()
@@ -87,14 +105,21 @@ class Adapters:
         check_fits(adapter, self._plain, self._base)
         mounted = Mounted(name, adapter, self._prefix(adapter.digest))
         with self._lock:
-            others = sum(m.nbytes for n, m in self._named.items() if n != name)
-            if others + mounted.nbytes > self._nbytes:
-                raise AdapterError(
-                    f"{name} has {mounted.nbytes:,} bytes, and {others:,} of {self._nbytes:,} are "
-                    "taken; unmount an adapter, or start the server with more --adapter-memory"
-                )
+            self._make_room(mounted, [m for n, m in self._named.items() if n != name])
             self._named[name] = mounted
         return mounted
+
+    def _make_room(self, mounted: Mounted, others: Iterable[Mounted]) -> None:
+        """Forget sums until one more fits. Raises AdapterError."""
+        taken = sum(m.nbytes for m in others)
+        if taken + mounted.nbytes > self._nbytes:
+            raise AdapterError(
+                f"{mounted.name} has {mounted.nbytes:,} bytes, and {taken:,} of {self._nbytes:,} "
+                "are taken; unmount an adapter, or start the server with more --adapter-memory"
+            )
+        taken += sum(of.mounted.nbytes for of in self._sums.values())
+        while self._sums and taken + mounted.nbytes > self._nbytes:
+            taken -= self._sums.pop(next(iter(self._sums))).mounted.nbytes
 
     def unmount(self, name: str) -> None:
         """Raises AdapterError for a name under which nothing is mounted."""
@@ -108,13 +133,32 @@ class Adapters:
             return tuple(self._named)
 
     def take(self, name: str) -> Mounted:
-        """What is mounted under `name` now. Raises RequestError."""
+        """What is mounted under `name` now, or a sum of it, which takes a while the first time.
+        Raises RequestError."""
+        weights = parse(name)
         with self._lock:
-            if name not in self._named:
-                raise RequestError(
-                    f"no adapter {name!r} is mounted; mounted are {self._list()}", "model"
-                )
-            return self._named[name]
+            for one in weights:
+                if one not in self._named:
+                    raise RequestError(
+                        f"no adapter {one!r} is mounted; mounted are {self._list()}", "model"
+                    )
+            parts = [self._named[one] for one in weights]
+            if list(weights.values()) == [1.0]:
+                return parts[0]
+            found = self._sums.pop(name, None)
+            if found and found.parts == parts:
+                self._sums[name] = found
+                return found.mounted
+        try:
+            pairs = zip(parts, weights.values(), strict=True)
+            summed = combined([(part.adapter(), weight) for part, weight in pairs])
+            mounted = Mounted(name, summed, self._prefix(summed.digest))
+            with self._lock:
+                self._make_room(mounted, self._named.values())
+                self._sums[name] = Sum(mounted, parts)
+        except AdapterError as error:
+            raise RequestError(str(error), "adapter") from error
+        return mounted
 
     def _list(self) -> str:
         return ", ".join(self._named) or "none"

@@ -65,7 +65,7 @@ class Request:
     cache keeps a snapshot. `stop` are texts that end the answer; they are not part of it. With
     `top_logprobs` (0 to 20) each token comes with its log-probability and those of so many likely
     others. `deadline` is in seconds from submission. Clients of different names take turns.
-    `adapter` is the name of one that is mounted.
+    `adapter` is the name of one that is mounted, or a sum of several: `one=0.5+two=0.25`.
     """
 
     tokens: tuple[int, ...]

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 from ..answering import Happenings
 from ..answers import Answers
 from ..engine.adapters import Adapters
+from ..engine.sums import MOST, Weights, parse, weights
 from ..models import Listed, Models
 from .fields import Fields
 from .problems import Problem
 from .store import ResponseStore
+
+MOST_IN_SUM = 16  # adapters
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,38 @@ class Service:
         names = self.adapters.names if self.adapters else ()
         return replace(self.model, adapters=names)
 
+    def name(self, body: Fields) -> str:
+        """The true name of what a request asks for: a model, with an adapter or a sum of some."""
+        return self.models.find(body.text("model"), _adapters(body))
+
+    async def prepared(self, body: Fields) -> str:
+        """The `name`; a sum of adapters is made here, so that the engine does not wait for it."""
+        name = self.name(body)
+        adapter = self.model.adapter_of(name)
+        if adapter is not None and self.adapters is not None:
+            await self.answers.preparer.prepare(partial(self.adapters.take, adapter))
+        return name
+
     def fingerprint(self, true_name: str) -> str:
         """Of all that decides what is answered under a name that `models.find` has returned."""
         adapter = self.model.adapter_of(true_name)
         if adapter is None or self.adapters is None:
             return self.model.fingerprint
         return f"{self.model.fingerprint}_{self.adapters.take(adapter).digest[:12]}"
+
+
+def _adapters(body: Fields) -> Weights | None:
+    """Of the field `adapter`, or of `lora` as llama.cpp has it; None without them."""
+    if "lora" not in body:
+        adapter = body.text("adapter")
+        return None if adapter is None else parse(adapter)
+    if "adapter" in body:
+        raise body.wrong("lora", "cannot be combined with 'adapter'")
+    found = []
+    for part in body.objects("lora", MOST_IN_SUM):
+        part.required("id")
+        found.append((part.text("id") or "", part.number("scale", 1.0, -MOST, MOST)))
+    return weights(found)
 
 
 class Reply(Protocol):

@@ -36,7 +36,7 @@ _REFUSED: dict[str, tuple[object, ...]] = {
 
 
 async def count_tokens(service: Service, body: Fields, client: str) -> dict[str, Any]:
-    service.models.find(body.text("model"), body.text("adapter"))
+    service.name(body)
     return {
         "input_tokens": await service.answers.count(
             conversation(body, service.secret, service.answers.python is not None)
@@ -46,14 +46,13 @@ async def count_tokens(service: Service, body: Fields, client: str) -> dict[str,
 
 async def messages(service: Service, body: Fields, client: str) -> MessageReply:
     body.required("model")
-    models = service.models
-    model = models.find(body.text("model"), body.text("adapter"))
+    model = await service.prepared(body)
     for name, harmless in _REFUSED.items():
         if name == "container" and service.answers.python is not None:
             continue
         if name in body and body.values[name] not in harmless:
             raise body.wrong(name, "cannot be honoured by this server")
-    wanted = _wishes(body, client, models.adapter_of(model))
+    wanted = _wishes(body, client, service.model.adapter_of(model))
     asked = conversation(body, service.secret, service.answers.python is not None)
     stream = body.flag("stream")
     thinking = body.object("thinking")

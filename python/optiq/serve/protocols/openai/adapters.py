@@ -12,10 +12,9 @@ from ....errors import AdapterError, RequestError
 from ....lora.merging import combined
 from ....lora.mounting import opened
 from ...engine.adapters import Adapters, Mounted
+from ...engine.sums import MOST
 from ..fields import Fields
 from ..protocol import Service
-
-MOST = 100.0  # weight of an adapter in a sum
 
 
 async def load(service: Service, body: Fields, client: str) -> dict[str, Any]:

@@ -27,11 +27,10 @@ FINISH = {"stop": "stop", "stop_text": "stop", "length": "length", "calls": "too
 
 
 async def chat(service: Service, body: Fields, client: str) -> ChatReply:
-    models = service.models
-    model = models.find(body.text("model"), body.text("adapter"))
+    model = await service.prepared(body)
     top = _top_logprobs(body)
     asked = conversation(body, service.answers.python is not None)
-    wanted = wishes(body, client, models.adapter_of(model), top_logprobs=top)
+    wanted = wishes(body, client, service.model.adapter_of(model), top_logprobs=top)
     stream, usage = body.flag("stream"), wants_usage(body)
     return ChatReply(
         stream=stream,

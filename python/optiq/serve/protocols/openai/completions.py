@@ -24,10 +24,9 @@ Prompt = str | tuple[int, ...]
 
 
 async def complete(service: Service, body: Fields, client: str) -> CompletionReply:
-    models = service.models
-    model = models.find(body.text("model"), body.text("adapter"))
+    model = await service.prepared(body)
     logprobs = body.integer("logprobs", 0, MAX_TOP_LOGPROBS)
-    wanted = wishes(body, client, models.adapter_of(model), top_logprobs=logprobs)
+    wanted = wishes(body, client, service.model.adapter_of(model), top_logprobs=logprobs)
     prompts, echo, stream = _prompts(body), body.flag("echo"), body.flag("stream")
     best_of = body.integer("best_of", 1, MAX_CHOICES) or wanted.n
     if "suffix" in body and body.text("suffix"):

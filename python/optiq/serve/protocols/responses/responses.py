@@ -55,14 +55,13 @@ class _Asked:
 
 
 async def count_input(service: Service, body: Fields, client: str) -> dict[str, Any]:
-    service.models.find(body.text("model"), body.text("adapter"))
+    service.name(body)
     tokens = await service.answers.count(_read(service, body).chat)
     return {"object": "response.input_tokens", "input_tokens": tokens}
 
 
 async def respond(service: Service, body: Fields, client: str) -> ResponseReply:
-    models = service.models
-    model = models.find(body.text("model"), body.text("adapter"))
+    model = await service.prepared(body)
     for name, harmless in _REFUSED.items():
         if name in body and body.values[name] not in harmless:
             raise body.wrong(name, "cannot be honoured by this server")
@@ -77,7 +76,7 @@ async def respond(service: Service, body: Fields, client: str) -> ResponseReply:
         sampling=sampling(body),
         top_logprobs=top,
         client=f"{client}/{body.text('user') or body.text('safety_identifier') or ''}",
-        adapter=models.adapter_of(model),
+        adapter=service.model.adapter_of(model),
     )
     stream = body.flag("stream")
     head = _head(body, asked, wanted, model)
