@@ -39,6 +39,8 @@ from tests.quantize.sensitivity.cases import (
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Expected = tuple[Floats, Floats, float]  # as in Moments
+Both = tuple[Floats, Floats | None]  # H and G
+Seen = tuple[mx.array, tuple[Moments, Moments | None]]
 SEED = 7
 
 
@@ -60,8 +62,8 @@ class Probe(nn.Module):
 
 def brute_force(
     model: nn.Module, modules: Sequence[Module], tokens: Sequence[int], key: mx.array
-) -> dict[str, Floats]:
-    """H of each module over one sequence, from gradients at the outputs of stock layers."""
+) -> dict[str, Both]:
+    """H and G of each module over one sequence, from gradients at the outputs of stock layers."""
     head = next(m for m in modules if is_head(m))
     paths = [m.path for m in modules if m.role is not Role.HEAD]
     lookups = {m.path for m in modules if m.role is Role.EMBEDDING}
@@ -82,17 +84,20 @@ def brute_force(
         return -mx.sum(nn.losses.cross_entropy(logits, labels))
 
     zeros = {path: mx.zeros(probe.output.shape[-2:]) for path, probe in probes.items()}
-    found = {}
+    found: dict[str, Both] = {}
     for path, delta in mx.grad(likelihood)(zeros).items():
         g = np.array(delta, dtype=np.float64)
+        both = np.einsum("ti,tj->ij", g, g)
         if path in lookups:
-            found[path] = np.einsum("ti,tj->ij", g, g)
+            found[path] = both, None
         else:
             weights = np.square(g).mean(axis=-1)
-            found[path] = np.einsum("t,ti,tj->ij", weights, inputs[path], inputs[path])
+            h = np.einsum("t,ti,tj->ij", weights, inputs[path], inputs[path])
+            found[path] = h, both
     for path, inner in originals.items():
         place_at(model, path).set(inner)
-    found[head.path] = found.get(head.path, 0) + _head(model, head, tokens)
+    looked_up, _ = found.get(head.path, (0, None))
+    found[head.path] = looked_up + _head(model, head, tokens), None
     return found
 
 
@@ -122,14 +127,21 @@ def brute_moments(
     texts: Sequence[Sequence[int]],
     judges: Sequence[int],
     running: nn.Module | None = None,
-) -> dict[str, Expected]:
-    """H of the sequences that are fitted to, and of those that judge; the noise of the former."""
+) -> dict[str, tuple[Expected, Expected | None]]:
+    """H and G of the sequences that are fitted to, and of those that judge; the former's noise."""
     dense, _ = load_model(source.path)
     model = running or dense
     modules = [m for m in quantizable(dense) if len(m.shape) == 2]
     keys = mx.random.split(mx.random.key(SEED), len(texts))
     each = [brute_force(model, modules, text, keys[t]) for t, text in enumerate(texts)]
-    return {path: expected_moments([h[path] for h in each], judges) for path in each[0]}
+    found = {}
+    for path, (_, outputs) in each[0].items():
+        inputs = expected_moments([of[path][0] for of in each], judges)
+        found[path] = (
+            inputs,
+            None if outputs is None else expected_moments([of[path][1] for of in each], judges),
+        )
+    return found
 
 
 def expected_moments(each: Sequence[Floats], judges: Sequence[int]) -> Expected:
@@ -144,7 +156,19 @@ def expected_moments(each: Sequence[Floats], judges: Sequence[int]) -> Expected:
     return fit, np.sum([h for t, h in enumerate(each) if t in judges], axis=0), float(noise)
 
 
-def check(found: Moments, expected: Expected, name: str, rel: float = 5e-4) -> None:
+def check(
+    found: tuple[Moments, Moments | None],
+    expected: tuple[Expected, Expected | None],
+    name: str,
+    rel: float = 5e-4,
+) -> None:
+    for moments, truth in zip(found, expected, strict=True):
+        assert (moments is None) == (truth is None), name
+        if moments is not None and truth is not None:
+            check_one(moments, truth, name, rel)
+
+
+def check_one(found: Moments, expected: Expected, name: str, rel: float) -> None:
     *hessians, noise = expected
     for h, truth in zip((found.fit, found.judge), hessians, strict=True):
         assert h.dtype == mx.float32
@@ -163,11 +187,11 @@ def test_moments_are_the_weighted_inputs(tmp_path: Path, name: str) -> None:
     matrices = [m for m in modules if len(m.shape) == 2]
     with Replay(model, modules) as replay:
         tapes = [replay.record(text) for text in texts]
-        found = dict(descent._moments(replay, tapes, matrices, SEED))
+        found = {m: of for m, *of in descent._moments(replay, tapes, matrices, SEED)}
     assert {m.path for m in found} == expected.keys()
     assert any(map(is_head, found))
-    for module, moments in found.items():
-        check(moments, expected[module.path], module.path)
+    for module, (inputs, outputs) in found.items():
+        check((inputs, outputs), expected[module.path], module.path)
 
 
 def planned(source: Source, *formats: Format) -> Plan:
@@ -187,13 +211,15 @@ def planned(source: Source, *formats: Format) -> Plan:
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[mx.array, Format, Moments]]:
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
     """The arguments of every call of `best`."""
-    calls: list[tuple[mx.array, Format, Moments]] = []
+    calls: list[Seen] = []
 
-    def spy(w: mx.array, fmt: Format, moments: Moments) -> tuple[str, Rounded]:
-        calls.append((w, fmt, moments))
-        return best(w, fmt, moments)
+    def spy(
+        w: mx.array, fmt: Format, inputs: Moments, outputs: Moments | None
+    ) -> tuple[str, Rounded]:
+        calls.append((w, (inputs, outputs)))
+        return best(w, fmt, inputs, outputs)
 
     monkeypatch.setattr(descent, "best", spy)
     return calls
@@ -201,7 +227,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[mx.array, Format, Moment
 
 @pytest.mark.parametrize(("count", "judges"), [(2, [1]), (3, [2]), (17, [7, 15])])
 def test_every_eighth_sequence_judges_and_at_least_the_last(
-    tmp_path: Path, count: int, judges: list[int], seen: list[Any]
+    tmp_path: Path, count: int, judges: list[int], seen: list[Seen]
 ) -> None:
     source = tiny_source(tmp_path, "llama untied")
     text = calibration(*[9] * count)
@@ -210,12 +236,12 @@ def test_every_eighth_sequence_judges_and_at_least_the_last(
     tokens = [s.tokens for s in text.sequences]
     expected = brute_moments(source, tokens, judges)
     assert {path for path, _ in found} == expected.keys()
-    for (path, _), (_, _, moments) in zip(found, seen, strict=True):
+    for (path, _), (_, moments) in zip(found, seen, strict=True):
         check(moments, expected[path], path)
 
 
 def test_a_model_in_4_bits_is_run_and_its_full_weights_are_rounded(
-    tmp_path: Path, seen: list[Any]
+    tmp_path: Path, seen: list[Seen]
 ) -> None:
     source = tiny_source(tmp_path, "llama tied")
     text = calibration(14, 9, 17)
@@ -228,7 +254,7 @@ def test_a_model_in_4_bits_is_run_and_its_full_weights_are_rounded(
     tokens = [s.tokens for s in text.sequences]
     expected = brute_moments(source, tokens, [2], running)
     assert len(seen) == len(found) == len(expected) == len(plan.modules)
-    for (path, _), (w, _, moments) in zip(found, seen, strict=True):
+    for (path, _), (w, moments) in zip(found, seen, strict=True):
         assert mx.array_equal(w, weights[f"{path}.weight"])
         check(moments, expected[path], path, rel=5e-3)  # activations in 16-bit fixed point
 

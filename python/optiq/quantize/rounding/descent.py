@@ -11,10 +11,11 @@ says what each row must keep (GuidedQuant, Kim et al. 2025, weighs tokens so, pe
 A row e that is looked up moves the output by 1/2 (g'e)^2 each time, so an embedding's H is the sum
 of g g'; one that is also the head has the sum of both, for a word that is looked up often is about
 as often likely to come next.
-`ops.descend` makes a rounding good by that measure. H of few tokens is mostly noise off its
-diagonal, which a descent would fit; so it is shrunk towards its diagonal, by what the sequences
-differ in (`Moments.shrunk`). Then every module's candidates are judged by the H of sequences that
-none was fitted to, and the best of min/max, the weighted search and the descent is taken.
+`ops.descend` makes a rounding good by that measure, and `rows.py` by one in which the errors of
+different rows add up, with G, the sum of g g' over tokens. H and G of few tokens are mostly noise
+off their diagonals, which a descent would fit; so they are shrunk towards them, by what the
+sequences differ in (`Moments.shrunk`). Then every module's candidates are judged by the H and G of
+sequences that none was fitted to, and the best of min/max, the search and both descents is taken.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from ..replay.backward import Backward, survey
 from ..replay.gradients import Call
 from ..replay.logits import LOGITS_BYTES
 from .reference import choose, open_reference, weight_bytes
+from .rows import descend_together
 from .weights import MINMAX, Rounded, Rounding
 
 # One sequence in so many judges what was fitted to the others.
@@ -57,7 +59,7 @@ TAPE_BYTES = 4 << 30
 
 @dataclass(frozen=True)
 class Moments:
-    """H, `[in, in]` float32, of the sequences that are fitted to and of those that judge.
+    """H or G, square in float32, of the sequences that are fitted to and of those that judge.
 
     `noise` is the standard error of the entries of `fit` off its diagonal, by what sequences differ
     in, over their own size: both as root mean squares of correlations, so that large columns do not
@@ -115,31 +117,41 @@ def descend(
             bar.say(f"nothing is fitted: {reason}")
         if reason or len(tapes) < 2:
             return rounding
-        for module, moments in _moments(
+        for module, inputs, outputs in _moments(
             replay, tapes, [m for m in modules if m.path in work], seed
         ):
             path, fmt = module.path, work[module.path].format
             weight = running.dense(path).weight.astype(loaded.dtype)
-            fit = best if weight.ndim == 2 else best_of_each
-            _, fitted[path, fmt] = fit(weight, fmt, moments)
+            _, fitted[path, fmt] = (
+                best_of_each(weight, fmt, inputs)
+                if weight.ndim == 3
+                else best(weight, fmt, inputs, outputs)
+            )
             mx.eval(fitted[path, fmt])
             bar.step(note=path)
     return replace(rounding, method="descent", fitted=fitted) if fitted else rounding
 
 
-def best(w: mx.array, fmt: Format, moments: Moments) -> tuple[str, Rounded]:
+def best(
+    w: mx.array, fmt: Format, inputs: Moments, outputs: Moments | None = None
+) -> tuple[str, Rounded]:
     """The rounding of `w` `[out, in]` whose output error is least where it is judged, and its name.
 
-    The output error of `v` is the sum over rows of `(v - w)' H (v - w)`.
+    The output error of `v` is `tr(G (v - w) H (v - w)')`; without `outputs` G is the identity.
     """
-    searched = ops.quantize(w, fmt, mx.diag(moments.fit))
+    searched = ops.quantize(w, fmt, mx.diag(inputs.fit))
     start = ops.AffineWeight(*searched, fmt.group_size, fmt.bits)
     candidates = {
-        "descent": ops.descend(w, start, moments.shrunk),
+        "descent": ops.descend(w, start, inputs.shrunk),
         "search": start,
         "minmax": ops.AffineWeight(*ops.quantize(w, fmt), fmt.group_size, fmt.bits),
     }
-    errors = {name: _error(w, rounded, moments.judge) for name, rounded in candidates.items()}
+    if outputs is not None and mx.min(mx.diag(outputs.shrunk)) > 0:
+        candidates["together"] = descend_together(
+            w, candidates["descent"], inputs.shrunk, outputs.shrunk
+        )
+    judge = None if outputs is None else outputs.judge
+    errors = {name: _error(w, v, inputs.judge, judge) for name, v in candidates.items()}
     name = min(errors, key=lambda name: errors[name])
     return name, candidates[name][:3]
 
@@ -153,9 +165,12 @@ def best_of_each(w: mx.array, fmt: Format, moments: Moments) -> tuple[str, Round
     return Counter(ways).most_common(1)[0][0], (codes, scales, biases)
 
 
-def _error(w: mx.array, v: ops.AffineWeight, hessian: mx.array) -> float:
+def _error(
+    w: mx.array, v: ops.AffineWeight, inputs: mx.array, outputs: mx.array | None = None
+) -> float:
     change = v.dequantized() - w.astype(mx.float32)
-    return float(np.asarray(mx.sum((change @ hessian) * change)))
+    weighed = change if outputs is None else outputs @ change
+    return float(np.asarray(mx.sum((change @ inputs) * weighed)))
 
 
 def _record(replay: Replay, sequences: Sequence[Sequence[int]]) -> list[Tape]:
@@ -173,8 +188,12 @@ def _record(replay: Replay, sequences: Sequence[Sequence[int]]) -> list[Tape]:
 
 def _moments(
     replay: Replay, tapes: Sequence[Tape], modules: Sequence[Module], seed: int
-) -> Iterator[tuple[Module, Moments]]:
-    """The moments of each module's inputs; modules that are never called with any are left out."""
+) -> Iterator[tuple[Module, Moments, Moments | None]]:
+    """The moments of each module's inputs and of the gradients at its outputs.
+
+    Modules that are never called are left out. Of heads, whose outputs are as many as words, of
+    embeddings and of weights for each head of attention, rows are taken by themselves.
+    """
     every = min(JUDGE_EVERY, len(tapes))
     judges = [t % every == every - 1 for t in range(len(tapes))]
     keys = list(mx.random.split(mx.random.key(seed), len(tapes)))
@@ -182,14 +201,16 @@ def _moments(
     for module, calls in Backward(replay, tapes, keys).calls(layers):
         if all(calls):
             of_heads = kind_of(replay.place(module.path).get()) is Kind.HEADS
-            row = _lookup if module.role is Role.EMBEDDING else _of_heads if of_heads else _call
+            # The gradient is to a row that is looked up what the input is to others.
+            row = _gradients if module.role is Role.EMBEDDING else _of_heads if of_heads else _call
             rows = [[row(call) for call in of] for of in calls]
             if is_head(module):
                 rows = [of + _head_rows(replay, tape) for of, tape in zip(rows, tapes, strict=True)]
-            yield module, _sum(judges, rows)
+            gradients = [[_gradients(call) for call in of] for of in calls]
+            yield module, _sum(judges, rows), _sum(judges, gradients) if row is _call else None
     for module in modules:
         if module.role is Role.HEAD:
-            yield module, _sum(judges, [_head_rows(replay, tape) for tape in tapes])
+            yield module, _sum(judges, [_head_rows(replay, tape) for tape in tapes]), None
 
 
 Rows = tuple[mx.array, mx.array]  # inputs [..., n, in] and how much each counts [..., n]
@@ -213,8 +234,7 @@ def _of_heads(call: Call) -> Rows:
     return by_head, mx.broadcast_to(weights, shape).swapaxes(0, 1).flatten(1)
 
 
-def _lookup(call: Call) -> Rows:
-    """The gradient is to a row that is looked up what the input is to others."""
+def _gradients(call: Call) -> Rows:
     gradient = call[2]
     rows = gradient.reshape(-1, gradient.shape[-1]).astype(mx.float32)
     return rows, mx.ones(rows.shape[0])
