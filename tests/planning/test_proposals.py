@@ -80,24 +80,6 @@ def test_each_variant_is_optimal_for_what_it_asks(seed: int) -> None:
         assert plan.predicted_kl == pytest.approx(
             fsum(kl(r, f) for r, f in zip(data["modules"], formats(plan), strict=True))
         )
-    rows = data["modules"]
-
-    def coupled(choice: tuple[Format, ...]) -> bool:
-        return choice[0] == choice[1] and choice[3] == choice[4]
-
-    if "coupled" in plans:
-        assert coupled(tuple(formats(plans["coupled"])))
-        assert plans["coupled"].predicted_kl == pytest.approx(
-            brute_force(data, budget, kl, coupled)
-        )
-    if "cautious" in plans:
-
-        def cautious(row: dict[str, Any], fmt: Format) -> float:
-            return kl(row, fmt) + 2 * float(row["scores"][str(fmt)]["se"])
-
-        assert fsum(map(cautious, rows, formats(plans["cautious"]))) == pytest.approx(
-            brute_force(data, budget, cautious, lambda _: True)
-        )
     if "wide" in plans:
         assert plans["wide"].predicted_kl == pytest.approx(
             brute_force(data, budget, kl, lambda choice: all(f.bits >= 4 for f in choice))

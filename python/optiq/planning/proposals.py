@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from math import exp, fsum, log
+from math import exp, log
 from statistics import median
 
 from ..errors import BudgetError
 from ..formats import DENSE, Format
 from ..models.roles import allowed
-from .allocation import Choice, Item, allocate
+from .allocation import allocate
 from .plan import Plan, build, planned_modules, problem
 from .scores import Score, Scored, Scores
 from .size import Size
@@ -33,8 +33,6 @@ def propose(
 ) -> dict[str, Plan]:
     """Plans within `size` by name; the first, "scores", is that of `plan.build`.
 
-    - "coupled": modules that share an input also share a format.
-    - "cautious": every score counts with two standard errors on top.
     - "smooth": scores are replaced by the best product of a sensitivity per module and an error
       per format, which averages their noise away.
     - "wide": no format below 4 bits.
@@ -59,35 +57,6 @@ def propose(
             del plans[name]
         seen.append(formats_of)
     return plans
-
-
-def _coupled(scores: Scores, size: Size, menu: Menu) -> Formats:
-    (rest, *items), budget = problem(scores, size, menu)
-    choices = {item.name: item.choices for item in items}
-    units: dict[str, list[str]] = defaultdict(list)
-    for scored in scores.modules:
-        units[scored.module.unit].append(scored.module.path)
-    joint = [rest]
-    for unit, paths in units.items():
-        by_format = [{c.format: c for c in choices[path]} for path in paths]
-        common = [f for f in by_format[0] if all(f in other for other in by_format)]
-        if not common:  # experts and a dense sibling, say
-            joint += [Item(path, choices[path]) for path in paths]
-            continue
-        sums = (
-            Choice(f, sum(of[f].nbytes for of in by_format), fsum(of[f].loss for of in by_format))
-            for f in common
-        )
-        joint.append(Item(unit, tuple(sums)))
-    found = allocate(joint, budget).formats
-    return {path: found.get(unit) or found[path] for unit, paths in units.items() for path in paths}
-
-
-def _cautious(scores: Scores, size: Size, menu: Menu) -> Formats:
-    def loss(scored: Scored, fmt: Format, score: Score) -> float:
-        return score.kl + 2 * (score.se or 0.0)
-
-    return _allocated(_with_losses(scores, loss), size, menu)
 
 
 def _smooth(scores: Scores, size: Size, menu: Menu) -> Formats:
@@ -144,8 +113,6 @@ def _uniform(scores: Scores, size: Size, menu: Menu) -> Formats | None:
 
 
 _VARIANTS: dict[str, Callable[[Scores, Size, Menu], Formats | None]] = {
-    "coupled": _coupled,
-    "cautious": _cautious,
     "smooth": _smooth,
     "wide": _wide,
     "uniform": _uniform,

@@ -8,8 +8,6 @@ from .text import MISSING, UNKNOWN, count, data, data_se, esc, number
 
 _WHAT = {
     "scores": "least predicted KL",
-    "coupled": "one format for modules that share an input",
-    "cautious": "scores with two standard errors on top",
     "smooth": "scores with their noise averaged away",
     "wide": "no format below 4 bits",
     "uniform": "the widest format that fits for all modules",
