@@ -1,6 +1,7 @@
 """KL per byte on a real model, against stock rounding and stock recipes.
 
     python -m bench.quality MODEL --text FOLDER [--seeds 3] [--also NAME=FOLDER ...] [-o OUT.json]
+        [--llama-quantize PROGRAM [--gguf-types Q4_K_S ...]]
 
 MODEL is a folder or a .gguf file. The weights of a GGUF lie on the grid of their old format, which
 favours grids like it; so they are first moved by a uniform random part of a step, within the step
@@ -33,6 +34,7 @@ import mlx.nn as nn
 import numpy as np
 
 import optiq
+from bench import gguf
 from optiq.base.machine import machine, versions
 from optiq.calibration.texts import CALIBRATION_TOKENS, SCORING_TOKENS, gather, gather_selection
 from optiq.formats import Format, parse_menu
@@ -134,7 +136,14 @@ class Protocol:
 
 
 def run(
-    name: str, folder: Path, text: Path, count: int, seed: int, at: list[str], also: Json
+    name: str,
+    folder: Path,
+    text: Path,
+    count: int,
+    seed: int,
+    at: list[str],
+    also: Json,
+    llama: gguf.Quantizer | None = None,
 ) -> Json:
     """All figures of one seed."""
     times: dict[str, float] = {}
@@ -206,8 +215,17 @@ def run(
     judge("uniform 4-bit, descent", uniform4, fitted)
     stock_mixed = stock.quantize(load(source, lazy=True), recipe="mixed_4_6")
     mixed = judge_stored("mlx-lm mixed_4_6", stock_mixed)
+    parameters = 8 * uniform4.nbytes / uniform4.bpw
     judge("{4, 8} by scores, min/max, 5.0 bpw", build(peer, Size.parse("5bpw")))
     sizes = {"4.5": "uniform4", "5.0": "5bpw", "6.0": "6bpw", "mixed_4_6": f"{mixed['bpw']:.6f}bpw"}
+    if llama:
+        for kind, quantized, nbytes, types in llama.models(folder, search.importance):
+            student = load(resolve(str(quantized))).model
+            accelerate(student)
+            theirs = {"nbytes": nbytes, "bpw": 8 * nbytes / parameters, "types": types}
+            judge_model(f"llama.cpp {kind}", student, theirs)
+            sizes[kind] = f"{theirs['bpw']:.6f}bpw"
+            at = [*at, kind]
     for label in at:
         size = Size.parse(sizes[label])
         with timed(f"decision at {label} bpw"):
@@ -238,6 +256,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=6, help="of each file in the folder")
     parser.add_argument("--sizes", nargs="+", default=["4.5", "5.0", "6.0", "mixed_4_6"])
     parser.add_argument("--also", action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--llama-quantize", type=Path, metavar="PROGRAM")
+    parser.add_argument("--gguf-types", nargs="+", default=gguf.TYPES, metavar="TYPE")
     parser.add_argument("-o", "--out", type=Path, default=Path("quality.json"))
     args = parser.parse_args()
     source = resolve(args.model)
@@ -247,8 +267,11 @@ def main() -> None:
             reference = Path(folder) / "reference"
             dithered(source, reference, seed)
             also = dict(pair.split("=", 1) for pair in args.also)
+            llama = args.llama_quantize and gguf.Quantizer(
+                args.llama_quantize, Path(args.model), args.gguf_types
+            )
             runs.append(
-                run(source.name, reference, args.text, args.windows, seed, args.sizes, also)
+                run(source.name, reference, args.text, args.windows, seed, args.sizes, also, llama)
             )
         args.out.write_text(
             json.dumps({"machine": machine(), "versions": versions(), "runs": runs}, indent=1)
