@@ -64,6 +64,49 @@ def test_a_replayed_answer_keeps_its_tokens(name: str) -> None:
     assert found.boundaries[-1] == len(found.tokens) - (len(usual.tokens) - usual.boundaries[-1])
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("begun", ["The tide", "The tide is at ", "<|im_end|> is"])
+def test_an_answer_goes_on_from_its_beginning(name: str, begun: str) -> None:
+    """The prompt is what the template writes before such an answer, and its beginning."""
+    tokenizer = family(name)
+    before = [TALK[0], TALK[1]]
+    prompt = render([*before, {"role": "assistant", "content": begun}], tokenizer, continues=True)
+    found = str(tokenizer.decode(prompt.tokens))
+    assert found.endswith(begun)
+    whole = [*before, {"role": "assistant", "content": "Nothing else."}]
+    text = str(tokenizer.decode(tokenizer.apply_chat_template(whole, add_generation_prompt=False)))
+    assert found.removesuffix(begun) == text[: text.index("Nothing else.")]
+    assert not prompt.reasoning
+    usual = render(before, tokenizer)
+    assert prompt.boundaries[:1] == usual.boundaries[:1]
+
+
+def test_an_answer_goes_on_as_transformers_has_it() -> None:
+    tokenizer = family("qwen3")
+    begun = [*TALK, {"role": "assistant", "content": "About three"}]
+    plain = [m for m in begun if m["role"] != "tool" and not m.get("tool_calls")]
+    expected = tokenizer.apply_chat_template(plain, continue_final_message=True)
+    assert list(render(plain, tokenizer, continues=True).tokens) == expected
+
+
+def test_an_answer_goes_on_after_a_replayed_one() -> None:
+    tokenizer = family("qwen3")
+    asked = render(TALK[:2], tokenizer).tokens
+    odd = tuple(tokenizer.encode("Odd \n words", add_special_tokens=False))
+    said = [{"role": "assistant", "content": "2.1 m."}, TALK[5]]
+    begun = [*TALK[:2], *said, {"role": "assistant", "content": "2.2"}]
+    replay = Replay(2, (*asked, *odd))
+    found = render(begun, tokenizer, replay=replay, continues=True).tokens
+    assert found[: len(asked) + len(odd)] == (*asked, *odd)
+    assert tokenizer.decode(found).endswith("2.2")
+
+
+def test_a_template_that_leaves_out_the_last_answer_is_refused() -> None:
+    tokenizer = wrapped("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
+    with pytest.raises(ChatError, match="leaves out part"):
+        render([TALK[1], {"role": "assistant", "content": "It"}], tokenizer, continues=True)
+
+
 def test_replayed_calls_and_results_that_say_the_stub() -> None:
     tokenizer = family("qwen3")
     asked = render(TALK[:2], tokenizer, TOOLS).tokens

@@ -56,8 +56,27 @@ def test_anthropic_1_system_and_roles(server: Asked) -> None:
     ]
     server.post(MESSAGES, {**message_body(), "messages": messages})
     assert all(f"\n{word}<|im_end|>" in prompt_of(server) for word in ("one", "two", "three"))
-    messages.append({"role": "assistant", "content": "The answer is"})
-    assert "ends with" in server.refused_message({**message_body(), "messages": messages})
+
+
+def test_anthropic_1_an_answer_goes_on_from_its_beginning(server: Asked) -> None:
+    asked = {"role": "user", "content": "SAY:Hello world"}
+    for content in ("Hello", [{"type": "text", "text": "Hello"}]):
+        begun = {**message_body(), "messages": [asked, {"role": "assistant", "content": content}]}
+        answer = server.post(MESSAGES, begun)
+        assert prompt_of(server).endswith("assistant\nHello")
+        assert answer["content"] == [{"type": "text", "text": " world"}]
+        counted = server.post(COUNT, begun)["input_tokens"]
+        assert counted == len(server.engine.requests[-1].tokens)
+    use = {"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": {"city": "Rome"}}
+    schema = {"type": "json_schema", "schema": {"type": "object"}}
+    for fields, reason in (
+        ({"messages": [asked, {"role": "assistant", "content": [use]}]}, "must end with text"),
+        ({"messages": [asked, {"role": "assistant", "content": ""}]}, "must end with text"),
+        ({"output_config": {"format": schema}}, "of a given form"),
+        ({"tools": TOOLS, "tool_choice": {"type": "any"}}, "calls that are forced"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 20}}, "excludes reasoning"),
+    ):
+        assert reason in server.refused_message({**begun, **fields})
 
 
 def test_anthropic_1_tool_results(server: Asked) -> None:

@@ -23,7 +23,9 @@ COMPLETE = "/v1/completions"
 
 OPTIONAL = {
     "audio",
+    "add_generation_prompt",
     "chat_template_kwargs",
+    "continue_final_message",
     "frequency_penalty",
     "function_call",
     "functions",
@@ -76,6 +78,33 @@ def test_openai_01_null_in_messages_is_absent(server: Asked) -> None:
     message = {"role": "user", "content": "SAY:Hi", "name": None, "tool_calls": None}
     body = {"model": None, "messages": [message]}
     assert server.post(CHAT, body)["choices"][0]["message"]["content"] == "Hi"
+
+
+def test_openai_01_an_answer_goes_on_from_its_beginning(server: Asked) -> None:
+    """As vLLM has it. Without the field the assistant's turn is over, and another one begins."""
+    asked = {"role": "user", "content": "SAY:Hello world"}
+    body = {"model": MODEL, "messages": [asked, {"role": "assistant", "content": "Hello"}]}
+    for fields, text in (
+        ({}, "Hello world"),
+        ({"continue_final_message": False, "add_generation_prompt": True}, "Hello world"),
+        ({"continue_final_message": True}, " world"),
+        ({"continue_final_message": True, "add_generation_prompt": False}, " world"),
+    ):
+        answer = server.post(CHAT, {**body, **fields})
+        assert answer["choices"][0]["message"]["content"] == text
+    *events, _ = server.events(CHAT, {**body, "continue_final_message": True, "stream": True})
+    deltas = [json.loads(event)["choices"][0]["delta"].get("content") for event in events]
+    assert "".join(filter(None, deltas)) == " world"
+    for fields, param, reason in (
+        ({"add_generation_prompt": True}, "add_generation_prompt", "must be the opposite"),
+        ({"messages": [asked]}, "messages", "must end with text of the assistant's"),
+        ({"response_format": {"type": "json_object"}}, "messages", "excludes an answer of a given"),
+        ({"tools": TOOLS, "parallel_tool_calls": False}, "messages", "excludes calls"),
+    ):
+        asked_for = {**body, "continue_final_message": True, **fields}
+        assert reason in server.refused(CHAT, asked_for, param)
+    refused = {**body, "add_generation_prompt": False}
+    assert "must be the opposite" in server.refused(CHAT, refused, "add_generation_prompt")
 
 
 def test_openai_02_n(server: Asked) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from optiq.chat.prompt import Replay
 from optiq.serve.asked import Chat, Thinking
 from optiq.serve.replays import Replays
 from tests.serve.servers import MODEL, TOOLS, WEATHER, Asked
@@ -121,3 +122,17 @@ def test_what_is_remembered_is_bounded_and_exact() -> None:
     assert replays.find(chat("a", "b", "c")) is None
     assert replays.find(chat("49", "b", "c")) is not None
     assert replays.find(chat("30", "b", "c")) is None
+
+
+def test_an_answer_that_went_on_comes_back_as_one() -> None:
+    replays = Replays()
+    begun = {"role": "assistant", "content": "Hello"}
+    asked = chat("a").messages
+    replays.keep(
+        Chat((*asked, begun), continues=True),
+        {"role": "assistant", "content": " world"},
+        (1, 2, 3),
+    )
+    whole = {"role": "assistant", "content": "Hello world"}
+    assert replays.find(Chat((*asked, whole))) == Replay(1, (1, 2, 3))
+    assert replays.find(Chat((*asked, begun))) is None

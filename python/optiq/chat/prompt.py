@@ -80,12 +80,14 @@ def render(
     thinking: bool | None = None,
     arguments: Mapping[str, Any] | None = None,
     replay: Replay | None = None,
+    continues: bool = False,
 ) -> Prompt:
     """The prompt that asks for an answer to `messages`. `replay` is used where it can be.
 
     Messages and tools have OpenAI's shape; an assistant's may have "reasoning_content". `thinking`
     switches reasoning on or off where the template can; with None it is as mlx-lm has it, which
-    tells the template to reason if the model can. `arguments` are variables for the template.
+    tells the template to reason if the model can. `arguments` are variables for the template. With
+    `continues` the last message is the beginning of the answer, which goes on right after it.
     """
     if not messages:
         raise ChatError("the conversation has no messages; send at least one")
@@ -97,9 +99,9 @@ def render(
     chat = template.marked(plain, [dict(tool) for tool in tools or []])
     if not tokenizer.has_chat_template:
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        tokens = bos + template.controls.encode(plain_text(chat, answer=True).text)
+        tokens = bos + template.controls.encode(plain_text(chat, answer=not continues).text)
         return Prompt(tuple(tokens), (), False)
-    return template.prompt(*chat, replay)
+    return template.prompt(*chat, replay, continues)
 
 
 class _Template:
@@ -124,6 +126,7 @@ class _Template:
                 self._variables["thinking"] = thinking
         self._variables |= self.controls.mark(dict(arguments))
         self._refused = ""  # why, the first time
+        self._begun: tuple[str, str] | None = None  # the answer's beginning, after its stub
 
     def marked(self, messages: Messages, tools: Tools) -> Chat:
         """The conversation with marks at its control tokens. Reasoning that a client has left in
@@ -135,10 +138,16 @@ class _Template:
                 message["content"] = self.controls.mark(plain["content"], but=span)
         return marked, self.controls.mark(tools)
 
-    def prompt(self, messages: Messages, tools: Tools, replay: Replay | None) -> Prompt:
+    def prompt(
+        self, messages: Messages, tools: Tools, replay: Replay | None, continues: bool
+    ) -> Prompt:
+        if continues:
+            *before, last = messages
+            self._begun = stub, _ = _stub(), last["content"]
+            messages = [*before, {**last, "content": stub}]
         try:
             if replay is not None:
-                stub = f"stub{secrets.token_hex(8)}"  # nobody can have written it
+                stub = _stub()
                 stubbed = _with_stub(messages, replay.index, stub)
                 written = within(LIMIT, lambda: self._written(stubbed, tools))
                 if written is not None and (cut := self._end_of(stub, written[0], stubbed)):
@@ -155,12 +164,17 @@ class _Template:
         """The text of the conversation, and where messages end in it."""
         chat = fitting_form(
             (messages, tools),
-            lambda messages, tools: self._apply(messages, tools, answer=True),
+            lambda messages, tools: self._apply(messages, tools, answer=self._begun is None),
             self._forms,
         )
         if chat is None:
             return None
         form, text = self._forms[chat.form], chat.text
+        if self._begun is not None:  # without what closes the turn, and whatever may be trimmed
+            stub, begun = self._begun
+            if stub not in text:
+                return None
+            text = text[: text.rindex(stub)] + begun
         ends = []
         for count in _counts(messages):
             prefix = self._apply(*form(messages[:count], tools), answer=False)
@@ -222,9 +236,15 @@ class _Template:
         """Whether `begin`, what the template writes for the answer, opens reasoning."""
         span = self._span
         open = span is not None and begin.rfind(span.start) > begin.rfind(span.end)
-        if (open or self._always_reasons) and self._thinking is False:
+        always = self._always_reasons and self._begun is None
+        if (open or always) and self._thinking is False:
             raise ChatError("this model always reasons: its chat template cannot switch it off")
         return open
+
+
+def _stub() -> str:
+    """A word that nobody can have written."""
+    return f"stub{secrets.token_hex(8)}"
 
 
 def _with_stub(messages: Messages, index: int, stub: str) -> Messages:

@@ -50,7 +50,8 @@ class Chat:
 
     `messages` and `tools` have OpenAI's shape, with the arguments of calls as objects.
     `tool_choice` is "auto", "none", "required" or the name of a tool. `arguments` are for the chat
-    template. With an `interpreter` the model may run Python, beside the `tools`.
+    template. With an `interpreter` the model may run Python, beside the `tools`. If it `continues`,
+    the last message is the beginning of the answer.
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -61,6 +62,7 @@ class Chat:
     thinking: Thinking = Thinking()
     arguments: Mapping[str, Any] = field(default_factory=dict)
     interpreter: Interpreter | None = None
+    continues: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..chat.notation import notation
@@ -60,6 +61,7 @@ class Language:
                 thinking=chat.thinking.on,
                 arguments=arguments,
                 replay=self.replays.find(chat),
+                continues=chat.continues,
             )
         except ChatError as error:
             raise RequestError(str(error), "messages") from error
@@ -102,7 +104,10 @@ class Language:
 
     def reader(self, chat: Chat, prompt: Prompt) -> Reader:
         calls = bool(chat.tools) and chat.tool_choice != "none"
-        return Reader(self._notation, chat.tools, reasoning=prompt.reasoning, calls=calls)
+        known = self._notation
+        if chat.continues:  # calls without a mark stand at the beginning of an answer only
+            known = replace(known, calls=tuple(form for form in known.calls if form.start))
+        return Reader(known, chat.tools, reasoning=prompt.reasoning, calls=calls)
 
 
 def _tool(function: Mapping[str, Any]) -> Tool:

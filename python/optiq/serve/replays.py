@@ -12,7 +12,7 @@ import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 
@@ -39,6 +39,10 @@ class Replays:
     def keep(self, chat: Chat, message: Mapping[str, Any], tokens: tuple[int, ...]) -> None:
         """`message` is what the model has answered to `chat`, as it is read when it comes back;
         `tokens` are those of the prompt and of the answer, without one that ends it."""
+        if chat.continues:
+            *before, begun = chat.messages
+            message = {**message, "content": begun["content"] + message["content"]}
+            chat = replace(chat, messages=tuple(before))
         *_, (_, key) = _keys(chat, message)
         with self._lock:
             self._drop(key)

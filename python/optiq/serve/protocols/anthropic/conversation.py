@@ -9,6 +9,7 @@ from typing import Any
 from ...asked import Chat, Form, Interpreter, Thinking
 from ...runs import told
 from ...tools.rounds import turns
+from ..continued import continued
 from ..fields import Fields
 from ..interpreter import interpreter, with_python
 from ..openai.conversation import MAX_MESSAGES, MAX_TOOLS, function_tool
@@ -141,12 +142,6 @@ def conversation(body: Fields, secret: bytes, python: bool = False) -> Chat:
         read.add(message)
     if len(read.messages) == count:
         raise body.wrong("messages", "is empty; give at least one message")
-    if read.messages[-1]["role"] == "assistant":
-        raise body.wrong(
-            "messages",
-            "ends with an assistant's turn; answers that begin with given text "
-            "cannot be made, so end with the user's",
-        )
     runs: Interpreter | None = None
     tools: list[dict[str, Any]] = []
     for tool in body.objects("tools", MAX_TOOLS):
@@ -159,7 +154,7 @@ def conversation(body: Fields, secret: bytes, python: bool = False) -> Chat:
     if len(set(names)) != len(names):
         raise body.wrong("tools", "has two tools of one name")
     choice, parallel = _tool_choice(body, names)
-    return Chat(
+    chat = Chat(
         messages=tuple(read.messages),
         tools=tuple(tools),
         tool_choice=choice,
@@ -168,6 +163,7 @@ def conversation(body: Fields, secret: bytes, python: bool = False) -> Chat:
         thinking=_thinking(body),
         interpreter=runs,
     )
+    return continued(body, chat) if read.messages[-1]["role"] == "assistant" else chat
 
 
 def _blocks(holder: Fields, name: str) -> Iterator[Fields]:

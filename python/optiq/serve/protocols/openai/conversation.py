@@ -8,6 +8,7 @@ from typing import Any
 
 from ...asked import Chat, Form, Interpreter, Thinking
 from ...tools.rounds import turns
+from ..continued import continued
 from ..fields import Fields
 from ..interpreter import interpreter, with_python
 
@@ -34,7 +35,7 @@ def conversation(body: Fields, python: bool = False) -> Chat:
         raise body.wrong("tools", "has two functions of one name")
     given = body.object("chat_template_kwargs")
     arguments = dict(given.values) if given else {}
-    return Chat(
+    chat = Chat(
         messages=messages,
         tools=tuple(tools),
         tool_choice=_tool_choice(body, names),
@@ -44,6 +45,18 @@ def conversation(body: Fields, python: bool = False) -> Chat:
         arguments=arguments,
         interpreter=runs,
     )
+    return continued(body, chat) if _continues(body) else chat
+
+
+def _continues(body: Fields) -> bool:
+    """As vLLM and transformers have it."""
+    continues = body.flag("continue_final_message")
+    if body.flag("add_generation_prompt", not continues) == continues:
+        raise body.wrong(
+            "add_generation_prompt",
+            "must be the opposite of 'continue_final_message'; leave it out",
+        )
+    return continues
 
 
 def _messages(body: Fields, containers: list[str]) -> tuple[dict[str, Any], ...]:
