@@ -2,9 +2,9 @@
 
     python -m bench.attention_counters
 
-Prints the Markdown table of docs/kernels.md. Ours is counted: the Metal kernels as planned for an
-M3 or M4 Max, run on the CPU emulator. Stock's is derived from the shapes by its algorithms, each
-array counted once for each threadgroup row that reads it:
+Prints the Markdown table of docs/kernels-counted.md. Ours is counted: the Metal kernels as planned
+for an M3 or M4 Max, run on the CPU emulator. Stock's is derived from the shapes by its algorithms,
+each array counted once for each threadgroup row that reads it:
 
 - `sdpa_vector` in two passes (MLX 0.32.4, 64 blocks on such a chip below 5 query heads a key head):
   float16 keys and values once, and the float16 sums of the blocks, written and read.

@@ -2,9 +2,9 @@
 
     python -m bench.metal_counters
 
-Prints Markdown tables for docs/kernels.md. "read" is what all lanes ask for together; "lines" are
-distinct 64-byte lines, summed over threadgroups: what reaches a core at least once. The emulator
-says nothing about time. Stock means the launches of mlx/backend/metal/quantized.cpp in MLX 0.32
+Prints Markdown tables for docs/kernels-counted.md. "read" is what all lanes ask for together;
+"lines" are distinct 64-byte lines, summed over threadgroups: what reaches a core at least once.
+The emulator says nothing about time. Stock means the launches of mlx/backend/metal/quantized.cpp in MLX 0.32
 on an M3 or M4 Max (applegpu_g15s), which are planned below.
 """
 

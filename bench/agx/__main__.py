@@ -1,9 +1,9 @@
 """Static figures of our quantized products on Apple's M1 and M2 GPUs, beside MLX's kernels.
 
     make agx               once, as root on Debian: builds Mesa's compiler
-    python -m bench.agx    a Markdown table for docs/kernels.md
+    python -m bench.agx    a Markdown table for docs/kernels-counted.md
 
-Nothing runs. docs/kernels.md says what these figures do not know.
+Nothing runs. docs/kernels-counted.md says what these figures do not know.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Static figures of the Metal kernels, against those that docs/kernels.md has recorded.
+"""Static figures of the Metal kernels, against those that docs/kernels-counted.md has recorded.
 
 Only where `make agx` has built Mesa's compiler: a second for each kernel, the first time.
 """
@@ -16,7 +16,7 @@ from bench.agx.compiler import built, lower_bfloat
 from bench.agx.figures import Figures, Kernel, measure, ours, stock
 
 needs_compiler = pytest.mark.skipif(not built(), reason="no build/agx; run: make agx")
-PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
+PAGE = Path(__file__).parents[2] / "docs" / "kernels-counted.md"
 GROWTH = 1.1
 
 KERNELS = [

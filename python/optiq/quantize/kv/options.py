@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SIZE = "8/4"
 # Most of what a coarse cache costs is in the last tokens and in the first, which a query attends to
-# most (docs/kv-cache.md has figures).
+# most (docs/measured.md has figures).
 RECENT, SINK = 128, 4
 
 
