@@ -4,7 +4,8 @@
 
 Prints Markdown tables for docs/kernels-counted.md. "read" is what all lanes ask for together;
 "lines" are distinct 64-byte lines, summed over threadgroups: what reaches a core at least once.
-The emulator says nothing about time. Stock means the launches of mlx/backend/metal/quantized.cpp in MLX 0.32
+The emulator says nothing about time. Stock means the launches of MLX 0.32 (its source file
+mlx/backend/metal/quantized.cpp)
 on an M3 or M4 Max (applegpu_g15s), which are planned below.
 """
 
