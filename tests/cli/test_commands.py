@@ -130,6 +130,7 @@ def test_info(optiq: Optiq) -> None:
     text = optiq("info", "out")
     for word in ("made from  ", "KL  ", "stock uniform 4-bit", "4g64", "asked for uniform4"):
         assert word in text
+    assert f"made from  {Path('model').resolve()} (" in text  # a path that can be copied
     data = json.loads(optiq("info", "out", "--json"))
     written = json.loads(Path("out/optiq/plan.json").read_text())
     assert data["nbytes"] == written["nbytes"]

@@ -31,7 +31,8 @@ def table(found: Info) -> str:
     plan = found.plan
     lines = [("model", str(found.path)), ("type", found.model_type)]
     if plan:
-        lines.append(("made from", f"{plan.model.name} ({plan.model.dtype})"))
+        source = plan.model.path or plan.model.name  # a local one by a path that can be copied
+        lines.append(("made from", f"{source} ({plan.model.dtype})"))
     lines.append(("size", f"{size(found.nbytes)} of tensors, files {size(found.file_bytes)}"))
     if plan:
         lines += [
