@@ -28,7 +28,7 @@ from tests.tiny import tiny_folder
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "python" / "optiq"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OURS = [ROOT / "CONTRIBUTING.md", *PAGES]
 SOURCES = {".py", ".h", ".cpp", ".metal", ".md", ".toml"}
 

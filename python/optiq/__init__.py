@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .cards.card import card as card
     from .cards.info import info as info
     from .cards.upload import upload as upload
+    from .doctor.guide import guide as guide
     from .errors import OptiqError as OptiqError
     from .evals.runner import evaluate as evaluate
     from .nn.accelerate import accelerate as accelerate
@@ -53,6 +54,7 @@ _EXPORTS = {
     "evaluate": "evals.runner",
     "frontier": "quantize.frontier",
     "generate": "runtime.generate",
+    "guide": "doctor.guide",
     "info": "cards.info",
     "kv_plan": "quantize.kv.plan",
     "load": "runtime.loading",

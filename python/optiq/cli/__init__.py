@@ -37,6 +37,7 @@ COMMANDS = {
     "sandbox": "run untrusted Python, held by the kernel and under limits",
     "bench": "time the kernels against stock MLX on this machine",
     "doctor": "what this machine runs optiq with, and what to improve",
+    "guide": "what is known of a model's family: sampling, sizes, caveats, commands",
     "completion": "completion of commands and options for your shell",
     "demo": "fetch a small real model, convert it and compare it with uniform 4-bit",
 }

@@ -23,6 +23,7 @@ from ..base.progress import Progress
 from ..base.text import one_line
 from ..errors import ExportError, SourceError
 from ..formats import DENSE, NVFP4, Format
+from ..models.families import FAMILIES, family_of
 from ..models.roles import fixed_bytes, quantizable
 from ..planning.plan import Plan
 from ..planning.scores import Scores
@@ -288,9 +289,24 @@ def _write_texts(folder: Path, loaded: LoadedModel, plan: Plan, scores: Scores |
         for copy in (own, beside.SOURCE_CARD) if own == beside.CARD else (own,):
             (folder / copy).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, folder / copy)
+    if generation := _sampling(source.path, config, loaded.tokenizer):
+        texts["generation_config.json"] = json.dumps(generation, indent=2)
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def _sampling(path: Path, config: dict[str, Any], tokenizer: Any) -> dict[str, Any] | None:
+    """generation_config.json with what the makers recommend, where it says nothing of sampling."""
+    family = family_of(config, FAMILIES)
+    if family is None or not getattr(tokenizer, "has_chat_template", False):
+        return None
+    file = path / "generation_config.json"
+    own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    added = family.defaults(config)
+    if not added or any(own.get(key) is not None for key in ("temperature", "top_p", "top_k")):
+        return None
+    return {**own, "do_sample": True, **added}
 
 
 def _verify(
