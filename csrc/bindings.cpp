@@ -42,23 +42,25 @@ NB_MODULE(_ext, m) {
   m.def(
       "quantized_matmul",
       [](const array& x, const array& w, const array& scales, const array& biases, bool transpose,
-          int group_size, int bits, const std::optional<array>& indices, mx::StreamOrDevice s) {
+          int group_size, int bits, const std::optional<array>& indices, bool exact,
+          mx::StreamOrDevice s) {
         AffineFormat format{.bits = bits, .group_size = group_size};
-        return optiq::quantized_matmul(x, {w, scales, biases, format}, transpose, indices, s);
+        return optiq::quantized_matmul(
+            x, {w, scales, biases, format}, transpose, indices, exact, s);
       },
       "x"_a, "w"_a, "scales"_a, "biases"_a, "transpose"_a = true, "group_size"_a = 64, "bits"_a = 4,
-      nb::kw_only(), "indices"_a = nb::none(), "stream"_a = nb::none());
+      nb::kw_only(), "indices"_a = nb::none(), "exact"_a = true, "stream"_a = nb::none());
   m.def(
       "mixed_quantized_matmul",
       [](const array& x, const std::vector<std::tuple<array, array, array, int, int>>& parts,
-          mx::StreamOrDevice s) {
+          bool exact, mx::StreamOrDevice s) {
         std::vector<optiq::AffineWeight> weights;
         for (const auto& [codes, scales, biases, group_size, bits] : parts) {
           weights.push_back({codes, scales, biases, {.bits = bits, .group_size = group_size}});
         }
-        return optiq::mixed_quantized_matmul(x, weights, s);
+        return optiq::mixed_quantized_matmul(x, weights, exact, s);
       },
-      "x"_a, "parts"_a, nb::kw_only(), "stream"_a = nb::none());
+      "x"_a, "parts"_a, nb::kw_only(), "exact"_a = true, "stream"_a = nb::none());
   m.def("quantize", &optiq::quantize, "w"_a, "importance"_a = nb::none(), "group_size"_a = 64,
       "bits"_a = 4, nb::kw_only(), "stream"_a = nb::none());
   m.def("descend", &optiq::descend, "w"_a, "codes"_a, "scales"_a, "biases"_a, "hessian"_a,

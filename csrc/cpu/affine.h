@@ -2,8 +2,8 @@
 //
 //   y[m, n] = sum_g step[m, g] scale[n, g] (sum_{k in g} i[m, k] code[n, k]) + bias[n, g] sum[m, g]
 //
-// A tile is kWide rows of W, a row per lane. Its words are transposed and unpacked once for up to
-// kMostRows rows of x, and the inner sums are integers (fixed.h).
+// A tile is kWide rows of W, a row per lane. Its words are transposed and unpacked once: on the way
+// for as many rows of x as are in flight, into memory for more. The inner sums are integers (fixed.h).
 #pragma once
 
 #include "fixed.h"
@@ -12,10 +12,12 @@
 
 namespace optiq::cpu::OPTIQ_ISA {
 
-// Rows of x in flight, each with an accumulator in a register.
+// Rows of x in flight, each with an accumulator in a register for each plane.
 #if defined(__AVX512F__)
-constexpr int kMostRows = 16;
+template <bool EXACT>
+constexpr int kMostRows = EXACT ? 8 : 16;
 #else
+template <bool EXACT>
 constexpr int kMostRows = 8;
 #endif
 
@@ -23,11 +25,6 @@ constexpr int kMostRows = 8;
 constexpr int padded_rows(int rows) {
   return rows <= 4 ? rows : rows <= 6 ? 6 : rows <= 8 ? 8 : rows <= 12 ? 12 : 16;
 }
-
-// Words of the groups that are transposed together.
-template <int BITS>
-constexpr int kLongestSpan =
-    least_multiple_of_block(BITS) > 4 * BITS ? least_multiple_of_block(BITS) : 4 * BITS;
 
 // kWide rows of a weight. The last tile begins early where the rows do not fill it; of a weight
 // with less than kWide rows each row is a tile by itself, in every lane.
@@ -89,9 +86,10 @@ struct Tile {
 
 // What a group adds to y: all that is rounded of a product, so it is one function, or a row's bits
 // would depend on the number of rows beside it.
-OPTIQ_INLINE void add_group(fw& y, iw products, fw scale, fw bias, float step, float sum) {
+template <bool EXACT>
+OPTIQ_INLINE void add_group(fw& y, PlaneSums products, fw scale, fw bias, float step, float sum) {
   y += bias * sum;
-  y += __builtin_convertvector(products, fw) * scale * step;
+  y += to_float<EXACT>(products) * scale * step;
 }
 
 // Asks for a stretch of memory bit by bit, while something else is computed in `steps` steps. The
@@ -121,45 +119,100 @@ class Prefetch {
   size_t each_;
 };
 
+// The codes of a tile, from words that are transposed when they are needed.
+template <int BITS, int CODES>
+class PackedCodes {
+ public:
+  static constexpr int kStep = BITS; // words of a unit
+
+  // `words` has room for all of them, in whole blocks.
+  PackedCodes(const Tile& tile, uw* words)
+      : tile_(tile), words_(words), count_(tile.w.cols / 32 * BITS) {}
+
+  // Makes the first `count` words ready.
+  OPTIQ_INLINE const uw* ready(int count) {
+    for (; ready_ < count; ready_ += kBlock) {
+      transpose_words(
+          tile_.rows + 4 * size_t(ready_), tile_.stride, count_ - ready_, words_ + ready_);
+    }
+    return words_;
+  }
+  template <int I>
+  OPTIQ_INLINE static uw vector(const uw* unit) {
+    return unpack<BITS, CODES, I>(unit);
+  }
+  void unpack_all(uw* vectors) {
+    const uw* words = ready(count_);
+    for (int at = 0; at < count_; at += BITS, vectors += kVectors<CODES>) {
+      unrolled<kVectors<CODES>>([&](auto i) __attribute__((always_inline)) {
+        vectors[i] = unpack<BITS, CODES, i>(words + at);
+      });
+    }
+  }
+
+ private:
+  const Tile& tile_;
+  uw* words_;
+  int count_, ready_ = 0;
+};
+
+// The same once they are unpacked, for many rows of x.
+template <int CODES>
+class UnpackedCodes {
+ public:
+  static constexpr int kStep = kVectors<CODES>;
+
+  explicit UnpackedCodes(const uw* vectors) : vectors_(vectors) {}
+
+  OPTIQ_INLINE const uw* ready(int) const {
+    return vectors_;
+  }
+  template <int I>
+  OPTIQ_INLINE static uw vector(const uw* unit) {
+    return unit[I];
+  }
+
+ private:
+  const uw* vectors_;
+};
+
 // ROWS rows of x times one tile, into out[row].
-template <int BITS, int ROWS>
-void multiply(const Tile& tile, const FixedRows& x, fw* out) {
-  constexpr int chains = ROWS < 4 ? 4 / ROWS : 1; // sums in flight hide the latency of one
-  const Weight& w = tile.w;
-  const int words = BITS * w.format.group_size / 32; // of a group
-  const int span = least_multiple_of_block(words), units = w.format.group_size / kUnit;
-  const int groups = w.groups(), row_words = w.cols / 32 * BITS;
-  uw transposed[kLongestSpan<BITS>];
+template <int ROWS, bool EXACT, class Codes>
+void multiply(const Tile& tile, Codes& codes, const FixedRows& x, fw* out) {
+  constexpr int planes = kPlanes<EXACT>, vectors = kVectors<kCodes<EXACT>>;
+  // Sums in flight hide the latency of one.
+  constexpr int chains = ROWS * planes < 4 ? 4 / (ROWS * planes) : 1;
+  const int groups = int(tile.w.groups()), units = tile.w.format.group_size / kUnit;
   fw y[ROWS] = {};
-  const int32_t* pairs = x.pairs;
+  const int32_t* words = x.words;
   Prefetch next_tile(tile, groups * units);
-  for (int g = 0, first = 0; g < groups; first += span) {
-    int left = row_words - first, count = left < span ? left : span;
-    transpose_words(tile.rows + 4 * size_t(first), tile.stride, count, left, transposed);
-    for (const uw* at = transposed; at < transposed + count; g++) {
-      iw acc[ROWS][chains] = {};
-      for (int u = 0; u < units; u++, at += BITS) {
-        next_tile.some();
-#pragma GCC unroll 16
-        for (int i = 0; i < kPairs; i++) {
-          iw codes = unpack<BITS>(at, i);
-#pragma GCC unroll 16
-          for (int r = 0; r < ROWS; r++) {
-            acc[r][i % chains] = dot_pairs(acc[r][i % chains], codes, splat(pairs[r * kPairs + i]));
-          }
+  for (int g = 0; g < groups; g++) {
+    const uw* unit = codes.ready((g + 1) * units * Codes::kStep) + g * units * Codes::kStep;
+    iw acc[ROWS][planes][chains] = {};
+    for (int u = 0; u < units; u++, unit += Codes::kStep, words += vectors * planes * ROWS) {
+      next_tile.some();
+      unrolled<vectors>([&](auto i) __attribute__((always_inline)) {
+        uw vector = Codes::template vector<i>(unit);
+#pragma GCC unroll 24
+        for (int j = 0; j < ROWS * planes; j++) {
+          iw& sum = acc[j / planes][j % planes][i % chains];
+          sum = dot<EXACT>(sum, vector, splat(words[j * vectors + i]));
         }
-        pairs += kPairs * ROWS;
-      }
-      fw scale = load<fw>(tile.scales + size_t(g) * kWide);
-      fw bias = load<fw>(tile.biases + size_t(g) * kWide);
+      });
+    }
+    fw scale = load<fw>(tile.scales + size_t(g) * kWide);
+    fw bias = load<fw>(tile.biases + size_t(g) * kWide);
 #pragma GCC unroll 16
-      for (int r = 0; r < ROWS; r++) {
-        iw sum = acc[r][0];
+    for (int r = 0; r < ROWS; r++) {
+      iw sums[planes];
+      for (int p = 0; p < planes; p++) {
+        sums[p] = acc[r][p][0];
         for (int c = 1; c < chains; c++) {
-          sum += acc[r][c];
+          sums[p] += acc[r][p][c];
         }
-        add_group(y[r], sum, scale, bias, x.step[g * ROWS + r], x.sum[g * ROWS + r]);
       }
+      add_group<EXACT>(
+          y[r], joined<EXACT>(sums), scale, bias, x.step[g * ROWS + r], x.sum[g * ROWS + r]);
     }
   }
   for (int r = 0; r < ROWS; r++) {
@@ -168,14 +221,18 @@ void multiply(const Tile& tile, const FixedRows& x, fw* out) {
 }
 
 // Adds 16 bytes of each row of a tile, in the 128-bit pieces of words[0..4), to the sums.
-template <int BITS>
-OPTIQ_INLINE void add_quads(const uw* words, const int32_t* pairs, iw* acc) {
+template <int BITS, bool EXACT>
+OPTIQ_INLINE void add_quads(const uw* words, const int32_t* x, iw (*acc)[4]) {
+  constexpr int codes_each = kCodes<EXACT>;
 #pragma GCC unroll 4
-  for (int i = 0; i < 16 / BITS; i++) {
-    iw x = splat_quad(pairs + 4 * i);
+  for (int i = 0; i < kSlot<codes_each> / BITS; i++) {
 #pragma GCC unroll 4
     for (int s = 0; s < 4; s++) {
-      acc[s] = dot_pairs(acc[s], codes_at<BITS>(words[s], i * BITS), x);
+      uw codes = codes_at<BITS, codes_each>(words[s], i * BITS);
+      for (int p = 0; p < kPlanes<EXACT>; p++) {
+        iw at = splat_quad(x + p * kVectors<codes_each> + 4 * i);
+        acc[p][s] = dot<EXACT>(acc[p][s], codes, at);
+      }
     }
   }
 }
@@ -183,24 +240,33 @@ OPTIQ_INLINE void add_quads(const uw* words, const int32_t* pairs, iw* acc) {
 // One row of x times one tile, for codes that do not straddle words: 16 bytes of each row in a
 // 128-bit piece of a vector need no transposing, only its four lanes be added up per group.
 // QUADS: times 16 bytes in a group.
-template <int BITS, int QUADS>
+template <int BITS, int QUADS, bool EXACT>
 fw multiply_one(const Tile& tile, const FixedRows& x) {
+  constexpr int planes = kPlanes<EXACT>, vectors = kVectors<kCodes<EXACT>>;
   constexpr int kStep = kWide / 4; // quads of a row in a vector
-  constexpr int kQuadPairs = 16 / BITS * 4;
-  const int groups = tile.w.groups();
-  const int32_t* pairs = x.pairs;
+  constexpr int in_unit = BITS / 4; // quads
+  const int groups = int(tile.w.groups());
   const uint8_t* row = tile.rows;
   fw y = {};
-  iw acc[4] = {};
+  iw acc[planes][4] = {};
   auto finish = [&](int g) __attribute__((always_inline)) {
     fw scale = load<fw>(tile.scales + size_t(g) * kWide);
     fw bias = load<fw>(tile.biases + size_t(g) * kWide);
-    add_group(y, sum_quads(acc), scale, bias, x.step[g], x.sum[g]);
-    for (iw& a : acc) {
-      a = iw{};
+    iw sums[planes];
+    for (int p = 0; p < planes; p++) {
+      sums[p] = sum_quads(acc[p]);
+    }
+    add_group<EXACT>(y, joined<EXACT>(sums), scale, bias, x.step[g], x.sum[g]);
+    for (auto& plane : acc) {
+      for (iw& a : plane) {
+        a = iw{};
+      }
     }
   };
-  int g = 0, quad = 0; // the group, and the quads of it that are done
+  int done = 0; // quads
+  auto activations = [&](int quad) __attribute__((always_inline)) {
+    return x.words + quad / in_unit * vectors * planes + quad % in_unit * (vectors / in_unit);
+  };
   Prefetch next_tile(tile, groups * QUADS);
   // Whole cache lines of the rows: with rows a power of two apart, 16 bytes of each in turn would
   // drive each other's lines out of the cache.
@@ -210,122 +276,129 @@ fw multiply_one(const Tile& tile, const FixedRows& x) {
       load_quads(row + s * tile.stride, 4 * tile.stride, words[s]);
     }
 #pragma GCC unroll 4
-    for (int q = 0; q < kStep; q++, pairs += kQuadPairs) {
+    for (int q = 0; q < kStep; q++) {
       next_tile.some();
       uw at[4] = {words[0][q], words[1][q], words[2][q], words[3][q]};
-      add_quads<BITS>(at, pairs, acc);
-      if (QUADS <= kStep && (q + 1) % QUADS == 0) {
-        finish(g++);
+      add_quads<BITS, EXACT>(at, activations(done), acc);
+      if (++done % QUADS == 0) {
+        finish(done / QUADS - 1);
       }
-    }
-    if (QUADS > kStep && (quad += kStep) == QUADS) {
-      finish(g++);
-      quad = 0;
     }
   }
-  for (; g < groups; g++) {
-    for (int q = 0; q < QUADS; q++, row += 16, pairs += kQuadPairs) {
-      uw at[4];
-      for (int s = 0; s < 4; s++) {
-        at[s] = load_quads(row + s * tile.stride, 4 * tile.stride);
-      }
-      add_quads<BITS>(at, pairs, acc);
+  for (; done < groups * QUADS; row += 16) {
+    uw at[4];
+    for (int s = 0; s < 4; s++) {
+      at[s] = load_quads(row + s * tile.stride, 4 * tile.stride);
     }
-    finish(g);
+    add_quads<BITS, EXACT>(at, activations(done), acc);
+    if (++done % QUADS == 0) {
+      finish(done / QUADS - 1);
+    }
   }
   return y;
 }
 
-template <int BITS>
+template <int BITS, bool EXACT>
 fw multiply_one(const Tile& tile, const FixedRows& x) {
   switch (BITS * tile.w.format.group_size / 128) {
     case 1:
-      return multiply_one<BITS, 1>(tile, x);
+      return multiply_one<BITS, 1, EXACT>(tile, x);
     case 2:
-      return multiply_one<BITS, 2>(tile, x);
+      return multiply_one<BITS, 2, EXACT>(tile, x);
     case 4:
-      return multiply_one<BITS, 4>(tile, x);
+      return multiply_one<BITS, 4, EXACT>(tile, x);
     default:
-      return multiply_one<BITS, 8>(tile, x);
+      return multiply_one<BITS, 8, EXACT>(tile, x);
   }
 }
 
-template <int BITS>
-void multiply(int rows, const Tile& tile, const FixedRows& x, fw* out) {
+template <bool EXACT, class Codes>
+void multiply(int rows, const Tile& tile, Codes& codes, const FixedRows& x, fw* out) {
   switch (rows) {
     case 1:
-      if constexpr (kWholeWords<BITS>) {
-        *out = multiply_one<BITS>(tile, x);
-        return;
-      } else {
-        return multiply<BITS, 1>(tile, x, out);
-      }
+      return multiply<1, EXACT, Codes>(tile, codes, x, out);
     case 2:
-      return multiply<BITS, 2>(tile, x, out);
+      return multiply<2, EXACT, Codes>(tile, codes, x, out);
     case 3:
-      return multiply<BITS, 3>(tile, x, out);
+      return multiply<3, EXACT, Codes>(tile, codes, x, out);
     case 4:
-      return multiply<BITS, 4>(tile, x, out);
+      return multiply<4, EXACT, Codes>(tile, codes, x, out);
     case 6:
-      return multiply<BITS, 6>(tile, x, out);
+      return multiply<6, EXACT, Codes>(tile, codes, x, out);
     case 8:
-      return multiply<BITS, 8>(tile, x, out);
-#if defined(__AVX512F__)
-    case 12:
-      return multiply<BITS, 12>(tile, x, out);
-    case 16:
-      return multiply<BITS, 16>(tile, x, out);
-#endif
+      return multiply<8, EXACT, Codes>(tile, codes, x, out);
+  }
+  if constexpr (kMostRows<EXACT> > 8) {
+    if (rows == 12) {
+      multiply<12, EXACT, Codes>(tile, codes, x, out);
+    } else {
+      multiply<16, EXACT, Codes>(tile, codes, x, out);
+    }
   }
 }
 
-// All rows of x in fixed point, in blocks of kMostRows.
+// All rows of x in fixed point, in blocks of as many as are in flight.
 class FixedMatrix {
  public:
   FixedMatrix(const float* x, int rows, const Weight& w)
-      : format_(w.format),
+      : exact(w.exact),
+        format_(w.format),
         rows_(rows),
         cols_(w.cols),
         x_(x),
-        padded_((rows - 1) / kMostRows * kMostRows + padded_rows((rows - 1) % kMostRows + 1)),
-        pairs_(FixedRows::pair_count(w.cols, padded_)),
+        padded_((rows - 1) / most() * most() + padded_rows((rows - 1) % most() + 1)),
+        words_(words_before(padded_)),
         step_(w.groups() * padded_),
         sum_(w.groups() * padded_) {
     auto fix = [this](int i) {
       at_width(format_.bits, [&]<int BITS>(Width<BITS>) {
-        fix_rows<BITS>(
-            x_ + size_t(i) * kMostRows * cols_, rows_in(i), cols_, format_.group_size, block(i));
+        at_precision(this->exact, [&]<bool EXACT>(std::bool_constant<EXACT>) {
+          fix_rows<BITS, EXACT>(
+              x_ + size_t(i) * most() * cols_, rows_in(i), cols_, format_.group_size, block(i));
+        });
       });
     };
-    if (rows <= kMostRows) {
-      fix(0);
+    if (rows <= 16) {
+      for (int i = 0; i < blocks(); i++) {
+        fix(i);
+      }
     } else {
       parallel_for(blocks(), fix);
     }
   }
 
+  const bool exact;
+
   bool fits(const Weight& w) const {
-    return w.format == format_;
+    return w.format == format_ && w.exact == exact;
+  }
+  int most() const { // rows of a block
+    return exact ? kMostRows<true> : kMostRows<false>;
   }
   int blocks() const {
-    return (rows_ + kMostRows - 1) / kMostRows;
+    return (rows_ + most() - 1) / most();
   }
   int rows_in(int block) const {
-    int left = rows_ - block * kMostRows;
-    return left < kMostRows ? left : kMostRows;
+    int left = rows_ - block * most();
+    return left < most() ? left : most();
   }
   FixedRows block(int i) {
-    size_t before = size_t(i) * kMostRows, groups = cols_ / format_.group_size;
-    return {pairs_ + FixedRows::pair_count(cols_, int(before)), step_ + groups * before,
-        sum_ + groups * before, padded_rows(rows_in(i))};
+    size_t before = size_t(i) * most(), groups = cols_ / format_.group_size;
+    return {words_ + words_before(int(before)), step_ + groups * before, sum_ + groups * before,
+        padded_rows(rows_in(i))};
   }
 
  private:
+  size_t words_before(int rows) const {
+    return exact ? FixedRows::word_count<true>(cols_, rows)
+                 : FixedRows::word_count<false>(cols_, rows);
+  }
+
   AffineFormat format_;
   int rows_, cols_;
   const float* x_;
   int padded_;
-  Scratch<int32_t> pairs_;
+  Scratch<int32_t> words_;
   Scratch<float> step_, sum_;
 };
 

@@ -61,6 +61,15 @@ void transpose_rows(Chunk x, int n, int dim, float* out) {
   }
 }
 
+// Words of so many units as fill whole blocks.
+constexpr int least_multiple_of_block(int words) {
+  int n = words;
+  while (n % kBlock) {
+    n += words;
+  }
+  return n;
+}
+
 // The same for records, whose words are transposed before their codes are unpacked, a key per lane.
 template <int BITS>
 void unpack_keys(const uint32_t* first, size_t stride, int n, int dim, int group_size, float* out) {
@@ -69,8 +78,8 @@ void unpack_keys(const uint32_t* first, size_t stride, int n, int dim, int group
   for (int r = 0; r < kWide; r++) {
     record[r] = first + (r < n ? r : n - 1) * stride;
   }
-  uw words[least_multiple_of_block(BITS)]; // of whole units
   constexpr int span = least_multiple_of_block(BITS);
+  uw words[span];
   fw scale = {}, bias = {};
   for (int at = 0, i = 0; at < count; at += span) {
     for (int begin = 0; begin < span && at + begin < count; begin += kBlock) {

@@ -1,6 +1,8 @@
 // One parallel region over the tiles of several affine weights that share x.
 #pragma once
 
+#include <algorithm>
+
 #include "affine.h"
 
 namespace optiq::cpu::OPTIQ_ISA {
@@ -17,36 +19,62 @@ struct AffineProducts {
   void operator()(int task) {
     int begin = task * tiles_each, end = begin + tiles_each;
     end = end < first_tile[count] ? end : first_tile[count];
-    size_t most = 0;
+    size_t groups = 0, words = 0, cols = parts[0].w.cols;
     for (int p = 0; p < count; p++) {
-      size_t n = parts[p].w.groups() * kWide;
-      most = n > most ? n : most;
+      const AffineFormat& format = parts[p].w.format;
+      groups = std::max(groups, cols / format.group_size);
+      words = std::max(words, cols / 32 * format.bits + kBlock);
     }
-    Scratch<float> scales(most), biases(most);
+    Scratch<float> scales(groups * kWide), biases(groups * kWide);
+    bool many = x[0]->blocks() > 1;
+    Scratch<uw> transposed(words), unpacked(many ? cols / (x[0]->exact ? kCodes<true> : kCodes<false>) : 0);
     for (int p = 0; p < count; p++) {
       int from = begin > first_tile[p] ? begin : first_tile[p];
       int to = end < first_tile[p + 1] ? end : first_tile[p + 1];
       for (int t = from; t < to; t++) {
-        multiply_tile(Tile(parts[p].w, t - first_tile[p], scales, biases), parts[p].y, *x[p]);
+        Tile tile(parts[p].w, t - first_tile[p], scales, biases);
+        multiply_tile(tile, parts[p].y, *x[p], transposed, unpacked);
       }
     }
   }
 
  private:
-  static void multiply_tile(const Tile& tile, float* y, FixedMatrix& x) {
-    for (int i = 0; i < x.blocks(); i++) {
-      FixedRows block = x.block(i);
-      fw out[kMostRows];
-      at_width(tile.w.format.bits,
-          [&]<int BITS>(Width<BITS>) { multiply<BITS>(block.padded, tile, block, out); });
-      for (int r = 0; r < x.rows_in(i); r++) {
-        size_t row = size_t(i) * kMostRows + r;
-        float* to = y + row * tile.w.rows + tile.first;
-        if (tile.lanes == kWide) {
-          store(to, out[r]);
-        } else {
-          *to = out[r][0];
+  static void multiply_tile(
+      const Tile& tile, float* y, FixedMatrix& x, uw* transposed, uw* unpacked) {
+    at_width(tile.w.format.bits, [&]<int BITS>(Width<BITS>) {
+      at_precision(x.exact, [&]<bool EXACT>(std::bool_constant<EXACT>) {
+        constexpr int codes = kCodes<EXACT>;
+        fw out[kMostRows<EXACT>];
+        FixedRows first = x.block(0);
+        if constexpr (kWholeWords<BITS>) {
+          if (first.padded == 1) {
+            *out = multiply_one<BITS, EXACT>(tile, first);
+            return keep(tile, out, 1, y);
+          }
         }
+        PackedCodes<BITS, codes> packed(tile, transposed);
+        if (x.blocks() == 1) {
+          multiply<EXACT>(first.padded, tile, packed, first, out);
+          return keep(tile, out, x.rows_in(0), y);
+        }
+        packed.unpack_all(unpacked);
+        UnpackedCodes<codes> vectors(unpacked);
+        for (int i = 0; i < x.blocks(); i++) {
+          FixedRows block = x.block(i);
+          multiply<EXACT>(block.padded, tile, vectors, block, out);
+          keep(tile, out, x.rows_in(i), y + size_t(i) * x.most() * tile.w.rows);
+        }
+      });
+    });
+  }
+
+  static void keep(const Tile& tile, const fw* out, int rows, float* y) {
+    for (int r = 0; r < rows; r++) {
+      float* to = y + size_t(r) * tile.w.rows + tile.first;
+      if (tile.lanes == kWide) {
+        store(to, out[r]);
+      } else {
+        *to = out[r][0];
       }
     }
   }

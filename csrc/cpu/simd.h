@@ -99,26 +99,33 @@ OPTIQ_INLINE uw load_halves(const uint16_t* p, int n) {
 #endif
 }
 
-// acc + a.low * b.low + a.high * b.high in each lane: two signed 16-bit integers a lane.
-OPTIQ_INLINE iw dot_pairs(iw acc, iw a, iw b) {
+// acc + the products of the two codes of each lane, 0 to 255, with the signed integers of x.
+OPTIQ_INLINE iw dot_pairs(iw acc, uw codes, iw x) {
 #if defined(__AVX512VNNI__)
-  return iw(_mm512_dpwssd_epi32(__m512i(acc), __m512i(a), __m512i(b)));
+  return iw(_mm512_dpwssd_epi32(__m512i(acc), __m512i(codes), __m512i(x)));
 #elif defined(__AVX2__)
-  return acc + iw(_mm256_madd_epi16(__m256i(a), __m256i(b)));
+  return acc + iw(_mm256_madd_epi16(__m256i(codes), __m256i(x)));
 #elif defined(__aarch64__)
   // Two halves of four lanes; each product of eight 16-bit integers is added up in pairs.
   iw out;
   for (int h = 0; h < 32; h += 16) {
-    int16x8_t x = load<int16x8_t>(reinterpret_cast<const char*>(&a) + h);
-    int16x8_t y = load<int16x8_t>(reinterpret_cast<const char*>(&b) + h);
-    int32x4_t low = vmull_s16(vget_low_s16(x), vget_low_s16(y));
-    store(reinterpret_cast<char*>(&out) + h, vpaddq_s32(low, vmull_high_s16(x, y)));
+    int16x8_t a = load<int16x8_t>(reinterpret_cast<const char*>(&codes) + h);
+    int16x8_t b = load<int16x8_t>(reinterpret_cast<const char*>(&x) + h);
+    int32x4_t low = vmull_s16(vget_low_s16(a), vget_low_s16(b));
+    store(reinterpret_cast<char*>(&out) + h, vpaddq_s32(low, vmull_high_s16(a, b)));
   }
   return acc + out;
 #else
-  return acc + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+  return acc + iw(codes & 0xffff) * ((x << 16) >> 16) + iw(codes >> 16) * (x >> 16);
 #endif
 }
+
+#if defined(__AVX512VNNI__)
+// The same of four codes.
+OPTIQ_INLINE iw dot_quads(iw acc, uw codes, iw x) {
+  return iw(_mm512_dpbusd_epi32(__m512i(acc), __m512i(codes), __m512i(x)));
+}
+#endif
 
 OPTIQ_INLINE iw splat(int32_t x) {
   return iw{} + x;

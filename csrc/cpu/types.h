@@ -39,6 +39,8 @@ struct Weight {
   int rows = 0;
   int cols = 0;
   int stride = 0; // elements from one dense row to the next; 0: cols
+  // Of codes, in transposed products: x is read in 24 bits and not in 16, see fixed.h.
+  bool exact = false;
 
   bool dense() const {
     return format.dense();

@@ -1,41 +1,75 @@
-// Packed codes -> pairs of 16-bit integers, kWide rows of a weight at a time, a row per lane.
+// Packed codes -> two or four small integers in each lane, kWide rows of a weight at a time, a row
+// per lane.
 //
 // A row of codes is one little-endian bit stream; 32 codes of b bits fill b words, whatever b is:
-// that is a unit. With word j of each row in lane r of vector j, a pair of codes whose places
-// differ by 16 bits modulo 32 is one mask and one shift away from being two 16-bit integers of
-// its lane. So the codes of a unit are paired in the order that is cheapest to unpack, and the
-// activations are put into the same order once per call (fixed.h).
+// that is a unit. With word j of each row in lane r of vector j, codes whose places differ by a
+// slot (8 or 16 bits) modulo 32 are one mask and one shift away from being the integers of a lane.
+// So the codes of a unit are taken in the order that is cheapest to unpack, and the activations are
+// put into the same order once per call (fixed.h).
 #pragma once
+
+#include <array>
+#include <utility>
 
 #include "simd.h"
 
 namespace optiq::cpu::OPTIQ_ISA {
 
-constexpr int kUnit = 32;         // codes
-constexpr int kPairs = kUnit / 2; // vectors they unpack to
-constexpr int kBlock = kWide;     // words of a row that are transposed at a time
+constexpr int kUnit = 32;     // codes
+constexpr int kBlock = kWide; // words of a row that are transposed at a time
 
-struct CodePair {
-  int low, high; // places in the unit
-};
+// With so many codes in a lane: vectors that a unit unpacks to, and bits of a slot.
+template <int CODES>
+constexpr int kVectors = kUnit / CODES;
+template <int CODES>
+constexpr int kSlot = 32 / CODES;
+
+// f(0), f(1), ... as constants.
+template <int N, class F>
+OPTIQ_INLINE void unrolled(F&& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, I>{}), ...);
+  }(std::make_integer_sequence<int, N>{});
+}
 
 // Widths whose codes never straddle words, with 16 bytes of codes or more in a unit.
 template <int BITS>
 constexpr bool kWholeWords = BITS == 4 || BITS == 8;
 
-// The codes of the i-th vector of a unit.
-template <int BITS>
-constexpr CodePair code_pair(int i) {
-  // Codes this far apart lie 16 bits apart modulo 32.
-  constexpr int distance = BITS % 2 ? 16 : BITS == 6 ? 8 : 16 / BITS;
-  if (kWholeWords<BITS>) { // the same places of four words in turn, as dot_row() takes them
-    int quad = i / (4 * distance), place = i / 4 % distance, word = i % 4;
-    int k = (4 * quad + word) * 2 * distance + place;
-    return {k, k + distance};
+// Of each vector of a unit: the places of its codes, slot by slot.
+template <int CODES>
+using Order = std::array<std::array<int, CODES>, kVectors<CODES>>;
+
+template <int BITS, int CODES>
+constexpr Order<CODES> order_of_codes() {
+  Order<CODES> order{};
+  bool taken[kUnit] = {};
+  for (int i = 0; i < kVectors<CODES>; i++) {
+    int first = 0;
+    while (taken[first]) {
+      first++;
+    }
+    for (int slot = 0; slot < CODES; slot++) {
+      int k = 0;
+      if (kWholeWords<BITS>) { // the same places of four words in turn, as add_quads() takes them
+        constexpr int places = kWholeWords<BITS> ? kSlot<CODES> / BITS : 1;
+        int word = i / (4 * places) * 4 + i % 4;
+        k = word * (32 / BITS) + i / 4 % places + slot * places;
+      } else {
+        int bit = first * BITS % kSlot<CODES> + slot * kSlot<CODES>;
+        while (taken[k] || k * BITS % 32 != bit) {
+          k++;
+        }
+      }
+      taken[k] = true;
+      order[i][slot] = k;
+    }
   }
-  int k = i / distance * 2 * distance + i % distance;
-  return {k, k + distance};
+  return order;
 }
+
+template <int BITS, int CODES>
+constexpr Order<CODES> kOrder = order_of_codes<BITS, CODES>();
 
 // The code at bit `place` of the unit, moved to bit `target` of its lane.
 template <int BITS>
@@ -48,59 +82,54 @@ OPTIQ_INLINE uw code_at(const uw* words, int place, int target) {
   return v & (((1u << BITS) - 1) << target);
 }
 
-// The codes at bits [bit, bit + BITS) of both halves of a lane.
-template <int BITS>
-OPTIQ_INLINE iw codes_at(uw words, int bit) {
+// The codes at bits [bit, bit + BITS) of each slot of a lane.
+template <int BITS, int CODES>
+OPTIQ_INLINE uw codes_at(uw words, int bit) {
+  if (CODES == 2 && bit + BITS == 16) { // shifted within 16 bits nothing is left to mask
+    return uw(u16ww(words) >> bit);
+  }
   constexpr uint32_t mask = (1u << BITS) - 1;
-  if (bit + BITS == 16) { // shifted within 16 bits nothing is left to mask
-    return iw(u16ww(words) >> bit);
-  }
-  return iw((words >> bit) & (mask | mask << 16));
+  return (words >> bit) & (CODES == 4 ? mask * 0x01010101u : mask * 0x00010001u);
 }
 
-template <int BITS>
-OPTIQ_INLINE iw unpack(const uw* words, int i) {
+// Vector I of a unit.
+template <int BITS, int CODES, int I>
+OPTIQ_INLINE uw unpack(const uw* words) {
+  constexpr std::array<int, CODES> codes = kOrder<BITS, CODES>[I];
+  constexpr int bit = codes[0] * BITS % 32, slot_bits = kSlot<CODES>;
   constexpr uint32_t mask = (1u << BITS) - 1;
-  CodePair codes = code_pair<BITS>(i);
-  int low = codes.low * BITS, high = codes.high * BITS;
-  int bit = low % 32;
-  if (bit + BITS <= 16) { // both shift by the same amount
-    const uw& a = words[low / 32];
-    const uw& b = words[high / 32];
-    if (low / 32 == high / 32) {
-      return codes_at<BITS>(a, bit);
+  if constexpr (kWholeWords<BITS>) {
+    return codes_at<BITS, CODES>(words[codes[0] * BITS / 32], bit);
+  } else if constexpr (bit + BITS <= slot_bits) { // all shift by the same amount
+    uw v = words[codes[0] * BITS / 32] & (mask << bit);
+    for (int slot = 1; slot < CODES; slot++) {
+      v |= words[codes[slot] * BITS / 32] & (mask << (bit + slot * slot_bits));
     }
-    return iw(((a & (mask << bit)) | (b & (mask << (bit + 16)))) >> bit);
+    return v >> bit;
+  } else {
+    uw v = code_at<BITS>(words, codes[0] * BITS, 0);
+    for (int slot = 1; slot < CODES; slot++) {
+      v |= code_at<BITS>(words, codes[slot] * BITS, slot * slot_bits);
+    }
+    return v;
   }
-  return iw(code_at<BITS>(words, low, 0) | code_at<BITS>(words, high, 16));
 }
 
-constexpr int least_multiple_of_block(int words) {
-  int n = words;
-  while (n % kBlock) {
-    n += words;
+// kBlock words of kWide rows, `stride` bytes apart -> out[word][row]. The rows hold `available`
+// words; what comes after them is undefined.
+OPTIQ_INLINE void transpose_words(const uint8_t* row, size_t stride, int available, uw* out) {
+  uw block[kBlock];
+  for (int r = 0; r < kWide; r++) {
+    const uint8_t* p = row + r * stride;
+    if (available >= kBlock) {
+      block[r] = load<uw>(p);
+    } else {
+      std::memcpy(&block[r], p, size_t(available) * 4);
+    }
   }
-  return n;
-}
-
-// `count` words of kWide rows, `stride` bytes apart -> out[word][row], in whole blocks. The rows
-// hold `available` words; what a block takes beyond them is undefined.
-OPTIQ_INLINE void transpose_words(
-    const uint8_t* row, size_t stride, int count, int available, uw* out) {
-  for (int at = 0; at < count; at += kBlock) {
-    uw block[kBlock];
-    for (int r = 0; r < kWide; r++) {
-      const uint8_t* p = row + r * stride + 4 * at;
-      if (at + kBlock <= available) {
-        block[r] = load<uw>(p);
-      } else {
-        std::memcpy(&block[r], p, size_t(available - at) * 4);
-      }
-    }
-    transpose(block);
-    for (int j = 0; j < kBlock; j++) {
-      out[at + j] = block[j];
-    }
+  transpose(block);
+  for (int j = 0; j < kBlock; j++) {
+    out[j] = block[j];
   }
 }
 

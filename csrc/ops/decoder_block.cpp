@@ -39,6 +39,7 @@ cpu::Projection DecoderBlock::projection(const char* name, const Matrix& m) {
     p.w.cols = weight.shape("decoder_block", (std::string(name) + ": ").c_str())[1];
     p.w.type = float_type(scales->dtype());
     p.w.format = weight.format;
+    p.w.exact = exact_;
     p.w.scales = keep(*scales);
     p.w.biases = keep(*biases);
   } else {

@@ -54,6 +54,9 @@ class Given {
 
 class DecoderBlock {
  public:
+  /** `exact`: its products are as exact as of floats, else they read x in 16 bits (cpu/fixed.h). */
+  explicit DecoderBlock(bool exact) : exact_(exact) {}
+
   // (w, scales, biases, group size, bits, bias): dense without scales.
   using Matrix =
       std::tuple<array, std::optional<array>, std::optional<array>, int, int, std::optional<array>>;
@@ -90,6 +93,7 @@ class DecoderBlock {
   cpu::Projection projection(const char* name, const Matrix& m);
   std::optional<cpu::Norm> norm(const char* name, const Norm& n, int size);
 
+  bool exact_;
   std::vector<array> kept_;
   std::vector<TermsPtr> terms_;
 };

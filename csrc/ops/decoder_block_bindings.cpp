@@ -20,7 +20,7 @@ namespace {
 // What Python holds. A scheduled step keeps the block itself: were it the Python object, whoever
 // drops it last would need the interpreter's lock, which the thread that waits for it may hold.
 struct Handle {
-  BlockPtr block = std::make_shared<DecoderBlock>();
+  BlockPtr block;
   std::vector<array> watched;
 
   // Remembers the arrays among the children, which may be changed in place.
@@ -95,7 +95,12 @@ void bind_decoder_block(nb::module_& m) {
       },
       "x"_a, "terms"_a, "slots"_a, nb::kw_only(), "stream"_a = nb::none());
   nb::class_<Handle>(m, "DecoderBlock")
-      .def(nb::init<>())
+      .def(
+          "__init__",
+          [](Handle* self, bool exact) {
+            new (self) Handle{std::make_shared<DecoderBlock>(exact), {}};
+          },
+          "exact"_a = true)
       .def("set_attention", method(&DecoderBlock::set_attention), nb::kw_only(), "qkv"_a, "out"_a,
           "heads"_a, "kv_heads"_a, "scale"_a, "norm"_a = nb::none(), "q_norm"_a = nb::none(),
           "k_norm"_a = nb::none(), "v_norm"_a = nb::none(), "post_norm"_a = nb::none(),

@@ -22,7 +22,7 @@ constexpr const char* kName = "mixed_quantized_matmul";
 } // namespace
 
 std::vector<array> mixed_quantized_matmul(
-    const array& x, const std::vector<AffineWeight>& parts, mx::StreamOrDevice s) {
+    const array& x, const std::vector<AffineWeight>& parts, bool exact, mx::StreamOrDevice s) {
   require_floating(kName, "x", x);
   if (parts.empty()) {
     fail(kName, "parts is empty; it must hold at least one weight");
@@ -40,7 +40,7 @@ std::vector<array> mixed_quantized_matmul(
     inputs.insert(inputs.end(), {w.codes, w.scales, w.biases});
   }
   return array::make_arrays(std::move(shapes), dtypes,
-      std::make_shared<MixedQuantizedMatmul>(mx::to_stream(s), std::move(formats)), inputs);
+      std::make_shared<MixedQuantizedMatmul>(mx::to_stream(s), std::move(formats), exact), inputs);
 }
 
 AffineWeight MixedQuantizedMatmul::part(const std::vector<array>& inputs, size_t i) const {
@@ -66,7 +66,9 @@ void MixedQuantizedMatmul::eval_cpu(const std::vector<array>& inputs, std::vecto
   for (size_t i = 0; i < outs.size(); i++) {
     outs[i].set_data(mx::allocator::malloc(outs[i].nbytes()));
     encoder.set_output_array(outs[i]);
-    projections.push_back({part(in, i).view(), outs[i].data<char>(), float_type(outs[i].dtype())});
+    cpu::Weight w = part(in, i).view();
+    w.exact = exact_ && in[0].dtype() == mx::float32;
+    projections.push_back({w, outs[i].data<char>(), float_type(outs[i].dtype())});
   }
   const array& x = in[0];
   int cols = projections[0].w.cols;
@@ -94,7 +96,7 @@ std::vector<array> MixedQuantizedMatmul::jvp(const std::vector<array>& primals,
   if (argnums.size() != 1 || argnums[0] != 0) {
     fail(kName, "forward-mode derivatives exist with respect to x only");
   }
-  return mixed_quantized_matmul(tangents[0], parts(primals), stream());
+  return mixed_quantized_matmul(tangents[0], parts(primals), exact_, stream());
 }
 
 std::vector<array> MixedQuantizedMatmul::vjp(const std::vector<array>& primals,
@@ -107,7 +109,8 @@ std::vector<array> MixedQuantizedMatmul::vjp(const std::vector<array>& primals,
   }
   std::optional<array> dx;
   for (size_t i = 0; i < formats_.size(); i++) {
-    auto term = quantized_matmul(cotangents[i], part(primals, i), false, std::nullopt, stream());
+    auto term =
+        quantized_matmul(cotangents[i], part(primals, i), false, std::nullopt, exact_, stream());
     dx = dx ? mx::add(*dx, term, stream()) : term;
   }
   return {mx::astype(*dx, primals[0].dtype(), stream())};
@@ -121,11 +124,13 @@ std::pair<std::vector<array>, std::vector<int>> MixedQuantizedMatmul::vmap(
     }
   }
   auto x = mx::moveaxis(inputs[0], axes[0], 0, stream());
-  return {mixed_quantized_matmul(x, parts(inputs), stream()), std::vector<int>(formats_.size(), 0)};
+  return {mixed_quantized_matmul(x, parts(inputs), exact_, stream()),
+      std::vector<int>(formats_.size(), 0)};
 }
 
 bool MixedQuantizedMatmul::is_equivalent(const mx::Primitive& other) const {
-  return formats_ == static_cast<const MixedQuantizedMatmul&>(other).formats_;
+  auto& o = static_cast<const MixedQuantizedMatmul&>(other);
+  return formats_ == o.formats_ && exact_ == o.exact_;
 }
 
 std::vector<mx::Shape> MixedQuantizedMatmul::output_shapes(const std::vector<array>& inputs) {

@@ -10,14 +10,15 @@
 
 namespace optiq {
 
-/** x @ dequantize(w).T for each of several weights, of any widths, in one launch. */
-std::vector<mx::array> mixed_quantized_matmul(
-    const mx::array& x, const std::vector<AffineWeight>& parts, mx::StreamOrDevice s = {});
+/** x @ dequantize(w).T for each of several weights, of any widths, in one launch; `exact` as in
+ * quantized_matmul. */
+std::vector<mx::array> mixed_quantized_matmul(const mx::array& x,
+    const std::vector<AffineWeight>& parts, bool exact, mx::StreamOrDevice s = {});
 
 class MixedQuantizedMatmul : public mx::Primitive {
  public:
-  MixedQuantizedMatmul(mx::Stream stream, std::vector<AffineFormat> formats)
-      : Primitive(stream), formats_(std::move(formats)) {}
+  MixedQuantizedMatmul(mx::Stream stream, std::vector<AffineFormat> formats, bool exact)
+      : Primitive(stream), formats_(std::move(formats)), exact_(exact) {}
 
   /** Inputs: x, then codes, scales and biases of each part. Outputs: one for each part. */
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outs) override;
@@ -34,6 +35,7 @@ class MixedQuantizedMatmul : public mx::Primitive {
   std::vector<AffineWeight> parts(const std::vector<mx::array>& inputs) const;
 
   std::vector<AffineFormat> formats_;
+  bool exact_;
 };
 
 } // namespace optiq

@@ -18,7 +18,7 @@ constexpr const char* kName = "quantized_matmul";
 } // namespace
 
 array quantized_matmul(const array& x, const AffineWeight& w, bool transpose,
-    const std::optional<array>& indices, mx::StreamOrDevice s) {
+    const std::optional<array>& indices, bool exact, mx::StreamOrDevice s) {
   require_floating(kName, "x", x);
   auto shape = matmul_shape(kName, x, w.shape(kName), transpose, indices);
   std::vector<array> inputs = {x, w.codes, w.scales, w.biases};
@@ -26,7 +26,8 @@ array quantized_matmul(const array& x, const AffineWeight& w, bool transpose,
     inputs.push_back(*indices);
   }
   return array(std::move(shape), mx::promote_types(x.dtype(), w.scales.dtype()),
-      std::make_shared<QuantizedMatmul>(mx::to_stream(s), transpose, w.format), std::move(inputs));
+      std::make_shared<QuantizedMatmul>(mx::to_stream(s), transpose, w.format, exact),
+      std::move(inputs));
 }
 
 void QuantizedMatmul::eval_cpu(const std::vector<array>& inputs, array& out) {
@@ -34,13 +35,13 @@ void QuantizedMatmul::eval_cpu(const std::vector<array>& inputs, array& out) {
   for (const auto& a : inputs) {
     in.push_back(row_contiguous(a, stream()));
   }
-  AffineWeight weight{in[1], in[2], in[3], format_};
+  cpu::Weight weight = AffineWeight{in[1], in[2], in[3], format_}.view();
+  weight.exact = exact_ && in[0].dtype() == mx::float32;
   std::optional<array> indices;
   if (in.size() == 5) {
     indices = in[4];
   }
-  eval_matmul(
-      in[0], weight.view(), indices ? in[2].shape(0) : 1, transpose_, indices, out, stream());
+  eval_matmul(in[0], weight, indices ? in[2].shape(0) : 1, transpose_, indices, out, stream());
 }
 
 void QuantizedMatmul::eval_gpu(const std::vector<array>& inputs, array& out) {
@@ -62,7 +63,7 @@ array QuantizedMatmul::apply(const std::vector<array>& inputs, const array& x, b
     indices = inputs[4];
   }
   return quantized_matmul(
-      x, {inputs[1], inputs[2], inputs[3], format_}, transpose, indices, stream());
+      x, {inputs[1], inputs[2], inputs[3], format_}, transpose, indices, exact_, stream());
 }
 
 std::vector<array> QuantizedMatmul::jvp(const std::vector<array>& primals,
@@ -111,7 +112,7 @@ std::pair<std::vector<array>, std::vector<int>> QuantizedMatmul::vmap(
 
 bool QuantizedMatmul::is_equivalent(const mx::Primitive& other) const {
   auto& o = static_cast<const QuantizedMatmul&>(other);
-  return transpose_ == o.transpose_ && format_ == o.format_;
+  return transpose_ == o.transpose_ && format_ == o.format_ && exact_ == o.exact_;
 }
 
 std::vector<mx::Shape> QuantizedMatmul::output_shapes(const std::vector<array>& inputs) {

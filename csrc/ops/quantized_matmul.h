@@ -8,14 +8,15 @@
 
 namespace optiq {
 
-/** x @ dequantize(w).T (or x @ dequantize(w)) for affine codes, accumulated in float32. */
+/** x @ dequantize(w).T (or x @ dequantize(w)) for affine codes, accumulated in float32. Unless
+ * `exact`, the CPU reads x of float32 as 16-bit fixed point (cpu/fixed.h). */
 mx::array quantized_matmul(const mx::array& x, const AffineWeight& w, bool transpose,
-    const std::optional<mx::array>& indices, mx::StreamOrDevice s = {});
+    const std::optional<mx::array>& indices, bool exact, mx::StreamOrDevice s = {});
 
 class QuantizedMatmul : public mx::UnaryPrimitive {
  public:
-  QuantizedMatmul(mx::Stream stream, bool transpose, AffineFormat format)
-      : UnaryPrimitive(stream), transpose_(transpose), format_(format) {}
+  QuantizedMatmul(mx::Stream stream, bool transpose, AffineFormat format, bool exact)
+      : UnaryPrimitive(stream), transpose_(transpose), format_(format), exact_(exact) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override;
   void eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) override;
@@ -31,6 +32,7 @@ class QuantizedMatmul : public mx::UnaryPrimitive {
 
   bool transpose_;
   AffineFormat format_;
+  bool exact_;
 };
 
 } // namespace optiq

@@ -48,7 +48,7 @@ class Mac:
             spend(ours(args[6]))
             return y
 
-        def several(y: Any, x: Any, parts: Any) -> Any:
+        def several(y: Any, x: Any, parts: Any, **options: Any) -> Any:
             spend(sum(ours(part[4]) for part in parts))
             return y
 

@@ -28,9 +28,26 @@ def test_the_extension_is_what_is_tested() -> None:
 @pytest.mark.parametrize("case", QUANTIZED, ids=str)
 def test_quantized_matmul(case: Product) -> None:
     x, (codes, scales, biases) = case.activations(), case.quantized()
-    out = ops.quantized_matmul(x, codes, scales, biases, group_size=case.group_size, bits=case.bits)
-    assert out.dtype == x.dtype
-    assert case.part(out, fixed=True) <= 1
+    for exact in (True, False):
+        out = ops.quantized_matmul(
+            x, codes, scales, biases, True, case.group_size, case.bits, exact=exact
+        )
+        assert out.dtype == x.dtype
+        assert case.part(out, fixed=not exact or x.dtype != mx.float32) <= 1
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("rows", [1, 2, 7, 20])
+def test_exact_products_have_the_error_of_floats(bits: int, rows: int) -> None:
+    """Root mean square; also where the largest value of a group rounds up."""
+    inner = 512
+    for seed in range(3):
+        r = np.random.default_rng(seed)
+        w, x = (mx.array(r.standard_normal((n, inner), dtype=np.float32)) for n in (48, rows))
+        packed = mx.quantize(w, 64, bits)
+        expected = f64(x) @ f64(mx.dequantize(*packed, 64, bits)).T
+        got = f64(ops.quantized_matmul(x, *packed, group_size=64, bits=bits))
+        assert np.sqrt(((got - expected) ** 2).mean() / (expected**2).mean()) < 4e-7
 
 
 @pytest.mark.parametrize("case", QUANTIZED[::4], ids=str)
@@ -56,9 +73,10 @@ def test_float32_activations_stay_float32() -> None:
     case = Product(3, 40, 128, 4, dtype="bf16")
     x = case.activations().astype(mx.float32)
     codes, scales, biases = case.quantized()
-    out = ops.quantized_matmul(x, codes, scales, biases)
-    assert out.dtype == mx.float32
-    assert_product(out, f64(x), f64(case.affine()), "f32", 64)
+    for exact in (True, False):
+        out = ops.quantized_matmul(x, codes, scales, biases, exact=exact)
+        assert out.dtype == mx.float32
+        assert_product(out, f64(x), f64(case.affine()), "f32", 0 if exact else 64)
     assert_product(ops.linear(x, case.weight()), f64(x), f64(case.weight()), "f32")
 
 

@@ -32,7 +32,7 @@ def test_it_goes_on_with_stock_mlx(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert accelerate(model).fused
     extension.calls.clear()
 
-    def late(y: Any, *args: Any) -> Any:
+    def late(y: Any, *args: Any, **options: Any) -> Any:
         return [raised_later(a) for a in y] if sum(extension.calls.values()) > 30 else y
 
     extension.faults["mixed_quantized_matmul"] = late

@@ -56,7 +56,7 @@ def evaluate(
         for name, header in headers.items():
             if _path(folder, name).exists():
                 records.check(_path(folder, name), header)
-    accelerate(loaded.model)
+    accelerate(loaded.model, exact=False)
     engine = Engine(loaded.model, loaded.tokenizer)
     if tasks:
         engine = engine.suited(source.name)

@@ -98,7 +98,7 @@ def train(
     check_unfinished([checkpoint], resume=resume, restart=restart)
     source = resolve(str(model), revision=revision)
     loaded = load(source, allow_quantized=True)
-    accelerate(loaded.model, blocks=False)
+    accelerate(loaded.model, blocks=False, exact=False)
     rows = read_pairs if options.dpo else read
     samples = rows(Path(data), loaded.tokenizer, options.max_length)
     before = load(resolve(str(original))) if original is not None else None

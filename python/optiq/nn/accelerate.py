@@ -52,13 +52,17 @@ class Accelerated:
     left: dict[str, str] = field(default_factory=dict)
 
 
-def accelerate(model: nn.Module, *, blocks: bool = True) -> Accelerated:
+def accelerate(model: nn.Module, *, blocks: bool = True, exact: bool = True) -> Accelerated:
     """Swap linear, embedding and expert layers of an mlx-lm model for native ones, in place.
 
     With `blocks`, decoder blocks of a known kind also run as a whole. Where the layers of a block
     are replaced, tapped or differentiated later, it runs layer by layer again; if that is all that
     you do, pass `blocks=False`. A kind of block is first compared with the original on random
     input, and left alone if the two disagree.
+
+    On the CPU products with weights in few bits are as exact as those of float32. Without `exact`
+    they read activations as 16-bit fixed point, each group by its largest value: 1.05 to 1.4 times
+    as fast, at a KL of about 2e-7.
 
     On a Metal GPU quantized linear layers and embeddings are swapped, and blocks in which they
     share an input run with one launch for it; all else stays stock. What an answer launches, token
@@ -88,6 +92,7 @@ def accelerate(model: nn.Module, *, blocks: bool = True) -> Accelerated:
             swaps.append((path, native_class.adopt(module)))
             report.swapped.append(path)
     for path, module in swaps:
+        module.exact = exact
         place_at(model, path).set(module)
     if native.on_cpu():
         model.apply(_exact)
@@ -179,6 +184,7 @@ def quantized(
         out = QuantizedSwitchLinear.empty()
         out.global_scale = None
     out.group_size, out.bits, out.mode = fmt.group_size, fmt.bits, fmt.mode
+    out.exact = getattr(module, "exact", False)
     out.weight, out.scales, out.biases = codes, scales, biases
     if "bias" in module:
         out.bias = module["bias"]

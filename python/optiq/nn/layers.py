@@ -25,6 +25,8 @@ class Adopting(nn.Module):
     what the other module holds: parameters, children and attributes.
     """
 
+    exact = True  # of quantized weights, see `accelerate`
+
     @classmethod
     def empty(cls: type[M]) -> M:
         layer = cls.__new__(cls)
@@ -144,6 +146,7 @@ def _product(
         group_size=layer.group_size,
         bits=layer.bits,
         indices=indices,
+        exact=layer.exact,
     )
 
 

@@ -110,6 +110,8 @@ class Description:
         paths = [*a.qkv, a.out, *((*m.gate_up, m.down) if m else ())]
         layers = [module_at(block, path) for path in paths]
         self.adapted = [at if isinstance(at, Adapted) else None for at in layers]
+        linear = [at.linear if isinstance(at, Adapted) else at for at in layers]
+        self.exact = any(getattr(layer, "exact", False) for layer in linear)
 
     def launches(self) -> list[list[AffineWeight]]:
         """The quantized matrices of each product with several of them, or one."""
@@ -132,7 +134,7 @@ class Native:
     def __init__(self, ext: ModuleType, block: nn.Module, anatomy: Block) -> None:
         d = Description(block, anatomy)
         self.ext = ext
-        self.block = ext.DecoderBlock()
+        self.block = ext.DecoderBlock(d.exact)
         if d.plus_one:
             d.add_one()
         r = d.rope

@@ -59,6 +59,7 @@ def quantized_matmul(
     bits: int = 4,
     *,
     indices: mx.array | None = None,
+    exact: bool = True,
 ) -> mx.array:
     """`x @ dequantize(w).T` for affine codes, accumulated in float32.
 
@@ -71,16 +72,19 @@ def quantized_matmul(
         group_size: 32, 64 or 128.
         bits: 2, 3, 4, 5, 6 or 8.
         indices: uint32 `[rows]`; row `i` of a two-dimensional `x` uses weight `indices[i]`.
+        exact: `False` lets the CPU read an `x` of float32 as 16-bit fixed point, each group by its
+            largest value. That is faster, and what it does with 16-bit activations in any case.
 
     Returns:
         `[..., out]` in the wider dtype of `x` and `scales`.
     """
     if x.ndim == 1:
-        return quantized_matmul(x[None], w, scales, biases, transpose, group_size, bits)[0]
+        x = x[None]
+        return quantized_matmul(x, w, scales, biases, transpose, group_size, bits, exact=exact)[0]
 
     def native_product(ext: ModuleType, x: mx.array = x) -> mx.array:
         out: mx.array = ext.quantized_matmul(
-            x, w, scales, biases, transpose, group_size, bits, indices=indices
+            x, w, scales, biases, transpose, group_size, bits, indices=indices, exact=exact
         )
         return out
 
@@ -105,7 +109,9 @@ def quantized_matmul(
     return metal.run(OP, launch, native_product, stock, refused)
 
 
-def mixed_quantized_matmul(x: mx.array, parts: Sequence[AffineWeight]) -> list[mx.array]:
+def mixed_quantized_matmul(
+    x: mx.array, parts: Sequence[AffineWeight], *, exact: bool = True
+) -> list[mx.array]:
     """`x @ dequantize(w).T` for each of several weights, in one launch.
 
     The weights may differ in width, group size and rows: queries, keys and values, or gate and up
@@ -114,13 +120,14 @@ def mixed_quantized_matmul(x: mx.array, parts: Sequence[AffineWeight]) -> list[m
     Args:
         x: Activations `[..., in]` in float32, float16 or bfloat16.
         parts: Weights `[out_i, in]`, at least one.
+        exact: As in `quantized_matmul`.
 
     Returns:
         `[..., out_i]` for each part, in the wider dtype of `x` and its scales: what
         `quantized_matmul` gives for it alone, to the bit.
     """
 
-    together = _Together(parts)
+    together = _Together(parts, exact)
     if native.on_cpu():
         ext = native.extension
         return together.ours(ext, x) if ext else together.one_by_one(x)
@@ -140,16 +147,15 @@ class _Together(NamedTuple):
     """The products of one x with several weights."""
 
     parts: Sequence[AffineWeight]
+    exact: bool = True
 
     def ours(self, ext: ModuleType, x: mx.array) -> list[mx.array]:
-        out: list[mx.array] = ext.mixed_quantized_matmul(x, [tuple(part) for part in self.parts])
+        parts = [tuple(part) for part in self.parts]
+        out: list[mx.array] = ext.mixed_quantized_matmul(x, parts, exact=self.exact)
         return out
 
     def one_by_one(self, x: mx.array) -> list[mx.array]:
-        return [
-            quantized_matmul(x, w.codes, w.scales, w.biases, group_size=w.group_size, bits=w.bits)
-            for w in self.parts
-        ]
+        return [quantized_matmul(x, *w[:3], True, *w[3:], exact=self.exact) for w in self.parts]
 
     def refusal(self, dtype: mx.Dtype, rows: int) -> str:
         inner = self.parts[0].scales.shape[-1] * self.parts[0].group_size

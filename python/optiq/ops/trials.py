@@ -29,10 +29,19 @@ def strided(a: mx.array) -> mx.array:
     return mx.repeat(a, 2, axis=-1)[..., ::2]
 
 
+def _floats(x: mx.array, exact: bool = True) -> bool:
+    """Whether the CPU does not read x as 16-bit fixed point."""
+    return exact and x.dtype == mx.float32
+
+
 def multiply(ext: Any, case: Product, transpose: bool = True, cpu: bool = False) -> float:
     x = strided(case.activations(None if transpose else case.out))
-    y = ext.quantized_matmul(x, *case.quantized(), transpose, case.group_size, case.bits)
-    return case.part(y, transpose, fixed=cpu and transpose)
+    weight = *case.quantized(), transpose, case.group_size, case.bits
+    parts = []
+    for exact in (True, False) if cpu else (True,):
+        y = ext.quantized_matmul(x, *weight, exact=exact)
+        parts.append(case.part(y, transpose, fixed=cpu and transpose and not _floats(x, exact)))
+    return float(np.max(parts))
 
 
 def multiply_mixed(ext: Any, case: Product, cpu: bool = False) -> float:
@@ -44,7 +53,8 @@ def multiply_several(ext: Any, cases: Sequence[Product], cpu: bool = False) -> f
     """Weights that share the x of the first."""
     x = strided(cases[0].activations())
     ys = ext.mixed_quantized_matmul(x, [tuple(c.affine()) for c in cases])
-    parts = [c.part(y, fixed=cpu) for c, y in zip(cases, ys, strict=True)]
+    fixed = cpu and not _floats(x)
+    parts = [c.part(y, fixed=fixed) for c, y in zip(cases, ys, strict=True)]
     return float(np.max(parts))  # NaN if one is, unlike max()
 
 
@@ -56,7 +66,8 @@ def multiply_experts(ext: Any, case: Product, cpu: bool = False) -> float:
     y = ext.quantized_matmul(
         strided(case.activations()), *stacked, True, case.group_size, case.bits, indices=which
     )
-    return case.part(mx.where(which[:, None] == 0, y / 2, y), fixed=cpu)
+    y = mx.where(which[:, None] == 0, y / 2, y)
+    return case.part(y, fixed=cpu and not _floats(y))
 
 
 def round_minmax(ext: Any, case: Rounding) -> float:

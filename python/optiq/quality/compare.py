@@ -67,7 +67,7 @@ def compare(
     sizes = {name: model_size(candidate.model) for name, candidate in loaded.items()}
     candidates = {name: candidate.model for name, candidate in loaded.items()}
     for model in (base.model, *candidates.values()):
-        accelerate(model)
+        accelerate(model, exact=False)
     found = measure(base.model, candidates, drawn.sequences, progress=progress)
     measured = {name: Measured.of(found[name], *sizes[name]) for name in names}
     where = str(text or "optiq.jsonl, held-out rows")

@@ -203,7 +203,7 @@ def _measured(
         return plan, []  # the report says "not measured"
     original = load(source)
     reference, tokenizer = original.model, original.tokenizer
-    accelerate(reference)
+    accelerate(reference, exact=False)
     exported, uniform = load_native(str(out))[0], render_model(load(source), baseline)
     candidates = {"exported": exported, "uniform4": uniform}
     found = divergence.measure(reference, candidates, held_out.sequences)

@@ -191,7 +191,7 @@ def _point(ready: Prepared, candidate: Candidate) -> Point:
     )
     reference = load(ready.source).model
     for one in (reference, made.model):
-        accelerate(one)
+        accelerate(one, exact=False)
     name, sequences = candidate.name, ready.texts.held_out.sequences
     found = divergence.measure(reference, {name: made.model}, sequences, progress=False)[name]
     return Point(

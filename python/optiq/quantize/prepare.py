@@ -156,7 +156,7 @@ def choose_rounding(source: Source, text: Calibration, options: Options) -> Roun
     modules = quantizable(model)
     chosen, _ = choose(options.reference, weight_bytes(model))
     open_reference(chosen, source, model, modules, MINMAX)
-    accelerate(model, blocks=False)  # each layer is metered
+    accelerate(model, blocks=False, exact=False)  # each layer is metered
     sequences = [sample.tokens for sample in text.sequences]
     columns = importance.column_squares(model, modules, sequences, progress=options.progress)
     return Rounding("search", columns)

@@ -45,7 +45,7 @@ class Judge:
         self.sequences = sequences
         self._modules = quantizable(model)
         self._head = next((m.path for m in self._modules if is_head(m)), None)
-        accelerate(model)
+        accelerate(model, exact=False)
         self._teacher = Replay(model, self._modules)
         self._tapes: list[Tape] = []
 

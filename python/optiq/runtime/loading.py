@@ -52,7 +52,7 @@ def open_source(
     model = loaded.model
     if kv is not None:
         model = attach(model, kv, identity(source))
-    accelerate(model)
+    accelerate(model, exact=False)
     if kv is not None:
         route(model)
     if adapter is not None:

@@ -60,7 +60,7 @@ class Kl:
     @cached_property
     def _reference(self) -> tuple[nn.Module, Any]:
         loaded = load(self._reference_source, allow_quantized=True)
-        accelerate(loaded.model)
+        accelerate(loaded.model, exact=False)
         return loaded.model, loaded.tokenizer
 
 

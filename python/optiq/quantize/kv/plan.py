@@ -150,7 +150,7 @@ def _prepare(model: str, options: KVOptions) -> Job:
         samples=options.samples,
         seed=options.seed,
     )
-    accelerate(loaded.model)
+    accelerate(loaded.model, exact=False)
     return Job(options, loaded, dense, slots, length, budget, contexts)
 
 

@@ -104,7 +104,7 @@ def descend(
     }
     chosen, _ = choose(reference, weight_bytes(model))
     running = open_reference(chosen, source, model, modules, MINMAX)
-    accelerate(model, blocks=False)
+    accelerate(model, blocks=False, exact=False)
     fitted: dict[tuple[str, Format], Rounded] = {}
     with (
         Replay(model, modules) as replay,

@@ -173,7 +173,7 @@ class _Teacher:
     def __init__(self, source: Source, sequences: Sequence[Sequence[int]]) -> None:
         model = load(source).model
         self.modules = quantizable(model)
-        accelerate(model)
+        accelerate(model, exact=False)
         self.sequences = sequences
         with Replay(model, self.modules) as replay:
             _, self.no_gradients = survey(replay, sequences[0], self.modules)

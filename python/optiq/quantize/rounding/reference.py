@@ -108,7 +108,7 @@ class Uniform4:
         from ...nn.accelerate import accelerate
 
         self._fresh, _ = open_model(self._source)
-        accelerate(self._fresh, blocks=False)
+        accelerate(self._fresh, blocks=False, exact=False)
 
     def dense(self, path: str) -> nn.Module:
         if self._fresh is None:

@@ -39,5 +39,5 @@ def render_model(
             layer = render_layer(module, fmt, rounding, path)
             mx.eval(layer.parameters())
             place_at(loaded.model, path).set(layer)
-    accelerate(loaded.model, blocks=blocks)
+    accelerate(loaded.model, blocks=blocks, exact=False)
     return loaded.model
