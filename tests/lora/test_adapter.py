@@ -164,13 +164,13 @@ def test_damage_is_named(tmp_path: Path, how: str, reason: str) -> None:
 def test_an_adapter_of_another_base_shape_or_module_is_refused(tmp_path: Path) -> None:
     folder = mixed_folder(tmp_path)
     adapter = random_adapter(folder)
-    model = load(resolve(str(folder)), allow_quantized=True).model
+    modules = adaptable(load(resolve(str(folder)), allow_quantized=True).model)
     assert adapter.base is not None
-    check_fits(adapter, model, adapter.base)
+    check_fits(adapter, modules, adapter.base)
     with pytest.raises(AdapterError, match="was made for"):
-        check_fits(adapter, model, Base("other", "0" * 64))
+        check_fits(adapter, modules, Base("other", "0" * 64))
     path, term = next(iter(adapter.terms.items()))
     with pytest.raises(AdapterError, match="not a linear layer"):
-        check_fits(Adapter({"model.layers.7.x": term}, 1.0), model)
+        check_fits(Adapter({"model.layers.7.x": term}, 1.0), modules)
     with pytest.raises(AdapterError, match=f"the adapter of {path} is"):
-        check_fits(Adapter({path: LowRank(term.b.T, term.a.T[:, :-1])}, 1.0), model)
+        check_fits(Adapter({path: LowRank(term.b.T, term.a.T[:, :-1])}, 1.0), modules)

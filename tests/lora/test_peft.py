@@ -197,7 +197,7 @@ def test_we_compute_what_peft_does(tmp_path: Path, real: Any, config: dict[str, 
     ("config", "reason"),
     [
         ({"use_dora": True}, "DoRA"),
-        ({"target_modules": ["embed_tokens"]}, "lora_embedding_"),
+        ({"target_modules": ["embed_tokens"]}, "adapts an embedding"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"lora_bias": True}, "lora_bias"),
         ({"trainable_token_indices": [3]}, "trained tokens"),

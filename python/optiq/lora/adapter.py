@@ -9,7 +9,7 @@ was made. Adapters that mlx-lm wrote are also read; their base is not known.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,8 +24,7 @@ from ..base.files import write_json
 from ..base.tensors import write_tensors
 from ..base.text import one_line
 from ..errors import AdapterError, ExportError, SourceError
-from ..models.adaptable import adaptable
-from ..models.roles import Role
+from ..models.roles import Module, Role
 from ..sources.safetensors import data_start, read_header
 from .layers import LowRank
 
@@ -113,14 +111,14 @@ def _float32(matrix: mx.array) -> FloatArray:
     return np.asarray(matrix).astype(np.float32, copy=False)
 
 
-def check_fits(adapter: Adapter, model: nn.Module, base: Base | None = None) -> None:
-    """Raise AdapterError unless the adapter belongs to `base` and fits the layers of `model`."""
+def check_fits(adapter: Adapter, modules: Sequence[Module], base: Base | None = None) -> None:
+    """Raise AdapterError unless the adapter belongs to `base` and fits its layers, `modules`."""
     if base is not None and adapter.base and adapter.base.fingerprint != base.fingerprint:
         raise AdapterError(
             f"the adapter was made for {adapter.base.name} ({adapter.base.fingerprint[:12]}), not "
             f"for {base.name} ({base.fingerprint[:12]}); use it with its own base"
         )
-    known = {m.path: m for m in adaptable(model)}
+    known = {m.path: m for m in modules}
     for path, term in adapter.terms.items():
         module = known.get(path)
         if module is None:

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from ..base.files import check_writable
 from ..base.text import one_line
 from ..errors import AdapterError, ExportError, UsageError
+from ..models.adaptable import adaptable
 from ..models.places import place_at
 from ..sources import Source, load, resolve
 from .adapter import Adapter, Base, check_fits
@@ -75,7 +76,7 @@ def merge(
     loaded = load(source, allow_quantized=True)
     adapter = combined(adapters)
     adapter.check_everywhere("merging")
-    check_fits(adapter, loaded.model, Base(source.name, source.fingerprint))
+    check_fits(adapter, adaptable(loaded.model), Base(source.name, source.fingerprint))
     changed = loaded.model
     config = copy.deepcopy(loaded.config)
     if dense:

@@ -23,6 +23,7 @@ from ...lora.adapter import Adapter, Base, check_fits
 from ...lora.gathered import Shadow, halved
 from ...lora.layers import LowRank
 from ...lora.merging import combined
+from ...models.adaptable import adaptable
 from .prefix import PrefixCache
 from .sums import parse
 
@@ -79,7 +80,7 @@ class Adapters:
         for the digest of an adapter."""
         self._base, self._nbytes, self._prefix = base, nbytes, prefix
         self._shadow = Shadow(model, slots)
-        self._plain = model
+        self._plain, self._modules = model, adaptable(model)
         self.together = next(
             (
                 rows
@@ -102,7 +103,7 @@ class Adapters:
             raise AdapterError(
                 f"{name[:80]!r} is not a name for an adapter; use up to 64 letters, digits and ._-"
             )
-        check_fits(adapter, self._plain, self._base)
+        check_fits(adapter, self._modules, self._base)
         mounted = Mounted(name, adapter, self._prefix(adapter.digest))
         with self._lock:
             self._make_room(mounted, [m for n, m in self._named.items() if n != name])
