@@ -17,6 +17,7 @@
 #include "launch/attention.h"
 #include "launch/copy.h"
 #include "launch/kl_divergence.h"
+#include "launch/low_rank.h"
 #include "launch/quantize.h"
 #include "launch/quantized_matmul.h"
 #include "launch/tuning.h"
@@ -143,6 +144,12 @@ void bind(nb::module_& m) {
         return to_python(plan_kl_divergence({tokens, vocabulary, head(p), head(q), soft_cap}));
       },
       "tokens"_a, "vocabulary"_a, "p"_a, "q"_a, "soft_cap"_a = 0.0f);
+  m.def(
+      "plan_low_rank",
+      [](int rows, int in, int out, int rank, int slots, const std::string& dtype) {
+        return to_python(plan_low_rank({rows, in, out, rank, slots, float_named(dtype)}));
+      },
+      "rows"_a, "in"_a, "out"_a, "rank"_a, "slots"_a, "dtype"_a = "float16");
   m.def(
       "plan_quantize",
       [](size_t rows, size_t cols, int group_size, int bits, const std::string& dtype,

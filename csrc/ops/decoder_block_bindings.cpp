@@ -94,6 +94,12 @@ void bind_decoder_block(nb::module_& m) {
         return gathered_low_rank(x, *t.terms, slots, s);
       },
       "x"_a, "terms"_a, "slots"_a, nb::kw_only(), "stream"_a = nb::none());
+  m.def(
+      "gathered_low_rank",
+      [](const array& x, const array& a, const array& b, const array& slots, mx::StreamOrDevice s) {
+        return gathered_low_rank(x, a, b, slots, s);
+      },
+      "x"_a, "a"_a, "b"_a, "slots"_a, nb::kw_only(), "stream"_a = nb::none());
   nb::class_<Handle>(m, "DecoderBlock")
       .def(
           "__init__",

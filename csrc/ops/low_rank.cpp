@@ -1,6 +1,7 @@
 #include "ops/low_rank.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -11,6 +12,8 @@
 #include <mlx/ops.h>
 #include <mlx/primitives.h>
 
+#include "launch/low_rank.h"
+#include "metal/encoder.h"
 #include "ops/fail.h"
 #include "ops/matmul.h"
 
@@ -44,13 +47,53 @@ class GatheredLowRank : public mx::UnaryPrimitive {
     });
   }
   void eval_gpu(const std::vector<array>&, array&) override {
-    throw std::runtime_error("[gathered_low_rank] has no GPU kernel; use mx.gather_mm there");
+    throw std::runtime_error("[gathered_low_rank] takes stacked terms on a GPU");
   }
   DEFINE_NAME(OptiqGatheredLowRank)
 
  private:
   TermsOfRows terms_;
   int in_, out_;
+};
+
+class StackedLowRank : public mx::UnaryPrimitive {
+ public:
+  using mx::UnaryPrimitive::UnaryPrimitive;
+
+  void eval_cpu(const std::vector<array>& inputs, array& out) override {
+    std::vector<array> in;
+    auto& encoder = mx::cpu::get_command_encoder(stream());
+    for (const array& each : inputs) {
+      encoder.set_input_array(in.emplace_back(row_contiguous(each, stream())));
+    }
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+    encoder.set_output_array(out);
+    int rank = in[1].shape(2), count = in[1].shape(0);
+    std::vector<cpu::LowRank> terms(count, cpu::LowRank{});
+    for (int slot = 1; slot < count; slot++) {
+      terms[slot] = {in[1].data<char>() + slot * (in[1].nbytes() / count),
+          in[2].data<char>() + slot * (in[2].nbytes() / count), float_type(in[1].dtype()), rank};
+    }
+    encoder.dispatch(
+        [terms, m = in[0].shape(0), k = in[0].shape(1), width = out.shape(1),
+            x = in[0].data<float>(), slots = in[3].data<uint32_t>(), y = out.data<float>()]() {
+          std::vector<int> of_rows(slots, slots + m);
+          for (int i = 0; i < m; i++) {
+            bool there = slots[i] < terms.size();
+            std::fill_n(y + size_t(i) * width, width, there ? 0.0f : NAN);
+            of_rows[i] = there ? of_rows[i] : 0;
+          }
+          cpu::LowRankPart part{terms.data(), y, width};
+          cpu::kernels().low_rank({x, m, k, of_rows.data(), &part, 1});
+        });
+  }
+  void eval_gpu(const std::vector<array>& inputs, array& out) override {
+    const array &x = inputs[0], &a = inputs[1];
+    launch::LowRankOp op{
+        x.shape(0), x.shape(1), out.shape(1), a.shape(2), a.shape(0), float_type(a.dtype())};
+    metal::run(launch::plan_low_rank(op), inputs, {out}, stream());
+  }
+  DEFINE_NAME(OptiqStackedLowRank)
 };
 
 } // namespace
@@ -130,6 +173,26 @@ array gathered_low_rank(const array& x, const LowRankTerms& terms, const std::ve
   return array({x.shape(0), terms.out}, mx::float32,
       std::make_shared<GatheredLowRank>(mx::to_stream(s), std::move(of_rows), terms.in, terms.out),
       {x});
+}
+
+array gathered_low_rank(
+    const array& x, const array& a, const array& b, const array& slots, mx::StreamOrDevice s) {
+  if (x.ndim() != 2 || x.dtype() != mx::float32 || slots.ndim() != 1 ||
+      slots.dtype() != mx::uint32 || slots.shape(0) != x.shape(0)) {
+    fail_terms("x is ", x.shape(), " ", x.dtype(), " and slots ", slots.shape(), " ", slots.dtype(),
+        "; they must be [rows, in] float32 and [rows] uint32");
+  }
+  if (a.ndim() != 3 || b.ndim() != 3 || a.shape(0) != b.shape(0) || a.shape(1) != x.shape(1) ||
+      a.shape(2) != b.shape(1) || a.shape(2) < kRanks || a.shape(2) % kRanks != 0 ||
+      a.dtype() != b.dtype() || (a.dtype() != mx::float32 && a.dtype() != mx::float16)) {
+    fail_terms("a is ", a.shape(), " ", a.dtype(), " and b ", b.shape(), " ", b.dtype(),
+        "; they must be [slots, ", x.shape(1),
+        ", rank] and [slots, rank, out], both float32 or float16, with a rank that is a multiple "
+        "of ",
+        kRanks);
+  }
+  return array({x.shape(0), b.shape(2)}, mx::float32,
+      std::make_shared<StackedLowRank>(mx::to_stream(s)), {x, a, b, slots});
 }
 
 void use_large_pages(const array& a) {

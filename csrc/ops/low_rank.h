@@ -64,6 +64,12 @@ class TermsOfRows {
 mx::array gathered_low_rank(const mx::array& x, const LowRankTerms& terms,
     const std::vector<int>& slots, mx::StreamOrDevice s = {});
 
+/** The same with terms that are stacked, [slots, in, rank] and [slots, rank, out], both float32 or
+ * both float16, and the slot of each row in uint32: for a GPU. A slot that is not there gives NaN.
+ */
+mx::array gathered_low_rank(const mx::array& x, const mx::array& a, const mx::array& b,
+    const mx::array& slots, mx::StreamOrDevice s = {});
+
 /** Asks the system to keep an evaluated array in large pages: terms are read so fast that looking
  * up small ones takes a third of the time. Where it cannot, nothing happens. */
 void use_large_pages(const mx::array& a);

@@ -18,7 +18,17 @@ from optiq import ops
 from optiq.doctor import selftest
 from optiq.ops import metal, native
 from optiq.ops.attention_cases import ATTENTION, Attention
-from optiq.ops.cases import DTYPES, LARGE_PAIRS, PAIRS, QUANTIZED, Pair, Product, f64
+from optiq.ops.cases import (
+    DTYPES,
+    LARGE_PAIRS,
+    PAIRS,
+    QUANTIZED,
+    TERMS,
+    Pair,
+    Product,
+    Terms,
+    f64,
+)
 from tests.tiny import tiny_folder
 
 from .test_trials import LAUNCHES
@@ -70,6 +80,14 @@ def test_several_weights_in_one_launch(rows: int) -> None:
     mx.eval(out)
     for case, y in zip(cases, out, strict=True):
         assert case.part(y) <= 1
+
+
+@pytest.mark.parametrize("case", TERMS, ids=str)
+def test_gathered_low_rank(case: Terms) -> None:
+    assert native.extension is not None
+    out = native.extension.gathered_low_rank(*case.inputs(), stream=mx.gpu)
+    mx.eval(out)
+    assert case.part(out) <= 1
 
 
 @pytest.mark.parametrize("transpose", [True, False])

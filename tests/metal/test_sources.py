@@ -41,6 +41,7 @@ KERNELS = {
         *(f"attention_merge<{t}, 80>" for t in ("half", "bfloat")),
     ],
     "quantize_kv.metal": ["quantize_kv<bfloat, 3, 32>", "quantize_kv<float, 8, 64>"],
+    "low_rank.metal": [f"low_rank_{way}<{t}>" for way in ("down", "up") for t in ("half", "float")],
     "copy.metal": [f"copy_rows<{t}>" for t in ("uchar", "ushort", "uint", "ulong")],
 }
 

@@ -15,7 +15,13 @@ from optiq.ops.trials import TRIALS, passes
 from tests.msl.emulator import needs_emulator
 from tests.msl.mlx_quantize import gpu_quantize
 
-from . import test_attention, test_kl_divergence, test_quantize, test_quantize_kv
+from . import (
+    test_attention,
+    test_kl_divergence,
+    test_low_rank,
+    test_quantize,
+    test_quantize_kv,
+)
 from .launcher import NAMES, plan_quantized_matmul, run
 
 pytestmark = needs_emulator
@@ -70,6 +76,9 @@ class Emulated:
     def quantize_kv(self, x: mx.array, group_size: int, bits: int) -> mx.array:
         return test_quantize_kv.quantized(x, Format("affine", bits, group_size))
 
+    def gathered_low_rank(self, x: mx.array, a: mx.array, b: mx.array, slots: mx.array) -> mx.array:
+        return test_low_rank.multiplied(x, a, b, slots)
+
     def quantized_attention(
         self, q: mx.array, k: mx.array, v: mx.array, k_format: Any, v_format: Any, scale: float,
         mask: str, **options: Any,
@@ -100,6 +109,7 @@ LAUNCHES = [
     ("quantize_kv", (F16, 80, V4)),
     ("quantized_attention", (F32, 64, 64, K8, V4, 8)),
     ("quantized_attention", (F32, 64, 64, K8, V4, 0)),
+    ("gathered_low_rank", (F16,)),
 ]
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from optiq import ops
 from optiq.ops import native, reference
+from optiq.ops.cases import TERMS, Terms
 from optiq.ops.low_rank import RANKS, Pair, halves
 
 HALF = 2.0**-11  # relative error of a number in float16
@@ -125,3 +126,19 @@ def test_what_does_not_fit_is_refused() -> None:
             ops.gathered_low_rank(x, terms, slots)
     with pytest.raises(ValueError, match=r"it must be \[rows, 48\]"):
         ops.gathered_low_rank(mx.zeros((3, 40)), terms, [0])
+
+
+@pytest.mark.parametrize("case", TERMS, ids=str)
+def test_stacked_terms_are_those_of_float64(case: Terms) -> None:
+    """As a GPU takes them, by the kernel of the CPU."""
+    if not native.active():
+        pytest.skip("no native kernels here")
+    assert native.extension is not None
+    x, a, b, slots = case.inputs()
+    got = native.extension.gathered_low_rank(x, a, b, slots)
+    assert case.part(got) <= 1
+    away = native.extension.gathered_low_rank(x, a, b, slots + 4)
+    assert mx.isnan(away).all().item()
+    for wrong, reason in (((x, a, b[:3], slots), "they must be"), ((x, a, b, slots[1:]), "rows")):
+        with pytest.raises(ValueError, match=reason):
+            native.extension.gathered_low_rank(*wrong)

@@ -14,6 +14,7 @@ import pytest
 from optiq import ops
 from optiq.formats import DENSE, Format
 from optiq.ops import AffineWeight, kl, native, trials
+from optiq.ops.cases import Terms
 from optiq.ops.trials import TRIALS, passes
 
 if native.extension is None:
@@ -74,6 +75,15 @@ def activations(*shape: int) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(7))
 
 
+X, A, B, SLOTS = Terms(4, 128, 40, 8).inputs()
+TERMS = ops.LowRankTerms(4, 128, 40)
+mx.eval(A, B)
+for slot in (1, 2, 3):
+    pair = A[slot] + 0, B[slot] + 0
+    mx.eval(pair)
+    TERMS.put(slot, pair)
+
+
 def work() -> dict[str, Callable[[], Any]]:
     """A call of each op that has a trial -> what it gives."""
     w, x = weight(), activations(4, 128)
@@ -88,6 +98,7 @@ def work() -> dict[str, Callable[[], Any]]:
         "quantized_attention": lambda: [
             ops.quantized_attention(q, kv, kv, k_format=form, v_format=form, scale=0.1)
         ],
+        "gathered_low_rank": lambda: [ops.gathered_low_rank(X, TERMS, [1, 0, 3, 2])],
     }
 
 
@@ -320,6 +331,12 @@ FAULTS: dict[str, tuple[str, tuple[Any, ...], str, Fault]] = {
         (F32, 64, 64, K8, K8, 8),
         "quantized_attention",
         lambda y, *a, starts, **k: REAL.quantized_attention(*a),
+    ),
+    "another's term": (
+        "gathered_low_rank",
+        (F16,),
+        "gathered_low_rank",
+        lambda y, x, a, b, slots: REAL.gathered_low_rank(x, a, b, slots[::-1]),
     ),
 }
 

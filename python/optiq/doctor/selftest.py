@@ -83,6 +83,7 @@ def run(gpu: bool) -> Iterator[Line | Speed]:
     yield line("kl_divergence", trials.compare, cases.PAIRS, cpu=cpu)
     yield line("quantize_kv", trials.store, attention_cases.RECORDS)
     yield line("quantized_attention", trials.attend, attention_cases.LONG_ATTENTION)
+    yield line("gathered_low_rank", trials.add_terms, cases.TERMS)
     yield from _speeds(extension, stream)
 
 

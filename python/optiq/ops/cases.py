@@ -224,6 +224,54 @@ class Pair:
         return part_of(logit + EPS["f32"] / 2 * np.abs(truth), found, truth)
 
 
+@dataclass(frozen=True)
+class Terms:
+    """x [rows, in] and low-rank terms of `dtype` in four slots, the first of which is none."""
+
+    rows: int
+    inner: int
+    out: int
+    rank: int
+    dtype: str = "f16"
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.inner}x{self.rank}x{self.out}-{self.dtype}"
+
+    def inputs(self) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        rng = np.random.default_rng([self.rows, self.inner, self.rank])
+        x, a, b = (
+            rng.standard_normal(shape, dtype=np.float32)
+            for shape in (
+                (self.rows, self.inner), (4, self.inner, self.rank), (4, self.rank, self.out)
+            )
+        )  # fmt: skip
+        dtype, slots = DTYPES[self.dtype], (3 * np.arange(self.rows) + 1) % 4
+        return (
+            mx.array(x),
+            mx.array(a).astype(dtype),
+            mx.array(b).astype(dtype),
+            mx.array(slots.astype(np.uint32)),
+        )
+
+    def part(self, got: mx.array) -> float:
+        """Of the roundings of both sums in float32."""
+        x, a, b = map(f64, self.inputs()[:3])
+        slots = np.array(self.inputs()[3])
+        terms = [None, *zip(a[1:], b[1:], strict=True)]
+        sizes = [None, *zip(np.abs(a[1:]), np.abs(b[1:]), strict=True)]
+        bound = reference.gathered_low_rank(np.abs(x), sizes, slots)
+        bound *= (self.inner + self.rank) * EPS["f32"]
+        return part_of(bound + 1e-30, got, reference.gathered_low_rank(x, terms, slots))
+
+
+# Widths around the 32 groups of a threadgroup, outputs around its 256 threads.
+TERMS = [
+    Terms(rows, inner, out, rank, dtype)
+    for (rows, inner, out, rank), dtype in product(
+        ((1, 31, 7, 8), (2, 64, 256, 16), (5, 130, 300, 24), (8, 576, 1536, 64)), ("f16", "f32")
+    )
+]
+
 # Small, for the emulator.
 SMALL_PAIRS = [
     Pair(1, 1, 1, 1),

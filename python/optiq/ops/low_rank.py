@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import frexp
+from types import ModuleType
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from . import native
+from . import metal, native
+from .contest import Sample
 
+OP = "gathered_low_rank"
+GPU_ROWS = 16  # more are left to stock MLX: our kernel reads the term of a row for that row alone
 RANKS = 8  # ranks are padded with zeros to a multiple of this
 # Exponents of the largest number of a matrix that float16 holds well.
 LEAST, MOST = -6, 14
@@ -84,8 +88,9 @@ class LowRankTerms:
     def stacks(self) -> Pair:
         """All terms as [slots, in, rank] and [slots, rank, out]; the ranks are padded to one."""
         if self._stacks is None:
-            rank = max(p[0].shape[1] for p in self._pairs if p is not None)
-            none = mx.zeros((self.width, 0)), mx.zeros((0, self.out))
+            there = [pair for pair in self._pairs if pair is not None]
+            rank, dtype = max(a.shape[1] for a, _ in there), mx.result_type(*(a for a, _ in there))
+            none = mx.zeros((self.width, 0), dtype), mx.zeros((0, self.out), dtype)
             pairs = [none if p is None else p for p in self._pairs]
             self._stacks = (
                 mx.stack([mx.pad(a, [(0, 0), (0, rank - a.shape[1])]) for a, _ in pairs]),
@@ -111,7 +116,25 @@ def gathered_low_rank(x: mx.array, terms: LowRankTerms, slots: Sequence[int]) ->
         return out
     if not terms:
         return mx.zeros((x.shape[0], terms.out))
-    a, b = (m.astype(mx.float32) for m in terms.stacks)
-    indices = mx.repeat(mx.array(list(slots), dtype=mx.uint32), x.shape[0] // len(slots))
-    down = mx.gather_mm(x[:, None, :], a, rhs_indices=indices)
-    return mx.gather_mm(down, b, rhs_indices=indices).squeeze(-2)
+    (a, b), rows = terms.stacks, x.shape[0]
+    indices = mx.repeat(mx.array(list(slots), dtype=mx.uint32), rows // len(slots))
+
+    def kernel(ext: ModuleType, x: mx.array) -> mx.array:
+        out: mx.array = ext.gathered_low_rank(x, a, b, indices)
+        return out
+
+    def stock(x: mx.array) -> mx.array:
+        down = mx.gather_mm(x[:, None, :], a.astype(mx.float32), rhs_indices=indices)
+        return mx.gather_mm(down, b.astype(mx.float32), rhs_indices=indices).squeeze(-2)
+
+    if rows > GPU_ROWS:
+        return stock(x)
+    launch = (a.dtype,)
+    sample = Sample(f"{rows} x {terms.width} x {a.shape[2]} x {terms.out}", x.shape, (a, b))
+    return metal.run(
+        OP,
+        launch,
+        lambda ext: kernel(ext, x),
+        lambda: stock(x),
+        lambda: metal.refusal(OP, launch, x.dtype, kernel, stock, sample),
+    )

@@ -14,7 +14,7 @@ import numpy as np
 from ..formats import DENSE, Format
 from .affine import AffineWeight
 from .attention_cases import Attention, Records
-from .cases import DTYPES, Pair, Product, Rounding
+from .cases import DTYPES, Pair, Product, Rounding, Terms
 
 WIDE = 64 * 256  # outputs: 256 tiles of 64, as many as `narrow_from` can ask for (docs/kernels.md)
 
@@ -108,6 +108,11 @@ def attend(ext: Any, case: Attention) -> float:
     )  # fmt: skip
 
 
+def add_terms(ext: Any, case: Terms) -> float:
+    x, a, b, slots = case.inputs()
+    return case.part(ext.gathered_low_rank(strided(x), a, b, slots))
+
+
 # What follows is the trial of a launch, by op: its arguments are what kernels are compiled for.
 # Only gross faults show here, in milliseconds once the kernels are compiled.
 
@@ -169,12 +174,18 @@ def _attentions(
     return [attend(ext, c) for c in [case, *long]]
 
 
+def _low_rank(ext: Any, dtype: mx.Dtype) -> list[float]:
+    """Slots in disorder, and more outputs than a threadgroup has threads."""
+    return [add_terms(ext, Terms(5, 130, 300, 16, _named(dtype)))]
+
+
 TRIALS: dict[str, Callable[..., list[float]]] = {
     "quantized_matmul": _products,
     "quantize": _roundings,
     "kl_divergence": _comparisons,
     "quantize_kv": _records,
     "quantized_attention": _attentions,
+    "gathered_low_rank": _low_rank,
 }
 
 
