@@ -59,12 +59,13 @@ def read(folder: Path) -> Adapter:
     if config.get("bias", "none") != "none":
         raise AdapterError(f"{folder} trains biases (bias={config['bias']!r}); use bias='none'")
     halves: dict[str, dict[str, mx.array]] = {}
-    for name, array in read_tensors(folder / WEIGHTS).items():
-        if "lora_embedding_" in name:
-            raise AdapterError(
-                f"{folder / WEIGHTS} adapts an embedding ({name}), which is not supported; train "
-                "it with linear layers only as target_modules"
-            )
+    tensors = read_tensors(folder / WEIGHTS)
+    if embedding := next((name for name in tensors if "lora_embedding_" in name), None):
+        raise AdapterError(
+            f"{folder / WEIGHTS} adapts an embedding ({embedding}), which is not supported; train "
+            "it with linear layers only as target_modules"
+        )
+    for name, array in tensors.items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", name)
         if match is None or array.ndim != 2:
             raise AdapterError(f"{folder / WEIGHTS} holds {name}; only linear layers are supported")
