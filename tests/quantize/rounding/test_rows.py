@@ -32,7 +32,7 @@ def rounded(w: mx.array, fmt: Format, h: mx.array) -> ops.AffineWeight:
     return ops.descend(w, start, h)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 8, 50, 96])
+@pytest.mark.parametrize("rows", [1, 7, 96])
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
 def test_rows_undo_what_the_others_do(rows: int, dtype: mx.Dtype) -> None:
     fmt = Format("affine", 3, 64)

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from ... import ops
 
 # Rows that move at a time, each as if the others stayed; far apart, since neighbours share most.
-TOGETHER = 8
+TOGETHER = 16
 
 ROUNDS = 2  # over all rows, with one sweep over the groups of each
 
