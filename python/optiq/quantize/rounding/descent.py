@@ -141,15 +141,14 @@ def best(
     """
     searched = ops.quantize(w, fmt, mx.diag(inputs.fit))
     start = ops.AffineWeight(*searched, fmt.group_size, fmt.bits)
+    alone = inputs.shrunk
     candidates = {
-        "descent": ops.descend(w, start, inputs.shrunk),
+        "descent": ops.descend(w, start, alone),
         "search": start,
         "minmax": ops.AffineWeight(*ops.quantize(w, fmt), fmt.group_size, fmt.bits),
     }
-    if outputs is not None and mx.min(mx.diag(outputs.shrunk)) > 0:
-        candidates["together"] = descend_together(
-            w, candidates["descent"], inputs.shrunk, outputs.shrunk
-        )
+    if outputs is not None and mx.all(mx.diag(both := outputs.shrunk) > 0):
+        candidates["together"] = descend_together(w, candidates["descent"], alone, both)
     judge = None if outputs is None else outputs.judge
     errors = {name: _error(w, v, inputs.judge, judge) for name, v in candidates.items()}
     name = min(errors, key=lambda name: errors[name])
