@@ -6,6 +6,7 @@ model file was read; `nn/check.py` still compares every kind of block with the o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -216,10 +217,20 @@ def whole_text_caches(model: nn.Module) -> list[Any] | None:
     from mlx_lm.models.cache import make_prompt_cache
 
     reading = (_CACHE_OF_LAYER, "kv_reuse_layers")
-    if not any(hasattr(module, name) for module in model.modules() for name in reading):
+    if not any(hasattr(module, name) for module in _around_blocks(model) for name in reading):
         return None
     caches: list[Any] = make_prompt_cache(model)
     return caches
+
+
+def _around_blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules that are not in a list: this is asked for every run, and blocks have many."""
+    import mlx.nn as nn
+
+    yield module
+    for child in module.values():
+        if isinstance(child, nn.Module):
+            yield from _around_blocks(child)
 
 
 def cache_readers(model: nn.Module, caches: int) -> tuple[tuple[int, ...], ...]:
