@@ -1,7 +1,8 @@
 """How long a conversion will take and how much memory, before it starts.
 
-A probe of two seconds times three things on the model's own largest layer: a product with text, the
-search for scales, and coordinate descent. The phases are so many of each.
+A probe of two seconds times what a conversion does most: a product with text, the search for scales
+and coordinate descent, on the model's own largest layer, and its attention. The phases are so many
+of each.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import mlx.core as mx
 
@@ -20,21 +22,25 @@ from ..calibration import Sample, Texts
 from ..formats import DENSE, UNIFORM4, Format
 from ..models.roles import Module, Role, allowed, quantizable
 from ..models.shapes import embedding_shape
+from ..quality.answers import PROMPTS, TOKENS
 from ..sources import LoadedModel
 from .options import Options
 from .replay.logits import LOGITS_BYTES
 
 NARROW = Format("affine", 4, 32)
 
-_PROBE, _RUNS = 0.6, 10  # seconds for each of the three, and runs, at most
+_PROBE, _RUNS = 0.5, 10  # seconds for each, and runs, at most
 _ROWS = 256  # tokens in a product, as long as a sequence usually is
 _WEIGHTS = 1 << 21  # weights that are rounded in a probe, at most
 
 _BACKWARD = 3.0  # a pass back costs this many passes forward, with what it keeps for them
-_ATTENTION = 1.25  # a pass forward over its products alone
+_REST = 1.15  # a pass forward over its products and attention alone
+_NATIVE = 0.1  # attention in blocks that run natively, over MLX's
 _PLANS = 4.5  # that are proposed and measured, on average
 _CANDIDATES = 3  # roundings of a layer that are compared
 _EXACT = 0.01  # exact scores of what is still open, as a share of those of all
+_ANSWERS = len(PROMPTS) * TOKENS  # tokens in the report, at most; as many of two small models
+_DECODING = 1e10  # bytes a second of the weights that an answer reads
 _READING = 1e9  # bytes a second of a model that is opened once more, from the disk's cache
 _PROCESS = 700_000_000  # bytes of Python, MLX and mlx-lm themselves
 
@@ -55,9 +61,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of one multiplication in a product, one weight searched, one step of descent."""
+    """Seconds of one multiplication in a product, and in one of experts; of a query that sees a key
+    in one head; of one weight searched; of one step of descent."""
 
     product: float
+    experts: float
+    attention: float
     search: float
     descent: float
 
@@ -68,39 +77,53 @@ def estimate(
     """What `convert` will take with these texts."""
     modules = quantizable(loaded.model)
     speed = probe(modules, loaded)
-    experts = getattr(getattr(loaded.model, "args", None), "num_experts_per_tok", None) or 1
-    forward = _ATTENTION * speed.product * sum(_active(m, experts) for m in modules)
+    args = getattr(loaded.model, "args", None)
+    chosen = getattr(args, "num_experts_per_tok", None) or 1
+    token = sum(_seconds(m, speed, chosen) for m in modules)
+    heads = _heads(args) * len({m.block for m in modules if m.block is not None})
+
+    def run(sequences: list[Sample], *, native: bool = False) -> float:
+        """Seconds of a pass forward; `native`: with accelerated blocks."""
+        lengths = [len(sample.tokens) for sample in sequences]
+        seen = sum(n * n for n in lengths) * (_NATIVE if native else 1.0)
+        return _REST * (sum(lengths) * token + seen * heads * speed.attention)
+
     weights = sum(prod(m.shape) for m in modules)
     descents = sum(prod(m.shape) * m.shape[-1] for m in modules if m.role is not Role.EXPERT)
-    calibration, scoring = _tokens(texts.calibration.sequences), _tokens(texts.scoring.sequences)
-    selection, held_out = _tokens(texts.selection), _tokens(texts.held_out.sequences)
+    scoring = sum(len(sample.tokens) for sample in texts.scoring.sequences)
+    calibrated, scored = run(texts.calibration.sequences), run(texts.scoring.sequences)
     loading = 0.1 + weights * loaded.dtype.size / _READING
     formats = sum(prod(m.shape) * len(set(allowed(m, options.menu)) - {DENSE}) for m in modules)
 
     scores = 0.0
     if options.scores is None:
-        exact = sum(len(allowed(m, options.menu)) - 1 for m in modules) * scoring * forward / 2
-        fisher = formats * (speed.search + scoring * speed.product) + _BACKWARD * scoring * forward
-        scores = {"kl": exact, "fisher": fisher}.get(options.sensitivity, fisher + _EXACT * exact)
+        runs = {m.path: len(allowed(m, options.menu)) - 1 for m in modules}
+        exact = sum(runs.values()) * scored / 2
+        open = sum(runs[m.path] for m in modules if m.role in (Role.EXPERT, Role.ROUTER))
+        fisher = formats * (speed.search + scoring * speed.product) + _BACKWARD * scored
+        scores = {"kl": exact, "fisher": fisher}.get(
+            options.sensitivity, fisher + open * scored / 2 + _EXACT * exact
+        )
     if options.rounding != "minmax":
-        scores += calibration * forward  # the importance of columns
+        scores += calibrated  # the importance of columns
     seconds = {"measuring sensitivity": loading + scores}
     if not dry_run:
-        judging = weights * speed.search + selection * forward
-        seconds["choosing formats"] = loading + (_PLANS * judging if selection else 0.0)
+        judging = loading + weights * speed.search + run(texts.selection, native=True)
+        seconds["choosing formats"] = loading + (_PLANS * judging if texts.selection else 0.0)
         if options.rounding not in ("search", "minmax"):
             layers = descents * (speed.descent + _CANDIDATES * speed.product)
-            gradients = _BACKWARD * calibration * forward
-            seconds["fitting weights"] = loading + gradients + layers + judging
+            seconds["fitting weights"] = loading + _BACKWARD * calibrated + layers + judging
         if refining:
-            seconds["training scales"] = _BACKWARD * 2 * calibration * forward
+            seconds["training scales"] = _BACKWARD * 2 * calibrated
         seconds["writing"] = loading + 2 * weights * speed.search
-        seconds["checking"] = loading + weights * speed.search + 2 * held_out * forward
+        judged = 2 * run(texts.held_out.sequences, native=True)
+        answers = _ANSWERS * 1.6 * weights * loaded.dtype.size / _DECODING
+        seconds["checking"] = loading + weights * speed.search + judged + answers
     return Estimate(seconds, _memory(modules, loaded, texts, dry_run=dry_run))
 
 
 def probe(modules: list[Module], loaded: LoadedModel) -> Speed:
-    """Time the three on a matrix of the size that most of the model's weights have."""
+    """Time them on a matrix of the size that most of the model's weights have, and its heads."""
     shapes = [m.shape[-2:] for m in modules if m.block is not None] or [modules[0].shape[-2:]]
     out, width = max(shapes, key=prod)
     w = mx.random.normal((out, width), key=mx.random.key(0)).astype(loaded.dtype)
@@ -108,16 +131,51 @@ def probe(modules: list[Module], loaded: LoadedModel) -> Speed:
     dense = w.astype(mx.float32 if mx.default_device() == mx.cpu else loaded.dtype)
     mx.eval(w, x, dense)
     product = _fastest(lambda: x @ dense.T) / (_ROWS * w.size)
+    experts = _experts(modules, x.dtype) or product
+    attention = _attention(getattr(loaded.model, "args", None), x.dtype)
     fmt = next((f for f in (UNIFORM4, NARROW) if f.fits(w.shape)), None)
     if fmt is None:  # it stays as it is
-        return Speed(product, 0.0, 0.0)
+        return Speed(product, experts, attention, 0.0, 0.0)
     fewer, ones = w[: max(1, _WEIGHTS // width)], mx.ones(width)
     start = ops.AffineWeight(*ops.quantize(fewer, fmt, ones), fmt.group_size, fmt.bits)
     hessian = mx.eye(width) + 0.01
     mx.eval(start[:3], hessian)
     search = _fastest(lambda: ops.quantize(fewer, fmt, ones)[0]) / fewer.size
     descent = _fastest(lambda: ops.descend(fewer, start, hessian).codes) / (fewer.size * width)
-    return Speed(product, search, descent)
+    return Speed(product, experts, attention, search, descent)
+
+
+def _heads(args: Any) -> int:
+    return int(getattr(args, "num_attention_heads", None) or 1)
+
+
+def _attention(args: Any, dtype: mx.Dtype) -> float:
+    """Seconds for a query that sees a key, in one head of the usual size."""
+    heads = min(_heads(args), 8)
+    x = mx.random.normal((1, heads, _ROWS, 64), key=mx.random.key(2)).astype(dtype)
+    mx.eval(x)
+
+    def work() -> mx.array:
+        return mx.fast.scaled_dot_product_attention(x, x, x, scale=0.125, mask="causal")
+
+    return _fastest(work) / (heads * _ROWS**2)
+
+
+def _experts(modules: list[Module], dtype: mx.Dtype) -> float:
+    """Seconds of a multiplication where each token has experts of its own; 0 without experts."""
+    shapes = [m.shape for m in modules if m.role is Role.EXPERT]
+    if not shapes:
+        return 0.0
+    out, width = shapes[0][-2:]
+    w = mx.random.normal((4, width, out), key=mx.random.key(3)).astype(dtype)
+    x = mx.random.normal((_ROWS // 4, 1, width), key=mx.random.key(4)).astype(dtype)
+    which = mx.arange(_ROWS // 4) // (_ROWS // 16)
+    mx.eval(w, x, which)
+
+    def work() -> mx.array:
+        return mx.gather_mm(x, w, rhs_indices=which, sorted_indices=True)
+
+    return _fastest(work) / (_ROWS // 4 * out * width)
 
 
 def _fastest(work: Callable[[], mx.array]) -> float:
@@ -130,17 +188,13 @@ def _fastest(work: Callable[[], mx.array]) -> float:
     return min(found)
 
 
-def _active(module: Module, experts: int) -> int:
-    """Multiplications of one token in this module; a lookup takes none."""
+def _seconds(module: Module, speed: Speed, chosen: int) -> float:
+    """Of one token in this module; a lookup takes none."""
     if module.role is Role.EMBEDDING and not module.tied:
-        return 0
+        return 0.0
     if module.role is Role.EXPERT:
-        return experts * prod(module.shape[1:])
-    return prod(module.shape)
-
-
-def _tokens(sequences: list[Sample]) -> int:
-    return sum(len(sample.tokens) for sample in sequences)
+        return chosen * prod(module.shape[1:]) * speed.experts
+    return prod(module.shape) * speed.product
 
 
 def _memory(modules: list[Module], loaded: LoadedModel, texts: Texts, *, dry_run: bool) -> int:
@@ -148,6 +202,7 @@ def _memory(modules: list[Module], loaded: LoadedModel, texts: Texts, *, dry_run
     dense = sum(prod(m.shape) for m in modules) * loaded.dtype.size
     _, width = embedding_shape(modules)
     blocks = len({m.block for m in modules if m.block is not None})
-    outputs = 4 * _tokens(texts.calibration.sequences) * (blocks + 1) * width
+    tokens = sum(len(sample.tokens) for sample in texts.calibration.sequences)
+    outputs = 4 * tokens * (blocks + 1) * width
     models = dense if dry_run else 2 * dense + dense * 4 // (8 * loaded.dtype.size)
     return min(_PROCESS + models + outputs + 3 * LOGITS_BYTES, max(available_memory(), dense))
