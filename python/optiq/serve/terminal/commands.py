@@ -150,7 +150,7 @@ class Session:
         try:
             self._talk.save(Path(rest).expanduser())
         except OSError as error:
-            return f"not saved: {error}"
+            return f"not saved to {rest}: {error.strerror or error}"
         return f"saved to {rest}"
 
     def _new(self, rest: str) -> str:
