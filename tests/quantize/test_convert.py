@@ -253,20 +253,21 @@ def test_a_failure_while_comparing_leaves_no_folder_without_a_report(
         assert (tmp_path / "out" / "config.json").exists()
         raise failure
 
-    monkeypatch.setattr(conversion.divergence, "measure", failing)
+    monkeypatch.setattr(conversion.Judge, "compare", failing)
     with pytest.raises(type(failure)):
         convert(str(folder), tmp_path / "out", **QUICK)
     assert names(tmp_path) == ["model", "out.optiq-work"]
 
 
-def test_without_memory_for_three_models_the_result_is_not_measured(
+def test_without_memory_for_the_source_the_result_is_measured_but_gives_no_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_folder(tmp_path, name="model")
-    monkeypatch.setattr(conversion, "available_memory", lambda: 100_000)
+    whole = convert(str(folder), tmp_path / "whole", reference="bf16", **QUICK)
+    monkeypatch.setattr(conversion, "available_memory", lambda: 1000)
+    monkeypatch.setattr(conversion, "_answers", None)
     result = convert(str(folder), tmp_path / "out", reference="bf16", **QUICK)
-    assert result.kl is None
-    assert "not measured" in (tmp_path / "out" / "optiq" / "report.html").read_text()
+    assert result.kl == whole.kl
 
 
 def test_a_model_that_does_not_fit_memory_is_scored_in_4_bits(tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ from optiq.planning.size import UNIFORM4_SIZE
 from optiq.quality.statistics import rank_correlation
 from optiq.quantize import select as selection
 from optiq.quantize.convert import convert
-from optiq.quantize.rounding.render import render_model
 from optiq.quantize.rounding.weights import MINMAX, Rounding, round_weight
 from optiq.quantize.select import Judge, decide
 from optiq.sources import Source, load, resolve
@@ -63,12 +62,12 @@ def test_the_judges_kl_is_that_of_stock_models(tmp_path: Path, name: str) -> Non
     with Judge(source, TEXT) as judge:
         for bits in (3, 6):
             plan = uniform(source, bits)
-            found = judge.measure(render_model(load(source), plan))
+            found = judge.measure(plan)
             original, _ = load_model(source.path)
             student = stock(source, plan)
             assert found.mean == pytest.approx(mean_kl(original, student, TOKENS), rel=5e-3)
             assert found.se == pytest.approx(clustered(original, student), rel=1e-2)
-        same = judge.measure(render_model(load(source), replace(plan, modules=())))
+        same = judge.measure(replace(plan, modules=()))
         assert same.mean == pytest.approx(0, abs=1e-6)
 
 
@@ -95,7 +94,7 @@ def test_soft_caps_of_logits_count(monkeypatch: pytest.MonkeyPatch) -> None:
     nn.quantize(student, 64, 3, class_predicate=lambda path, m: isinstance(m, nn.Embedding))
     expected = mean_kl(model(), student, TOKENS)
     with Judge(source, TEXT) as judge:
-        assert judge.measure(student).mean == pytest.approx(expected, rel=1e-3)
+        assert judge.measure_model(student).mean == pytest.approx(expected, rel=1e-3)
     uncapped = [model(30.0), model(30.0)]
     nn.quantize(uncapped[1], 64, 3, class_predicate=lambda path, m: isinstance(m, nn.Embedding))
     assert abs(mean_kl(*uncapped, TOKENS) / expected - 1) > 0.05
@@ -103,11 +102,11 @@ def test_soft_caps_of_logits_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_logits_in_chunks_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny_source(tmp_path, "llama untied")
-    student = render_model(load(source), uniform(source, 4))
+    plan = uniform(source, 4)
     with Judge(source, TEXT) as judge:
-        whole = judge.measure(student)
+        whole = judge.measure(plan)
         monkeypatch.setattr("optiq.quantize.replay.logits.LOGITS_BYTES", 4 * 4 * 384)
-        assert vars(judge.measure(student)) == pytest.approx(vars(whole), rel=1e-5)
+        assert vars(judge.measure(plan)) == pytest.approx(vars(whole), rel=1e-5)
 
 
 Measured = dict[tuple[str, str], float]
@@ -210,27 +209,33 @@ def test_a_fit_that_is_better_is_taken(source: Source) -> None:
     assert measured(found).keys() == {("a", "minmax")}
 
 
-@pytest.mark.parametrize("why", ["memory", "text"])
-def test_without_memory_or_text_the_first_plan_is_taken(
-    source: Source, monkeypatch: pytest.MonkeyPatch, why: str
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_is_read_block_by_block_is_measured_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    source = tiny_source(tmp_path, name)
+    found = []
+    for limit in (1 << 30, 0):
+        monkeypatch.setattr(selection, "SMALL_BYTES", limit)
+        with Judge(source, TEXT) as judge:
+            found.append([judge.measure(uniform(source, bits)).mean for bits in (3, 6)])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_without_text_the_first_plan_is_taken(source: Source) -> None:
     plans = {"a": uniform(source, 3), "b": uniform(source, 8)}
-    dense = sum(m.module.shape[0] * m.module.shape[1] for m in plans["a"].modules) * 4
-    need = dense + plans["a"].nbytes
-    monkeypatch.setattr(selection, "available_memory", lambda: need - (why == "memory"))
-    text = TEXT if why == "memory" else []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "Judge", None)  # nothing is loaded
-        plan, how = decide(source, plans, MINMAX, text, progress=False)
+        plan, how = decide(source, plans, MINMAX, [], progress=False)
         fit = fitted(source, plan, lambda w: w)
-        trusted, by = decide(source, plans, MINMAX, text, lambda plan: fit, progress=False)
+        trusted, by = decide(source, plans, MINMAX, [], lambda plan: fit, progress=False)
     assert (how, by) == (MINMAX, fit)
     for found, rounding in ((plan, "minmax"), (trusted, "descent")):
         assert replace(found, selection=None) == plans["a"]
         assert found.selection == Selection("a", rounding)
     plan, _ = decide(source, plans, MINMAX, TEXT, progress=False)
     assert plan.selection is not None
-    assert plan.selection.chosen == ("a" if why == "memory" else "b")
+    assert plan.selection.chosen == "b"
 
 
 def test_a_conversion_is_what_was_measured_on_text_of_its_own(tmp_path: Path) -> None:

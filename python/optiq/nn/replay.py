@@ -12,7 +12,7 @@ it is recorded, and written again in the block's place.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -43,6 +43,13 @@ class Tape:
         rows = max(1, nbytes // (4 * self.vocabulary))
         for start in range(0, self.tokens.shape[1], rows):
             yield slice(start, start + rows)
+
+    def forget(self, n: int) -> None:
+        """Keep of what the n-th block call returned only the shapes."""
+        self.outputs[n] = tree_map(
+            lambda leaf: mx.zeros_like(leaf) if isinstance(leaf, mx.array) else leaf,
+            self.outputs[n],
+        )
 
 
 @dataclass
@@ -131,11 +138,47 @@ class Replay:
 
     def record(self, tokens: Sequence[int], cache: list[Any] | None = None) -> Tape:
         """Run all blocks on one sequence and keep what they return."""
+        tape = self._sketch(tokens, cache)
+        mx.eval(arrays(tape.outputs), tape.hidden)
+        return tape
+
+    def record_together(
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        after: Callable[[int | None], None] = lambda _: None,
+        beside: Callable[[int | None, int], Any] = lambda *_: None,
+        thin: bool = False,
+    ) -> list[Tape]:
+        """`record` each sequence, but run a block on all of them before the next one.
+
+        `after(block)` is called when a block has run for the last time, `after(None)` when what is
+        outside the blocks has. What `beside(block, sequence)` returns is evaluated with the block.
+        With `thin` only shapes of what the blocks return are kept.
+        """
+        tapes = [self._sketch(tokens) for tokens in sequences]
+        for n, block in enumerate(self.order):
+            for t, tape in enumerate(tapes):
+                mx.eval(arrays(tape.outputs[n]), beside(block, t))
+                if thin and n:
+                    tape.forget(n - 1)
+            if block not in self.order[n + 1 :]:
+                after(block)
+            if n == 0:
+                after(None)
+        for t, tape in enumerate(tapes):
+            mx.eval(tape.hidden, beside(None, t))
+            if thin:
+                tape.forget(len(self.order) - 1)
+        after(None)
+        return tapes
+
+    def _sketch(self, tokens: Sequence[int], cache: list[Any] | None = None) -> Tape:
+        """The run of all blocks on one sequence; nothing is computed."""
         ids = mx.array([list(tokens)])
         self.order = []
         run = self.run(ids, (), ALL, cache)
         outputs = [run.outputs[n] for n in range(len(run.outputs))]
-        mx.eval(arrays(outputs), run.hidden)
         return Tape(ids, outputs, run.hidden, run.logits.shape[-1])
 
     def final(self, tape: Tape, module: Module) -> mx.array:

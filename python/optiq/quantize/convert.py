@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.nn as nn
 
@@ -21,14 +21,13 @@ from ..base.checkpoint import check_unfinished
 from ..base.command import command_line
 from ..base.files import check_space, check_writable, write_json
 from ..base.memory import available_memory
-from ..base.progress import Job, silenced, tell
+from ..base.progress import Job, Progress, silenced, tell
 from ..base.text import one_line
 from ..calibration import Calibration, Texts, gather
 from ..errors import ExportError, UsageError
 from ..nn.accelerate import accelerate
 from ..planning.plan import Baseline, Plan, build, uniform_plan
 from ..planning.scores import Scores
-from ..quality import divergence
 from ..quality.answers import PROMPTS, TOKENS, Answers
 from ..quality.results import Measured
 from ..runtime.generate import answer
@@ -42,7 +41,7 @@ from .prepare import CHECKPOINT, SCORES, prepare, remove_work, texts_of, work_fo
 from .rounding import distill
 from .rounding.render import render_model
 from .rounding.weights import Rounding
-from .select import Refine
+from .select import Judge, Refine
 from .sensitivity.checkpoint import existing
 
 if TYPE_CHECKING:
@@ -198,30 +197,40 @@ def _measured(
 ) -> tuple[Plan, list[Answers]]:
     """The plan with the KL of the exported folder, and of stock uniform 4-bit, in it; answers."""
     baseline = uniform_plan(plan.model, [m.module for m in plan.modules])
-    needed = plan.dense_nbytes + plan.nbytes + baseline.nbytes
-    if needed > available_memory():
-        return plan, []  # the report says "not measured"
-    original = load(source)
-    reference, tokenizer = original.model, original.tokenizer
-    accelerate(reference, exact=False)
-    exported, uniform = load_native(str(out))[0], render_model(load(source), baseline)
-    candidates = {"exported": exported, "uniform4": uniform}
-    found = divergence.measure(reference, candidates, held_out.sequences)
-    ours, stock = (
-        Measured.of(found[name], of.nbytes, of.bpw)
-        for name, of in (("exported", plan), ("uniform4", baseline))
-    )
-    samples = _answers((reference, exported, uniform), tokenizer)
+    with Progress(3, "checking") as bar, Judge(source, held_out.sequences) as judge:
+        bar.step()
+        exported = judge.compare("the exported model", *judge.opened(out))
+        bar.step()
+        uniform = judge.compare("uniform 4-bit", *judge.rendered(baseline))
+    ours = Measured.of(exported, plan.nbytes, plan.bpw)
+    stock = Measured.of(uniform, baseline.nbytes, baseline.bpw)
+    samples = _answers(source, baseline, out) if plan.dense_nbytes <= available_memory() else []
     return replace(plan, measured=ours, uniform4=Baseline(baseline.nbytes, stock)), samples
 
 
-def _answers(models: tuple[nn.Module, nn.Module, nn.Module], tokenizer: Any) -> list[Answers]:
-    """What the source, ours and stock uniform 4-bit answer; a model that cannot talk has none."""
-    found: list[Answers] = []
+def _answers(source: Source, baseline: Plan, out: Path) -> list[Answers]:
+    """What the source, ours and stock uniform 4-bit answer; a model that cannot talk has none.
+
+    One of them is in memory at a time.
+    """
+    tokenizer = load(source).tokenizer
+
+    def original() -> nn.Module:
+        model = load(source).model
+        accelerate(model)
+        return model
+
+    found: list[list[str]] = []
     try:
-        for prompt in PROMPTS:
-            source, ours, uniform = (answer(model, tokenizer, prompt, TOKENS) for model in models)
-            found.append(Answers(prompt, source, ours, uniform, TOKENS))
+        for make in (
+            original,
+            lambda: load_native(str(out))[0],
+            lambda: render_model(load(source), baseline),
+        ):
+            model = make()
+            found.append([answer(model, tokenizer, prompt, TOKENS) for prompt in PROMPTS])
+            del model
     except Exception as error:  # whatever a template or a cache of a model file raises
         tell(f"the report has no answers of the models: {one_line(error)}")
-    return found
+        return []
+    return [Answers(prompt, *of, TOKENS) for prompt, *of in zip(PROMPTS, *found, strict=True)]

@@ -34,7 +34,7 @@ from .options import Options
 from .preflight import check_runs, check_weights, undivided
 from .rounding import importance
 from .rounding.descent import descend
-from .rounding.reference import choose, open_reference, weight_bytes
+from .rounding.reference import in_passes, open_reference
 from .rounding.weights import MINMAX, Rounding
 from .select import Refine, decide
 from .sensitivity.checkpoint import saved_reference
@@ -154,11 +154,12 @@ def choose_rounding(source: Source, text: Calibration, options: Options) -> Roun
         return MINMAX
     model = load(source).model
     modules = quantizable(model)
-    chosen, _ = choose(options.reference, weight_bytes(model))
-    open_reference(chosen, source, model, modules, MINMAX)
     accelerate(model, blocks=False, exact=False)  # each layer is metered
+    running = open_reference(in_passes(options.reference), source, model, modules, MINMAX)
     sequences = [sample.tokens for sample in text.sequences]
-    columns = importance.column_squares(model, modules, sequences, progress=options.progress)
+    columns = importance.column_squares(
+        model, modules, sequences, drop=running.drop, progress=options.progress
+    )
     return Rounding("search", columns)
 
 

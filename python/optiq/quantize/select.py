@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import inf, isfinite
+from pathlib import Path
 
-import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
+import numpy as np
 
-from ..base.memory import available_memory
 from ..base.progress import Progress, tell
 from ..calibration import Sample, token_hash
 from ..errors import UsageError
@@ -24,28 +23,41 @@ from ..nn.accelerate import accelerate
 from ..nn.replay import Replay, Tape
 from ..ops import metal
 from ..planning.plan import Candidate, Plan, Selection
-from ..quality.results import Mean
+from ..quality import divergence
+from ..quality.results import Divergence, Mean
 from ..quality.statistics import mean_per_token, rank_correlation
-from ..sources import Source, load
-from .replay.logits import divergences
+from ..sources import Source, load, resolve
+from .replay.logits import LOGITS_BYTES, Output, divergences
+from .replay.streamed import Drop, Passing, Streamed, keep
+from .rounding.reference import weight_bytes
 from .rounding.render import render_model
-from .rounding.weights import Rounding
+from .rounding.weights import MINMAX, Rounding
 
 Refine = Callable[[Plan, Rounding], Rounding]
+
+# A model up to this size is kept in memory while it is measured.
+SMALL_BYTES = 1 << 30
 
 # Measured over predicted KL; outside, the scores say little about this model.
 USUAL_RATIO = (0.5, 2.5)
 
 
 class Judge:
-    """Measures students of `source` on `sequences`; a context manager."""
+    """Measures students of `source` on `sequences`; a context manager.
+
+    Of the models that run, one block and the head are in memory at a time; all of models that are
+    small (`SMALL_BYTES`), whose blocks then run as a whole, which is faster.
+    """
 
     def __init__(self, source: Source, sequences: Sequence[Sample]) -> None:
         model = load(source).model
         self.sequences = sequences
+        self._source = source
         self._modules = quantizable(model)
         self._head = next((m.path for m in self._modules if is_head(m)), None)
-        accelerate(model, exact=False)
+        self._small = weight_bytes(model) <= SMALL_BYTES
+        accelerate(model, blocks=self._small, exact=False)
+        self._drop = keep if self._small else Streamed(source, model).drop
         self._teacher = Replay(model, self._modules)
         self._tapes: list[Tape] = []
 
@@ -59,18 +71,63 @@ class Judge:
 
     @metal.restarts
     def _record(self) -> list[Tape]:
-        return [_thin(self._teacher.record(s.tokens)) for s in self.sequences]
+        texts = [s.tokens for s in self.sequences]
+        return self._teacher.record_together(texts, after=self._drop, thin=True)
 
     @metal.restarts
-    def measure(self, student: nn.Module) -> Mean:
-        """KL of a student, which is a model of the same architecture, in nats per token."""
+    def measure(self, plan: Plan, rounding: Rounding = MINMAX) -> Mean:
+        """KL of the model that `plan` describes, in nats per token."""
+        return self.measure_model(*self.rendered(plan, rounding))
+
+    def rendered(self, plan: Plan, rounding: Rounding = MINMAX) -> tuple[nn.Module, Drop]:
+        """The model that `plan` describes, to be run once, and how it drops its blocks."""
+        small, loaded = self._small, load(self._source)
+        student = render_model(loaded, plan, rounding=rounding, blocks=small, lazy=not small)
+        return student, keep if small else Passing(student).drop
+
+    def opened(self, folder: Path) -> tuple[nn.Module, Drop]:
+        """An exported model, to be run once, and how it drops its blocks."""
+        student = load(resolve(str(folder)), allow_quantized=True).model
+        accelerate(student, blocks=self._small)
+        return student, keep if self._small else Passing(student).drop
+
+    @metal.restarts
+    def measure_model(self, student: nn.Module, drop: Drop = keep) -> Mean:
+        """KL of a student, which is a model of the same architecture; `drop` is its own."""
         totals: list[float] = []
+        for tape, student_output in zip(self._tapes, self._outputs(student, drop), strict=True):
+            teacher = (tape.hidden, None)
+            totals += divergences(self._teacher, tape, teacher, [student_output])
+        self._drop(None)
+        return Mean(*mean_per_token(totals, [len(s.tokens) for s in self.sequences]))
+
+    @metal.restarts
+    def compare(self, name: str, student: nn.Module, drop: Drop = keep) -> Divergence:
+        """All that is said of how far a student is from the source, over the next tokens."""
+        table: divergence.Table = []
+        for tape, (hidden, head) in zip(self._tapes, self._outputs(student, drop), strict=True):
+            tokens = tape.tokens[0]
+            parts = []
+            last = len(tokens) - 1  # nothing follows the last token
+            for start, stop, _ in (rows.indices(last) for rows in tape.chunks(LOGITS_BYTES)):
+                if start < stop:
+                    p, q = (
+                        self._teacher.logits(tape, h[0, start:stop], by)
+                        for h, by in ((tape.hidden, None), (hidden, head))
+                    )
+                    following = tokens[start + 1 : stop + 1]
+                    parts.append(divergence.compare_rows(name, p, q, following))
+            table.append(np.concatenate(parts, axis=1))
+        self._drop(None)
+        return divergence.summary(table, token_hash(self.sequences))
+
+    def _outputs(self, student: nn.Module, drop: Drop) -> list[Output]:
+        """What a student's head gets in each sequence, and that head."""
         with Replay(student, self._modules) as replay:
             head = replay.place(self._head).get() if self._head else None
-            for tape, sample in zip(self._tapes, self.sequences, strict=True):
-                hidden = replay.record(sample.tokens).hidden
-                totals += divergences(self._teacher, tape, (tape.hidden, None), [(hidden, head)])
-        return Mean(*mean_per_token(totals, [len(s.tokens) for s in self.sequences]))
+            texts = [s.tokens for s in self.sequences]
+            runs = replay.record_together(texts, after=drop, thin=True)
+            return [(run.hidden, head) for run in runs]
 
 
 def decide(
@@ -86,16 +143,15 @@ def decide(
     """The plan of least measured KL, and `rounding` or what `fit` makes of it, whichever is better.
 
     `refine` then makes another one of that, which is taken if it is better still. What was measured
-    goes into the plan's `selection`. Without sequences, or where source and student do not fit the
-    memory together, the first plan is taken unmeasured, `fit` is trusted, and `refine`, which is
-    not, raises UsageError.
+    goes into the plan's `selection`. Without sequences the first plan is taken unmeasured, `fit` is
+    trusted, and `refine`, which is not, raises UsageError.
     """
     chosen = next(iter(plans))
-    if not sequences or not _fit_memory(plans[chosen], copies=2 if fit or refine else 1):
+    if not sequences:
         if refine:
             raise UsageError(
                 "--refine is kept only where it lowers measured KL, and there is not enough text "
-                "or memory to measure; leave it out, add --calibration rows or free memory"
+                "to measure; leave it out, or add --calibration rows"
             )
         plan = plans[chosen]
         rounding = fit(plan) if fit else rounding
@@ -105,7 +161,7 @@ def decide(
 
         def measure(name: str, rounding: Rounding) -> float:
             plan = plans[name]
-            kl = judge.measure(render_model(load(source), plan, rounding=rounding))
+            kl = judge.measure(plan, rounding)
             if not isfinite(kl.mean):  # the plan makes the model overflow
                 return inf
             candidates.append(Candidate(name, rounding.method, plan.nbytes, plan.predicted_kl, kl))
@@ -140,11 +196,6 @@ def decide(
     return replace(plan, selection=selection), rounding
 
 
-def _fit_memory(plan: Plan, copies: int) -> bool:
-    """Whether a student and so many copies of the source do; fitting loads one of its own."""
-    return copies * plan.dense_nbytes + plan.budget <= available_memory()
-
-
 def _trust(candidates: Sequence[Candidate], chosen: str) -> tuple[float | None, float | None]:
     """How well predicted KL foretold the measured one: their ratio for the chosen plan, and the
     rank correlation over all.
@@ -159,11 +210,3 @@ def _trust(candidates: Sequence[Candidate], chosen: str) -> tuple[float | None, 
             f"{high}: more calibration --tokens or --sensitivity kl may find a better one"
         )
     return ratio, rank_correlation(pairs.values())
-
-
-def _thin(tape: Tape) -> Tape:
-    """Without the block outputs: to make logits of the head's input only their shapes are used."""
-    outputs = tree_map(
-        lambda leaf: mx.zeros_like(leaf) if isinstance(leaf, mx.array) else leaf, tape.outputs
-    )
-    return replace(tape, outputs=outputs)

@@ -382,12 +382,11 @@ def test_no_more_is_recorded_than_there_is_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: float, used: int
 ) -> None:
     model, _ = load_model(tiny_source(tmp_path, "llama tied").path)
-    texts = sequences(*[10] * 6)
-    with Replay(model, quantizable(model)) as replay:
+    modules, texts = quantizable(model), sequences(*[10] * 6)
+    with Replay(model, modules) as replay:
         one = sum(a.nbytes for a in replay.record(texts[0]).outputs)
-        monkeypatch.setattr(descent, "TAPE_BYTES", int(room * one))
-        tapes = descent._record(replay, texts)
-    assert [tape.tokens.tolist()[0] for tape in tapes] == texts[:used]
+    monkeypatch.setattr(descent, "TAPE_BYTES", int(room * one))
+    assert descent._fitting(texts, model, modules) == texts[:used]
 
 
 @pytest.mark.parametrize("transpose", [True, False])

@@ -22,7 +22,6 @@ from optiq.quantize.convert import convert
 from optiq.quantize.prepare import work_folder
 from optiq.quantize.rounding import distill as refining
 from optiq.quantize.rounding.distill import Training, refine
-from optiq.quantize.rounding.render import render_model
 from optiq.quantize.rounding.weights import MINMAX, Rounding
 from optiq.quantize.select import Judge, decide
 from optiq.sources import Source, load
@@ -52,7 +51,7 @@ def mixed(source: Source) -> Plan:
 
 def kl(source: Source, plan: Plan, rounding: Rounding, text: Calibration) -> float:
     with Judge(source, text.sequences) as judge:
-        return float(judge.measure(render_model(load(source), plan, rounding=rounding)).mean)
+        return float(judge.measure(plan, rounding).mean)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 What is differentiated is sum_t log p(y_t) with every label y_t drawn from the model's own p, whose
 gradients g make up the Fisher information, F = mean of g g' over the labels. The pass goes block
 call by block call from the last to the first, from the recorded outputs of the blocks before. What
-it holds at a time: the block outputs of all sequences, their gradients, and the activations of one
-block.
+it holds at a time: the outputs of the blocks that are left, gradients at those that a block reads,
+and the activations of one block on one sequence.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ...models.roles import Module, Role
 from ...nn.replay import ALL, Pass, Replay, Tape, arrays
 from .gradients import Call, add_calls
 from .logits import LOGITS_BYTES
+from .streamed import Drop, keep
 from .taps import Deltas, Taps
 
 
@@ -50,13 +51,23 @@ def survey(
 
 
 class Backward:
-    """A backward pass over `tapes` that go together; `keys` draw the labels of each."""
+    """A backward pass over `tapes` that go together; `keys` draw the labels of each.
 
-    def __init__(self, replay: Replay, tapes: Sequence[Tape], keys: Sequence[mx.array]) -> None:
-        self.replay, self.tapes, self.keys = replay, tapes, keys
-        # By tape and block call: gradients of the call's floating point outputs.
-        self.gradients = [
-            [[mx.zeros_like(a) for a in _floats(out)] for out in tape.outputs] for tape in tapes
+    The tapes are used up. `after(block)` is called when a block is done with, `after(None)` when
+    the head is.
+    """
+
+    def __init__(
+        self,
+        replay: Replay,
+        tapes: Sequence[Tape],
+        keys: Sequence[mx.array],
+        after: Drop = keep,
+    ) -> None:
+        self.replay, self.tapes, self.keys, self.after = replay, tapes, keys, after
+        # By tape and block call: gradients of the call's floating point outputs; None is 0.
+        self.gradients: list[list[list[mx.array | None]]] = [
+            [[None] * len(_floats(out)) for out in tape.outputs] for tape in tapes
         ]
 
     def calls(self, modules: Sequence[Module]) -> Iterator[tuple[Module, list[list[Call]]]]:
@@ -72,13 +83,14 @@ class Backward:
             at_head = [_head_gradient(replay, tape, self.keys[t])]
             calls = self._back(t, len(replay.order), outside, at_head)
             shared.append({m.path: calls.get(m.path, []) for m in outside})
+        self.after(None)
         waiting: list[dict[str, list[Call]]] = [defaultdict(list) for _ in tapes]
         for n in reversed(range(len(replay.order))):
             block = replay.order[n]
             inside = [m for m in modules if m.block == block]
             for t in range(len(tapes)):
-                gradients, self.gradients[t][n] = self.gradients[t][n], []
-                calls = self._back(t, n, [*outside, *inside], gradients)
+                calls = self._back(t, n, [*outside, *inside], self._taken(t, n))
+                tapes[t].forget(n)
                 for m in inside:
                     waiting[t][m.path] += calls.get(m.path, [])
                 for path, earlier in shared[t].items():
@@ -86,8 +98,15 @@ class Backward:
             if n == replay.order.index(block):
                 for m in inside:
                     yield m, [calls.pop(m.path) for calls in waiting]
+                self.after(block)
         for m in outside:
             yield m, [calls[m.path] for calls in shared]
+
+    def _taken(self, t: int, n: int) -> list[mx.array]:
+        """The gradients of block call n, which are forgotten."""
+        found, self.gradients[t][n] = self.gradients[t][n], []
+        floats = _floats(self.tapes[t].outputs[n])
+        return [mx.zeros_like(a) if g is None else g for a, g in zip(floats, found, strict=True)]
 
     def _back(
         self, t: int, n: int, modules: Sequence[Module], gradients: Sequence[mx.array]
@@ -119,10 +138,16 @@ class Backward:
                 return {}
             found = mx.grad(product)(variables)
             arguments = taps.arguments
-        earlier = iter(found["outputs"])
+        # Most blocks read what the one before returned, and nothing else.
+        reached = [mx.any(g != 0) for g in found["outputs"]]
+        mx.eval(reached, found["deltas"], arrays(arguments))
+        earlier = iter(zip(found["outputs"], reached, strict=True))
         for kept in self.gradients[t][:n]:
-            kept[:] = [g + next(earlier) for g in kept]
-        mx.eval(self.gradients[t][:n], found["deltas"], arrays(arguments))
+            for i, sum_ in enumerate(kept):
+                gradient, any_ = next(earlier)
+                if any_.item():
+                    kept[i] = gradient if sum_ is None else sum_ + gradient
+        mx.eval(self.gradients[t][:n])
         return {
             path: [
                 (args, kwargs, g)

@@ -23,9 +23,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import accumulate, chain
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from ... import ops
@@ -35,6 +36,7 @@ from ...formats import DENSE, NVFP4, Format
 from ...models.kinds import Kind, kind_of
 from ...models.places import place_at
 from ...models.roles import Module, Role, is_head, quantizable
+from ...models.shapes import embedding_shape
 from ...nn.accelerate import accelerate
 from ...nn.replay import Replay, Tape
 from ...ops import metal
@@ -43,7 +45,8 @@ from ...sources import Source, load
 from ..replay.backward import Backward, survey
 from ..replay.gradients import Call
 from ..replay.logits import LOGITS_BYTES
-from .reference import choose, open_reference, weight_bytes
+from ..replay.streamed import Drop, keep
+from .reference import in_passes, open_reference
 from .rows import descend_together
 from .weights import MINMAX, Rounded, Rounding
 
@@ -52,6 +55,9 @@ JUDGE_EVERY = 8
 
 # Added to the diagonal of H, as a share of its mean: directions that the tokens do not show.
 DAMPING = 0.01
+
+# Elements of H, or of a weight's change, that are worked on at a time beside the whole.
+ELEMENTS = 1 << 24
 
 # Bytes of recorded block outputs; of a larger model fewer sequences are used.
 TAPE_BYTES = 4 << 30
@@ -74,8 +80,8 @@ class Moments:
     def shrunk(self) -> mx.array:
         """What a weight is fitted to: `fit` with that share taken off all but its diagonal."""
         diagonal = mx.diag(self.fit)
-        damping = DAMPING * mx.mean(diagonal) * mx.eye(len(diagonal))
-        return (1 - self.noise) * self.fit + self.noise * mx.diag(diagonal) + damping
+        own = self.noise * diagonal + DAMPING * mx.mean(diagonal)
+        return (1 - self.noise) * self.fit + mx.diag(own)
 
 
 @metal.restarts
@@ -102,23 +108,23 @@ def descend(
         if p.format not in (DENSE, NVFP4)
         and kind_of(place_at(model, p.module.path).get()) is not Kind.EXPERTS
     }
-    chosen, _ = choose(reference, weight_bytes(model))
-    running = open_reference(chosen, source, model, modules, MINMAX)
     accelerate(model, blocks=False, exact=False)
+    running = open_reference(in_passes(reference), source, model, modules, MINMAX)
     fitted: dict[tuple[str, Format], Rounded] = {}
     with (
         Replay(model, modules) as replay,
         Progress(len(work), "fitting weights", enabled=progress) as bar,
     ):
-        tapes = _record(replay, [s.tokens for s in text.sequences])
-        running.begin()
-        _, reason = survey(replay, text.sequences[0].tokens, [p.module for p in work.values()])
+        sequences = _fitting([s.tokens for s in text.sequences], model, modules)
+        _, reason = survey(replay, sequences[0], [p.module for p in work.values()])
         if reason:
             bar.say(f"nothing is fitted: {reason}")
-        if reason or len(tapes) < 2:
+        if reason or len(sequences) < 2:
             return rounding
+        tapes = replay.record_together(sequences, after=running.drop)
+        running.begin()
         for module, inputs, outputs in _moments(
-            replay, tapes, [m for m in modules if m.path in work], seed
+            replay, tapes, [m for m in modules if m.path in work], seed, running.drop
         ):
             path, fmt = module.path, work[module.path].format
             weight = running.dense(path).weight.astype(loaded.dtype)
@@ -167,26 +173,36 @@ def best_of_each(w: mx.array, fmt: Format, moments: Moments) -> tuple[str, Round
 def _error(
     w: mx.array, v: ops.AffineWeight, inputs: mx.array, outputs: mx.array | None = None
 ) -> float:
-    change = v.dequantized() - w.astype(mx.float32)
-    weighed = change if outputs is None else outputs @ change
-    return float(np.asarray(mx.sum((change @ inputs) * weighed)))
+    if outputs is not None:
+        change = v.dequantized() - w.astype(mx.float32)
+        return float(np.asarray(mx.sum((change @ inputs) * (outputs @ change))))
+    step, total = max(1, ELEMENTS // w.shape[-1]), 0.0
+    for start in range(0, w.shape[0], step):
+        rows = slice(start, start + step)
+        part = v._replace(codes=v.codes[rows], scales=v.scales[rows], biases=v.biases[rows])
+        change = part.dequantized() - w[rows].astype(mx.float32)
+        total += float(np.asarray(mx.sum((change @ inputs) * change)))
+    return total
 
 
-def _record(replay: Replay, sequences: Sequence[Sequence[int]]) -> list[Tape]:
-    """The runs of as many sequences as TAPE_BYTES hold."""
-    tapes: list[Tape] = []
-    room = TAPE_BYTES
-    for tokens in sequences:
-        tape = replay.record(tokens)
-        room -= tape.hidden.nbytes * len(tape.outputs)
-        if room < 0 and len(tapes) >= 2:
-            break
-        tapes.append(tape)
-    return tapes
+def _fitting(
+    sequences: Sequence[Sequence[int]], model: nn.Module, modules: Sequence[Module]
+) -> list[Sequence[int]]:
+    """As many sequences as TAPE_BYTES hold the runs of, and two at least."""
+    _, width = embedding_shape(modules)
+    room = TAPE_BYTES // (4 * width * len(model.layers))  # in tokens
+    ends = accumulate(map(len, sequences))
+    return [
+        s for i, (s, end) in enumerate(zip(sequences, ends, strict=True)) if end <= room or i < 2
+    ]
 
 
 def _moments(
-    replay: Replay, tapes: Sequence[Tape], modules: Sequence[Module], seed: int
+    replay: Replay,
+    tapes: Sequence[Tape],
+    modules: Sequence[Module],
+    seed: int,
+    after: Drop = keep,
 ) -> Iterator[tuple[Module, Moments, Moments | None]]:
     """The moments of each module's inputs and of the gradients at its outputs.
 
@@ -197,7 +213,7 @@ def _moments(
     judges = [t % every == every - 1 for t in range(len(tapes))]
     keys = list(mx.random.split(mx.random.key(seed), len(tapes)))
     layers = [m for m in modules if m.role is not Role.HEAD]
-    for module, calls in Backward(replay, tapes, keys).calls(layers):
+    for module, calls in Backward(replay, tapes, keys, after).calls(layers):
         if all(calls):
             of_heads = kind_of(replay.place(module.path).get()) is Kind.HEADS
             # The gradient is to a row that is looked up what the input is to others.
@@ -262,6 +278,7 @@ def _sum(judges: Sequence[bool], rows: Sequence[Sequence[Rows]]) -> Moments:
         hessian = mx.zeros((*heads, size, size))
         for x, weights in of:
             hessian = hessian + (x * weights[..., None]).swapaxes(-1, -2) @ x
+            mx.eval(hessian)
         sums[judge] = sums[judge] + hessian
         each = each + _off_diagonal(hessian, diagonal)
         mx.eval(sums, each)
@@ -276,6 +293,12 @@ def _sum(judges: Sequence[bool], rows: Sequence[Sequence[Rows]]) -> Moments:
 def _off_diagonal(hessian: mx.array, diagonal: mx.array) -> mx.array:
     """The sum of squares off the diagonal, columns and rows divided by the root of `diagonal`."""
     scale = mx.where(diagonal > 0, mx.rsqrt(diagonal), 0)
-    scaled = hessian * scale[..., None] * scale[..., None, :]
-    scaled = scaled * (1 - mx.eye(hessian.shape[-1]))
-    return mx.sum(mx.square(scaled), axis=(-2, -1))
+    size = hessian.shape[-1]
+    step, total = max(1, ELEMENTS // size), mx.zeros(hessian.shape[:-2])
+    for start in range(0, size, step):
+        rows = slice(start, start + step)
+        scaled = hessian[..., rows, :] * scale[..., rows, None] * scale[..., None, :]
+        scaled = scaled * (1 - mx.eye(scaled.shape[-2], size, start))
+        total = total + mx.sum(mx.square(scaled), axis=(-2, -1))
+        mx.eval(total)
+    return total

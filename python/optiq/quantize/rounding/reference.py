@@ -1,9 +1,10 @@
 """The running model that everything is measured in, and the full-precision weight of a module.
 
 A score always means: the divergence that one module's format causes against the same module at
-full precision. With the reference "bf16" all other modules are also at full precision. With
-"uniform4" they run in 4 bits, so that the model fits memory, and the full-precision weights are
-read from the files when their turn comes.
+full precision. With the reference "bf16" all other modules are also at full precision: weights are
+read when their block runs, and what passes over the blocks once drops them after it. With
+"uniform4" the others run in 4 bits, so that a model fits memory that is run as a whole time and
+again, and the full-precision weights are read from the files when their turn comes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ...models.places import place_at
 from ...models.roles import Module, allowed
 from ...nn.replay import arrays
 from ...sources import Source, open_model
+from ..replay.streamed import Streamed, keep
 from .render import render_layer
 from .weights import Rounding
 
@@ -40,6 +42,11 @@ def choose(asked: str, nbytes: int) -> tuple[str, str]:
         f"{nbytes / 1e9:.2f} GB of weights {'fit' if fits else 'do not fit'} "
         f"{_SHARE:.0%} of the {free / 1e9:.1f} GB of available memory"
     )
+
+
+def in_passes(asked: str) -> str:
+    """The reference of what passes over the blocks one by one, so that any model fits."""
+    return "uniform4" if asked == "uniform4" else "bf16"
 
 
 def common(offers: Sequence[Sequence[str]]) -> tuple[str, str]:
@@ -66,13 +73,19 @@ class Reference(Protocol):
         """The format that the module has in the running model."""
         ...
 
+    def drop(self, block: int | None) -> None:
+        """Give up what can be read again of a block, or with None of what is in no block."""
+
 
 class Bf16:
-    """The running model is the source model."""
+    """The running model is the source model; without `source` its weights stay in memory."""
 
     name = "bf16"
 
-    def __init__(self, model: nn.Module, modules: Sequence[Module]) -> None:
+    def __init__(
+        self, model: nn.Module, modules: Sequence[Module], source: Source | None = None
+    ) -> None:
+        self.drop = Streamed(source, model).drop if source else keep
         self._modules = {m.path: place_at(model, m.path).get() for m in modules}
 
     def begin(self) -> None:
@@ -121,13 +134,19 @@ class Uniform4:
     def running(self, path: str) -> Format:
         return self._formats[path]
 
+    def drop(self, block: int | None) -> None:
+        """The 4-bit weights stay."""
+
 
 def open_reference(
     name: str, source: Source, model: nn.Module, modules: Sequence[Module], rounding: Rounding
 ) -> Reference:
-    """The reference called `name`, "bf16" or "uniform4"; the latter makes `model` 4-bit."""
+    """The reference called `name`, "bf16" or "uniform4"; the latter makes `model` 4-bit.
+
+    `model` is accelerated already, as its layers are those that run.
+    """
     if name == "bf16":
-        return Bf16(model, modules)
+        return Bf16(model, modules, source)
     return Uniform4(source, model, modules, rounding)
 
 

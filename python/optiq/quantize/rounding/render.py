@@ -11,7 +11,7 @@ from ...models.places import place_at
 from ...nn.accelerate import accelerate, quantized
 from ...planning.plan import Plan
 from ...sources import LoadedModel
-from .weights import MINMAX, Rounding, round_weight
+from .weights import MINMAX, Rounding, round_weight, rounded
 
 
 def render_layer(module: nn.Module, fmt: Format, rounding: Rounding, path: str) -> nn.Module:
@@ -23,11 +23,17 @@ def render_layer(module: nn.Module, fmt: Format, rounding: Rounding, path: str) 
 
 
 def render_model(
-    loaded: LoadedModel, plan: Plan, *, rounding: Rounding = MINMAX, blocks: bool = True
+    loaded: LoadedModel,
+    plan: Plan,
+    *,
+    rounding: Rounding = MINMAX,
+    blocks: bool = True,
+    lazy: bool = False,
 ) -> nn.Module:
     """The model that `plan` describes, in memory: each weight is rounded and its source dropped.
 
     Takes over `loaded.model`, whose weights should still be lazy; `blocks` is that of `accelerate`.
+    With `lazy` a weight is rounded when it is first used, and not checked.
     """
     leaves: dict[str, nn.Module] = dict(
         tree_flatten(loaded.model.leaf_modules(), is_leaf=nn.Module.is_module)
@@ -36,8 +42,11 @@ def render_model(
         if planned.format != DENSE:
             path, fmt = planned.module.path, planned.format
             module = leaves.pop(path)
-            layer = render_layer(module, fmt, rounding, path)
-            mx.eval(layer.parameters())
+            if lazy:
+                layer = quantized(module, *rounded(module.weight, fmt, rounding, path), fmt)
+            else:
+                layer = render_layer(module, fmt, rounding, path)
+                mx.eval(layer.parameters())
             place_at(loaded.model, path).set(layer)
     accelerate(loaded.model, blocks=blocks, exact=False)
     return loaded.model

@@ -63,13 +63,18 @@ def round_weight(
             f"{max(32, fmt.group_size)}; use a smaller group size or bf16"
         )
     check_finite(f"{path}.weight", w)
+    found = rounded(w, fmt, rounding, path)
+    mx.eval(found)
+    return found
+
+
+def rounded(w: mx.array, fmt: Format, rounding: Rounding, path: str) -> Rounded:
+    """`round_weight` of a weight that is known to be fit for it, not computed yet."""
     if (path, fmt) in rounding.fitted:
         return rounding.fitted[path, fmt]
     if fmt == NVFP4:
         return *_round_nvfp4(w), None
-    found = ops.quantize(w, fmt, rounding.importance.get(path))
-    mx.eval(found)
-    return found
+    return ops.quantize(w, fmt, rounding.importance.get(path))
 
 
 def _round_nvfp4(w: mx.array) -> tuple[mx.array, mx.array]:

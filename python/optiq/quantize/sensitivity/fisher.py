@@ -102,7 +102,7 @@ class _Batch:
         progress: Progress,
     ) -> None:
         self.job, self.replay, self.work, self.progress = job, replay, work, progress
-        self.tapes = record(replay, job, indices)
+        self.tapes = record(replay, job, indices, job.reference.drop)
         keys = mx.random.split(mx.random.key(job.seed), len(job.sequences))
         self.keys = [keys[i] for i in indices]
         self.totals: Totals = {
@@ -111,12 +111,14 @@ class _Batch:
 
     def score(self) -> Totals:
         """The totals of every module of `work`."""
-        backward = Backward(self.replay, self.tapes, self.keys)
+        drop = self.job.reference.drop
+        backward = Backward(self.replay, self.tapes, self.keys, drop)
         for m, calls in backward.calls(self.work):
             self._score_module(m, calls)
         for m in self.work:
             if m.role is Role.HEAD:
                 self._score_module(m, [[] for _ in self.tapes])
+        drop(None)
         return self.totals
 
     def _score_module(self, module: Module, calls: Sequence[list[Call]]) -> None:

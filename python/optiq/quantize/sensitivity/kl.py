@@ -22,6 +22,7 @@ from ...models.roles import Module, Role, is_head
 from ...nn.replay import Replay, Tape
 from ...ops import metal
 from ..replay.logits import Output, divergences
+from ..replay.streamed import Drop, keep
 from .checkpoint import Totals
 from .job import Job, Unit
 
@@ -57,17 +58,20 @@ def score_by_kl(job: Job) -> None:
                 job.save((b, s), found)
 
 
-def record(replay: Replay, job: Job, batch: Sequence[int]) -> list[Tape]:
-    """The running model's own run on each sequence of a batch."""
-    tapes = []
-    for i in batch:
-        tape = replay.record(job.sequences[i])
+def record(
+    replay: Replay,
+    job: Job,
+    batch: Sequence[int],
+    after: Drop = keep,
+) -> list[Tape]:
+    """The running model's own run on each sequence of a batch; `after` is that of `Replay`."""
+    tapes = replay.record_together([job.sequences[i] for i in batch], after=after)
+    for i, tape in zip(batch, tapes, strict=True):
         if not mx.all(tape.hidden < mx.inf).item():  # a masked word is at minus infinity
             raise SensitivityError(
                 f"the model itself gives NaN or infinite values on calibration sequence {i + 1}; "
                 "its weights or its dtype are at fault"
             )
-        tapes.append(tape)
     return tapes
 
 
