@@ -24,6 +24,24 @@ def test_nothing_written_is_the_defaults() -> None:
     assert (options.size, options.menu, options.formats) == (UNIFORM4_SIZE, DEFAULT_MENU, None)
 
 
+def test_an_effort_sets_what_is_not_given() -> None:
+    quick = Options.parse(effort="quick", tokens=None, sensitivity=None)
+    assert (quick.sensitivity, quick.tokens) == ("fisher", 1024)
+    given = Options.parse(effort="quick", tokens=99, sensitivity="kl")
+    assert (given.sensitivity, given.tokens, given.held_out_tokens) == ("kl", 99, 1024)
+    assert Options.parse(effort="normal") == Options()
+    assert Options.parse(effort="best").tokens == 16384
+    with pytest.raises(UsageError, match="unknown effort 'most'; use quick, normal or best"):
+        Options.parse(effort="most")
+
+
+def test_memory_is_bytes() -> None:
+    assert Options.parse(memory="10GB").memory == 10**10
+    assert Options.parse(memory=12345678).memory == 12345678
+    with pytest.raises(UsageError, match="memory 5bpw is not a number of bytes; write 10GB"):
+        Options.parse(memory="5bpw")
+
+
 def test_what_users_write_is_parsed() -> None:
     four = Format("affine", 4, 64)
     options = Options.parse(

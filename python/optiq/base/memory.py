@@ -5,15 +5,45 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 
+_limit: int | None = None
+
 
 def available_memory() -> int:
-    """Bytes a process can still take without swapping; on macOS, what Metal recommends at most."""
+    """Bytes a process can still take without swapping; on macOS, what Metal recommends at most.
+
+    Within `limited`, no more than what is left of that limit.
+    """
+    free = _free_memory()
+    return free if _limit is None else max(0, min(free, _limit - _held()))
+
+
+@contextmanager
+def limited(nbytes: int | None) -> Iterator[None]:
+    """Within it this process is to take at most so many bytes."""
+    global _limit
+    before, _limit = _limit, nbytes if nbytes is not None else _limit
+    try:
+        yield
+    finally:
+        _limit = before
+
+
+def _held() -> int:
+    """Bytes that this process has in memory."""
+    file = Path("/proc/self/statm")
+    if not file.exists():
+        return int(mx.get_active_memory())
+    return int(file.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _free_memory() -> int:
     if platform.system() == "Darwin":
         total = int(subprocess.check_output(["/usr/sbin/sysctl", "-n", "hw.memsize"]))
         return total * 3 // 4 - mx.get_active_memory()

@@ -129,6 +129,12 @@ class Job:
         self._close_phase()
         _job = self._outer
 
+    @property
+    def took(self) -> Mapping[str, float]:
+        """Seconds of each phase so far."""
+        now = {self._phase: self._clock() - self._phase_start} if self._phase else {}
+        return {p: self._took.get(p, 0.0) + now.get(p, 0.0) for p in {**self._took, **now}}
+
     def expect(self, seconds: Mapping[str, float]) -> None:
         """Name the phases in order, with the seconds that each is expected to take."""
         self._expected = dict(seconds)

@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     parser.add_argument("-o", "--out", required=True, help="folder to write")
     options.add_size(parser)
+    options.add_effort(parser)
     options.add_measuring(parser)
     parser.add_argument(
         "--refine",

@@ -125,15 +125,25 @@ def add_formats(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_effort(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--effort",
+        choices=("quick", "normal", "best"),
+        default="normal",
+        help="quick: scores of one backward pass, an eighth of the text, one plan; best: twice the "
+        "text; options that are given stand",
+    )
+    add_memory(parser)
+
+
 def add_measuring(parser: argparse.ArgumentParser) -> None:
     add_formats(parser)
     parser.add_argument(
         "--sensitivity",
         choices=("auto", "kl", "fisher"),
-        default="auto",
         help="kl: measure every module in every format (exact, slow); fisher: estimate all from "
-        "one backward pass; auto: estimate, but measure experts, routers and modules whose choice "
-        "at --size is still open",
+        "one backward pass; auto (the default): estimate, but measure experts, routers and modules "
+        "whose choice at --size is still open",
     )
     parser.add_argument(
         "--reference",
@@ -163,6 +173,8 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
 def measuring(args: argparse.Namespace) -> OptionFields:
     """What `add_model`, `add_measuring` and --scores ask for, as `convert` takes it."""
     return {
+        "effort": getattr(args, "effort", "normal"),
+        "memory": getattr(args, "memory", None),
         "formats": args.formats,
         "sensitivity": args.sensitivity,
         "reference": args.reference,

@@ -172,7 +172,8 @@ def summary(result: Result, name: str) -> str:
         *([("towers", f"{size(towers)} of vision and audio weights beside it")] if towers else []),
         ("quality", _quality(plan)),
         ("scores", scores_line(result.scores)),
-        ("time", duration(result.seconds)),
+        ("time", _took(result)),
+        ("memory", f"{size(result.memory.peak)} at most; {size(result.memory.stated)} were stated"),
         ("model", str(result.path)),
         ("report", str(result.path / "optiq" / "report.html")),
     ]  # fmt: skip
@@ -182,6 +183,16 @@ def summary(result: Result, name: str) -> str:
         f"optiq eval {quoted} --limit 20",
     ]
     return "\n".join([facts_lines(lines), "", "Next:", *(f"  {command}" for command in following)])
+
+
+def _took(result: Result) -> str:
+    """The time of the whole, and of each phase that took a hundredth of it."""
+    parts = [
+        f"{name} {duration(seconds)}"
+        for name, seconds in result.phases.items()
+        if seconds >= result.seconds / 100
+    ]
+    return f"{duration(result.seconds)}: {', '.join(parts)}"
 
 
 def _quality(plan: Plan) -> str:

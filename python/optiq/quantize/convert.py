@@ -9,6 +9,7 @@ an interrupted run goes on with `resume=True`, and a failure after measuring cos
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,14 +21,14 @@ from .. import report
 from ..base.checkpoint import check_unfinished
 from ..base.command import command_line
 from ..base.files import check_space, check_writable, write_json
-from ..base.memory import available_memory
-from ..base.progress import Job, Progress, silenced, tell
+from ..base.memory import Needs, limited
+from ..base.progress import Job, Progress, peak_memory, silenced, tell
 from ..base.text import one_line
 from ..calibration import Calibration, Texts, gather
 from ..errors import ExportError, UsageError
 from ..nn.accelerate import accelerate
 from ..planning.plan import Baseline, Plan, build, uniform_plan
-from ..planning.scores import Scores
+from ..planning.scores import Memory, Scores
 from ..quality.answers import PROMPTS, TOKENS, Answers
 from ..quality.results import Measured
 from ..runtime.generate import answer
@@ -35,9 +36,10 @@ from ..runtime.loading import load as load_native
 from ..sources import LoadedModel, Source, load, resolve
 from .estimate import estimate
 from .export import check_ours, check_target, clear, export, replacing
+from .memory import PROCESS, affordable
 from .options import Options
 from .preflight import check_budget, with_towers
-from .prepare import CHECKPOINT, SCORES, prepare, remove_work, texts_of, work_folder
+from .prepare import CHECKPOINT, SCORES, prepare, remove_work, work_folder
 from .rounding import distill
 from .rounding.render import render_model
 from .rounding.weights import Rounding
@@ -54,6 +56,8 @@ if TYPE_CHECKING:
 class Result:
     """What `convert` made, in how many seconds; without a `path` nothing was written.
 
+    `phases` are the seconds of each phase, `memory` the bytes that were stated before the work and
+    the largest that this process has had.
     `kl` is measured on held-out text in nats per token, if it was.
     """
 
@@ -61,6 +65,8 @@ class Result:
     scores: Scores
     path: Path | None
     seconds: float
+    phases: Mapping[str, float]
+    memory: Memory
 
     @property
     def kl(self) -> float | None:
@@ -97,7 +103,7 @@ def convert(
     """
     chosen = Options.parse(**options)
     out = Path(out).expanduser().resolve()
-    with silenced(not chosen.progress):
+    with silenced(not chosen.progress), limited(chosen.memory):
         if not chosen.overwrite or not out.exists():
             check_target(out)
             return _convert(str(model), out, out, refine_tokens, dry_run, chosen)
@@ -118,13 +124,15 @@ def _convert(
     with Job() as job:
         job.phase("reading")
         loaded = load(source)
-        texts = texts_of(options, loaded.tokenizer)
+        options, texts, needs = affordable(loaded, options)
         refine = _refine(loaded, work, refine_tokens, options) if refine_tokens else None
         if options.scores is None:
             needed = check_budget(loaded, options.size, options.menu)
             if not dry_run:
                 check_space(out, needed + (source.towers.nbytes if source.towers else 0))
-        expected = estimate(loaded, texts, options, dry_run=dry_run, refining=bool(refine))
+        expected = estimate(
+            loaded, texts, options, needs.total, dry_run=dry_run, refining=bool(refine)
+        )
         tell(f"estimate: {expected}")
         job.expect(expected.seconds)
         ready = prepare(loaded, texts, work, options, unrounded=dry_run)
@@ -132,11 +140,17 @@ def _convert(
         scores, command = ready.scores, command_line()
         if dry_run:
             plan = build(scores, options.size, options.formats, seed=options.seed, command=command)
-            return Result(plan, scores, None, time.monotonic() - started)
+            return Result(plan, scores, None, *_took(started, job, needs))
         plan, rounding = ready.best(options.size, command, refine=refine)
-        plan = _write(source, plan, target, scores, rounding, texts, work)
+        plan = _write(source, plan, target, scores, rounding, texts, work, needs.total - PROCESS)
+        took = _took(started, job, needs)
     remove_work(work, distill.CHECKPOINT)
-    return Result(plan, scores, out, time.monotonic() - started)
+    return Result(plan, scores, out, *took)
+
+
+def _took(started: float, job: Job, needs: Needs) -> tuple[float, Mapping[str, float], Memory]:
+    """The figures of a `Result`."""
+    return time.monotonic() - started, job.took, Memory(needs.total, peak_memory())
 
 
 def _write(
@@ -147,6 +161,7 @@ def _write(
     rounding: Rounding,
     texts: Texts,
     work: Path,
+    room: int,
 ) -> Plan:
     """Export, measure what was written, and report; returns the plan as it was measured."""
     stood = target.is_dir()
@@ -156,7 +171,7 @@ def _write(
         kept = f"; the scores are kept, --resume uses them ({work})" if work.exists() else ""
         raise ExportError(f"{error}{kept}") from error
     try:
-        plan, samples = _measured(source, plan, target, texts.held_out)
+        plan, samples = _measured(source, plan, target, texts.held_out, room)
         write_json(target / "optiq" / "plan.json", plan.to_json())
         report.write(plan, scores, target / "optiq" / "report.html", samples)
     except BaseException:  # also Ctrl-C: what is there is whole, or not there
@@ -193,9 +208,12 @@ def _refine(loaded: LoadedModel, work: Path, tokens: int, options: Options) -> R
 
 
 def _measured(
-    source: Source, plan: Plan, out: Path, held_out: Calibration
+    source: Source, plan: Plan, out: Path, held_out: Calibration, room: int
 ) -> tuple[Plan, list[Answers]]:
-    """The plan with the KL of the exported folder, and of stock uniform 4-bit, in it; answers."""
+    """The plan with the KL of the exported folder, and of stock uniform 4-bit, in it; answers.
+
+    For these whole models are in memory, one at a time: only where the source fits in `room`.
+    """
     baseline = uniform_plan(plan.model, [m.module for m in plan.modules])
     with Progress(3, "checking") as bar, Judge(source, held_out.sequences) as judge:
         bar.step()
@@ -204,7 +222,7 @@ def _measured(
         uniform = judge.compare("uniform 4-bit", *judge.rendered(baseline))
     ours = Measured.of(exported, plan.nbytes, plan.bpw)
     stock = Measured.of(uniform, baseline.nbytes, baseline.bpw)
-    samples = _answers(source, baseline, out) if plan.dense_nbytes <= available_memory() else []
+    samples = _answers(source, baseline, out) if plan.dense_nbytes <= room else []
     return replace(plan, measured=ours, uniform4=Baseline(baseline.nbytes, stock)), samples
 
 
@@ -233,4 +251,5 @@ def _answers(source: Source, baseline: Plan, out: Path) -> list[Answers]:
     except Exception as error:  # whatever a template or a cache of a model file raises
         tell(f"the report has no answers of the models: {one_line(error)}")
         return []
-    return [Answers(prompt, *of, TOKENS) for prompt, *of in zip(PROMPTS, *found, strict=True)]
+    by_prompt = zip(PROMPTS, *found, strict=True)
+    return [Answers(prompt, a, b, c, TOKENS) for prompt, a, b, c in by_prompt]

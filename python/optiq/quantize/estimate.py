@@ -21,11 +21,9 @@ from ..base.progress import duration
 from ..calibration import Sample, Texts
 from ..formats import DENSE, UNIFORM4, Format
 from ..models.roles import Module, Role, allowed, quantizable
-from ..models.shapes import embedding_shape
 from ..quality.answers import PROMPTS, TOKENS
 from ..sources import LoadedModel
 from .options import Options
-from .replay.logits import LOGITS_BYTES
 
 NARROW = Format("affine", 4, 32)
 
@@ -42,7 +40,6 @@ _EXACT = 0.01  # exact scores of what is still open, as a share of those of all
 _ANSWERS = len(PROMPTS) * TOKENS  # tokens in the report, at most; as many of two small models
 _DECODING = 1e10  # bytes a second of the weights that an answer reads
 _READING = 1e9  # bytes a second of a model that is opened once more, from the disk's cache
-_PROCESS = 700_000_000  # bytes of Python, MLX and mlx-lm themselves
 
 
 @dataclass(frozen=True)
@@ -72,9 +69,15 @@ class Speed:
 
 
 def estimate(
-    loaded: LoadedModel, texts: Texts, options: Options, *, dry_run: bool, refining: bool
+    loaded: LoadedModel,
+    texts: Texts,
+    options: Options,
+    memory: int,
+    *,
+    dry_run: bool,
+    refining: bool,
 ) -> Estimate:
-    """What `convert` will take with these texts."""
+    """What `convert` will take with these texts; `memory` is known already."""
     modules = quantizable(loaded.model)
     speed = probe(modules, loaded)
     args = getattr(loaded.model, "args", None)
@@ -119,7 +122,7 @@ def estimate(
         judged = 2 * run(texts.held_out.sequences, native=True)
         answers = _ANSWERS * 1.6 * weights * loaded.dtype.size / _DECODING
         seconds["checking"] = loading + weights * speed.search + judged + answers
-    return Estimate(seconds, _memory(modules, loaded, texts, dry_run=dry_run))
+    return Estimate(seconds, memory)
 
 
 def probe(modules: list[Module], loaded: LoadedModel) -> Speed:
@@ -195,14 +198,3 @@ def _seconds(module: Module, speed: Speed, chosen: int) -> float:
     if module.role is Role.EXPERT:
         return chosen * prod(module.shape[1:]) * speed.experts
     return prod(module.shape) * speed.product
-
-
-def _memory(modules: list[Module], loaded: LoadedModel, texts: Texts, *, dry_run: bool) -> int:
-    """The source twice while weights are fitted, a student, and what a pass keeps of its text."""
-    dense = sum(prod(m.shape) for m in modules) * loaded.dtype.size
-    _, width = embedding_shape(modules)
-    blocks = len({m.block for m in modules if m.block is not None})
-    tokens = sum(len(sample.tokens) for sample in texts.calibration.sequences)
-    outputs = 4 * tokens * (blocks + 1) * width
-    models = dense if dry_run else 2 * dense + dense * 4 // (8 * loaded.dtype.size)
-    return min(_PROCESS + models + outputs + 3 * LOGITS_BYTES, max(available_memory(), dense))

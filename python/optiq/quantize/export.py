@@ -27,7 +27,7 @@ from ..models.families import FAMILIES, family_of
 from ..models.roles import fixed_bytes, quantizable
 from ..planning.plan import Plan
 from ..planning.scores import Scores
-from ..sources import LoadedModel, Source, beside, check_finite, load
+from ..sources import LoadedModel, Source, beside, check_finite, load, open_model
 from ..sources.check import check
 from ..sources.folder import WEIGHTS, check_folder, read_config
 from ..sources.shards import SHARD_BYTES, Spec, checksum, write_shards
@@ -189,6 +189,13 @@ def _parameters(model: nn.Module) -> dict[str, mx.array]:
     return dict(tree_flatten(model.parameters()))
 
 
+def _taken(model: nn.Module) -> dict[str, mx.array]:
+    """The parameters, which the model no longer holds, so that each can be released."""
+    found = _parameters(model)
+    model.update(tree_map(lambda _: mx.array([]), model.parameters()))
+    return found
+
+
 def _layout(loaded: LoadedModel, plan: Plan) -> dict[str, Spec]:
     """Every tensor of the folder, in the model's own order."""
     formats = {f"{m.module.path}.weight": m.format for m in plan.modules}
@@ -223,9 +230,8 @@ def _entries(name: str, dense: Spec, fmt: Format) -> dict[str, Spec]:
 def _tensors(loaded: LoadedModel, plan: Plan, rounding: Rounding) -> Iterator[tuple[str, mx.array]]:
     """The tensors of `_layout`, evaluated; the model is emptied so that each can be released."""
     formats = {f"{m.module.path}.weight": m.format for m in plan.modules}
-    model, dtype = loaded.model, loaded.dtype
-    weights = _parameters(model)
-    model.update(tree_map(lambda _: mx.array([]), model.parameters()))
+    dtype = loaded.dtype
+    weights = _taken(loaded.model)
     for name in list(weights):
         array = weights.pop(name)
         fmt = formats.get(name)
@@ -321,19 +327,21 @@ def _verify(
     What mlx-lm leaves out of it are the towers; these are read back by name.
     """
     try:
-        loaded = load(Source("the folder", "folder", folder, None, ""), allow_quantized=True)
+        written = Source("the folder", "folder", folder, None, "")
+        loaded = load(written, allow_quantized=True)
         if added := check(check_folder(folder)).settings:
             raise SourceError(f"mlx-lm does not read {sorted(added)[0]} of its config.json")
     except SourceError as error:
         raise _mismatch(f"it does not load ({error})") from error
-    parameters = _parameters(loaded.model)
+    parameters = _taken(loaded.model)
     nbytes = sum(array.nbytes for array in parameters.values())
     if towers:
         parameters |= _beside(folder, layout.keys() - parameters.keys())
     if parameters.keys() != layout.keys():
         names = sorted(parameters.keys() ^ layout.keys())
         raise _mismatch(f"{names[0]} is on one side only ({len(names)} such tensors)")
-    for name, array in parameters.items():
+    for name in list(parameters):
+        array = parameters.pop(name)
         if Spec.of(array.dtype, array.shape) != layout[name]:
             raise _mismatch(f"{name} is {array.dtype} {array.shape}, not {layout[name]}")
         if checksum(array) != checksums[name]:
@@ -347,7 +355,7 @@ def _verify(
         fmt = planned.format
         if found != ((None,) * 3 if fmt == DENSE else (fmt.mode, fmt.bits, fmt.group_size)):
             raise _mismatch(f"{planned.module.path} loads as mode, bits, group {found}, not {fmt}")
-    _check_forward(loaded.model)
+    _check_forward(open_model(written, converting=False)[0])
 
 
 def _beside(folder: Path, names: Collection[str]) -> dict[str, mx.array]:
@@ -365,10 +373,12 @@ def _check_forward(model: nn.Module) -> None:
     tokens = mx.array([[0, 1, 2, 3]])
     try:
         logits = model(tokens, cache=make_prompt_cache(model))
-        finite = mx.all(logits < mx.inf).item()  # minus infinity: a word that is never said
+        finite = mx.all(logits < mx.inf)  # minus infinity: a word that is never said
+        _taken(model)  # so that each weight is released when it has been used
+        mx.eval(finite)
     except Exception as error:  # whatever a model file raises
         raise _mismatch(f"it does not run ({one_line(error)})") from error
-    if not finite:
+    if not finite.item():
         raise _mismatch("its logits are not finite")
 
 

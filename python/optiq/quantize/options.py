@@ -14,6 +14,7 @@ from ..planning.size import UNIFORM4_SIZE, Size
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+EFFORTS = ("quick", "normal", "best")
 METHODS = ("auto", "kl", "fisher")
 REFERENCES = ("auto", "bf16", "uniform4")
 TOWERS = ("keep", "8bit", "drop")
@@ -24,8 +25,10 @@ class OptionFields(TypedDict, total=False):
     """What may be written for each field of `Options`."""
 
     size: str | float
+    effort: str
+    memory: str | int | None
     formats: str | Sequence[Format] | None
-    sensitivity: str
+    sensitivity: str | None
     reference: str
     rounding: str | None
     calibration: str | Path | None
@@ -47,6 +50,9 @@ class Options:
 
     Attributes:
         size: "uniform4" (the bytes of stock uniform 4-bit), "4.8bpw", "6.1GB" or bytes.
+        effort: "quick" (Fisher scores, an eighth of the text, one plan), "normal" or "best" (twice
+            the text). Options that are given stand.
+        memory: Bytes to take at most, such as "10GB"; None is what is free.
         formats: The menu, such as "3,4,5,6,8,bf16"; None is the usual one, or all that has scores.
         sensitivity: "kl" (exact, slow), "fisher" (one backward pass), or "auto": fisher, but kl
             for experts, routers and modules whose choice at `size` is open.
@@ -70,6 +76,8 @@ class Options:
     """
 
     size: Size = UNIFORM4_SIZE
+    effort: str = "normal"
+    memory: int | None = None
     formats: tuple[Format, ...] | None = None
     sensitivity: str = "auto"
     reference: str = "auto"
@@ -91,6 +99,7 @@ class Options:
             raise UsageError(
                 f"the seed {self.seed} is not between 0 and {2**32 - 1}; choose one that is"
             )
+        _one_of("effort", self.effort, EFFORTS)
         _one_of("sensitivity method", self.sensitivity, METHODS)
         _one_of("reference", self.reference, REFERENCES)
         _one_of("choice of towers", self.towers, TOWERS)
@@ -100,7 +109,10 @@ class Options:
     @classmethod
     def parse(cls, **fields: Unpack[OptionFields]) -> Options:
         """The options that `fields` say. Raises UsageError for one that is not understood."""
-        parsed: dict[str, object] = dict(fields)
+        given = {name: value for name, value in fields.items() if value is not None}
+        parsed: dict[str, object] = {**_OF_EFFORT.get(fields.get("effort", ""), {}), **given}
+        if "memory" in given:
+            parsed["memory"] = _nbytes(given["memory"])
         if "size" in fields:
             parsed["size"] = Size.parse(fields["size"])
         if (formats := fields.get("formats")) is not None:
@@ -116,6 +128,20 @@ class Options:
     def menu(self) -> tuple[Format, ...]:
         """The formats to measure."""
         return self.formats or DEFAULT_MENU
+
+
+# What an effort sets. SmolLM2's KL by effort is in docs/how-it-works.md.
+_OF_EFFORT: dict[str, dict[str, object]] = {
+    "quick": {"sensitivity": "fisher", "tokens": 1024, "held_out_tokens": 1024},
+    "best": {"tokens": 16384},
+}
+
+
+def _nbytes(written: object) -> int:
+    nbytes = Size.parse(str(written)).nbytes
+    if nbytes is None:
+        raise UsageError(f"memory {written} is not a number of bytes; write 10GB or 512MiB")
+    return int(nbytes)
 
 
 def _one_of(what: str, value: str, known: Sequence[str]) -> None:

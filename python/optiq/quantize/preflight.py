@@ -64,16 +64,23 @@ def check_replaceable(path: Path, overwrite: bool) -> None:
     check_absent(path, overwrite)
 
 
+def budget_of(loaded: LoadedModel, size: Size) -> int:
+    """The bytes of tensors that `size` stands for."""
+    modules = quantizable(loaded.model)
+    model = describe_model(loaded, modules)
+    return size.budget(
+        params=parameters(model, modules),
+        uniform4=uniform_plan(model, modules).nbytes,
+        beside=model.beside_bytes,
+    )
+
+
 def check_budget(loaded: LoadedModel, size: Size, menu: Sequence[Format]) -> int:
     """Raise BudgetError if no plan is small enough; returns the bytes to expect of the best."""
     modules = quantizable(loaded.model)
     model = describe_model(loaded, modules)
     params = parameters(model, modules)
-    budget = size.budget(
-        params=params,
-        uniform4=uniform_plan(model, modules).nbytes,
-        beside=model.beside_bytes,
-    )
+    budget = budget_of(loaded, size)
     sizes = [[f.nbytes(m.shape, model.itemsize) for f in allowed(m, menu)] for m in modules]
     least = model.fixed_bytes + sum(map(min, sizes))
     if budget < least:

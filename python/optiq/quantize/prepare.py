@@ -135,13 +135,14 @@ def prepare(
 
 def texts_of(options: Options, tokenizer: Any) -> Texts:
     """The texts that `options` ask for; raises CalibrationError for too few."""
-    return gather_texts(
+    found = gather_texts(
         tokenizer,
         options.calibration,
         options.seed,
         options.tokens or CALIBRATION_TOKENS,
         options.held_out_tokens or HELD_OUT_TOKENS,
     )
+    return replace(found, selection=[]) if options.effort == "quick" else found
 
 
 def choose_rounding(source: Source, text: Calibration, options: Options) -> Rounding:

@@ -87,7 +87,8 @@ def measure(
     )
     method = options.sensitivity
     estimated = [m for m in modules if method == "fisher" or (method == "auto" and smooth(m))]
-    needs = estimate(job, nbytes, described.itemsize, estimated)
+    passing = method == "fisher"
+    needs = estimate(job, nbytes, described.itemsize, estimated, passing=passing)
     tell(f"memory: {needs}", enabled=progress)
     mx.reset_peak_memory()
 
@@ -125,7 +126,12 @@ def _reference(
     kept = None
     if options.resume and checkpoint and options.reference == "auto":
         kept = saved_reference(checkpoint)
-    offer = (kept, KEPT) if kept else choose(options.reference, nbytes)
+    if kept:
+        offer = kept, KEPT
+    elif options.reference == "auto" and options.sensitivity == "fisher":
+        offer = "bf16", "its blocks are read one by one"
+    else:
+        offer = choose(options.reference, nbytes)
     return common(world.gather(offer))
 
 

@@ -13,7 +13,7 @@ from math import prod
 from ...base.memory import Needs
 from ...formats import DENSE
 from ...models.roles import Module, is_head
-from ...models.shapes import embedding_shape, widest_block
+from ...models.shapes import blocks_of, dense_bytes, embedding_shape, widest_block
 from ..replay.logits import LOGITS_BYTES
 from . import fisher, kl
 from .job import Job
@@ -24,11 +24,14 @@ _FORWARD, _BACKWARD = 3, 5
 _HEADS, _EXPERTS = 32, 8  # of a model that does not say
 
 
-def estimate(job: Job, weights: int, itemsize: int, backward: Sequence[Module]) -> Needs:
+def estimate(
+    job: Job, weights: int, itemsize: int, backward: Sequence[Module], *, passing: bool
+) -> Needs:
     """What a measurement takes at most.
 
     `weights` are the bytes of all unquantized parameters, `itemsize` those of one element, and
-    `backward` the modules that get fisher scores. "at work" is the largest of what is never
+    `backward` the modules that get fisher scores. With `passing` blocks are only passed over, so
+    the model is never held as a whole. "at work" is the largest of what is never
     held together: a block's run, the logits of a group of heads, one module's rounding.
     """
     lengths = [[len(job.sequences[i]) for i in batch] for batch in job.batches()]
@@ -44,7 +47,7 @@ def estimate(job: Job, weights: int, itemsize: int, backward: Sequence[Module]) 
     running = copies * 4 * longest * (block + heads * longest)
     logits = copies * 4 * rows * vocabulary
     parts = {
-        "weights": _weights(job, weights, itemsize),
+        "weights": _weights(job, weights, itemsize, passing),
         "block outputs": 4 * batch * (len(job.model.layers) + 1) * width,
     }
     scoring = running + max((_rounded(job, m, itemsize) for m in job.modules), default=0)
@@ -52,15 +55,23 @@ def estimate(job: Job, weights: int, itemsize: int, backward: Sequence[Module]) 
         inside = [m for m in backward if job.rounded(m) and m.block is not None]
         largest = 4 * max((prod(m.shape) for m in inside), default=1)
         together = min(max(map(len, lengths)), max(1, fisher.GRADIENT_BYTES // largest))
-        parts["gradients"] = parts["block outputs"] + 4 * batch * block
+        parts["gradients"] = 4 * batch * (2 * width + block)
         scoring = max(running, (together + 3) * largest + itemsize * largest // 4)
     at_head = logits + sum(_rounded(job, m, itemsize) for m in job.modules if is_head(m))
     return Needs({**parts, "at work": max(scoring, at_head)})
 
 
-def _weights(job: Job, dense: int, itemsize: int) -> int:
-    """Of the running model, and of the one module that is read at full precision beside it."""
+def _weights(job: Job, dense: int, itemsize: int, passing: bool) -> int:
+    """Of the running model, and of the one module that is read at full precision beside it.
+
+    Where blocks are passed over: of a block, or of what is outside the blocks.
+    """
     sizes = [DENSE.nbytes(m.shape, itemsize) for m in job.modules]
+    if passing and job.reference.name == "bf16":
+        each = blocks_of(job.modules).values()
+        outside = sum(n for n, m in zip(sizes, job.modules, strict=True) if m.block is None)
+        largest = max((dense_bytes(of, itemsize) for of in each), default=0)
+        return dense - sum(sizes) + max(outside, largest)
     running = [job.reference.running(m.path).nbytes(m.shape, itemsize) for m in job.modules]
     return dense if running == sizes else dense - sum(sizes) + sum(running) + max(sizes)
 

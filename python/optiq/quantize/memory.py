@@ -1,0 +1,265 @@
+"""What memory a conversion takes at most, phase by phase, from shapes alone, before it starts.
+
+Weights are read block by block, so what counts is the largest block or what is outside the blocks,
+the recorded outputs of all blocks, and the work on one module. Activations are float32, as they are
+on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+from ..base.memory import Needs
+from ..base.progress import tell
+from ..calibration import Sample, Texts
+from ..errors import UsageError
+from ..formats import DENSE, UNIFORM4
+from ..models.roles import Module, Role, allowed, fixed_bytes, is_head, quantizable
+from ..models.shapes import blocks_of, dense_bytes, embedding_shape, widest_block
+from ..sources import LoadedModel
+from .options import Options
+from .preflight import budget_of
+from .prepare import texts_of
+from .replay.logits import LOGITS_BYTES
+from .rounding import descent
+from .rounding.reference import choose
+from .select import SMALL_BYTES
+from .sensitivity import fisher
+
+PROCESS = 600_000_000  # bytes of Python, MLX, mlx-lm and a tokenizer
+
+SCORES = "measuring sensitivity"
+LEAST_TOKENS = 512  # of calibration text that --memory leaves
+
+_MATRICES = 4  # H of the sequences that fit and that judge, shrunk, and its diagonal
+_COPIES = 3  # of a block's activations, or of logits, that a run holds at a time
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a model's memory follows from."""
+
+    modules: Sequence[Module]
+    itemsize: int  # of a weight
+    fixed: int  # bytes that are never quantized
+    heads: int = 32
+    experts: int = 8  # that a token goes to
+    running: int | None = None  # bytes of what exact scores run; None: of the whole model
+
+    @property
+    def dense(self) -> int:
+        return self.fixed + dense_bytes(self.modules, self.itemsize)
+
+    @property
+    def block(self) -> int:
+        """Bytes of the largest block."""
+        each = blocks_of(self.modules).values()
+        return max((dense_bytes(of, self.itemsize) for of in each), default=0)
+
+    @property
+    def outside(self) -> int:
+        """Bytes of the largest module outside the blocks: an embedding or a head."""
+        return max((self.nbytes(m) for m in self.modules if m.block is None), default=0)
+
+    def nbytes(self, module: Module) -> int:
+        return DENSE.nbytes(module.shape, self.itemsize)
+
+
+def phases(shapes: Shapes, texts: Texts, options: Options, plan: int) -> Mapping[str, Needs]:
+    """What each phase holds at most; `plan` are the bytes of the model to be written."""
+    calibration = _lengths(texts.calibration.sequences)
+    found: dict[str, Needs] = {}
+    if options.rounding != "minmax":
+        found["measuring columns"] = _passing(shapes, calibration)
+    if options.scores is None:
+        found[SCORES] = _scores(shapes, _lengths(texts.scoring.sequences), options)
+    fitted = 0 if options.rounding in ("search", "minmax") else _fitted(shapes, plan)
+    if texts.selection:  # of which the last plan is the fitted one
+        found["choosing formats"] = _judging(shapes, _lengths(texts.selection), plan, fitted)
+    if fitted:
+        found["fitting weights"] = _fitting(shapes, calibration, fitted)
+    largest = max((prod(m.shape) for m in shapes.modules), default=0)
+    writing = {"process": PROCESS, "a weight": (shapes.itemsize + 2) * largest}
+    found["writing"] = Needs({**writing, "fitted weights": fitted})
+    found["checking"] = _judging(shapes, _lengths(texts.held_out.sequences), plan, fitted)
+    return found
+
+
+def _fitted(shapes: Shapes, plan: int) -> int:
+    """Bytes of the weights that are fitted: all but experts."""
+    every = sum(prod(m.shape) for m in shapes.modules)
+    return plan * sum(prod(m.shape) for m in shapes.modules if m.role is not Role.EXPERT) // every
+
+
+def peak(found: Mapping[str, Needs]) -> tuple[str, Needs]:
+    """The phase that takes most, and what it takes."""
+    return max(found.items(), key=lambda item: item[1].total)
+
+
+def _passing(shapes: Shapes, lengths: Sequence[int]) -> Needs:
+    """A run of all sequences, block by block."""
+    _, width = embedding_shape(shapes.modules)
+    return Needs(
+        {
+            "process": PROCESS,
+            "weights": max(shapes.block, shapes.outside),
+            "block outputs": 4 * 2 * sum(lengths) * width,
+            "at work": _running(shapes, max(lengths)),
+        }
+    )
+
+
+def _judging(shapes: Shapes, lengths: Sequence[int], plan: int, fitted: int) -> Needs:
+    """The source's run, then a rounded model's; their heads make logits together."""
+    _, width = embedding_shape(shapes.modules)
+    if shapes.dense <= SMALL_BYTES:
+        weights = shapes.dense + plan
+    else:
+        weights = max(2 * shapes.block, sum(shapes.nbytes(m) for m in shapes.modules if is_head(m)))
+        weights += shapes.outside
+    return Needs(
+        {
+            "process": PROCESS,
+            "weights": weights,
+            "fitted weights": fitted,
+            "block outputs": 4 * 4 * sum(lengths) * width,
+            "at work": max(_running(shapes, max(lengths)), 2 * _COPIES * LOGITS_BYTES),
+        }
+    )
+
+
+def _scores(shapes: Shapes, lengths: Sequence[int], options: Options) -> Needs:
+    _, width = embedding_shape(shapes.modules)
+    inside = [m for m in shapes.modules if m.block is not None]
+    outputs = 4 * sum(lengths) * width * (len(blocks_of(inside)) + 1)
+    largest = 4 * max((prod(m.shape) for m in inside), default=1)
+    together = min(len(lengths), max(1, fisher.GRADIENT_BYTES // largest))
+    running = _running(shapes, max(lengths))
+    head = max((_rounded(shapes, m, options) for m in shapes.modules if is_head(m)), default=0)
+    at_head = head + 2 * _COPIES * LOGITS_BYTES
+    inside_rounded = max((_rounded(shapes, m, options) for m in inside), default=0)
+    passing = {
+        "weights": max(shapes.block, shapes.outside),
+        "gradients": _calls(shapes, sum(lengths)),
+        "at work": max(running, (together + 2) * largest + inside_rounded, at_head),
+    }
+    # Exact scores run the model again and again, when the gradients are gone.
+    running_model = shapes.dense if shapes.running is None else shapes.running
+    exact = {"weights": running_model, "at work": max(running, at_head)}
+    methods = {"fisher": [passing], "kl": [exact]}.get(options.sensitivity, [passing, exact])
+    found = (Needs({"process": PROCESS, "block outputs": outputs, **parts}) for parts in methods)
+    return max(found, key=lambda needs: needs.total)
+
+
+def _fitting(shapes: Shapes, lengths: Sequence[int], fitted: int) -> Needs:
+    """Fitted weights come as recorded outputs go."""
+    _, width = embedding_shape(shapes.modules)
+    outputs = 4 * sum(lengths) * width * (len(blocks_of(shapes.modules)) + 1)
+    tokens = sum(lengths)
+    head = max((m.shape[-1] for m in shapes.modules if m.block is None), default=0)
+    inside = max(
+        (_in_turn(shapes, of, tokens) for of in blocks_of(shapes.modules).values()), default=0
+    )
+    return Needs(
+        {
+            "process": PROCESS,
+            "block outputs and fitted weights": max(min(descent.TAPE_BYTES, outputs), fitted),
+            "gradients": 4 * tokens * 2 * width,
+            "a block or head at work": max(
+                shapes.block + max(inside, _running(shapes, max(lengths))),
+                2 * shapes.outside + _MATRICES * 4 * head**2,
+            )
+            + 6 * 4 * descent.ELEMENTS,
+        }
+    )
+
+
+def _in_turn(shapes: Shapes, block: Sequence[Module], tokens: int) -> int:
+    """What the modules of a block still have waiting, and H of the one whose turn it is."""
+    largest = 0
+    waiting = [4 * tokens * _row(shapes, m) for m in block]
+    for i, module in enumerate(block):
+        squares = 0 if module.role is Role.EXPERT else _MATRICES * 4 * module.shape[-1] ** 2
+        largest = max(largest, sum(waiting[i:]) + squares)
+    return largest
+
+
+def _row(shapes: Shapes, module: Module) -> int:
+    """Elements that go into and come out of a module for a token."""
+    return sum(module.shape[-2:]) * (shapes.experts if module.role is Role.EXPERT else 1)
+
+
+def _calls(shapes: Shapes, tokens: int) -> int:
+    """What goes into and comes out of a block's layers in the way back, and a block's gradients."""
+    _, width = embedding_shape(shapes.modules)
+    return 4 * tokens * (widest_block(shapes.modules, shapes.experts) + 2 * width)
+
+
+def _running(shapes: Shapes, longest: int) -> int:
+    """A block's run on one sequence."""
+    block = widest_block(shapes.modules, shapes.experts)
+    return _COPIES * 4 * longest * (block + shapes.heads * longest)
+
+
+def _rounded(shapes: Shapes, module: Module, options: Options) -> int:
+    """A module in all formats of the menu, or a head in the widest."""
+    sizes = [
+        f.nbytes(module.shape, shapes.itemsize) for f in allowed(module, options.menu) if f != DENSE
+    ]
+    if is_head(module):
+        return max(sizes, default=0)
+    return sum(sizes) + shapes.itemsize * prod(module.shape)
+
+
+def _lengths(samples: Sequence[Sample]) -> list[int]:
+    return [len(sample.tokens) for sample in samples] or [0]
+
+
+def affordable(loaded: LoadedModel, options: Options) -> tuple[Options, Texts, Needs]:
+    """The options that keep to --memory, their texts, and what the largest phase takes.
+
+    What takes too much is left out, and said: first exact scores, for which the model is held as a
+    whole, then text. Raises UsageError where that is not enough.
+    """
+    limit, shapes = options.memory, shapes_of(loaded, options.reference)
+    plan = min(budget_of(loaded, options.size), shapes.dense)
+    chosen = options
+    while True:
+        texts = texts_of(chosen, loaded.tokenizer)
+        phase, needs = peak(phases(shapes, texts, chosen, plan))
+        if limit is None or needs.total <= limit:
+            break
+        tokens = sum(len(sample.tokens) for sample in texts.calibration.sequences)
+        if phase == SCORES and chosen.scores is None and chosen.sensitivity == "auto":
+            chosen = replace(chosen, sensitivity="fisher")
+        elif tokens // 2 >= LEAST_TOKENS:
+            chosen = replace(chosen, tokens=tokens // 2)
+        else:
+            raise UsageError(
+                f"--memory {limit / 1e9:.2f}GB is not enough: {phase} takes {needs}; raise "
+                f"--memory to {needs.total / 1e9:.2f}GB"
+            )
+    if limit is not None and chosen != options:
+        tell(
+            f"to keep to --memory {limit / 1e9:.2f}GB: --sensitivity {chosen.sensitivity}, "
+            f"{chosen.tokens or 'all'} calibration tokens"
+        )
+    return chosen, texts, needs
+
+
+def shapes_of(loaded: LoadedModel, reference: str = "auto") -> Shapes:
+    """The shapes of a model whose exact scores are measured in this `reference`."""
+    modules, args = quantizable(loaded.model), getattr(loaded.model, "args", None)
+    found = Shapes(
+        modules,
+        loaded.dtype.size,
+        fixed_bytes(loaded.model, modules),
+        getattr(args, "num_attention_heads", Shapes.heads),
+        getattr(args, "num_experts_per_tok", None) or 1,
+    )
+    if choose(reference, found.dense)[0] == "bf16":
+        return found
+    four = sum(UNIFORM4.nbytes(m.shape, found.itemsize) for m in modules if UNIFORM4.fits(m.shape))
+    return replace(found, running=found.fixed + four + max(map(found.nbytes, modules)))

@@ -1,0 +1,104 @@
+"""The arithmetic of what a conversion takes, and what --memory leaves out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from optiq.base import memory as base
+from optiq.calibration import Texts
+from optiq.errors import UsageError
+from optiq.models.roles import Module, Role
+from optiq.quantize import memory
+from optiq.quantize.memory import SCORES, Shapes, affordable, peak, phases, shapes_of
+from optiq.quantize.options import Options
+from optiq.sources import load, resolve
+from tests.quantize.sensitivity.cases import calibration
+from tests.tiny import tiny_folder
+
+WIDTH, INNER, WORDS, BLOCKS = 4096, 14336, 128256, 32
+
+
+def llama() -> Shapes:
+    """The shape of a llama of 8 billion weights."""
+    modules = [Module("e", Role.EMBEDDING, "e", (WORDS, WIDTH), None)]
+    for i in range(BLOCKS):
+        parts = {"q": (WIDTH, WIDTH), "k": (1024, WIDTH), "v": (1024, WIDTH), "o": (WIDTH, WIDTH)}
+        for name, shape in parts.items():
+            modules.append(Module(f"{i}.{name}", Role.ATTENTION, f"{i}.{name}", shape, i))
+        for name, shape in {"g": (INNER, WIDTH), "u": (INNER, WIDTH), "d": (WIDTH, INNER)}.items():
+            modules.append(Module(f"{i}.{name}", Role.MLP, f"{i}.{name}", shape, i))
+    return Shapes([*modules, Module("h", Role.HEAD, "h", (WORDS, WIDTH), None)], 2, 0)
+
+
+def texts(tokens: int) -> Texts:
+    text = calibration(*[256] * (tokens // 256))
+    return Texts(text, text, [], text)
+
+
+def test_of_weights_the_largest_block_or_head_counts() -> None:
+    shapes = llama()
+    block = 2 * (2 * WIDTH**2 + 2 * 1024 * WIDTH + 3 * WIDTH * INNER)
+    assert (shapes.block, shapes.outside) == (block, 2 * WORDS * WIDTH)
+    assert shapes.dense == BLOCKS * block + 2 * shapes.outside
+    found = phases(shapes, texts(1024), Options.parse(effort="quick"), 4_500_000_000)
+    passing = found[SCORES].parts
+    assert passing["weights"] == max(shapes.block, shapes.outside)
+    exact = phases(shapes, texts(1024), Options(), 4_500_000_000)
+    assert exact[SCORES].parts["weights"] == shapes.dense  # run again and again
+
+
+def test_outputs_of_all_blocks_are_recorded_but_not_beside_all_fitted_weights() -> None:
+    shapes, options = llama(), Options.parse(effort="quick")
+    outputs = 4 * 2048 * WIDTH * (BLOCKS + 1)
+    for plan in (outputs // 2, 2 * outputs):
+        found = phases(shapes, texts(2048), options, plan)["fitting weights"].parts
+        assert found["block outputs and fitted weights"] == max(outputs, plan)
+
+
+def test_a_llama_of_8_billion_weights_takes_10_gb() -> None:
+    phase, needs = peak(phases(llama(), texts(1024), Options.parse(effort="quick"), 4_520_000_000))
+    assert phase == "fitting weights"  # H of 14,336 columns
+    assert 9e9 < needs.total < 10e9
+
+
+def test_more_of_anything_takes_more() -> None:
+    shapes, options = llama(), Options.parse(effort="quick")
+    before = peak(phases(shapes, texts(1024), options, 10**9))[1].total
+    assert peak(phases(shapes, texts(8192), options, 10**9))[1].total > before
+    assert peak(phases(shapes, texts(1024), Options(), 10**9))[1].total > before
+    assert peak(phases(shapes, texts(1024), options, 10**10))[1].total > before
+
+
+def test_what_does_not_fit_is_left_out_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(memory, "tell", said.append)
+    loaded = load(resolve(str(tiny_folder(tmp_path, hidden_size=256, num_hidden_layers=8))))
+    options = Options.parse(tokens=4096, held_out_tokens=640)
+    asked, found, needs = affordable(loaded, options)
+    assert asked == options
+    assert needs.total > shapes_of(loaded).dense
+    enough = replace(options, memory=needs.total)
+    assert affordable(loaded, enough)[0] == enough
+    less, fewer, kept = affordable(loaded, replace(options, memory=needs.total - 1))
+    assert (less.sensitivity, less.tokens) != (options.sensitivity, options.tokens)
+    assert len(fewer.calibration.sequences) <= len(found.calibration.sequences)
+    assert kept.total < needs.total
+    assert [text[:19] for text in said] == ["to keep to --memory"]
+    with pytest.raises(UsageError, match=r"is not enough: .* takes at most .*; raise --memory to"):
+        affordable(loaded, replace(options, memory=1000))
+
+
+def test_within_a_limit_no_more_is_available() -> None:
+    free, held = base.available_memory(), base._held()
+    with base.limited(held + 10**8):
+        assert base.available_memory() == pytest.approx(10**8, abs=5e7)
+        with base.limited(None):  # says nothing
+            assert base.available_memory() < 2 * 10**8
+        with base.limited(1):
+            assert base.available_memory() == 0
+    assert base.available_memory() > free // 2
