@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import optiq
 from optiq.errors import UsageError
 from optiq.formats import DEFAULT_MENU, DENSE, Format
 from optiq.planning.size import UNIFORM4_SIZE, Size
@@ -40,6 +41,9 @@ def test_memory_is_bytes() -> None:
     assert Options.parse(memory=12345678).memory == 12345678
     with pytest.raises(UsageError, match="memory 5bpw is not a number of bytes; write 10GB"):
         Options.parse(memory="5bpw")
+    for job in (optiq.sensitivity, optiq.frontier):
+        with pytest.raises(UsageError, match="does not keep to memory=1000; leave it out"):
+            job("model", "out", memory=1000)
 
 
 def test_what_users_write_is_parsed() -> None:

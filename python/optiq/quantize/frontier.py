@@ -92,6 +92,7 @@ def frontier(
     Returns the content of frontier.json. Raises an OptiqError; then `out` is as it was.
     """
     chosen = Options.parse(**options)
+    chosen.check_no_memory("frontier")
     out = Path(out).expanduser().resolve()
     work = work_folder(out)
     wanted = list(dict.fromkeys(Size.parse(str(size).strip()) for size in sizes))

@@ -28,7 +28,7 @@ from .rounding.reference import choose
 from .select import SMALL_BYTES
 from .sensitivity import fisher
 
-PROCESS = 600_000_000  # bytes of Python, MLX, mlx-lm and a tokenizer
+PROCESS = 400_000_000  # bytes of Python, MLX, mlx-lm and a tokenizer
 
 SCORES = "measuring sensitivity"
 LEAST_TOKENS = 512  # of calibration text that --memory leaves
@@ -125,7 +125,7 @@ def _judging(shapes: Shapes, lengths: Sequence[int], plan: int, fitted: int) -> 
             "weights": weights,
             "fitted weights": fitted,
             "block outputs": 4 * 4 * sum(lengths) * width,
-            "at work": max(_running(shapes, max(lengths)), 2 * _COPIES * LOGITS_BYTES),
+            "at work": max(_running(shapes, max(lengths)), _logits(shapes, max(lengths))),
         }
     )
 
@@ -138,7 +138,7 @@ def _scores(shapes: Shapes, lengths: Sequence[int], options: Options) -> Needs:
     together = min(len(lengths), max(1, fisher.GRADIENT_BYTES // largest))
     running = _running(shapes, max(lengths))
     head = max((_rounded(shapes, m, options) for m in shapes.modules if is_head(m)), default=0)
-    at_head = head + 2 * _COPIES * LOGITS_BYTES
+    at_head = head + _logits(shapes, max(lengths))
     inside_rounded = max((_rounded(shapes, m, options) for m in inside), default=0)
     passing = {
         "weights": max(shapes.block, shapes.outside),
@@ -162,6 +162,7 @@ def _fitting(shapes: Shapes, lengths: Sequence[int], fitted: int) -> Needs:
     inside = max(
         (_in_turn(shapes, of, tokens) for of in blocks_of(shapes.modules).values()), default=0
     )
+    largest = max((max(prod(m.shape), m.shape[-1] ** 2) for m in shapes.modules), default=0)
     return Needs(
         {
             "process": PROCESS,
@@ -171,7 +172,7 @@ def _fitting(shapes: Shapes, lengths: Sequence[int], fitted: int) -> Needs:
                 shapes.block + max(inside, _running(shapes, max(lengths))),
                 2 * shapes.outside + _MATRICES * 4 * head**2,
             )
-            + 6 * 4 * descent.ELEMENTS,
+            + 6 * 4 * min(descent.ELEMENTS, largest),
         }
     )
 
@@ -201,6 +202,12 @@ def _running(shapes: Shapes, longest: int) -> int:
     """A block's run on one sequence."""
     block = widest_block(shapes.modules, shapes.experts)
     return _COPIES * 4 * longest * (block + shapes.heads * longest)
+
+
+def _logits(shapes: Shapes, longest: int) -> int:
+    """Of two models, with copies."""
+    vocabulary, _ = embedding_shape(shapes.modules)
+    return 2 * _COPIES * min(LOGITS_BYTES, 4 * longest * vocabulary)
 
 
 def _rounded(shapes: Shapes, module: Module, options: Options) -> int:

@@ -124,6 +124,11 @@ class Options:
                 parsed[name] = Path(str(parsed[name])).expanduser()
         return cls(**parsed)  # type: ignore[arg-type]
 
+    def check_no_memory(self, command: str) -> None:
+        """Raise UsageError if `memory` is given, which only a conversion keeps to."""
+        if self.memory is not None:
+            raise UsageError(f"{command} does not keep to memory={self.memory}; leave it out")
+
     @property
     def menu(self) -> tuple[Format, ...]:
         """The formats to measure."""

@@ -43,6 +43,7 @@ def sensitivity(
 def score(model: str, out: Path | None, ranks: World, **options: Unpack[OptionFields]) -> Scores:
     """`sensitivity` on these ranks."""
     chosen = Options.parse(**options)
+    chosen.check_no_memory("sensitivity")
     if ranks.rank != 0:
         chosen = replace(chosen, progress=False)
     checkpoint = None
