@@ -33,7 +33,7 @@ PROCESS = 400_000_000  # bytes of Python, MLX, mlx-lm and a tokenizer
 SCORES = "measuring sensitivity"
 LEAST_TOKENS = 512  # of calibration text that --memory leaves
 
-_MATRICES = 4  # H of the sequences that fit and that judge, shrunk, and its diagonal
+_MATRICES = 4  # H or G of the sequences that fit and that judge; shrunk; its diagonal
 _COPIES = 3  # of a block's activations, or of logits, that a run holds at a time
 
 
@@ -178,12 +178,15 @@ def _fitting(shapes: Shapes, lengths: Sequence[int], fitted: int) -> Needs:
 
 
 def _in_turn(shapes: Shapes, block: Sequence[Module], tokens: int) -> int:
-    """What the modules of a block still have waiting, and H of the one whose turn it is."""
+    """What the modules of a block still have waiting, and H and G of the one whose turn it is."""
     largest = 0
     waiting = [4 * tokens * _row(shapes, m) for m in block]
     for i, module in enumerate(block):
-        squares = 0 if module.role is Role.EXPERT else _MATRICES * 4 * module.shape[-1] ** 2
-        largest = max(largest, sum(waiting[i:]) + squares)
+        out, columns = module.shape[-2:]
+        squares = 4 * (out**2 + columns**2)
+        judging = (_MATRICES - 1) * squares + 4 * 4 * out * columns  # the weight's change, weighed
+        own = 0 if module.role is Role.EXPERT else max(_MATRICES * squares, judging)
+        largest = max(largest, sum(waiting[i:]) + own)
     return largest
 
 
