@@ -2,8 +2,8 @@
 //
 // A row of codes is one little-endian bit stream, so 32 codes of b bits fill b words of 32 bits
 // and 16 codes fill b of 16. Shifts are several times slower than masks and multiplications on
-// these GPUs, so a code is masked where it lies, giving code * 2^shift, and the scale is taken
-// times 2^-shift: exact, and shared by all packs of a group.
+// these GPUs, so a code is masked where it lies, giving code * 2^shift, and what it is multiplied
+// with is taken times 2^-shift, which is exact.
 #pragma once
 
 #include <metal_stdlib>
@@ -25,33 +25,35 @@ using namespace metal;
     }                                          \
   }
 
-// Codes k ... k + COUNT - 1 of a row, COUNT being 16 or 32 and k a multiple of it. Rows begin on
-// a word; nothing is assumed of the alignment beyond that, since arrays may be slices.
-template <int BITS, int COUNT>
+// Codes k ... k + 15 of a row, k being a multiple of 16. Rows begin on a word; nothing is assumed
+// of the alignment beyond that, since arrays may be slices.
+template <int BITS>
 METAL_FUNC void load_codes(const device uint* row, int k, thread uint* words) {
-  constexpr int halves = BITS * COUNT / 16;
-  if constexpr (halves % 2 == 0) {
-    const device uint* p = row + k / COUNT * (halves / 2);
+  if constexpr (BITS % 2 == 0) {
+    const device uint* p = row + k / 16 * (BITS / 2);
 #pragma unroll
-    for (int i = 0; i < halves / 2; i++) {
+    for (int i = 0; i < BITS / 2; i++) {
       words[i] = p[i];
     }
   } else {
-    const device ushort* p = (const device ushort*)row + k / COUNT * halves;
+    const device ushort* p = (const device ushort*)row + k / 16 * BITS;
 #pragma unroll
-    for (int i = 0; i + 1 < halves; i += 2) {
+    for (int i = 0; i + 1 < BITS; i += 2) {
       words[i / 2] = uint(p[i]) | uint(p[i + 1]) << 16;
     }
-    words[halves / 2] = p[halves - 1];
+    words[BITS / 2] = p[BITS - 1];
   }
 }
 
-// Weights 8 * eighth ... 8 * eighth + 7 of the loaded codes. Unrolled, all shifts are constants,
-// and there is one per 4 or 8 codes, or none.
+// Codes 8 * eighth ... 8 * eighth + 7 of the loaded ones, masked where they lie: code i of a pack
+// is times 2^(i * BITS). Unrolled, all shifts are constants, and there is one per pack, or none.
 template <int BITS>
-METAL_FUNC void decode8(
-    thread const uint* words, int eighth, float scale, float bias, thread float* w) {
-  constexpr int pack = BITS <= 4 ? 8 : 4; // codes that fit a word wherever they begin
+METAL_FUNC constexpr int codes_of_pack() {
+  return BITS <= 4 ? 8 : 4; // that fit a word wherever they begin
+}
+template <int BITS>
+METAL_FUNC void codes8(thread const uint* words, int eighth, thread float* codes) {
+  constexpr int pack = codes_of_pack<BITS>();
   constexpr uint mask = (1u << BITS) - 1;
 #pragma unroll
   for (int p = 0; p < 8; p += pack) {
@@ -62,8 +64,24 @@ METAL_FUNC void decode8(
     }
 #pragma unroll
     for (int i = 0; i < pack; i++) {
-      const float scaled = scale * (1.0f / float(1u << (i * BITS)));
-      w[p + i] = fma(scaled, float(v & (mask << (i * BITS))), bias);
+      codes[p + i] = float(v & (mask << (i * BITS)));
     }
+  }
+}
+
+// A factor of code i of 8, for the place where it lies.
+template <int BITS>
+METAL_FUNC float at_place(float factor, int i) {
+  return factor * (1.0f / float(1u << (i % codes_of_pack<BITS>() * BITS)));
+}
+
+// Weights 8 * eighth ... 8 * eighth + 7 of the loaded codes.
+template <int BITS>
+METAL_FUNC void decode8(
+    thread const uint* words, int eighth, float scale, float bias, thread float* w) {
+  codes8<BITS>(words, eighth, w);
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    w[i] = fma(at_place<BITS>(scale, i), w[i], bias);
   }
 }

@@ -47,7 +47,7 @@ METAL_FUNC void load_affine(const device uint* codes, const device S* scales,
   }
   const size_t at = size_t(n0 + row) * (d >> shift) + ((k0 + col) >> shift);
   uint words[(BITS + 1) / 2];
-  load_codes<BITS, 16>(codes + size_t(n0 + row) * (d / 32 * BITS), k0 + col, words);
+  load_codes<BITS>(codes + size_t(n0 + row) * (d / 32 * BITS), k0 + col, words);
 #pragma unroll
   for (int eighth = 0; eighth < 2; eighth++) {
     float weights[8];

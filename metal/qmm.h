@@ -61,7 +61,7 @@ METAL_FUNC void load_w(const device uint* w, const device S* scales, const devic
   const int at = (row0 + row) * (cols >> part.group_shift) + ((col0 + col) >> part.group_shift);
   const float scale = float(scales[at]), bias = float(biases[at]);
   uint words[(BITS + 1) / 2];
-  load_codes<BITS, 16>(w + size_t(row0 + row) * (cols / 32 * BITS), col0 + col, words);
+  load_codes<BITS>(w + size_t(row0 + row) * (cols / 32 * BITS), col0 + col, words);
 #pragma unroll
   for (int eighth = 0; eighth < 2; eighth++) {
     float weights[8];

@@ -6,8 +6,14 @@
 
 using namespace metal;
 
-// Threads: 32 * SIMDGROUPS. Grid: one threadgroup per tile of SIMDGROUPS * (32 / K_LANES) *
-// RESULTS outputs.
+// The first row of a tile. Only kernels for 8 rows have several; in others it is known to be none.
+template <int ROWS>
+METAL_FUNC int row_tile(uint tile) {
+  return ROWS == 8 ? int(tile) * ROWS : 0;
+}
+
+// Threads: 32 * SIMDGROUPS. Grid: x over tiles of SIMDGROUPS * (32 / K_LANES) * RESULTS outputs, y
+// over tiles of ROWS rows.
 template <typename X, typename S, int WIDTHS, int ROWS, int RESULTS, int K_LANES, int SIMDGROUPS,
     bool STAGED>
 [[kernel]] void qmv(const device X* x [[buffer(0)]], const device uint* w [[buffer(1)]],
@@ -16,14 +22,16 @@ template <typename X, typename S, int WIDTHS, int ROWS, int RESULTS, int K_LANES
     constant QuantizedShape& shape [[buffer(5)]], uint3 group [[threadgroup_position_in_grid]],
     uint thread_index [[thread_index_in_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup X staged[STAGED ? ROWS * K_LANES * (32 + 16 / sizeof(X)) : 1];
-  Position at;
-  at.tile = group.x;
-  at.index = thread_index;
-  at.simdgroup = simdgroup;
-  at.lane = lane;
-  qmv_any_width<X, S, typename Wider<X, S>::type, WIDTHS, ROWS, RESULTS, K_LANES, SIMDGROUPS,
-      STAGED>(x, w, scales, biases, y, shape.part[0], shape.m, shape.k, at, staged);
+  threadgroup float4 staged[STAGED ? ROWS * K_LANES * staged_chunk<false>() : 1];
+  Position at = position(group.x, thread_index, simdgroup, lane);
+  at.x_row = row_tile<ROWS>(group.y);
+  const int m = min(ROWS, shape.m - at.x_row);
+  Sums<ROWS, RESULTS> acc;
+  qmv_any_width<X, S, WIDTHS, ROWS, RESULTS, K_LANES, SIMDGROUPS, STAGED, false>(
+      x, nullptr, w, scales, biases, shape.part[0], m, shape.k, at, staged, acc);
+  const StoreRows<typename Wider<X, S>::type> store = {y, shape.part[0].n};
+  store_tile<ROWS, RESULTS, K_LANES, SIMDGROUPS, false>(
+      acc, shape.part[0], m, shape.k, 0, at, store);
 }
 
 // Up to four weights of different widths that share x, such as q, k and v: their tiles lie one
@@ -44,19 +52,20 @@ template <typename X, typename S, int WIDTHS, int ROWS, int RESULTS, int K_LANES
     uint thread_index [[thread_index_in_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   typedef typename Wider<X, S>::type Y;
-  threadgroup X staged[STAGED ? ROWS * K_LANES * (32 + 16 / sizeof(X)) : 1];
+  threadgroup float4 staged[STAGED ? ROWS * K_LANES * staged_chunk<false>() : 1];
   const int p = find_part(shape, group.x);
-  Position at;
-  at.tile = int(group.x) - shape.part[p].first_tile;
-  at.index = thread_index;
-  at.simdgroup = simdgroup;
-  at.lane = lane;
+  Position at = position(int(group.x) - shape.part[p].first_tile, thread_index, simdgroup, lane);
+  at.x_row = row_tile<ROWS>(group.y);
+  const int m = min(ROWS, shape.m - at.x_row);
   const device uint* w = p == 0 ? w0 : p == 1 ? w1 : p == 2 ? w2 : w3;
   const device S* scales = p == 0 ? scales0 : p == 1 ? scales1 : p == 2 ? scales2 : scales3;
   const device S* biases = p == 0 ? biases0 : p == 1 ? biases1 : p == 2 ? biases2 : biases3;
-  device Y* y = p == 0 ? y0 : p == 1 ? y1 : p == 2 ? y2 : y3;
-  qmv_any_width<X, S, Y, WIDTHS, ROWS, RESULTS, K_LANES, SIMDGROUPS, STAGED>(
-      x, w, scales, biases, y, shape.part[p], shape.m, shape.k, at, staged);
+  Sums<ROWS, RESULTS> acc;
+  qmv_any_width<X, S, WIDTHS, ROWS, RESULTS, K_LANES, SIMDGROUPS, STAGED, false>(
+      x, nullptr, w, scales, biases, shape.part[p], m, shape.k, at, staged, acc);
+  const StoreRows<Y> store = {p == 0 ? y0 : p == 1 ? y1 : p == 2 ? y2 : y3, shape.part[p].n};
+  store_tile<ROWS, RESULTS, K_LANES, SIMDGROUPS, false>(
+      acc, shape.part[p], m, shape.k, 0, at, store);
 }
 
 // Row i of x uses weight indices[i] of several stacked ones; grid y runs over the rows.
@@ -68,26 +77,22 @@ template <typename X, typename S, int WIDTHS, int RESULTS, int K_LANES, int SIMD
     uint thread_index [[thread_index_in_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   typedef typename Wider<X, S>::type Y;
-  threadgroup X staged[1];
+  threadgroup float4 staged[1];
   const constant QuantizedPart& part = shape.part[0];
-  Position at;
-  at.tile = group.x;
-  at.index = thread_index;
-  at.simdgroup = simdgroup;
-  at.lane = lane;
+  Position at = position(group.x, thread_index, simdgroup, lane);
   const uint expert = indices[group.y];
-  x += size_t(group.y) * shape.k;
-  y += size_t(group.y) * part.n;
+  at.x_row = group.y;
+  at.w_row = int(expert) * part.n;
   if (expert >= uint(shape.experts)) { // not a crash, and visible in the result
     constexpr int tile = SIMDGROUPS * (32 / K_LANES) * RESULTS;
     for (int i = at.index; i < tile && at.tile * tile + i < part.n; i += SIMDGROUPS * 32) {
-      y[at.tile * tile + i] = Y(NAN);
+      y[at.x_row * part.n + at.tile * tile + i] = Y(NAN);
     }
     return;
   }
-  w += size_t(expert) * part.n * (shape.k / 32 * part.bits);
-  scales += size_t(expert) * part.n * (shape.k >> part.group_shift);
-  biases += size_t(expert) * part.n * (shape.k >> part.group_shift);
-  qmv_any_width<X, S, Y, WIDTHS, 1, RESULTS, K_LANES, SIMDGROUPS, false>(
-      x, w, scales, biases, y, part, 1, shape.k, at, staged);
+  Sums<1, RESULTS> acc;
+  qmv_any_width<X, S, WIDTHS, 1, RESULTS, K_LANES, SIMDGROUPS, false, false>(
+      x, nullptr, w, scales, biases, part, 1, shape.k, at, staged, acc);
+  const StoreRows<Y> store = {y, part.n};
+  store_tile<1, RESULTS, K_LANES, SIMDGROUPS, false>(acc, part, 1, shape.k, 0, at, store);
 }

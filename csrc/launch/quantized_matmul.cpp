@@ -82,27 +82,33 @@ int compiled_rows(int rows) {
   return rows <= 8 ? rows : (rows + 1) / 2 * 2;
 }
 
+// Results that a lane holds, so that 512 threads or more have registers on a core.
+int results(int rows, const Tuning& t) {
+  return rows <= 3 ? t.results : rows <= 8 ? t.results_wide : std::max(1, t.results_wide / 2);
+}
+
 Launch qmv(const Batch& batch, const Tuning& t) {
   const QuantizedMatmul& op = batch.op;
   bool gather = op.experts > 0;
   int rows = gather ? 1 : compiled_rows(op.rows);
-  int results = rows <= 8 ? t.results : t.results_wide;
-  int row_lanes = 32 / t.k_lanes;
-  int x_bytes = int(cpu::size_of(op.x));
-  int staged_bytes = rows * t.k_lanes * (32 * x_bytes + 16);
-  bool staged = rows >= t.stage_from && staged_bytes <= kThreadgroupMemory && !gather;
+  auto staged_bytes = [&] { return rows * t.k_lanes * 9 * 16; }; // staged_chunk in metal/qmv.h
+  if (rows > 8 && staged_bytes() > kThreadgroupMemory) {
+    rows = 8; // in two tiles
+  }
+  bool staged = rows >= t.stage_from && staged_bytes() <= kThreadgroupMemory && !gather;
+  int row_lanes = 32 / t.k_lanes, of_lane = results(rows, t);
   int simdgroups = t.simdgroups;
   if (staged) { // no more than the 1024 threads a threadgroup may have
-    simdgroups = std::clamp(t.staged_tile / (row_lanes * results), 1, 32);
+    simdgroups = std::clamp(t.staged_tile / (row_lanes * of_lane), 1, 32);
   }
-  int tile = simdgroups * row_lanes * results;
+  int tile = simdgroups * row_lanes * of_lane;
 
   auto arguments = batch.types();
   auto add = [&](int value) { arguments.push_back(std::to_string(value)); };
   if (!gather) {
     add(rows);
   }
-  add(results);
+  add(of_lane);
   add(t.k_lanes);
   add(simdgroups);
   if (!gather) {
@@ -111,7 +117,7 @@ Launch qmv(const Batch& batch, const Tuning& t) {
   const char* function = gather ? "qmv_gather" : batch.size() > 1 ? "qmv_mixed" : "qmv";
   Launch out = instantiate("qmv.metal", function, arguments);
   finish(batch, tile, out);
-  out.threadgroups.y = gather ? uint32_t(op.rows) : 1;
+  out.threadgroups.y = uint32_t(ceil_div(op.rows, rows));
   out.threads.x = uint32_t(32 * simdgroups);
   return out;
 }

@@ -19,8 +19,8 @@ Gpu parse_gpu(std::string_view architecture);
 struct Tuning {
   // qmv: up to 16 rows of x.
   int k_lanes = 8;      // lanes that share a row of weights; fixes the order of summation
-  int results = 4;      // rows of weights a lane holds, for 1 to 8 rows of x
-  int results_wide = 2; // the same for more rows of x
+  int results = 4;      // rows of weights a lane holds, for 1 to 3 rows of x
+  int results_wide = 2; // the same for 4 to 8; half of it for more rows
   int simdgroups = 2;   // of a threadgroup, where x is not staged
   int stage_from = 4;   // rows of x from which a threadgroup copies x to its own memory
   int staged_tile = 32; // outputs of a threadgroup then

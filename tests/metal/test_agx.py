@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 from dataclasses import fields, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from bench.agx.compiler import built, lower_bfloat
-from bench.agx.figures import Figures, Kernel, measure, ours, stock
+from bench.agx.figures import BITS, ROWS, Figures, Kernel, measure, ours, stock
 
 needs_compiler = pytest.mark.skipif(not built(), reason="no build/agx; run: make agx")
 PAGE = Path(__file__).parents[2] / "docs" / "kernels-counted.md"
@@ -39,6 +40,20 @@ def recorded() -> dict[str, list[float]]:
 def test_the_table_has_every_kernel() -> None:
     assert {k.job for k in KERNELS} | {stock(4, 1).job} <= set(recorded())
     assert {len(row) for row in recorded().values()} == {len(fields(Figures))}
+
+
+def test_one_weight_has_room_on_a_core_and_is_no_slower_than_stock() -> None:
+    """By these figures, which are recorded."""
+    slower = []
+    for bits, rows in product(BITS, ROWS):
+        mine = Figures(*recorded()[ours([bits], rows).job])
+        assert mine.spills == 0
+        assert mine.loop <= 10 * 1024
+        assert mine.threads >= (768 if rows == 1 else 512)
+        theirs = Figures(*recorded()[stock(bits, min(rows, 4)).job])  # tiles of 4 rows, for more
+        if mine.cycles > theirs.cycles:
+            slower.append((bits, rows))
+    assert not slower
 
 
 @needs_compiler

@@ -23,8 +23,7 @@ def test_launches_keep_to_metals_limits(gpu: str) -> None:
             assert 32 <= launch["threads"][0] <= 1024
             assert all(n >= 1 for n in launch["threadgroups"])
             if launch["source"] == "qmv.metal" and launch["instantiation"].endswith("true>"):
-                size = 4 if x == "float32" else 2
-                assert compiled_rows(launch) * k_lanes * (32 * size + 16) <= 32768
+                assert compiled_rows(launch) * k_lanes * 9 * 16 <= 32768
 
 
 def compiled_rows(launch: dict[str, str]) -> int:
