@@ -25,6 +25,12 @@ METAL_FUNC Position position(int tile, uint index, uint simdgroup, uint lane) {
   return at;
 }
 
+// The first row of a tile. Only kernels for 8 rows have several; in others it is known to be none.
+template <int ROWS>
+METAL_FUNC int row_tile(uint tile) {
+  return ROWS == 8 ? int(tile) * ROWS : 0;
+}
+
 // 32 staged values of x and four sums of 8 of them, in float4; of values to be normalized also four
 // sums of squares. An odd number, so that lanes read different memory banks.
 template <bool NORM>
@@ -252,13 +258,9 @@ METAL_FUNC float over_lanes(float sum) {
   return sum;
 }
 
-// Gives each result of the tile to `store(row of x, row of the weight, sum)`. NORM: divided by the
-// root of the mean square of x.
-template <int ROWS, int RESULTS, int K_LANES, int SIMDGROUPS, bool NORM, typename Store>
-METAL_FUNC void store_tile(thread const Sums<ROWS, RESULTS>& acc, constant QuantizedPart& part,
-    int m, int k, float eps, Position at, Store store) {
-  constexpr int row_lanes = 32 / K_LANES;
-  const int first = (at.tile * SIMDGROUPS + at.simdgroup) * row_lanes * RESULTS + at.lane / K_LANES;
+// The lanes' sums added. NORM: and divided by the root of the mean square of x.
+template <int ROWS, int RESULTS, int K_LANES, bool NORM>
+METAL_FUNC void finish_tile(thread Sums<ROWS, RESULTS>& acc, int k, float eps) {
 #pragma unroll
   for (int row = 0; row < ROWS; row++) {
     float by = 1;
@@ -268,9 +270,24 @@ METAL_FUNC void store_tile(thread const Sums<ROWS, RESULTS>& acc, constant Quant
 #pragma unroll
     for (int r = 0; r < RESULTS; r++) {
       const float sum = over_lanes<K_LANES>(acc.of[row][r]);
+      acc.of[row][r] = NORM ? sum * by : sum;
+    }
+  }
+}
+
+// Gives each result of the tile to `store(row of x, row of the weight, sum)`.
+template <int ROWS, int RESULTS, int K_LANES, int SIMDGROUPS, typename Store>
+METAL_FUNC void store_tile(thread const Sums<ROWS, RESULTS>& acc, constant QuantizedPart& part,
+    int m, Position at, Store store) {
+  constexpr int row_lanes = 32 / K_LANES;
+  const int first = (at.tile * SIMDGROUPS + at.simdgroup) * row_lanes * RESULTS + at.lane / K_LANES;
+#pragma unroll
+  for (int row = 0; row < ROWS; row++) {
+#pragma unroll
+    for (int r = 0; r < RESULTS; r++) {
       const int n = first + r * row_lanes;
       if (at.lane % K_LANES == 0 && n < part.n && row < m) {
-        store(at.x_row + row, n, NORM ? sum * by : sum);
+        store(at.x_row + row, n, acc.of[row][r]);
       }
     }
   }

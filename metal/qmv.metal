@@ -6,12 +6,6 @@
 
 using namespace metal;
 
-// The first row of a tile. Only kernels for 8 rows have several; in others it is known to be none.
-template <int ROWS>
-METAL_FUNC int row_tile(uint tile) {
-  return ROWS == 8 ? int(tile) * ROWS : 0;
-}
-
 // Threads: 32 * SIMDGROUPS. Grid: x over tiles of SIMDGROUPS * (32 / K_LANES) * RESULTS outputs, y
 // over tiles of ROWS rows.
 template <typename X, typename S, int WIDTHS, int ROWS, int RESULTS, int K_LANES, int SIMDGROUPS,
@@ -30,8 +24,8 @@ template <typename X, typename S, int WIDTHS, int ROWS, int RESULTS, int K_LANES
   qmv_any_width<X, S, WIDTHS, ROWS, RESULTS, K_LANES, SIMDGROUPS, STAGED, false>(
       x, nullptr, w, scales, biases, shape.part[0], m, shape.k, at, staged, acc);
   const StoreRows<typename Wider<X, S>::type> store = {y, shape.part[0].n};
-  store_tile<ROWS, RESULTS, K_LANES, SIMDGROUPS, false>(
-      acc, shape.part[0], m, shape.k, 0, at, store);
+  finish_tile<ROWS, RESULTS, K_LANES, false>(acc, shape.k, 0);
+  store_tile<ROWS, RESULTS, K_LANES, SIMDGROUPS>(acc, shape.part[0], m, at, store);
 }
 
 // Up to four weights of different widths that share x, such as q, k and v: their tiles lie one
@@ -64,8 +58,8 @@ template <typename X, typename S, int WIDTHS, int ROWS, int RESULTS, int K_LANES
   qmv_any_width<X, S, WIDTHS, ROWS, RESULTS, K_LANES, SIMDGROUPS, STAGED, false>(
       x, nullptr, w, scales, biases, shape.part[p], m, shape.k, at, staged, acc);
   const StoreRows<Y> store = {p == 0 ? y0 : p == 1 ? y1 : p == 2 ? y2 : y3, shape.part[p].n};
-  store_tile<ROWS, RESULTS, K_LANES, SIMDGROUPS, false>(
-      acc, shape.part[p], m, shape.k, 0, at, store);
+  finish_tile<ROWS, RESULTS, K_LANES, false>(acc, shape.k, 0);
+  store_tile<ROWS, RESULTS, K_LANES, SIMDGROUPS>(acc, shape.part[p], m, at, store);
 }
 
 // Row i of x uses weight indices[i] of several stacked ones; grid y runs over the rows.
@@ -94,5 +88,6 @@ template <typename X, typename S, int WIDTHS, int RESULTS, int K_LANES, int SIMD
   qmv_any_width<X, S, WIDTHS, 1, RESULTS, K_LANES, SIMDGROUPS, false, false>(
       x, nullptr, w, scales, biases, part, 1, shape.k, at, staged, acc);
   const StoreRows<Y> store = {y, part.n};
-  store_tile<1, RESULTS, K_LANES, SIMDGROUPS, false>(acc, part, 1, shape.k, 0, at, store);
+  finish_tile<1, RESULTS, K_LANES, false>(acc, shape.k, 0);
+  store_tile<1, RESULTS, K_LANES, SIMDGROUPS>(acc, part, 1, at, store);
 }

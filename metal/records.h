@@ -83,3 +83,36 @@ METAL_FUNC void load_chunk(Tokens<X, BITS> tokens, int token, bool there, int ch
     decode_chunk<BITS, GROUP, DIM>(record, chunk, header, to);
   }
 }
+
+// Group `group` of a record from its values, bit for bit as quantize_kv in
+// python/optiq/ops/attention.py.
+template <int BITS, int GROUP, typename Values>
+METAL_FUNC void write_group(Values x, int dim, int group, device uint* record) {
+  constexpr float top = float((1 << BITS) - 1);
+  const int n = min(GROUP, dim - group * GROUP);
+  float low = INFINITY, high = -INFINITY;
+  for (int i = 0; i < n; i++) {
+    low = min(low, float(x[i]));
+    high = max(high, float(x[i]));
+  }
+  const half2 grid = half2(half((high - low) / top), half(low));
+  const float scale = float(grid.x), bias = float(grid.y);
+  record[group] = as_type<uint>(grid);
+
+  device uint* out = record + (dim + GROUP - 1) / GROUP + group * GROUP * BITS / 32;
+  ulong pending = 0; // codes that do not fill a word yet
+  int bits = 0;
+  for (int i = 0; i < n; i++) {
+    const float code = scale == 0 ? 0.0f : clamp(rint((float(x[i]) - bias) / scale), 0.0f, top);
+    pending |= ulong(code) << bits;
+    bits += BITS;
+    if (bits >= 32) {
+      *out++ = uint(pending);
+      pending >>= 32;
+      bits -= 32;
+    }
+  }
+  if (bits > 0) { // a short last group; zeros fill the word
+    *out = uint(pending);
+  }
+}

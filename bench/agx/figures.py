@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.metal.launcher import METAL, plan_quantized_matmul
+from tests.metal.launcher import METAL, plan_decode_layer, plan_quantized_matmul
 from tests.msl.build import CACHE
 from tests.msl.mlx_headers import QUANTIZED
 
@@ -83,6 +83,29 @@ def ours(bits: Sequence[int], rows: int, kind: str = "half", experts: int = 0) -
     )  # fmt: skip
 
 
+def layer(rows: int) -> list[Kernel]:
+    """The products of a decoder layer in one dispatch each, of 4 bits."""
+    of = (GROUP, 4)
+    plan = plan_decode_layer(
+        rows, 4096, [(4096, of), (1024, of), (1024, of)], (4096, of), [(11008, of)] * 2,
+        (4096, of), (32, 8), (128, (0, 0)), (128, (0, 0)), (0, 0, 0), (0, 0, 0), (0, 1, 0),
+        gpu=GPU, tune="",
+    )  # fmt: skip
+    jobs = {"layer_in": "norm, q, k, v", "layer_out": "output, residual",
+            "layer_gated": "norm, gate, up, SwiGLU"}  # fmt: skip
+    found = []
+    for launch in plan["launches"]:
+        name, _, arguments = launch["instantiation"].partition("<")
+        if name in jobs:
+            results = int(arguments.split(",")[5 if name == "layer_gated" else 4])
+            job = f"{jobs.pop(name)}, 4 bits, {rows} row{'s' * (rows > 1)}"
+            found.append(
+                Kernel(job, METAL / launch["source"], launch["instantiation"],
+                       tuple(launch["threads"]), 32 * results, rows)
+            )  # fmt: skip
+    return found
+
+
 def stock(bits: int, rows: int, kind: str = "half") -> Kernel:
     """qmv_fast for one row; qmv_wide, 5 rows at most, for more: then several tiles of rows."""
     path = CACHE / "mlx_quantized.metal"
@@ -112,3 +135,5 @@ def kernels() -> Iterator[Kernel]:
     for rows in (1, 8):
         yield ours([4, 6, 8], rows)
     yield ours([4], 1, experts=4)
+    for rows in (1, 8):
+        yield from layer(rows)

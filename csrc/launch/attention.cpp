@@ -1,6 +1,7 @@
 #include "launch/attention.h"
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -65,11 +66,6 @@ int split_keys(const QuantizedAttention& op, int tile_rows, const Tuning& t) {
   return std::clamp(int(keys / step + 1) * step, 2 * step, 8 * step);
 }
 
-std::vector<std::string> format(const KvTensor& x) {
-  auto [bits, group_size] = x.format.dense() ? AffineFormat{16, 32} : x.format;
-  return {std::to_string(bits), std::to_string(group_size)};
-}
-
 void check(const QuantizedAttention& op) {
   constexpr const char* function = "plan_quantized_attention";
   for (auto [name, x] : {std::pair("k.", &op.k), std::pair("v.", &op.v)}) {
@@ -124,6 +120,17 @@ AttentionShape shape_of(const QuantizedAttention& op) {
   return shape;
 }
 
+// The same with how the keys are split.
+AttentionShape split_shape(const QuantizedAttention& op, const Tuning& t) {
+  AttentionShape shape = shape_of(op);
+  int all_rows = op.heads / op.kv_heads * op.rows, tile_rows = 8 * sharing(op, all_rows);
+  int reach = op.window > 0 ? std::min(op.keys, op.window + op.rows - 1) : op.keys;
+  shape.split_keys = op.rows <= kDecodeRows ? split_keys(op, std::min(all_rows, tile_rows), t)
+                                            : std::max(reach, 1);
+  shape.splits = std::max(1, ceil_div(reach, shape.split_keys));
+  return shape;
+}
+
 // What the kernel finds at buffers 3 ... 10: an input of the op where there is one, else the
 // queries, which are not read there but must be bound.
 std::vector<Argument> optional_inputs(const QuantizedAttention& op) {
@@ -140,6 +147,11 @@ std::vector<Argument> optional_inputs(const QuantizedAttention& op) {
 
 } // namespace
 
+std::vector<std::string> kv_format(const KvTensor& x) {
+  auto [bits, group_size] = x.format.dense() ? AffineFormat{16, 32} : x.format;
+  return {std::to_string(bits), std::to_string(group_size)};
+}
+
 Plan plan_quantized_attention(const QuantizedAttention& op, const Tuning& t) {
   check(op);
   Plan plan;
@@ -148,18 +160,14 @@ Plan plan_quantized_attention(const QuantizedAttention& op, const Tuning& t) {
   if (op.batch * all_rows == 0) {
     return plan;
   }
-  AttentionShape shape = shape_of(op);
+  AttentionShape shape = split_shape(op, t);
   int share = sharing(op, all_rows), tile_rows = 8 * share;
-  int reach = op.window > 0 ? std::min(op.keys, op.window + op.rows - 1) : op.keys;
-  shape.split_keys = op.rows <= kDecodeRows ? split_keys(op, std::min(all_rows, tile_rows), t)
-                                            : std::max(reach, 1);
-  shape.splits = std::max(1, ceil_div(reach, shape.split_keys));
   bool split = shape.splits > 1;
 
   std::string type = metal_name(op.type), value_dim = std::to_string(op.v.dim);
   std::vector<std::string> arguments = {type, std::to_string(op.k.dim), value_dim};
   for (const auto* x : {&op.k, &op.v}) {
-    for (const std::string& part : format(*x)) {
+    for (const std::string& part : kv_format(*x)) {
       arguments.push_back(part);
     }
   }
@@ -189,6 +197,19 @@ Plan plan_quantized_attention(const QuantizedAttention& op, const Tuning& t) {
     plan.launches.push_back(merge);
   }
   return plan;
+}
+
+bool replan_attention(const QuantizedAttention& op, const Tuning& t, Launch* first, int launches) {
+  AttentionShape shape = split_shape(op, t), before;
+  Argument& told = first->arguments.back();
+  std::memcpy(&before, told.bytes.data(), sizeof(before));
+  if (shape.splits != before.splits) {
+    return false;
+  }
+  for (int i = 0; i < launches; i++) {
+    first[i].arguments.back() = constants(shape);
+  }
+  return true;
 }
 
 Plan plan_quantize_kv(const QuantizeKv& op) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <string>
 #include <vector>
 
 #include "cpu/types.h"
@@ -17,6 +18,9 @@ struct KvTensor {
   AffineFormat format = {};         // dense: plain vectors
   std::array<int64_t, 3> strides{}; // of batch entry, head and token, in items
 };
+
+// BITS and GROUP of the kernels.
+std::vector<std::string> kv_format(const KvTensor& x);
 
 struct QuantizedAttention {
   int batch = 1, heads = 1, kv_heads = 1;
@@ -38,6 +42,11 @@ struct QuantizedAttention {
 // strides, all else is row-major. Output: [batch, heads, rows, v.dim]. Throws
 // std::invalid_argument where no kernel does the job.
 Plan plan_quantized_attention(const QuantizedAttention& op, const Tuning& tuning);
+
+// Tells the launches of a plan of the same attention how many keys there are now, and their
+// strides; false where they are split in another number of parts, which takes another plan.
+bool replan_attention(
+    const QuantizedAttention& op, const Tuning& tuning, Launch* first, int launches);
 
 struct QuantizeKv {
   size_t vectors = 0;

@@ -7,13 +7,13 @@
 #include "../metal/shapes.h"
 #include "cpu/affine_format.h"
 #include "launch/instantiate.h"
+#include "launch/qmv.h"
 
 namespace optiq::launch {
 
 namespace {
 
 constexpr size_t kMaxParts = 4; // slots of qmv_mixed and qmm_mixed
-constexpr int kThreadgroupMemory = 32 * 1024;
 
 // What one launch does: some of the weights, all with one type of scales.
 struct Batch {
@@ -26,12 +26,15 @@ struct Batch {
   size_t size() const {
     return weights.size();
   }
-  int tiles(int tile) const {
-    int sum = 0;
-    for (size_t i = 0; i < size(); i++) {
-      sum += ceil_div((*this)[i].out, tile);
+  std::vector<QuantizedWeight> chosen() const {
+    std::vector<QuantizedWeight> out;
+    for (int i : weights) {
+      out.push_back(op.weights[i]);
     }
-    return sum;
+    return out;
+  }
+  int tiles(int tile) const {
+    return tiles_of(chosen(), tile);
   }
   // X, S and WIDTHS of the kernels.
   std::vector<std::string> types() const {
@@ -61,64 +64,27 @@ void finish(const Batch& batch, int tile, Launch& out) {
     out.arguments.push_back(
         p < batch.size() ? Argument{Kind::output, batch.weights[p]} : Argument{Kind::input, 0});
   }
-  QuantizedShape shape{};
-  shape.m = op.rows;
-  shape.k = op.inner;
-  shape.parts = int(batch.size());
+  QuantizedShape shape = quantized_shape(batch.chosen(), op.rows, op.inner, tile);
   shape.experts = op.experts;
-  int tiles = 0;
-  for (size_t p = 0; p < batch.size(); p++) {
-    const auto& w = batch[p];
-    int group_shift = w.format.group_size == 32 ? 5 : w.format.group_size == 64 ? 6 : 7;
-    shape.part[p] = {w.out, w.format.bits, group_shift, tiles};
-    tiles += ceil_div(w.out, tile);
-  }
   out.arguments.push_back(constants(shape));
-  out.threadgroups.x = uint32_t(tiles);
-}
-
-// Rows of x a kernel is compiled for: exact where decoding is common, else at most one in vain.
-int compiled_rows(int rows) {
-  return rows <= 8 ? rows : (rows + 1) / 2 * 2;
-}
-
-// Results that a lane holds, so that 512 threads or more have registers on a core.
-int results(int rows, const Tuning& t) {
-  return rows <= 3 ? t.results : rows <= 8 ? t.results_wide : std::max(1, t.results_wide / 2);
+  out.threadgroups.x = uint32_t(batch.tiles(tile));
 }
 
 Launch qmv(const Batch& batch, const Tuning& t) {
   const QuantizedMatmul& op = batch.op;
   bool gather = op.experts > 0;
-  int rows = gather ? 1 : compiled_rows(op.rows);
-  auto staged_bytes = [&] { return rows * t.k_lanes * 9 * 16; }; // staged_chunk in metal/qmv.h
-  if (rows > 8 && staged_bytes() > kThreadgroupMemory) {
-    rows = 8; // in two tiles
-  }
-  bool staged = rows >= t.stage_from && staged_bytes() <= kThreadgroupMemory && !gather;
-  int row_lanes = 32 / t.k_lanes, of_lane = results(rows, t);
-  int simdgroups = t.simdgroups;
-  if (staged) { // no more than the 1024 threads a threadgroup may have
-    simdgroups = std::clamp(t.staged_tile / (row_lanes * of_lane), 1, 32);
-  }
-  int tile = simdgroups * row_lanes * of_lane;
-
+  QmvTile tile = gather ? qmv_row_tile(t) : qmv_tile(op.rows, t);
   auto arguments = batch.types();
-  auto add = [&](int value) { arguments.push_back(std::to_string(value)); };
-  if (!gather) {
-    add(rows);
+  auto of_tile = tile.arguments();
+  if (gather) { // always one row, and not staged
+    of_tile = {of_tile.begin() + 1, of_tile.end() - 1};
   }
-  add(of_lane);
-  add(t.k_lanes);
-  add(simdgroups);
-  if (!gather) {
-    arguments.push_back(staged ? "true" : "false");
-  }
+  arguments.insert(arguments.end(), of_tile.begin(), of_tile.end());
   const char* function = gather ? "qmv_gather" : batch.size() > 1 ? "qmv_mixed" : "qmv";
   Launch out = instantiate("qmv.metal", function, arguments);
-  finish(batch, tile, out);
-  out.threadgroups.y = uint32_t(ceil_div(op.rows, rows));
-  out.threads.x = uint32_t(32 * simdgroups);
+  finish(batch, tile.outputs(), out);
+  out.threadgroups.y = uint32_t(ceil_div(op.rows, tile.rows));
+  out.threads.x = uint32_t(32 * tile.simdgroups);
   return out;
 }
 

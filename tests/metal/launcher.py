@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import numpy as np
 
 import optiq  # noqa: F401
 from optiq.ops import native
-from tests.msl.emulator import APPLE, Chip, Counters, Module, Out
+from tests.msl.emulator import APPLE, Chip, Counters, InOut, Module, Out
 
 METAL = Path(__file__).parents[2] / "metal"
 NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -73,12 +73,14 @@ def run_arrays(
     mode: Mode = "check",
     shuffle: int | bool = False,
     chip: Chip = APPLE,
+    held: Mapping[int, np.ndarray] = {},
 ) -> tuple[list[np.ndarray], Counters]:
     """The plan's outputs, and what its launches counted together.
 
-    A temporary is written by the first launch that has it, and read by the later ones.
+    A temporary is written by the first launch that has it, and read by the later ones. `held`: what
+    an output holds before, if launches add to it.
     """
-    results = [np.zeros(shape, dtype) for shape, dtype in outputs]
+    results = [held.get(i, np.zeros(*output)) for i, output in enumerate(outputs)]
     temporaries: dict[int, np.ndarray] = {}
     total: Counters | None = None
     for launch in plan["launches"]:
@@ -89,6 +91,9 @@ def run_arrays(
                 arguments[i] = inputs[argument["index"]]
             elif argument["kind"] == "constants":
                 arguments[i] = np.frombuffer(argument["bytes"], np.uint8)
+            elif argument["index"] in held and argument["kind"] == "output":
+                arguments[i] = InOut(results[argument["index"]])
+                written.append((results, argument["index"]))
             elif argument["kind"] == "output":
                 arguments[i] = Out(*outputs[argument["index"]])
                 written.append((results, argument["index"]))
@@ -135,4 +140,10 @@ def plan_quantized_matmul(*arguments: Any, **keywords: Any) -> Plan:
 def plan_quantized_attention(*arguments: Any, **keywords: Any) -> Plan:
     assert native.extension is not None, native.reason
     plan: Plan = native.extension.plan_quantized_attention(*arguments, **keywords)
+    return plan
+
+
+def plan_decode_layer(*arguments: Any, **keywords: Any) -> Plan:
+    assert native.extension is not None, native.reason
+    plan: Plan = native.extension.plan_decode_layer(*arguments, **keywords)
     return plan

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench.agx.compiler import built, lower_bfloat
-from bench.agx.figures import BITS, ROWS, Figures, Kernel, measure, ours, stock
+from bench.agx.figures import BITS, ROWS, Figures, Kernel, layer, measure, ours, stock
 
 needs_compiler = pytest.mark.skipif(not built(), reason="no build/agx; run: make agx")
 PAGE = Path(__file__).parents[2] / "docs" / "kernels-counted.md"
@@ -26,6 +26,7 @@ KERNELS = [
     ours([4], 1, "bfloat"),
     ours([4, 6, 8], 1),
     ours([4], 1, experts=4),
+    *layer(1),
 ]
 
 
