@@ -37,10 +37,11 @@ agx:
 	  { echo "make agx needs root and apt-get (Debian): it makes a Debian tree in build/agx"; exit 1; }
 	sh bench/agx/build.sh build/agx
 
-# The Metal kernels in 16 orders of execution, each on an emulated chip of its own, and all faults
-# planted in their encoder.
+# The Metal kernels in 16 orders of execution, each on an emulated chip of its own, all faults planted
+# in their encoder, and more launches that fail in the middle of an answer.
 schedules: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m schedules tests/metal tests/encoder
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m schedules tests/metal tests/encoder \
+	  tests/runtime
 
 # The long part of the attacks on the sandbox, from a seed of its own: make attacks SEED=7.
 attacks: $(VENV)/.installed

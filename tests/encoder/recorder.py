@@ -38,6 +38,10 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / "build" / "encoder"
 MLX = Path((importlib.util.find_spec("mlx.core") or importlib.util.find_spec("mlx")).origin or "")  # type: ignore[union-attr]
+COMPILER = [os.environ.get("CXX", "c++"), "-std=c++20", "-O0", "-fPIC", "-D_METAL_"]
+COMPILER += [
+    f"-I{path}" for path in (HERE / "include", ROOT / "csrc", ROOT, MLX.parent / "include")
+]
 KINDS = {"input": 0, "output": 1, "temporary": 2, "constants": 3}
 CMAKE = shutil.which("cmake") or shutil.which(ROOT / "build/cross/tools/bin/cmake")
 
@@ -73,40 +77,43 @@ def library(change: tuple[str, str] | None = None) -> ctypes.CDLL:
 
 
 def _compile(encoder: str, target: Path) -> None:
-    CACHE.mkdir(parents=True, exist_ok=True)
     folder = CACHE / f"{target.stem}.{os.getpid()}"
-    folder.mkdir(exist_ok=True)
-    changed, embedded = folder / "encoder.cpp", folder / "metal_source.cpp"
+    folder.mkdir(parents=True, exist_ok=True)
+    changed = folder / "encoder.cpp"
     changed.write_text(encoder)
-    script = ROOT / "cmake" / "embed_metal.cmake"
-    _run([str(CMAKE), f"-DSOURCE_DIR={ROOT / 'metal'}", f"-DOUT={embedded}", "-P", str(script)])
-    folders = [HERE / "include", ROOT / "csrc", ROOT, MLX.parent / "include"]
-    compiler = [os.environ.get("CXX", "c++"), "-std=c++20", "-O0", "-fPIC", "-D_METAL_"]
-    compiler += [f"-I{folder}" for folder in folders]
-    objects = []
-    for source in (
-        *(changed, embedded, HERE / "recorder.cpp"),
-        *(ROOT / "csrc/launch" / f"{name}.cpp" for name in ("copy", "tuning")),
-    ):
-        objects.append(_object(compiler, source))
+    objects = [_object(changed), *_others()]
     part = folder / "encoder.so"
     libraries = MLX.parent / "lib"
-    _run([compiler[0], "-shared", *map(str, objects), f"-L{libraries}", "-lmlx",
+    _run([*COMPILER[:1], "-shared", *map(str, objects), f"-L{libraries}", "-lmlx",
           f"-Wl,-rpath,{libraries}", "-o", str(part)])  # fmt: skip
     part.rename(target)
     shutil.rmtree(folder)
 
 
-def _object(compiler: Sequence[str], source: Path) -> Path:
+@functools.cache
+def _others() -> list[Path]:
+    """The objects beside the encoder, which no change of it concerns."""
+    folder = CACHE / f"others.{os.getpid()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    embedded = folder / "metal_source.cpp"
+    script = ROOT / "cmake" / "embed_metal.cmake"
+    _run([str(CMAKE), f"-DSOURCE_DIR={ROOT / 'metal'}", f"-DOUT={embedded}", "-P", str(script)])
+    launch = (ROOT / "csrc/launch" / f"{name}.cpp" for name in ("copy", "tuning"))
+    objects = [_object(source) for source in (embedded, HERE / "recorder.cpp", *launch)]
+    shutil.rmtree(folder)
+    return objects
+
+
+def _object(source: Path) -> Path:
     """Compiled, or as it was: most of it does not change when the encoder does."""
-    done = subprocess.run([*compiler, "-E", "-P", str(source)], capture_output=True)
+    done = subprocess.run([*COMPILER, "-E", "-P", str(source)], capture_output=True)
     if done.returncode:
         raise EncoderError(done.stderr.decode())
     digest = hashlib.sha256(done.stdout).hexdigest()[:16]
     target = CACHE / f"{source.stem}-{digest}.o"
     if not target.exists():
         part = target.with_suffix(f".{os.getpid()}")
-        _run([*compiler, "-c", str(source), "-o", str(part)])
+        _run([*COMPILER, "-c", str(source), "-o", str(part)])
         part.rename(target)
     return target
 

@@ -57,10 +57,16 @@ PRODUCTS = ("quantized_matmul", "mixed_quantized_matmul")
 # function, pipeline) or does not run raises in mx.eval, from the first on or later; one that cannot
 # be encoded raises at once.
 FAULTS = [
-    *((how, launch, True) for how in HOW for launch in (1, 5)),
+    *((how, 1, True) for how in HOW),
     *((how, 5, False) for how in HOW),
-    *((how, launch, True) for how in ("raises", "raises in eval") for launch in (40, 150)),
-]
+    ("raises", 40, True),
+    ("raises in eval", 150, True),
+    *(
+        pytest.param(*fault, marks=pytest.mark.schedules)
+        for fault in (*((how, 5, True) for how in HOW), ("raises", 150, True),
+                      ("raises in eval", 40, True))
+    ),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("how", "launch", "lasting"), FAULTS)
