@@ -157,8 +157,8 @@ METAL_FUNC float in_order(float4 four) {
 template <typename X, typename S, int BITS, int ROWS, int RESULTS, int K_LANES, int SIMDGROUPS,
     bool STAGED, bool NORM>
 METAL_FUNC void qmv_tile(const device X* x, const device float* gains, const device uint* w,
-    const device S* scales, const device S* biases, constant QuantizedPart& part, int m, int k,
-    Position at, threadgroup float4* staged, thread Sums<ROWS, RESULTS>& acc) {
+    const device S* scales, const device S* biases, const constant QuantizedPart& part, int m,
+    int k, Position at, threadgroup float4* staged, thread Sums<ROWS, RESULTS>& acc) {
   constexpr int row_lanes = 32 / K_LANES;
   const int k_lane = at.lane % K_LANES;
   const int simdgroup_first = (at.tile * SIMDGROUPS + at.simdgroup) * row_lanes * RESULTS;
@@ -277,8 +277,8 @@ METAL_FUNC void finish_tile(thread Sums<ROWS, RESULTS>& acc, int k, float eps) {
 
 // Gives each result of the tile to `store(row of x, row of the weight, sum)`.
 template <int ROWS, int RESULTS, int K_LANES, int SIMDGROUPS, typename Store>
-METAL_FUNC void store_tile(thread const Sums<ROWS, RESULTS>& acc, constant QuantizedPart& part,
-    int m, Position at, Store store) {
+METAL_FUNC void store_tile(thread const Sums<ROWS, RESULTS>& acc,
+    const constant QuantizedPart& part, int m, Position at, Store store) {
   constexpr int row_lanes = 32 / K_LANES;
   const int first = (at.tile * SIMDGROUPS + at.simdgroup) * row_lanes * RESULTS + at.lane / K_LANES;
 #pragma unroll
@@ -297,8 +297,8 @@ METAL_FUNC void store_tile(thread const Sums<ROWS, RESULTS>& acc, constant Quant
 template <typename X, typename S, int WIDTHS, int ROWS, int RESULTS, int K_LANES, int SIMDGROUPS,
     bool STAGED, bool NORM>
 METAL_FUNC void qmv_any_width(const device X* x, const device float* gains, const device uint* w,
-    const device S* scales, const device S* biases, constant QuantizedPart& part, int m, int k,
-    Position at, threadgroup float4* staged, thread Sums<ROWS, RESULTS>& acc) {
+    const device S* scales, const device S* biases, const constant QuantizedPart& part, int m,
+    int k, Position at, threadgroup float4* staged, thread Sums<ROWS, RESULTS>& acc) {
 #define OPTIQ_TILE(BITS)                                                  \
   qmv_tile<X, S, BITS, ROWS, RESULTS, K_LANES, SIMDGROUPS, STAGED, NORM>( \
       x, gains, w, scales, biases, part, m, k, at, staged, acc)
