@@ -52,6 +52,14 @@ def test_print_is_for_a_shell(capsys: pytest.CaptureFixture[str], tmp_path: Path
     )
     assert 'model = "m"' in done.stdout
     assert done.stdout.endswith("exec it's\n")
+    folder = tmp_path / "a" / "qwen"
+    folder.mkdir(parents=True)
+    for config, context in (('{"max_position_embeddings": 1234}', 1234), ("[]", 32768)):
+        (folder / "config.json").write_text(config)
+        assert main(["run", "codex", "--model", str(folder), "--print"]) == 0
+        shown = capsys.readouterr().out
+        assert 'model = "qwen"' in shown
+        assert f"model_context_window = {context}\n" in shown
     assert main(["run", "pi", "--json", "--", "-p", "x"]) == 0
     assert json.loads(capsys.readouterr().out)["arguments"][-2:] == ["-p", "x"]
 

@@ -53,13 +53,28 @@ def run(args: argparse.Namespace) -> int:
     )
 
 
+def _announced(model: str) -> tuple[str, int]:
+    """The name and the context that `optiq serve MODEL` would announce."""
+    from ..serve.engine.model import CONTEXT
+
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return model, CONTEXT
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        config = {**config, **config.get("text_config", {})}
+        context = int(config.get("max_position_embeddings") or CONTEXT)
+    except (OSError, ValueError, TypeError, AttributeError):  # what is wrong, `serve` says
+        context = CONTEXT
+    return folder.resolve().name, context
+
+
 def _described(args: argparse.Namespace, key: str | None) -> str:
     from ..serve.agents.configure import AGENTS, Served
     from ..serve.agents.start import ask_server, described
-    from ..serve.engine.model import CONTEXT
 
     agent = AGENTS[args.agent]
-    served = Served("http://127.0.0.1:8080", args.model or "MODEL", CONTEXT)
+    served = Served("http://127.0.0.1:8080", *_announced(args.model or "MODEL"))
     if args.url is not None:
         served = ask_server(args.url.rstrip("/"), args.model, key)
     setup = agent.set_up(served, Path(f"/tmp/optiq-{args.agent}"))
