@@ -16,6 +16,7 @@ import numpy as np
 from .layers import LowRank
 from .moments import FloatArray
 
+RANDOM = 3**-0.5  # size of a column of `in` uniform numbers within in^-0.5 (start.zero), on average
 RIDGE = 1e-6  # of the mean second moment: columns that nothing drives are still defined
 
 
@@ -25,9 +26,16 @@ class Repair(NamedTuple):
     energies: FloatArray
     left: FloatArray  # [out, ranks]
     error: FloatArray  # D, [out, in]
+    typical: float  # root mean square of x times a column that begins at random
 
     def term(self, rank: int, scale: float) -> LowRank:
-        return balanced(self.left[:, :rank], self.left[:, :rank].T @ self.error, scale)
+        """What each column of `a` makes of x is as large as with a random beginning (init zero).
+        Good rounding leaves errors where activations are small, and training learns less where
+        both halves are equally large."""
+        left = self.left[:, :rank]
+        tiny = np.finfo(np.float64).tiny
+        share = self.typical / np.sqrt(np.maximum(self.energies[:rank], tiny))
+        return split(left, left.T @ self.error, share, scale)
 
 
 def repair(error: FloatArray, moment: FloatArray, most: int) -> Repair:
@@ -35,13 +43,13 @@ def repair(error: FloatArray, moment: FloatArray, most: int) -> Repair:
 
     `moment` is E[x x'], or its diagonal.
     """
+    mean = float(moment.mean() if moment.ndim == 1 else np.trace(moment) / len(moment))
     if moment.ndim == 1:
-        driven = error * np.sqrt(moment + RIDGE * moment.mean())
+        driven = error * np.sqrt(moment + RIDGE * mean)
     else:
-        ridge = RIDGE * np.trace(moment) / len(moment)
-        driven = error @ np.linalg.cholesky(moment + ridge * np.eye(len(moment)))
+        driven = error @ np.linalg.cholesky(moment + RIDGE * mean * np.eye(len(moment)))
     energies, left = left_vectors(driven, most)
-    return Repair(energies, left, error)
+    return Repair(energies, left, error, RANDOM * mean**0.5)
 
 
 def left_vectors(matrix: FloatArray, most: int) -> tuple[FloatArray, FloatArray]:
@@ -68,7 +76,11 @@ def balanced(b: FloatArray, a: FloatArray, scale: float) -> LowRank:
     size_a, size_b = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=0)
     tiny = np.finfo(np.float64).tiny
     share = np.sqrt(np.maximum(size_b, tiny) / np.maximum(size_a, tiny))
-    share /= np.sqrt(scale)
+    return split(b, a, share / np.sqrt(scale), scale)
+
+
+def split(b: FloatArray, a: FloatArray, share: FloatArray, scale: float) -> LowRank:
+    """The same term, with each row of `a` times its `share`."""
     return LowRank(
         mx.array((a.T * share).astype(np.float32)),
         mx.array((b / share / scale).T.astype(np.float32)),
