@@ -184,7 +184,7 @@ def test_a_path_that_looks_like_a_pattern(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     "method",
-    ["gptq", "awq", "bitsandbytes", "compressed-tensors", "mxfp4", "modelopt", "bitnet", "hqq"],
+    ["gptq", "awq", "bitsandbytes", "mxfp4", "modelopt", "bitnet", "hqq"],
 )
 @pytest.mark.parametrize("nested", [False, True])
 def test_every_declared_method_is_refused(tmp_path: Path, method: str, nested: bool) -> None:
@@ -236,13 +236,13 @@ def test_packed_weights_without_a_declaration_are_refused(
     assert f"already quantized ({method})" in refused(folder)
 
 
-def test_fp8_is_taken_only_where_mlx_lm_dequantizes_it(tmp_path: Path) -> None:
+def test_fp8_is_taken_where_it_is_what_it_says(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path)
     configured(folder, quantization_config={"quant_method": "fp8"})
     load(resolve(str(folder)))  # as after mlx-lm's own conversion: the weights are floats
     name = "model.layers.0.mlp.up_proj.weight_scale_inv"
     rewritten(folder, lambda weights: weights.update({name: mx.ones((1, 1))}))
-    assert "already quantized (fp8)" in refused(folder)
+    assert "(fp8) but model.layers.0.mlp.up_proj.weight holds" in refused(folder)
 
 
 @pytest.mark.parametrize("dtype", [mx.uint8, mx.int32])

@@ -72,11 +72,13 @@ def _plan(checked: Folder) -> Plan:
         ) from error
     except (OSError, ValueError, RecursionError, AttributeError, UsageError) as error:
         raise UsageError(f"{path} cannot be read ({one_line(error)}); convert again") from error
-    planned, stored = plan.quantization(), checked.config.get("quantization")
-    if _nbytes(checked) != plan.nbytes or planned != stored:
+    planned, stored = plan.quantization(), checked.config.get("quantization") or {}
+    nbytes = plan.nbytes + plan.model.tower_bytes
+    # Towers in 8 bits have entries of their own.
+    if _nbytes(checked) != nbytes or planned != {k: v for k, v in stored.items() if k in planned}:
         raise UsageError(
             f"{path} is not the plan of the weights beside it ({_nbytes(checked):,} bytes, planned "
-            f"{plan.nbytes:,}); convert again"
+            f"{nbytes:,}); convert again"
         )
     return plan
 

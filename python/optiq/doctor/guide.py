@@ -51,6 +51,7 @@ class Sizes:
     cache: Mapping[str, int]
     longest: int | None
     targets: tuple[str, ...]
+    experts: bool
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,11 @@ def sizes(config: dict[str, Any]) -> Sizes:
     fixed = ITEMSIZE * (everything - sum(prod(m.shape) for m in modules))
     weights = {bits: fixed + sum(_nbytes(m, bits) for m in modules) for bits in WIDTHS}
     longest = [h.get("max_position_embeddings") for _, h in holders(config)]
-    leaves = {m.path.rpartition(".")[2]: None for m in adaptable(model) if m.role != Role.EXPERT}
+    layers = adaptable(model)
+    leaves = {m.path.rpartition(".")[2]: None for m in layers if m.role is not Role.EXPERT}
     return Sizes(
         everything, weights, CONTEXT, _cache(model), max(filter(None, longest), default=None),
-        tuple(leaves),
+        tuple(leaves), any(m.role is Role.EXPERT for m in layers),
     )  # fmt: skip
 
 
@@ -193,11 +195,14 @@ def _sizes(name: str, sizes: Sizes) -> str:
         for text, nbytes in sizes.cache.items()
     ]
     targets = ", ".join(f"`{leaf}`" for leaf in sizes.targets)
+    which = "unless `--targets` says otherwise they change all of them"
+    if sizes.experts:
+        which = "experts they cannot, so say `--targets attention`"
     return "\n".join([
         f"**Sizes** of {name}, computed: {sizes.parameters / 1e9:.2f} billion parameters{longest}. "
         "To run, a model takes its weights and its cache.",
         "", "| what | size |", "| --- | --- |", *rows, "",
-        f"**Adapters** may change {targets}; unless `--targets` says otherwise they change all of them.",
+        f"**Adapters** may change {targets}; {which}.",
     ])  # fmt: skip
 
 
@@ -214,13 +219,14 @@ def _gb(nbytes: int) -> str:
 def commands(guide: Guide) -> list[str]:
     """What to run, in order."""
     sampling = guide.family.sampling[0] if guide.family.sampling else None
+    experts = guide.sizes.experts if guide.sizes else guide.family.experts
     ask = f'optiq generate out -p "Why is the sky blue?" -m 64{_options(sampling)}'
     return [
         f"optiq convert {shlex.quote(guide.name)} -o out --size 5bpw",
         ask,
         "optiq kv out -o out/kv_config.json",
         f"{ask} --kv out/kv_config.json",
-        "optiq lora train out --data data -o adapter",
+        f"optiq lora train out --data data -o adapter{' --targets attention' if experts else ''}",
         "optiq serve out --kv out/kv_config.json --adapter mine=adapter",
     ]
 

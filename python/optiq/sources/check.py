@@ -7,6 +7,7 @@ read of the weights but a head that a tied model would drop.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from .building import build
 from .config import NESTED, Json, handed_on, holders
 from .departures import departures
 from .folder import Folder, mlx_lm_version
+from .packed import packing, unpacked
 from .reading import Read, names_read
 from .tensors import HEAD, MEDIA, dropped, head_apart, reasons
 from .towers import Towers, towers
@@ -151,4 +153,7 @@ def _lazy(folder: Folder) -> dict[str, mx.array]:
     weights: dict[str, mx.array] = {}
     for file in folder.files:
         weights.update(mx.load(str(folder.path / file)))  # type: ignore[arg-type]
+    if how := packing(folder.config):
+        with contextlib.suppress(SourceError):  # loading says it, where it is asked for plain ones
+            return unpacked(weights, how)
     return weights

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..base.text import dtype_name, one_line
 from ..errors import SourceError
 from .config import holders
 from .folder import WEIGHTS, mlx_lm_version, read_config
+from .packed import Packing, packing, unpacked
 from .safetensors import read_header
 from .tokens import check_tokens, refusal
 from .towers import Towers
@@ -75,18 +77,24 @@ def load(source: Source, *, lazy: bool = True, allow_quantized: bool = False) ->
     # Some architectures dequantize fp8 weights in mlx-lm's own code; of the others it says so.
     if not allow_quantized and (how := quantization(source.path)) not in (None, "fp8"):
         # A bitnet model of plain weights still rounds them while it runs.
-        if how == "bitnet" or not _is_dense(source.path):
+        dense = _is_dense(source.path)
+        if how == "bitnet" or not (dense or _packing(source.path)):
             raise _already_quantized(source, how)
         notice(
             f"{source.name}: config.json says {how}, but the weights are plain floating point "
             "numbers; they are taken as they are"
+            if dense
+            else f"the weights of {source.name} are quantized ({how}); each is made plain again as "
+            "it is read. What they lost before is lost"
         )
     try:
         model, config = open_model(source, converting=not allow_quantized)
         if not lazy:
             mx.eval(model.parameters())
+    except SourceError as error:
+        raise SourceError(f"{source.name}: {error}") from error
     except Exception as error:
-        if not allow_quantized and (how := quantization(source.path) or _packing(source.path)):
+        if not allow_quantized and (how := quantization(source.path) or _undeclared(source.path)):
             raise _already_quantized(source, how) from error
         raise SourceError(
             f"mlx-lm {mlx_lm_version()} cannot load {source.name}: {one_line(error)}"
@@ -103,28 +111,48 @@ def load(source: Source, *, lazy: bool = True, allow_quantized: bool = False) ->
 def open_model(source: Source, *, converting: bool = True) -> tuple[nn.Module, dict[str, Any]]:
     """mlx-lm's model of `source` and its config; no weight is read. Raises what mlx-lm raises.
 
-    With `converting`, weights have the dtype that mlx-lm's converter gives them, and a
-    quantization that config.json names is not applied where the weights are plain.
+    With `converting`, weights have the dtype that mlx-lm's converter gives them. Those that others
+    have packed are plain again, and a quantization that config.json names is not applied.
     """
-    from mlx_lm.utils import load_model
+    from mlx_lm.utils import _get_classes, load_model
 
     settings = dict(source.settings)
-    if converting and quantization(source.path) not in (None, "bitnet") and _is_dense(source.path):
+    packed = _packing(source.path) if converting else None
+    stale = converting and quantization(source.path) not in (None, "bitnet")
+    if packed or (stale and _is_dense(source.path)):
         settings |= dict.fromkeys(("quantization", "quantization_config"))
+
+    def classes(config: dict[str, Any]) -> tuple[Any, Any]:
+        """mlx-lm's; with packed weights the model unpacks them before it looks at their names."""
+        model_class, args_class = _get_classes(config)
+        return (partial(_unpacking, model_class, packed) if packed else model_class), args_class
+
     printed = io.StringIO()
     model: nn.Module
     config: dict[str, Any]
     try:
         with redirect_stdout(printed), _plain_path(source.path) as path:
-            model, config = load_model(path, lazy=True, model_config=settings)
+            model, config = load_model(
+                path, lazy=True, model_config=settings, get_model_classes=classes
+            )
     except SystemExit as error:  # a model file that lacks a package prints so and exits
         raise RuntimeError(printed.getvalue() or "its model file exits") from error
+    if packed:
+        del model.sanitize  # its class has it
     for module in model.modules():
         if not hasattr(module, "_no_grad"):  # recurrent_gemma leaves it out
             nn.Module.__init__(module)
     if converting and not config.get("quantization"):
         _cast(model, config)
     return model, config
+
+
+def _unpacking(model_class: Any, packed: Packing, args: Any) -> nn.Module:
+    """A model whose `sanitize` is given plain weights."""
+    model: Any = model_class(args)
+    sanitize = getattr(model, "sanitize", lambda weights: weights)
+    model.sanitize = lambda weights: sanitize(unpacked(weights, packed))
+    return model  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -193,7 +221,13 @@ def _already_quantized(source: Source, how: str | None) -> SourceError:
     )
 
 
-def _packing(path: Path) -> str | None:
+def _packing(path: Path) -> Packing | None:
+    """How the weights of the folder are packed, if they are, and can be made plain."""
+    config = read_config(path)
+    return None if config.get("quantization") or _is_dense(path) else packing(config)
+
+
+def _undeclared(path: Path) -> str | None:
     """The method that the names of the tensors show, where no configuration file names one."""
     names = [name for file in path.glob(WEIGHTS) for name in read_header(file)]
     if any(name.endswith(".g_idx") for name in names):

@@ -65,6 +65,7 @@ class Family:
     cache: str
     caveats: tuple[Caveat, ...]
     example: Example | None = None
+    experts: bool = False  # whether the makers' models have them; for a guide without sizes
 
     def defaults(self, config: Mapping[str, Any]) -> dict[str, float | int]:
         """What an export adds to generation_config.json for a model of the makers: one with another

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .family import Caveat, Example, Family, Sampling
 
 _MLX_LM = "mlx-lm 0.32.2, {}"
-_OURS = "docs/how-it-works.md, Departures"
+_OURS = "docs/sources.md, Departures"
 
 _LLAMA_8B = {
     "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -42,7 +42,7 @@ FAMILIES: tuple[Family, ...] = (
         caveats=(
             Caveat(
                 "Vision and audio weights are kept: mlx-lm and optiq run the text, mlx-vlm all.",
-                "docs/how-it-works.md, Towers",
+                "docs/sources.md, Towers",
             ),
             Caveat(
                 "Uniform 4-bit was called unusable by users; look at the KL that `convert` prints "
@@ -65,7 +65,7 @@ FAMILIES: tuple[Family, ...] = (
             Caveat(
                 "mlx-vlm 0.7.10 does not load a Gemma 3 whose embedding is quantized and also the "
                 "head, of ours or of mlx-lm's. mlx-lm does.",
-                "docs/how-it-works.md, Towers",
+                "docs/sources.md, Towers",
             ),
         ),
         example=Example(
@@ -103,7 +103,7 @@ FAMILIES: tuple[Family, ...] = (
         caveats=(
             Caveat(
                 "Vision weights are kept: mlx-lm and optiq run the text, mlx-vlm all.",
-                "docs/how-it-works.md, Towers",
+                "docs/sources.md, Towers",
             ),
             Caveat(
                 "The layers that predict several tokens are left out, as mlx-lm has no use for "
@@ -217,7 +217,7 @@ FAMILIES: tuple[Family, ...] = (
             Caveat(
                 "Vision weights of Mistral Small 3.1 and later are kept: mlx-lm and optiq run the "
                 "text, mlx-vlm all.",
-                "docs/how-it-works.md, Towers",
+                "docs/sources.md, Towers",
             ),
         ),
         example=Example(
@@ -245,9 +245,9 @@ FAMILIES: tuple[Family, ...] = (
                 _OURS,
             ),
             Caveat(
-                "The experts of the original are MXFP4 already, 4.25 bits a weight; more bits than "
-                "that for them add nothing.",
-                "model card of openai/gpt-oss-20b",
+                "The experts of the original are MXFP4 already, 4.25 bits a weight. Each is made "
+                "bfloat16 when it is used.",
+                "docs/sources.md, Quantization of the source",
             ),
         ),
         example=Example(
@@ -280,9 +280,9 @@ FAMILIES: tuple[Family, ...] = (
         "layer. optiq quantizes the vector and leaves the key. The cache of V3.2 is not quantized.",
         caveats=(
             Caveat(
-                "The original weights are FP8 in blocks. mlx-lm makes bfloat16 of them as they are "
-                "read, twice the bytes.",
-                _MLX_LM.format("deepseek_v3.py, sanitize"),
+                "The original weights are FP8 in blocks. Each is made bfloat16 when it is used, "
+                "and measured against as it is.",
+                "docs/sources.md, Quantization of the source",
             ),
             Caveat(
                 "The layers that predict several tokens are left out, as mlx-lm has no use for "
@@ -290,6 +290,7 @@ FAMILIES: tuple[Family, ...] = (
                 _MLX_LM.format("deepseek_v3.py, sanitize"),
             ),
         ),
+        experts=True,
     ),
     Family(
         key="glm",
