@@ -64,15 +64,17 @@ def write_gguf(
     extra: dict[str, tuple[np.ndarray, str]] | None = None,
     drop: tuple[str, ...] = (),
     pre: str = "gpt-2",
+    split: int = 0,
 ) -> Path:
     """Write the tiny `folder` as the GGUF `out` with matrices of type `kind`.
 
     `set_` replaces or adds metadata values, `extra` adds tensors by GGUF name with their type, and
-    `drop` leaves out tensors or metadata keys.
+    `drop` leaves out tensors or metadata keys. With `split` each part has so many tensors, and a
+    name as llama.cpp gives it.
     """
     config = json.loads((folder / "config.json").read_text())
     arch = ARCHITECTURES[config["model_type"]]
-    writer = GGUFWriter(out, arch)
+    writer = GGUFWriter(out, arch, split_max_tensors=split)
     metadata = {**_model_metadata(config, arch), **_tokenizer_metadata(folder, pre), **(set_ or {})}
     for key, value in metadata.items():
         if key not in drop:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -69,6 +70,58 @@ def test_float32_file_gives_the_original_logits(
     out, logits = converted(path, tmp_path / "cache")
     np.testing.assert_allclose(logits, stock_logits(folder), rtol=0, atol=1e-5)
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+def parts_of(parent: Path, **how: object) -> list[Path]:
+    """A tiny model in parts of nine tensors, as the gguf package writes them."""
+    write_gguf(tiny_folder(parent), parent / "m.gguf", split=9, **how)  # type: ignore[arg-type]
+    return sorted(parent.glob("m-*.gguf"))
+
+
+@pytest.mark.parametrize("type_name", ["F32", "Q8_0"])
+def test_a_split_file_is_one_model_whichever_part_is_given(tmp_path: Path, type_name: str) -> None:
+    parts = parts_of(tmp_path, kind=type_name)
+    assert [part.name for part in parts] == [f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    whole = write_gguf(tmp_path / "llama", tmp_path / "whole.gguf", type_name)
+    _, want = converted(whole, tmp_path / "cache")
+    for part in parts:
+        _, logits = converted(part, tmp_path / "cache")
+        np.testing.assert_array_equal(logits, want)
+
+
+def _gone(parts: list[Path]) -> Path:
+    parts[1].unlink()
+    return parts[2]
+
+
+def _renamed(parts: list[Path]) -> Path:
+    return parts[0].rename(parts[0].with_name("first.gguf"))
+
+
+def _other(parts: list[Path]) -> Path:
+    parts[1].write_bytes(parts[2].read_bytes())
+    return parts[1]
+
+
+def _cut(parts: list[Path]) -> Path:
+    os.truncate(parts[2], parts[2].stat().st_size - 64)
+    return parts[2]
+
+
+@pytest.mark.parametrize(
+    ("break_", "message"),
+    [
+        (_gone, "m-00002-of-00003.gguf is not beside it; download it"),
+        (_renamed, "one of 3 parts"),
+        (_other, "says that it is part 2 of 3; download all parts again"),
+        (_cut, "m-00003-of-00003.gguf is not a complete GGUF file"),
+    ],
+)
+def test_a_split_file_that_is_not_whole_is_refused(
+    tmp_path: Path, break_: Callable[[list[Path]], Path], message: str
+) -> None:
+    given = break_(parts_of(tmp_path))
+    assert_refused(given, tmp_path / "cache", message)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3_text"])
@@ -210,7 +263,11 @@ def test_a_damaged_file_is_one_clear_error_and_leaves_nothing(tmp_path: Path, fa
     ("set_", "drop", "message"),
     [
         ({"general.architecture": "mamba"}, (), "'mamba' is not supported"),
-        ({"split.count": 3}, (), "one of 3 parts"),
+        (
+            {"split.count": 3},
+            (),
+            "one of 3 parts; give them the names that llama-gguf-split writes",
+        ),
         ({"llama.expert_count": 8}, (), "8 experts"),
         ({"llama.logit_scale": 0.25}, (), "llama.logit_scale 0.25 changes the model"),
         ({"llama.final_logit_softcapping": 30.0}, (), "llama.final_logit_softcapping 30.0"),

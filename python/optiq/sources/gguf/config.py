@@ -265,8 +265,7 @@ def _llama3_scaling(f: Fields, head_dim: int) -> dict[str, Any]:
     tensor = f.gguf.tensors["rope_freqs.weight"]
     if tensor.type.name != "F32" or tensor.shape != (head_dim // 2,):
         raise f.error(f"rope_freqs.weight is {tensor.type.name} {list(tensor.shape)}")
-    with f.gguf.path.open("rb") as file:
-        stored = read_rows(file, tensor, 0, 1)[0].view("<f4")
+    stored = read_rows(tensor, 0, 1)[0].view("<f4")
     params = {
         "rope_type": "llama3",
         "factor": float(stored.max()),

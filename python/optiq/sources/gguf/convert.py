@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -37,12 +36,12 @@ def convert(path: Path, cache_dir: Path | None = None) -> Path:
     """The Hugging Face folder of the GGUF file `path`, from the cache or converted into it.
 
     Quantized, f16 and bf16 weights are written as bfloat16; a file of float32 only stays float32.
-    The folder appears whole or not at all. Raises SourceError for a file that is damaged, sharded,
-    or not understood, and when the cache cannot be written.
+    Of a file that was split any part stands for all. The folder appears whole or not at all. Raises
+    SourceError for a file that is damaged or not understood, and when the cache cannot be written.
     """
     gguf = read_gguf(path)
-    status = path.stat()
-    identity = f"{CONVERTER} {gguf.digest} {status.st_size} {status.st_mtime_ns}"
+    files = [f"{status.st_size} {status.st_mtime_ns}" for status in map(Path.stat, gguf.parts)]
+    identity = f"{CONVERTER} {gguf.digest} {' '.join(files)}"
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     root = (cache_dir or default_cache()) / "gguf"
     target = root / f"{path.stem}-{key}"
@@ -116,13 +115,12 @@ def _write_folder(
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", ids)
     with (
-        gguf.path.open("rb") as source,
         (folder / "model.safetensors").open("wb") as out,
         Progress(elements / 1e6, "reading") as progress,
     ):
         out.write(header)
         for tensor in tensors:
-            for values in _chunks(source, tensor):
+            for values in _chunks(tensor):
                 if not np.isfinite(values).all():
                     raise SourceError(
                         f"{gguf.path}: tensor {tensor.source.name!r} holds NaN or infinite values; "
@@ -132,7 +130,7 @@ def _write_folder(
                 progress.step(values.size / 1e6, tensor.name)
 
 
-def _chunks(file: BinaryIO, tensor: Mapped) -> Iterator[npt.NDArray[np.float32]]:
+def _chunks(tensor: Mapped) -> Iterator[npt.NDArray[np.float32]]:
     """The tensor's values in order, as float32 [rows, columns] (a vector is one row)."""
     *leading, columns = tensor.source.shape
     rows = prod(leading)
@@ -140,7 +138,7 @@ def _chunks(file: BinaryIO, tensor: Mapped) -> Iterator[npt.NDArray[np.float32]]
     if tensor.head_rows:
         step = max(step // tensor.head_rows, 1) * tensor.head_rows
     for start in range(0, rows, step):
-        packed = read_rows(file, tensor.source, start, min(start + step, rows))
+        packed = read_rows(tensor.source, start, min(start + step, rows))
         # One wide row: dequantize() works through rows in Python, 16 at a time.
         with np.errstate(all="ignore"):  # what is not finite is found by the caller
             values = dequantize(packed.reshape(1, -1), tensor.source.type)
@@ -175,11 +173,10 @@ def _same_matrix(gguf: GgufFile) -> bool:
         return False
     rows = embedding.shape[0]
     samples = []
-    with gguf.path.open("rb") as file:
-        for tensor in (embedding, head):
-            packed = [read_rows(file, tensor, r, r + 1) for r in range(0, rows, -(-rows // 256))]
-            values = dequantize(np.concatenate(packed, axis=1), tensor.type)
-            samples.append(values.astype(np.float64).ravel())
+    for tensor in (embedding, head):
+        packed = [read_rows(tensor, r, r + 1) for r in range(0, rows, -(-rows // 256))]
+        values = dequantize(np.concatenate(packed, axis=1), tensor.type)
+        samples.append(values.astype(np.float64).ravel())
     a, b = samples
     return bool(a @ b > SAME_MATRIX_COSINE * np.sqrt((a @ a) * (b @ b)))
 

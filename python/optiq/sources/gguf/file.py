@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import re
 import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,7 @@ class _DamagedError(Exception):
 class GgufTensor:
     """`shape` is row-major (the last axis is contiguous); `offset` counts from the file's start."""
 
+    path: Path
     name: str
     type: GGMLQuantizationType
     shape: tuple[int, ...]
@@ -43,16 +45,68 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """The directory of one file; `digest` is a sha256 over it, without the tensor bytes."""
+    """The directory of a file, or of all `parts` of one that was split.
+
+    `digest` is a sha256 over it, without the tensor bytes.
+    """
 
     path: Path
+    parts: tuple[Path, ...]
     metadata: dict[str, Any]  # arrays of numbers are NumPy arrays, of strings lists
     tensors: dict[str, GgufTensor]
     digest: str
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Parse and bound-check the directory of `path`; raises SourceError for anything damaged."""
+    """Parse and bound-check the directory of `path`, and of the parts beside it if it was split.
+
+    Raises SourceError for anything damaged or missing.
+    """
+    gguf = _read(path)
+    count = gguf.metadata.get("split.count", 1)
+    return _joined(gguf, count) if isinstance(count, int) and count > 1 else gguf
+
+
+def _joined(gguf: GgufFile, count: int) -> GgufFile:
+    """All parts of a split file: the first one has the metadata, each its own tensors."""
+    match = re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})", gguf.path.stem)
+    if not match or int(match[3]) != count:
+        raise SourceError(
+            f"{gguf.path} is one of {count} parts; give them the names that llama-gguf-split "
+            f"writes, such as NAME-00001-of-{count:05}.gguf"
+        )
+    names = [f"{match[1]}{i:05}-of-{count:05}.gguf" for i in range(1, count + 1)]
+    paths = [gguf.path.with_name(name) for name in names]
+    for path in paths:
+        if not path.is_file():
+            raise SourceError(
+                f"{gguf.path} is one of {count} parts and {path.name} is not beside it; download it"
+            )
+    parts = [_read(path) for path in paths]
+    tensors: dict[str, GgufTensor] = {}
+    for number, part in enumerate(parts):
+        said = part.metadata.get("split.no"), part.metadata.get("split.count")
+        if said != (number, count):
+            raise SourceError(
+                f"{part.path} says that it is part {said[0]} of {said[1]}; download all parts again"
+            )
+        if twice := tensors.keys() & part.tensors.keys():
+            raise SourceError(
+                f"{part.path} has the tensor {min(twice)!r} of another part; download all parts "
+                "again"
+            )
+        tensors |= part.tensors
+    total = parts[0].metadata.get("split.tensors.count", len(tensors))
+    if total != len(tensors):
+        raise SourceError(
+            f"the {count} parts of {gguf.path} have {len(tensors)} tensors, not {total}; download "
+            "them again"
+        )
+    digest = hashlib.sha256("".join(part.digest for part in parts).encode()).hexdigest()
+    return GgufFile(gguf.path, tuple(paths), parts[0].metadata, tensors, digest)
+
+
+def _read(path: Path) -> GgufFile:
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
@@ -68,16 +122,17 @@ def read_gguf(path: Path) -> GgufFile:
         ) from error
 
 
-def read_rows(file: BinaryIO, tensor: GgufTensor, start: int, stop: int) -> npt.NDArray[np.uint8]:
-    """The packed bytes of rows [start, stop), [stop - start, bytes per row], from the open file.
+def read_rows(tensor: GgufTensor, start: int, stop: int) -> npt.NDArray[np.uint8]:
+    """The packed bytes of rows [start, stop), [stop - start, bytes per row].
 
     A vector is one row. Raises SourceError if the file has become shorter since it was parsed.
     """
     row_bytes = tensor.nbytes // prod(tensor.shape[:-1])
-    file.seek(tensor.offset + start * row_bytes)
-    data = file.read((stop - start) * row_bytes)
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.offset + start * row_bytes)
+        data = file.read((stop - start) * row_bytes)
     if len(data) != (stop - start) * row_bytes:
-        raise SourceError(f"{file.name} ended within tensor {tensor.name!r}; download it again")
+        raise SourceError(f"{tensor.path} ended within tensor {tensor.name!r}; download it again")
     return np.frombuffer(data, dtype=np.uint8).reshape(stop - start, row_bytes)
 
 
@@ -135,12 +190,6 @@ def _parse(path: Path, data: mmap.mmap, size: int) -> GgufFile:
         if name in metadata:
             raise _DamagedError(f"the metadata key {name!r} occurs twice")
         metadata[name] = cursor.value(cursor.unpack("I"))
-    parts = metadata.get("split.count", 1)
-    if isinstance(parts, int) and parts > 1:
-        raise SourceError(
-            f"{path} is one of {parts} parts; join them first with "
-            "`llama-gguf-split --merge FIRST_PART OUT.gguf`"
-        )
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment <= 0:
         raise _DamagedError(f"general.alignment is {alignment!r}")
@@ -155,8 +204,8 @@ def _parse(path: Path, data: mmap.mmap, size: int) -> GgufFile:
             raise _DamagedError(
                 f"tensor {name!r} ends at byte {start + offset + nbytes}, the file at {size}"
             )
-        tensors[name] = GgufTensor(name, kind, shape, start + offset, nbytes)
-    return GgufFile(path, metadata, tensors, digest)
+        tensors[name] = GgufTensor(path, name, kind, shape, start + offset, nbytes)
+    return GgufFile(path, (path,), metadata, tensors, digest)
 
 
 def _tensor_info(
