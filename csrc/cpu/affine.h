@@ -3,7 +3,8 @@
 //   y[m, n] = sum_g step[m, g] scale[n, g] (sum_{k in g} i[m, k] code[n, k]) + bias[n, g] sum[m, g]
 //
 // A tile is kWide rows of W, a row per lane. Its words are transposed and unpacked once: on the way
-// for as many rows of x as are in flight, into memory for more. The inner sums are integers (fixed.h).
+// for as many rows of x as are in flight, into memory for more. The inner sums are integers
+// (fixed.h).
 #pragma once
 
 #include "fixed.h"
@@ -243,7 +244,7 @@ OPTIQ_INLINE void add_quads(const uw* words, const int32_t* x, iw (*acc)[4]) {
 template <int BITS, int QUADS, bool EXACT>
 fw multiply_one(const Tile& tile, const FixedRows& x) {
   constexpr int planes = kPlanes<EXACT>, vectors = kVectors<kCodes<EXACT>>;
-  constexpr int kStep = kWide / 4; // quads of a row in a vector
+  constexpr int kStep = kWide / 4;  // quads of a row in a vector
   constexpr int in_unit = BITS / 4; // quads
   const int groups = int(tile.w.groups());
   const uint8_t* row = tile.rows;

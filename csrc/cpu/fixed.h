@@ -1,11 +1,11 @@
 // Activations in fixed point.
 //
-// Each group of a row is read as x = step * i with integers i of 16 bits, or of 24 where the product
-// has to be as exact as one of floats. So the products with the codes are exact sums of integers, in
-// any order: a row's result does not depend on the rows beside it, and prefill agrees with decoding
-// to the bit. With 16 bits the step is about 2^-15 of the largest activation of the group; rounding
-// to it is 180 times finer than the rounding of bfloat16. With 24 bits it is about 2^-23, half of
-// what separates floats of that size.
+// Each group of a row is read as x = step * i with integers i of 16 bits, or of 24 where the
+// product has to be as exact as one of floats. So the products with the codes are exact sums of
+// integers, in any order: a row's result does not depend on the rows beside it, and prefill agrees
+// with decoding to the bit. With 16 bits the step is about 2^-15 of the largest activation of the
+// group; rounding to it is 180 times finer than the rounding of bfloat16. With 24 bits it is about
+// 2^-23, half of what separates floats of that size.
 //
 // Integers of 24 bits are split into signed planes, i = plane[0] + (plane[1] << kPlaneBits) + ...,
 // of bytes where there are products of bytes.
@@ -114,8 +114,7 @@ OPTIQ_INLINE iw rounded(fw x) {
 // One group: the planes of its integers, `stride` apart, their sum and the step. Not-a-number and
 // infinity make the step NaN.
 template <bool EXACT>
-void fix_group(
-    const float* x, int n, Integer<EXACT>* out, size_t stride, float* step, float* sum) {
+void fix_group(const float* x, int n, Integer<EXACT>* out, size_t stride, float* step, float* sum) {
   iw largest = {}; // of the magnitudes, as bits: they are in the order of the values
   for (int k = 0; k < n; k += kWide) {
     iw magnitude = load<iw>(x + k) & 0x7fffffff;

@@ -27,7 +27,8 @@ struct AffineProducts {
     }
     Scratch<float> scales(groups * kWide), biases(groups * kWide);
     bool many = x[0]->blocks() > 1;
-    Scratch<uw> transposed(words), unpacked(many ? cols / (x[0]->exact ? kCodes<true> : kCodes<false>) : 0);
+    Scratch<uw> transposed(words),
+        unpacked(many ? cols / (x[0]->exact ? kCodes<true> : kCodes<false>) : 0);
     for (int p = 0; p < count; p++) {
       int from = begin > first_tile[p] ? begin : first_tile[p];
       int to = end < first_tile[p + 1] ? end : first_tile[p + 1];

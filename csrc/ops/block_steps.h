@@ -18,8 +18,8 @@ struct CachePlace {
 /** A block and its caches [B, kv_heads, S, D] of floats, or of records: one for the batch, or
  * some of batch 1 with B rows in all. Then h is [B, 1, width], its entries are the new rows of the
  * first cache, of the second, ..., and each cache is as if it were alone; of several rows each sees
- * those before it. Without caches a block attends within h. `slots` are those of the batch entries, for the
- * low-rank terms beside its projections; empty: none. */
+ * those before it. Without caches a block attends within h. `slots` are those of the batch entries,
+ * for the low-rank terms beside its projections; empty: none. */
 struct BlockStep {
   BlockPtr block;
   std::vector<array> keys, values;

@@ -198,8 +198,9 @@ def _sizes(name: str, sizes: Sizes) -> str:
     which = "unless `--targets` says otherwise they change all of them"
     if sizes.experts:
         which = "experts they cannot, so say `--targets attention`"
+    billions = f"{sizes.parameters / 1e9:.2f} billion parameters"
     return "\n".join([
-        f"**Sizes** of {name}, computed: {sizes.parameters / 1e9:.2f} billion parameters{longest}. "
+        f"**Sizes** of {name}, computed: {billions}{longest}. "
         "To run, a model takes its weights and its cache.",
         "", "| what | size |", "| --- | --- |", *rows, "",
         f"**Adapters** may change {targets}; {which}.",
