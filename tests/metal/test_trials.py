@@ -35,6 +35,7 @@ class Emulated:
         x: mx.array,
         *weight: mx.array | bool | int,
         indices: mx.array | None = None,
+        exact: bool = True,
     ) -> mx.array:
         *arrays, transpose, group_size, bits = weight
         rows, width = arrays[1].shape[-2], arrays[1].shape[-1] * group_size
