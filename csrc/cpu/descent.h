@@ -42,11 +42,11 @@ struct DescentRows {
     }
     // The slope of the start: as if all had just changed from the exact weights.
     for (size_t k = 0; k < groups; k++) {
-      for (int r = 0; r < kRows; r++) {
+      for (int r = 0; r < rows; r++) {
         std::memcpy(tile.change[r], &tile.error[r * a.cols + k * a.format.group_size],
             sizeof(float) * a.format.group_size);
       }
-      spread(tile, k);
+      spread(tile, k, rows);
     }
     for (int sweep = 0; sweep < a.sweeps; sweep++) {
       for (size_t k = 0; k < groups; k++) {
@@ -56,7 +56,7 @@ struct DescentRows {
           changed |= improve(tile, r, k);
         }
         if (changed) {
-          spread(tile, k);
+          spread(tile, k, rows);
         }
       }
     }
@@ -77,6 +77,7 @@ struct DescentRows {
           bias(kRows * groups) {
       std::memset(&error[0], 0, kRows * cols * sizeof(float));
       std::memset(&slope[0], 0, kRows * cols * sizeof(float));
+      std::memset(change, 0, sizeof(change));
     }
     Scratch<float> codes, error, slope; // [kRows, cols]: codes, v - w and H (v - w)
     Scratch<float> scale, bias;         // [kRows, groups]
@@ -126,12 +127,12 @@ struct DescentRows {
     return load_tail(base, a.type, i, 1)[0];
   }
 
-  // slope += change @ H, over the columns of group k.
-  void spread(Tile& tile, size_t k) const {
+  // slope += change @ H, over the columns of group k, of so many rows and those up to the next 8th.
+  void spread(Tile& tile, size_t k, int rows) const {
     constexpr int kTogether = 8, kColumns = 2 * kWide; // groups are multiples of 32
     const float* h = a.hessian + k * a.format.group_size * a.cols;
     for (size_t c = 0; c < a.cols; c += kColumns) {
-      for (int r = 0; r < kRows; r += kTogether) {
+      for (int r = 0; r < rows; r += kTogether) {
         fw low[kTogether], high[kTogether];
         for (int i = 0; i < kTogether; i++) {
           const float* slope = &tile.slope[(r + i) * a.cols + c];

@@ -183,7 +183,7 @@ def _in_turn(shapes: Shapes, block: Sequence[Module], tokens: int) -> int:
     waiting = [4 * tokens * _row(shapes, m) for m in block]
     for i, module in enumerate(block):
         out, columns = module.shape[-2:]
-        squares = 4 * (out**2 + columns**2)
+        squares = 4 * (columns**2 + (0 if descent.widens(module) else out**2))
         judging = (_MATRICES - 1) * squares + 4 * 4 * out * columns  # the weight's change, weighed
         own = 0 if module.role is Role.EXPERT else max(_MATRICES * squares, judging)
         largest = max(largest, sum(waiting[i:]) + own)

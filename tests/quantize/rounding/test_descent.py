@@ -67,6 +67,7 @@ def brute_force(
     head = next(m for m in modules if is_head(m))
     paths = [m.path for m in modules if m.role is not Role.HEAD]
     lookups = {m.path for m in modules if m.role is Role.EMBEDDING}
+    alone = {m.path for m in modules if m.path.endswith(("gate_proj", "up_proj"))}
     originals = {path: place_at(model, path).get() for path in paths}
     probes = {path: Probe(inner) for path, inner in originals.items()}
     for path, probe in probes.items():
@@ -93,7 +94,7 @@ def brute_force(
         else:
             weights = np.square(g).mean(axis=-1)
             h = np.einsum("t,ti,tj->ij", weights, inputs[path], inputs[path])
-            found[path] = h, both
+            found[path] = h, None if path in alone else both
     for path, inner in originals.items():
         place_at(model, path).set(inner)
     looked_up, _ = found.get(head.path, (0, None))

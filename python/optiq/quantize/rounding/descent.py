@@ -206,8 +206,8 @@ def _moments(
 ) -> Iterator[tuple[Module, Moments, Moments | None]]:
     """The moments of each module's inputs and of the gradients at its outputs.
 
-    Modules that are never called are left out. Of heads, whose outputs are as many as words, of
-    embeddings and of weights for each head of attention, rows are taken by themselves.
+    Modules that are never called are left out. Rows are taken by themselves, without gradients, in
+    gate and up, in embeddings and in weights for each head of attention.
     """
     every = min(JUDGE_EVERY, len(tapes))
     judges = [t % every == every - 1 for t in range(len(tapes))]
@@ -221,11 +221,19 @@ def _moments(
             rows = [[row(call) for call in of] for of in calls]
             if is_head(module):
                 rows = [of + _head_rows(replay, tape) for of, tape in zip(rows, tapes, strict=True)]
-            gradients = [[_gradients(call) for call in of] for of in calls]
-            yield module, _sum(judges, rows), _sum(judges, gradients) if row is _call else None
+            outputs = None
+            if row is _call and not widens(module):
+                outputs = _sum(judges, [[_gradients(call) for call in of] for of in calls])
+            yield module, _sum(judges, rows), outputs
     for module in modules:
         if module.role is Role.HEAD:
             yield module, _sum(judges, [_head_rows(replay, tape) for tape in tapes]), None
+
+
+def widens(module: Module) -> bool:
+    """Whether it is a gate or up projection, whose rows gain little together and take longest."""
+    out, columns = module.shape[-2:]
+    return module.role is Role.MLP and out > columns
 
 
 Rows = tuple[mx.array, mx.array]  # inputs [..., n, in] and how much each counts [..., n]
