@@ -69,7 +69,8 @@ def test_arguments_stdin_files_and_the_exit_status(
         (["--output", "1"], "print('x' * 2**21)"),
         (
             ["--threads", "2"],
-            "import threading as t\nfor _ in range(4): t.Thread(target=input).start()",
+            "import threading as t\nopen_ = t.Event()\n"
+            "for _ in range(4): t.Thread(target=open_.wait, daemon=True).start()\nopen_.set()",
         ),
     ],
 )
