@@ -168,7 +168,6 @@ class Steps:
         started = time.perf_counter()
         reader = self._answers[part.ticket] if part else None
         drafts = self._drafts(group) if guess and not part else [[] for _ in group]
-        self._guessed += sum(map(len, drafts))
         try:
             logits = self._forward(group, drafts, part)
         except Unbatchable:
@@ -183,6 +182,7 @@ class Steps:
             self._stumble([*group, reader] if reader else group, error)
             return time.perf_counter() - started
         model = time.perf_counter() - started
+        self._guessed += sum(map(len, drafts))
         highest = logits.max(axis=1)  # NaN where the row has any
         row = 0
         for answer, draft in zip(group, drafts, strict=True):
