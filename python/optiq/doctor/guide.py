@@ -85,7 +85,7 @@ def guide(model: str | Path) -> Guide:
     family = family_of(config, FAMILIES)
     if family is None:
         raise UsageError(
-            f"there is no guide for {config['model_type']}; there are {', '.join(keys())}"
+            f"optiq has no guide for {config['model_type']}; it has guides for {', '.join(keys())}"
         )
     own = {k: v for k, v in _generation(source.path).items() if k in _SETTINGS}
     return Guide(family, str(model), sizes(config), own, source.departures)
