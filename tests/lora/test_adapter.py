@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm import load as stock_load
 
+from optiq.cli import main
 from optiq.errors import AdapterError
 from optiq.lora.adapter import Adapter, Base, check_fits, read, read_tensors, write
 from optiq.lora.layers import LowRank, put
@@ -159,6 +161,30 @@ def test_damage_is_named(tmp_path: Path, how: str, reason: str) -> None:
     with pytest.raises(AdapterError, match=reason) as caught:
         read(tmp_path / "a")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("nothing", "is not a folder; give the folder of an adapter"),
+        ("empty", "has no adapter_config.json; give a folder that"),
+        ("config alone", "adapters.safetensors cannot be read .* No such file"),
+        ("no JSON", "adapter_config.json cannot be read .* copy the folder"),
+    ],
+)
+def test_what_is_missing_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, reason: str
+) -> None:
+    folder = tmp_path / name
+    if name != "nothing":
+        folder.mkdir()
+    if name in ("config alone", "no JSON"):
+        text = '{"lora_parameters": {"scale": 1}}' if name == "config alone" else "{"
+        (folder / "adapter_config.json").write_text(text)
+    assert main(["lora", "info", str(folder)]) == 1
+    said = capsys.readouterr().err
+    assert re.search(reason, said)
+    assert "Errno" not in said
 
 
 def test_an_adapter_of_another_base_shape_or_module_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +262,44 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     assert resumed.updates == whole.updates
     assert resumed.judged == whole.judged
     assert not checkpoint_of(out).exists()
+    a, b = tensors(tmp_path / "whole"), tensors(out)
+    assert a.keys() == b.keys()
+    assert all(mx.array_equal(a[name], b[name]) for name in a)
+
+
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from optiq import lora
+
+replace, saved = Path.replace, []
+
+def dies(self, target):
+    if self.name.endswith(".optiq-training.safetensors"):
+        saved.append(self)
+        if len(saved) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return replace(self, target)
+
+Path.replace = dies
+model, data, out, fields = json.loads(sys.argv[1])
+lora.train(model, data, out, progress=False, **fields)
+"""
+
+
+def test_a_run_that_is_killed_while_it_saves_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    folder, out = str(mixed_folder(tmp_path)), tmp_path / "cut"
+    data = write_rows(tmp_path / "data", rows(9), rows(3, 1))
+    job = json.dumps([folder, str(data), str(out), FIELDS])
+    process = subprocess.run([sys.executable, "-c", KILLED, job], stderr=subprocess.PIPE, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert not out.exists()
+    state = mx.load(str(checkpoint_of(out)), return_metadata=True)[1]
+    assert len(json.loads(state["updates"])) == 4  # of 6 that were made
+    resumed = lora.train(folder, data, out, progress=False, resume=True, **FIELDS)
+    whole = lora.train(folder, data, tmp_path / "whole", progress=False, **FIELDS)
+    assert resumed.updates == whole.updates
+    assert resumed.judged == whole.judged
     a, b = tensors(tmp_path / "whole"), tensors(out)
     assert a.keys() == b.keys()
     assert all(mx.array_equal(a[name], b[name]) for name in a)

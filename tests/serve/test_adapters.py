@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,76 @@ def test_mounting_never_changes_an_answer_that_runs(
         # and never what the prompt cache holds of another
         for prompt in PROMPTS:
             assert say(asked, "a", prompt) == say(asked, "a", prompt) == alone["b", prompt]
+
+
+SUM = "x+y=0.5"
+
+
+def test_random_mixes_joins_and_mounts_equal_isolated_runs(folders: dict[str, Path]) -> None:
+    """Names come to mean other adapters, or none, while answers begin, end and are cut off."""
+    draw = random.Random(19)
+    meant: dict[str, list[str | None]] = {"x": ["a"], "y": ["b"]}  # so far, by name
+    mounted = dict.fromkeys(meant, 0)  # the first of these that may still be what is mounted
+    over = threading.Event()
+
+    def changes(asked: Asked) -> None:
+        while not over.is_set():
+            name, which = draw.choice("xy"), draw.choice((*NAMES, *NAMES, None))
+            if which is meant[name][-1] is None:
+                continue
+            meant[name].append(which)
+            verb, body = "unload", {"lora_name": name}
+            if which:
+                verb, body["lora_path"] = "load", str(folders[which])
+            asked.post(f"/v1/{verb}_lora_adapter", body, **ADMIN)
+            mounted[name] = len(meant[name]) - 1
+            over.wait(draw.random() / 5)
+
+    def one(asked: Asked, seed: int) -> tuple[str | None, str, str | None, dict[str, set[Any]]]:
+        """What was asked, what was said (None: nothing is mounted), what names could mean."""
+        draw = random.Random(seed)
+        name, prompt = draw.choice((None, "x", "x", "y", "y", SUM)), draw.choice(PROMPTS[:2])
+        body = {"model": f"{MODEL}:{name}" if name else MODEL, "temperature": 0, "logit_bias": ON}
+        body |= {"max_tokens": 14, "messages": [{"role": "user", "content": prompt}]}
+        if draw.random() < 0.3:
+            with asked.http.stream(
+                "POST", "/v1/chat/completions", json={**body, "stream": True}
+            ) as s:
+                next(s.iter_lines())
+        before = dict(mounted)
+        answer = asked.http.post("/v1/chat/completions", json=body)
+        could = {n: set(meant[n][before[n] :]) for n in meant if name and n in name}
+        if answer.status_code != 200:
+            assert "is mounted" in answer.text
+            return name, prompt, None, could
+        return name, prompt, str(answer.json()["choices"][0]["message"]["content"]), could
+
+    both = {**folders, "x": folders["a"], "y": folders["b"]}
+    with serving(both, "x", "y", max_concurrent=3) as asked:
+        with ThreadPoolExecutor(8) as pool:
+            changing = pool.submit(changes, asked)
+            found = list(pool.map(lambda seed: one(asked, seed), range(40)))
+            over.set()
+            changing.result()
+        assert sum(said is not None for *_, said, _ in found) > 20
+    with serving(both, "x", "y", prefix_memory=0) as asked:
+        said_alone: dict[Any, str | None] = {}
+
+        def truth(name: str | None, prompt: str, means: dict[str, str | None]) -> str | None:
+            key = name, prompt, tuple(means.items())
+            if None in means.values():
+                return None
+            if key not in said_alone:
+                for each, which in means.items():
+                    body = {"lora_name": each, "lora_path": str(folders[str(which)])}
+                    asked.post("/v1/load_lora_adapter", body, **ADMIN)
+                said_alone[key] = say(asked, name, prompt)
+            return said_alone[key]
+
+        for name, prompt, said, could in found:
+            every = [dict(zip(could, which, strict=True)) for which in product(*could.values())]
+            assert said in {truth(name, prompt, means) for means in every}, (name, prompt)
+        assert len(set(said_alone.values())) > 5
 
 
 def test_adapters_are_listed_asked_for_and_unmounted(
@@ -316,7 +387,7 @@ def test_what_does_not_fit_is_refused_with_the_reason(
     with serving(folders, "a", adapter_memory=50_000) as asked:
         for name, path, reason in (
             ("x", tmp_path / "foreign", "was made for"),
-            ("x", tmp_path / "nowhere", "cannot be read"),
+            ("x", tmp_path / "nowhere", "is not a folder"),
             ("x y", folders["b"], "not a name for an adapter"),
             ("b", folders["b"], "--adapter-memory"),
         ):

@@ -177,7 +177,7 @@ def write(adapter: Adapter, out: Path) -> None:
 def read(path: Path) -> Adapter:
     """The adapter in a folder of ours or of mlx-lm. Raises AdapterError."""
     path = path.expanduser()
-    config = read_json(path / CONFIG)
+    config = read_config(path)
     if "peft_type" in config and "lora_parameters" not in config:
         raise AdapterError(f"{path} is PEFT's; optiq lora export --to mlx converts it")
     kind = config.get("fine_tune_type", "lora")
@@ -237,13 +237,25 @@ def _with_ours(
     return adapter
 
 
+def read_config(folder: Path) -> Json:
+    """The adapter_config.json of a folder of any kind. Raises AdapterError."""
+    if not folder.is_dir():
+        raise AdapterError(f"{folder} is not a folder; give the folder of an adapter")
+    if not (folder / CONFIG).exists():
+        raise AdapterError(
+            f"{folder} has no {CONFIG}; give a folder that optiq lora train, mlx-lm or PEFT wrote"
+        )
+    return read_json(folder / CONFIG)
+
+
 def read_json(path: Path) -> Json:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} cannot be read ({error}); give a folder of an adapter") from (
-            error
-        )
+        reason = getattr(error, "strerror", None) or error
+        raise AdapterError(
+            f"{path} cannot be read ({reason}); copy the folder of the adapter again"
+        ) from error
     if not isinstance(value, dict):
         raise AdapterError(f"{path} is not a JSON object")
     return value

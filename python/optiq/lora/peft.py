@@ -19,7 +19,7 @@ import mlx.core as mx
 from ..base.files import write_json
 from ..base.tensors import write_tensors
 from ..errors import AdapterError
-from .adapter import CONFIG, Adapter, read_json, read_tensors
+from .adapter import CONFIG, Adapter, read_config, read_tensors
 from .layers import LowRank
 
 WEIGHTS = "adapter_model.safetensors"
@@ -44,13 +44,13 @@ _REFUSED = {
 
 
 def is_peft(folder: Path) -> bool:
-    return "peft_type" in read_json(folder.expanduser() / CONFIG)
+    return "peft_type" in read_config(folder.expanduser())
 
 
 def read(folder: Path) -> Adapter:
     """The adapter in a folder of PEFT. Raises AdapterError."""
     folder = folder.expanduser()
-    config = read_json(folder / CONFIG)
+    config = read_config(folder)
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{folder} is of type {config.get('peft_type')!r}; LORA is supported")
     for key, name in _REFUSED.items():
