@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,16 @@ def random_adapter(folder: Path, scale: float = 1.5, seed: int = 0) -> Adapter:
         )
     base = Base(source.name, source.fingerprint)
     return Adapter(terms, scale, base, len(model.layers), {"command": "by hand"})
+
+
+def random_dora(folder: Path) -> Adapter:
+    """The same layers, each row of which gets another length."""
+    adapter = random_adapter(folder)
+    magnitudes = {
+        path: 0.5 + mx.random.uniform(shape=(term.b.shape[1],), key=mx.random.key(i))
+        for i, (path, term) in enumerate(adapter.terms.items())
+    }
+    return replace(adapter, magnitudes=magnitudes)
 
 
 def same(a: Adapter, b: Adapter) -> bool:
@@ -117,6 +128,8 @@ def damaged(folder: Path, how: str) -> None:
         return
     if how == "dora":
         settings["fine_tune_type"] = "dora"
+    if how == "full":
+        settings["fine_tune_type"] = "full"
     if how == "no scale":
         del settings["lora_parameters"]["scale"]
     if how == "PEFT":
@@ -143,7 +156,8 @@ def damaged(folder: Path, how: str) -> None:
     ("how", "reason"),
     [
         ("cut", "cannot be read"),
-        ("dora", "'dora'; only lora is supported"),
+        ("full", "'full'; lora and dora are supported"),
+        ("dora", "magnitudes of .* do not fit"),
         ("no scale", "no lora_parameters with a scale"),
         ("PEFT", "optiq lora export"),
         ("NaN", "not finite"),

@@ -197,6 +197,7 @@ def _info(args: argparse.Namespace) -> int:
             "base": vars(adapter.base) if adapter.base else None,
             "scale": adapter.scale,
             "ranks": ranks,
+            "dora": bool(adapter.magnitudes),
             "parameters": adapter.parameters,
             "bytes": adapter.nbytes,
             "sha256": adapter.digest,
@@ -207,7 +208,8 @@ def _info(args: argparse.Namespace) -> int:
     least, most = min(ranks.values()), max(ranks.values())
     base = f"{adapter.base.name} ({adapter.base.fingerprint[:12]})" if adapter.base else "unknown"
     print(f"base       {base}")
-    print(f"layers     {len(ranks)}, of rank {least if least == most else f'{least} to {most}'}")
+    kind = "DoRA of rank" if adapter.magnitudes else "of rank"
+    print(f"layers     {len(ranks)}, {kind} {least if least == most else f'{least} to {most}'}")
     print(f"scale      {adapter.scale:g}")
     print(f"size       {adapter.parameters:,} parameters, {adapter.nbytes:,} bytes")
     print(f"sha256     {adapter.digest}")

@@ -9,8 +9,8 @@ was made. Adapters that mlx-lm wrote are also read; their base is not known.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -49,7 +49,9 @@ class Adapter:
 
     `blocks` is how many blocks the base has, 0 where that is not known. `made` says how it was
     made, as JSON. With an `invocation` it is an activated one (aLoRA, Greenewald et al. 2025): it
-    works from the last place on where the prompt has these tokens, and not before.
+    works from the last place on where the prompt has these tokens, and not before. `magnitudes`
+    are those of all its layers if it is of DoRA (Liu et al. 2024): the lengths of the rows of a
+    weight with its term, which are scaled to them.
     """
 
     terms: Mapping[str, LowRank]
@@ -58,6 +60,7 @@ class Adapter:
     blocks: int = 0
     made: Json = field(default_factory=dict)
     invocation: tuple[int, ...] = ()
+    magnitudes: Mapping[str, mx.array] = field(default_factory=dict)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -65,11 +68,16 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        return sum(term.a.size + term.b.size for term in self.terms.values())
+        return sum(array.size for array in self._arrays())
 
     @property
     def nbytes(self) -> int:
-        return sum(term.a.nbytes + term.b.nbytes for term in self.terms.values())
+        return sum(array.nbytes for array in self._arrays())
+
+    def _arrays(self) -> Iterator[mx.array]:
+        for term in self.terms.values():
+            yield from term
+        yield from self.magnitudes.values()
 
     @cached_property
     def digest(self) -> str:
@@ -82,6 +90,9 @@ class Adapter:
             for matrix in pair:
                 found.update(str(matrix.shape).encode())
                 found.update(np.ascontiguousarray(matrix).data)
+        for path, magnitude in sorted(self.magnitudes.items()):
+            found.update(path.encode())
+            found.update(_float32(magnitude).data)
         return found.hexdigest()
 
     @cached_property
@@ -99,9 +110,18 @@ class Adapter:
                 "the text; mount the folder of PEFT on a server"
             )
 
+    def check_added(self, what: str) -> None:
+        """Raise AdapterError for an adapter of DoRA: `what` needs one that only adds a term."""
+        if self.magnitudes:
+            raise AdapterError(
+                f"{what} does not go with DoRA, which scales the output of layers; write a model "
+                "with the adapter in its weights by optiq lora merge"
+            )
+
     def check_finite(self) -> None:
         for path, pair in self.exact.items():
-            if not all(np.isfinite(matrix).all() for matrix in pair):
+            more = [_float32(self.magnitudes[path])] if self.magnitudes else []
+            if not all(np.isfinite(matrix).all() for matrix in (*pair, *more)):
                 raise AdapterError(f"the adapter of {path} has numbers that are not finite")
 
 
@@ -141,13 +161,13 @@ def write(adapter: Adapter, out: Path) -> None:
     AdapterError for what mlx-lm does not know."""
     adapter.check_everywhere("mlx-lm's format")
     most = max(adapter.ranks.values())
-    tensors: dict[str, mx.array] = {}
+    tensors = {f"{path}.m": magnitude for path, magnitude in adapter.magnitudes.items()}
     for path, (a, b) in adapter.terms.items():
         wider = most - a.shape[1]
         tensors[f"{path}.lora_a"] = mx.pad(a, [(0, 0), (0, wider)])
         tensors[f"{path}.lora_b"] = mx.pad(b, [(0, wider), (0, 0)])
     config = {
-        "fine_tune_type": "lora",
+        "fine_tune_type": "dora" if adapter.magnitudes else "lora",
         "num_layers": adapter.blocks,
         "lora_parameters": {
             "rank": most,
@@ -181,14 +201,17 @@ def read(path: Path) -> Adapter:
     if "peft_type" in config and "lora_parameters" not in config:
         raise AdapterError(f"{path} is PEFT's; optiq lora export --to mlx converts it")
     kind = config.get("fine_tune_type", "lora")
-    if kind != "lora":
-        raise AdapterError(f"{path} is of type {kind!r}; only lora is supported")
+    if kind not in ("lora", "dora"):
+        raise AdapterError(f"{path} is of type {kind!r}; lora and dora are supported")
     try:
         scale = float(config["lora_parameters"]["scale"])
         blocks = int(config.get("num_layers", 0))
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"{path / CONFIG} has no lora_parameters with a scale") from error
     tensors = read_tensors(path / WEIGHTS)
+    magnitudes = {}
+    if kind == "dora":
+        magnitudes = {n[: -len(".m")]: tensors.pop(n) for n in list(tensors) if n.endswith(".m")}
     terms = {}
     for name in sorted(tensors):
         layer, _, leaf = name.rpartition(".")
@@ -205,25 +228,37 @@ def read(path: Path) -> Adapter:
         terms[layer] = LowRank(*pair)
     if not terms:
         raise AdapterError(f"{path / WEIGHTS} holds no layers")
-    ours = read_json(path / OURS) if (path / OURS).exists() else None
-    found = _with_ours(path, terms, scale, blocks, ours) if ours else Adapter(terms, scale)
+    found = Adapter(
+        terms, scale, magnitudes=of_all(path / WEIGHTS, magnitudes, terms, kind == "dora")
+    )
+    if (path / OURS).exists():
+        found = _with_ours(path, replace(found, blocks=blocks), read_json(path / OURS))
     found.check_finite()
     return found
 
 
-def _with_ours(
-    path: Path, terms: Mapping[str, LowRank], scale: float, blocks: int, ours: Json
-) -> Adapter:
+def of_all(
+    file: Path, magnitudes: Mapping[str, mx.array], terms: Mapping[str, LowRank], dora: bool
+) -> Mapping[str, mx.array]:
+    """The magnitudes, if all layers of DoRA and no others have them. Raises AdapterError."""
+    for path in {**terms, **magnitudes} if dora else ():
+        wanted = (terms[path].b.shape[1],) if path in terms else None
+        if path not in magnitudes or magnitudes[path].shape != wanted:
+            raise AdapterError(f"the magnitudes of {path} in {file} do not fit its two halves")
+    return magnitudes
+
+
+def _with_ours(path: Path, adapter: Adapter, ours: Json) -> Adapter:
     try:
         ranks = {layer: int(rank) for layer, rank in ours["ranks"].items()}
         cut = {
             layer: LowRank(term.a[:, :rank], term.b[:rank])
             if (rank := ranks[layer]) != term.rank
             else term
-            for layer, term in terms.items()
+            for layer, term in adapter.terms.items()
         }
         base = Base(**ours["base"]) if ours["base"] else None
-        adapter = Adapter(cut, scale, base, blocks, ours["made"])
+        adapter = replace(adapter, terms=cut, base=base, made=ours["made"])
         recorded = ours["sha256"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise AdapterError(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..models.places import place_at
+from ..nn.layers import dequantized
 
 
 class LowRank(NamedTuple):
@@ -46,17 +47,42 @@ class LoRALinear(nn.Module):
         return y + (self.scale * z).astype(y.dtype)
 
 
+class DoRALinear(LoRALinear):
+    """The rows of the weight and the term together have the lengths that `magnitude` gives."""
+
+    def __init__(self, linear: nn.Module, term: LowRank, scale: float, magnitude: mx.array) -> None:
+        super().__init__(linear, term, scale)
+        lengths = mx.linalg.norm(dense(linear) + scale * (term.a @ term.b).T, axis=1)
+        self._gain = magnitude / lengths
+        self._bias = linear.get("bias", 0.0)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = super().__call__(x)
+        scaled: mx.array = self._gain * (y - self._bias) + self._bias
+        return scaled.astype(y.dtype)
+
+
+def dense(layer: Any) -> mx.array:
+    """The weight that a layer holds or stands for, [out, in] in float32."""
+    weight: mx.array = dequantized(layer) if "scales" in layer else layer["weight"]
+    return weight.astype(mx.float32)
+
+
 def put(
     model: nn.Module,
     terms: Mapping[str, LowRank],
     scale: float,
     minus: Mapping[str, LowRank] | None = None,
+    magnitudes: Mapping[str, mx.array] | None = None,
 ) -> dict[str, LoRALinear]:
     """Put a low-rank term beside each layer of `terms`, in place; returns the new layers."""
-    layers = {}
+    layers: dict[str, LoRALinear] = {}
     for path, term in terms.items():
         place = place_at(model, path)
-        layers[path] = LoRALinear(place.get(), term, scale, (minus or {}).get(path))
+        if magnitudes:
+            layers[path] = DoRALinear(place.get(), term, scale, magnitudes[path])
+        else:
+            layers[path] = LoRALinear(place.get(), term, scale, (minus or {}).get(path))
         place.set(layers[path])
     return layers
 

@@ -18,7 +18,7 @@ from ..models.adaptable import adaptable
 from ..models.places import place_at
 from ..sources import Source, load, resolve
 from .adapter import Adapter, Base, check_fits
-from .layers import LowRank
+from .layers import LowRank, dense
 
 Weighted = tuple[Adapter, float]
 
@@ -36,6 +36,7 @@ def combined(adapters: Sequence[Weighted]) -> Adapter:
         return first
     for adapter, _ in adapters:
         adapter.check_everywhere("a sum of adapters")
+        adapter.check_added("a sum of adapters")
     scale = first.scale
     parts: dict[str, list[LowRank]] = {}  # by path, of each adapter
     for adapter, weight in adapters:
@@ -86,22 +87,23 @@ def merge(
         for key in ("quantization", "quantization_config"):
             config.pop(key, None)
     for path, term in adapter.terms.items():
-        _add(place_at(changed, path).get(), term, adapter.scale)
+        _add(place_at(changed, path).get(), term, adapter.scale, adapter.magnitudes.get(path))
     _save(source, changed, loaded.tokenizer, config, folder)
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _add(layer: Any, term: LowRank, scale: float) -> None:
+def _add(layer: Any, term: LowRank, scale: float, magnitude: mx.array | None) -> None:
     """Add a term to the layer's weight, in the layer's own format, in place."""
-    change = (scale * term.a @ term.b).T
+    weight = dense(layer) + (scale * term.a @ term.b).T
+    if magnitude is not None:
+        weight = weight * (magnitude / mx.linalg.norm(weight, axis=1))[:, None]
     if not isinstance(layer, nn.QuantizedLinear):
-        layer.weight = (layer.weight.astype(mx.float32) + change).astype(layer.weight.dtype)
+        layer.weight = weight.astype(layer.weight.dtype)
         mx.eval(layer.weight)
         return
     how = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
     dtype = layer.scales.dtype if layer.mode == "affine" else mx.float32
-    weight = mx.dequantize(layer.weight, layer.scales, layer.get("biases"), **how)
-    rounded = mx.quantize((weight.astype(mx.float32) + change).astype(dtype), **how)
+    rounded = mx.quantize(weight.astype(dtype), **how)
     for name, array in zip(("weight", "scales", "biases"), rounded, strict=False):
         layer[name] = array
     mx.eval(layer.parameters())

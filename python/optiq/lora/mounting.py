@@ -24,4 +24,4 @@ def mount(model: nn.Module, adapter: Adapter, base: Base | None = None) -> None:
     """Put the adapter beside the layers of `model`, in place. Raises AdapterError."""
     adapter.check_everywhere("this command")
     check_fits(adapter, adaptable(model), base)
-    put(model, adapter.terms, adapter.scale)
+    put(model, adapter.terms, adapter.scale, magnitudes=adapter.magnitudes)

@@ -1,8 +1,8 @@
 """Adapters of PEFT, read and written.
 
 PEFT transposes both matrices and gives each layer alpha / rank as its scale, or alpha / sqrt(rank)
-(rsLoRA), where ranks and alphas may differ by layer. All of that is read. What changes more than
-linear layers, or changes them in another way, is refused by its name.
+(rsLoRA), where ranks and alphas may differ by layer. All of that is read, and DoRA. What changes
+more than linear layers, or changes them in another way, is refused by its name.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import mlx.core as mx
 from ..base.files import write_json
 from ..base.tensors import write_tensors
 from ..errors import AdapterError
-from .adapter import CONFIG, Adapter, read_config, read_tensors
+from .adapter import CONFIG, Adapter, of_all, read_config, read_tensors
 from .layers import LowRank
 
 WEIGHTS = "adapter_model.safetensors"
@@ -27,7 +28,6 @@ PREFIX = "base_model.model."
 
 # Settings that make something else of an adapter, and what they are called.
 _REFUSED = {
-    "use_dora": "DoRA",
     "use_qalora": "QA-LoRA",
     "use_bdlora": "BD-LoRA",
     "layer_replication": "layer replication",
@@ -59,6 +59,7 @@ def read(folder: Path) -> Adapter:
     if config.get("bias", "none") != "none":
         raise AdapterError(f"{folder} trains biases (bias={config['bias']!r}); use bias='none'")
     halves: dict[str, dict[str, mx.array]] = {}
+    magnitudes: dict[str, mx.array] = {}
     tensors = read_tensors(folder / WEIGHTS)
     if embedding := next((name for name in tensors if "lora_embedding_" in name), None):
         raise AdapterError(
@@ -66,11 +67,17 @@ def read(folder: Path) -> Adapter:
             "it with linear layers only as target_modules"
         )
     for name, array in tensors.items():
+        of = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_magnitude_vector(\.weight)?", name)
+        if of and config.get("use_dora"):
+            magnitudes[of[1]] = array.astype(mx.float32)
+            continue
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", name)
         if match is None or array.ndim != 2:
             raise AdapterError(f"{folder / WEIGHTS} holds {name}; only linear layers are supported")
         halves.setdefault(match[1], {})[match[2]] = array.astype(mx.float32)
-    return _adapter(folder, config, halves)
+    adapter = _adapter(folder, config, halves)
+    dora = bool(config.get("use_dora"))
+    return replace(adapter, magnitudes=of_all(folder / WEIGHTS, magnitudes, adapter.terms, dora))
 
 
 def _adapter(
@@ -134,6 +141,8 @@ def write(adapter: Adapter, out: Path) -> None:
     for path, (a, b) in adapter.terms.items():
         tensors[f"{PREFIX}{path}.lora_A.weight"] = mx.contiguous(a.T)
         tensors[f"{PREFIX}{path}.lora_B.weight"] = mx.contiguous(b.T)
+    for path, magnitude in adapter.magnitudes.items():
+        tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = magnitude
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -147,7 +156,7 @@ def write(adapter: Adapter, out: Path) -> None:
         "rank_pattern": others,
         "alpha_pattern": {path: adapter.scale * rank for path, rank in others.items()},
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": bool(adapter.magnitudes),
         "alora_invocation_tokens": list(adapter.invocation) or None,
     }
     write_tensors(out / WEIGHTS, tensors, {"format": "pt"})

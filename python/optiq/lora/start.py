@@ -17,11 +17,10 @@ from ..errors import UsageError
 from ..models.adaptable import adaptable
 from ..models.places import Wrapper, place_at
 from ..models.roles import Module, Role
-from ..nn.layers import dequantized
 from . import ranks as plans
 from .closed_form import Repair, left_vectors, principal, repair
 from .data import Sample
-from .layers import LowRank
+from .layers import LowRank, dense
 from .moments import FloatArray, moments
 from .options import Training
 from .tuned import Tuned
@@ -208,8 +207,7 @@ def error_of(model: nn.Module, original: nn.Module, module: Module) -> FloatArra
 
 def weight_of(layer: Any) -> FloatArray:
     """The weight that a layer holds or stands for."""
-    weight = dequantized(layer) if "scales" in layer else layer["weight"]
-    return np.asarray(weight.astype(mx.float32), np.float64)
+    return np.asarray(dense(layer), np.float64)
 
 
 def bits_of(layer: nn.Module) -> int:
