@@ -27,6 +27,7 @@ def adapter() -> Adapter:
         "ranks_from": [],
         "updates": [{"step": i, "loss": 3.0 - 0.5 * i} for i in (1, 2, 3)],
         "judged": [{"step": 0, "loss": 2.75}, {"step": 2, "loss": 2.25}, {"step": 3, "loss": 2.5}],
+        "stated_bytes": 234567,
         "peak_bytes": 123456,
         "command": "optiq lora train <m>",
         "versions": {"optiq": "1"},

@@ -197,6 +197,7 @@ class Run:
                 "memory"
             )
         tell(f"memory: training takes {found}", enabled=self.progress)
+        self.stated = found.total
 
     def finish(self, folder: Path) -> Result:
         """Train to the end and write the adapter."""
@@ -310,6 +311,7 @@ class Run:
             "ranks_from": list(state.notes),
             "updates": [asdict(u) for u in state.updates],
             "judged": [asdict(j) for j in state.judged],
+            "stated_bytes": self.stated,
             "peak_bytes": peak_memory(),
             "command": command_line(),
             "versions": versions(),

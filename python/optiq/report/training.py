@@ -118,6 +118,7 @@ def _provenance(adapter: Adapter) -> str:
         ("Rows", pairs(made["data"])),
         ("Ranks from", known(", ".join(made["ranks_from"]) or made["options"]["ranks"])),
         ("Options", pairs(made["options"])),
+        ("Memory, stated before", known(made["stated_bytes"])),
         ("Peak memory", known(made["peak_bytes"])),
         ("Command", code(made["command"] or None)),
         ("Versions", pairs(made["versions"])),
