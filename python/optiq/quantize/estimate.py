@@ -92,7 +92,7 @@ def estimate(
         return _REST * (sum(lengths) * token + seen * heads * speed.attention)
 
     weights = sum(prod(m.shape) for m in modules)
-    descents = sum(prod(m.shape) * m.shape[-1] for m in modules if m.role is not Role.EXPERT)
+    descents = sum(prod(m.shape) * m.shape[-1] for m in modules)
     scoring = sum(len(sample.tokens) for sample in texts.scoring.sequences)
     calibrated, scored = run(texts.calibration.sequences), run(texts.scoring.sequences)
     loading = 0.1 + weights * loaded.dtype.size / _READING

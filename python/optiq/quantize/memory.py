@@ -23,7 +23,7 @@ from .options import Options
 from .preflight import budget_of
 from .prepare import texts_of
 from .replay.logits import LOGITS_BYTES
-from .rounding import descent
+from .rounding import descent, moments
 from .rounding.reference import choose
 from .select import SMALL_BYTES
 from .sensitivity import fisher
@@ -34,6 +34,7 @@ SCORES = "measuring sensitivity"
 LEAST_TOKENS = 512  # of calibration text that --memory leaves
 
 _MATRICES = 4  # H or G of the sequences that fit and that judge; shrunk; its diagonal
+_ROUNDINGS = 3  # of a layer of experts that are compared
 _COPIES = 3  # of a block's activations, or of logits, that a run holds at a time
 
 
@@ -75,7 +76,7 @@ def phases(shapes: Shapes, texts: Texts, options: Options, plan: int) -> Mapping
         found["measuring columns"] = _passing(shapes, calibration)
     if options.scores is None:
         found[SCORES] = _scores(shapes, _lengths(texts.scoring.sequences), options)
-    fitted = 0 if options.rounding in ("search", "minmax") else _fitted(shapes, plan)
+    fitted = 0 if options.rounding in ("search", "minmax") else plan
     if texts.selection:  # of which the last plan is the fitted one
         found["choosing formats"] = _judging(shapes, _lengths(texts.selection), plan, fitted)
     if fitted:
@@ -85,12 +86,6 @@ def phases(shapes: Shapes, texts: Texts, options: Options, plan: int) -> Mapping
     found["writing"] = Needs({**writing, "fitted weights": fitted})
     found["checking"] = _judging(shapes, _lengths(texts.held_out.sequences), plan, fitted)
     return found
-
-
-def _fitted(shapes: Shapes, plan: int) -> int:
-    """Bytes of the weights that are fitted: all but experts."""
-    every = sum(prod(m.shape) for m in shapes.modules)
-    return plan * sum(prod(m.shape) for m in shapes.modules if m.role is not Role.EXPERT) // every
 
 
 def peak(found: Mapping[str, Needs]) -> tuple[str, Needs]:
@@ -172,22 +167,26 @@ def _fitting(shapes: Shapes, lengths: Sequence[int], fitted: int) -> Needs:
                 shapes.block + max(inside, _running(shapes, max(lengths))),
                 2 * shapes.outside + _MATRICES * 4 * head**2,
             )
-            + 6 * 4 * min(descent.ELEMENTS, largest),
+            + 6 * 4 * min(moments.ELEMENTS, largest),
         }
     )
 
 
 def _in_turn(shapes: Shapes, block: Sequence[Module], tokens: int) -> int:
-    """What the modules of a block still have waiting, and H and G of the one whose turn it is."""
-    largest = 0
+    """What the modules of a block still have waiting, and the work on the one whose turn it is."""
     waiting = [4 * tokens * _row(shapes, m) for m in block]
-    for i, module in enumerate(block):
-        out, columns = module.shape[-2:]
-        squares = 4 * (columns**2 + (0 if descent.widens(module) else out**2))
-        judging = (_MATRICES - 1) * squares + 4 * 4 * out * columns  # the weight's change, weighed
-        own = 0 if module.role is Role.EXPERT else max(_MATRICES * squares, judging)
-        largest = max(largest, sum(waiting[i:]) + own)
-    return largest
+    return max(sum(waiting[i:]) + _fitting_one(shapes, m, tokens) for i, m in enumerate(block))
+
+
+def _fitting_one(shapes: Shapes, module: Module, tokens: int) -> int:
+    out, columns = module.shape[-2:]
+    change = 4 * 4 * out * columns  # of the weight, weighed
+    if module.role is Role.EXPERT:
+        rows = 4 * tokens * shapes.experts * columns  # laid out by expert
+        rounded = _ROUNDINGS * prod(module.shape)  # of at most 8 bits
+        return (_MATRICES + 2) * 4 * columns**2 + change + rows + rounded
+    squares = 4 * (columns**2 + (0 if moments.widens(module) else out**2))
+    return max(_MATRICES * squares, (_MATRICES - 1) * squares + change)
 
 
 def _row(shapes: Shapes, module: Module) -> int:

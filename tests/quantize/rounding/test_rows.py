@@ -8,7 +8,8 @@ import pytest
 
 from optiq import ops
 from optiq.formats import Format
-from optiq.quantize.rounding.descent import Moments, best
+from optiq.quantize.rounding.descent import best
+from optiq.quantize.rounding.moments import Moments
 from optiq.quantize.rounding.rows import descend_together
 
 

@@ -1,0 +1,255 @@
+"""H and G: how the columns, and the rows, of a layer's weight move the model together.
+
+They are sums over tokens of x x', with x the layer's input weighted by the gradient at its output,
+and of g g', with that gradient (see descent.py). Of few tokens they are mostly noise off their
+diagonals, which a descent would fit; so they are shrunk, by what the sequences differ in.
+
+An expert sees a few of the tokens. Its columns are driven together much as those of the others are,
+for all have the same inputs; so its H is shrunk towards the layer's, the sum over all experts,
+which is shrunk itself. Only how strongly each column is driven is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from ...models.kinds import Kind, kind_of
+from ...models.roles import Module, Role, is_head
+from ...nn.layers import expert_rows
+from ...nn.replay import Replay, Tape
+from ..replay.backward import Backward
+from ..replay.gradients import Call
+from ..replay.logits import LOGITS_BYTES
+from ..replay.streamed import Drop, keep
+from .importance import PRIOR_ROWS
+
+# One sequence in so many judges what was fitted to the others.
+JUDGE_EVERY = 8
+
+# Added to the diagonal of H, as a share of its mean: directions that the tokens do not show.
+DAMPING = 0.01
+
+# Elements of H, or of a weight's change, that are worked on at a time beside the whole.
+ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Moments:
+    """H or G, square in float32, of the sequences that are fitted to and of those that judge.
+
+    `noise` is the standard error of the entries of `fit` off its diagonal, by what sequences differ
+    in, over their distance from the target: both as root mean squares of correlations, so that
+    large columns do not count more. The target has the diagonal of `fit`, and these `correlations`;
+    without them it has nothing else.
+    """
+
+    fit: mx.array
+    judge: mx.array
+    noise: mx.array
+    correlations: mx.array | None = None
+
+    @property
+    def shrunk(self) -> mx.array:
+        """What a weight is fitted to: `fit` moved by the share `noise` towards the target."""
+        diagonal = mx.diag(self.fit)
+        target = _with_diagonal(diagonal, self.correlations)
+        damping = mx.full(diagonal.shape, DAMPING * mx.mean(diagonal))
+        return (1 - self.noise) * self.fit + self.noise * target + mx.diag(damping)
+
+
+def _with_diagonal(diagonal: mx.array, correlations: mx.array | None) -> mx.array:
+    if correlations is None:
+        return mx.diag(diagonal)
+    root = mx.sqrt(diagonal)
+    return correlations * root[:, None] * root
+
+
+Rows = tuple[mx.array, mx.array]  # inputs [n, in] and how much each counts [n]
+Numbers = npt.NDArray[np.uint32]
+
+
+def moments(
+    replay: Replay,
+    tapes: Sequence[Tape],
+    modules: Sequence[Module],
+    seed: int,
+    after: Drop = keep,
+) -> Iterator[tuple[Module, Moments | Iterator[Moments], Moments | None]]:
+    """The moments of each module's inputs, and of the gradients at its outputs.
+
+    Of experts, and of weights for each head of attention, there are moments for each, to be taken
+    before the next module. Modules that are never called are left out. Rows are taken by
+    themselves, without gradients, in these, in gate and up, and in embeddings.
+    """
+    every = min(JUDGE_EVERY, len(tapes))
+    judges = [t % every == every - 1 for t in range(len(tapes))]
+    keys = list(mx.random.split(mx.random.key(seed), len(tapes)))
+    layers = [m for m in modules if m.role is not Role.HEAD]
+    for module, calls in Backward(replay, tapes, keys, after).calls(layers):
+        if all(calls):
+            kind = kind_of(replay.place(module.path).get())
+            if kind is Kind.EXPERTS:
+                yield module, _of_experts(judges, calls, module.shape[0]), None
+                continue
+            if kind is Kind.HEADS:
+                yield module, _of_heads(judges, calls, module.shape[0]), None
+                continue
+            # The gradient is to a row that is looked up what the input is to others.
+            row = _gradients if module.role is Role.EMBEDDING else _inputs
+            rows = [[row(call) for call in of] for of in calls]
+            if is_head(module):
+                rows = [of + _head_rows(replay, tape) for of, tape in zip(rows, tapes, strict=True)]
+            outputs = None
+            if row is _inputs and not widens(module):
+                outputs = _sum(judges, [[_gradients(call) for call in of] for of in calls])
+            yield module, _sum(judges, rows), outputs
+    for module in modules:
+        if module.role is Role.HEAD:
+            yield module, _sum(judges, [_head_rows(replay, tape) for tape in tapes]), None
+
+
+def widens(module: Module) -> bool:
+    """Whether it is a gate or up projection, whose rows gain little together and take longest."""
+    out, columns = module.shape[-2:]
+    return module.role is Role.MLP and out > columns
+
+
+def _inputs(call: Call) -> Rows:
+    (x, *_), _, gradient = call
+    return x.reshape(-1, x.shape[-1]).astype(mx.float32), _weights(gradient).flatten()
+
+
+def _weights(gradient: mx.array) -> mx.array:
+    return mx.mean(mx.square(gradient.astype(mx.float32)), axis=-1)
+
+
+def _gradients(call: Call) -> Rows:
+    gradient = call[2]
+    rows = gradient.reshape(-1, gradient.shape[-1]).astype(mx.float32)
+    return rows, mx.ones(rows.shape[0])
+
+
+def _of_heads(
+    judges: Sequence[bool], calls: Sequence[Sequence[Call]], heads: int
+) -> Iterator[Moments]:
+    for head in range(heads):
+        yield _sum(judges, [[_of_head(call, head) for call in of] for of in calls])
+
+
+def _of_head(call: Call, head: int) -> Rows:
+    """Run backwards, the gradient is to a row what else the input is."""
+    (x, *transpose), named, gradient = call
+    x, gradient = (a[..., head if a.shape[-3] > 1 else 0, :, :] for a in (x, gradient))
+    forwards = named.get("transpose", all(transpose))
+    inputs, outputs = (x, gradient) if forwards else (gradient, x)
+    return _inputs(((inputs,), {}, outputs))
+
+
+def _of_experts(
+    judges: Sequence[bool], calls: Sequence[Sequence[Call]], experts: int
+) -> Iterator[Moments]:
+    laid_out = [[_expert_rows(call) for call in of] for of in calls]
+    layer = _sum(judges, [[rows for rows, _ in of] for of in laid_out])
+    seen = sum(
+        len(chosen)
+        for judge, of in zip(judges, laid_out, strict=True)
+        if not judge
+        for _, chosen in of
+    )
+    prior = layer.shrunk * (PRIOR_ROWS / seen)
+    mx.eval(prior)
+    for expert in range(experts):
+        yield _sum(judges, [list(_chosen(of, expert)) for of in laid_out], prior)
+
+
+def _expert_rows(call: Call) -> tuple[Rows, Numbers]:
+    """The rows of all experts, and the expert of each."""
+    (x, indices, *_), _, gradient = call
+    rows, experts, _ = expert_rows(x, indices)
+    weights = _weights(gradient).flatten()
+    return (rows.astype(mx.float32), weights), np.array(experts)
+
+
+def _chosen(calls: Sequence[tuple[Rows, Numbers]], expert: int) -> Iterator[Rows]:
+    for (x, weights), experts in calls:
+        if len(at := np.flatnonzero(experts == expert)):
+            yield x[mx.array(at)], weights[mx.array(at)]
+
+
+def _head_rows(replay: Replay, tape: Tape) -> list[Rows]:
+    """Of the head, sum over words of E g^2 = 1 - sum p^2, with g = [word is the label] - p."""
+    rows = []
+    for chunk in tape.chunks(LOGITS_BYTES):
+        x = tape.hidden[0, chunk]
+        p = mx.softmax(replay.logits(tape, x).astype(mx.float32), axis=-1)
+        weights = 1 - mx.sum(mx.square(p), axis=-1)
+        mx.eval(weights)
+        rows.append((x.astype(mx.float32), weights))
+    return rows
+
+
+def _sum(
+    judges: Sequence[bool], rows: Sequence[Sequence[Rows]], prior: mx.array | None = None
+) -> Moments:
+    """The moments of `rows`, by sequence; with a `prior`, an H that is added to what is fitted to
+    and gives the correlations of the target.
+    """
+    size = (rows[0][0][0] if prior is None else prior).shape[-1]
+    diagonal = mx.zeros(size) if prior is None else mx.diag(prior)
+    for x, weights in chain.from_iterable(rows):
+        diagonal = diagonal + mx.sum(mx.square(x) * weights[:, None], axis=0)
+    scale = _inverse_root(diagonal)
+    sums = [mx.zeros((size, size)) for _ in range(2)]
+    each = mx.array(0.0)
+    for judge, of in zip(judges, rows, strict=True):
+        for x, weights in of:
+            sums[judge] = sums[judge] + (x * weights[:, None]).T @ x
+        if of:
+            each = each + _squares(of, scale)
+        mx.eval(sums, each)
+    fit, judging = sums
+    n, fitted = len(judges), judges.count(False)
+    variance = (each - _off_diagonal(fit + judging, scale) / n) / (n - 1)  # of one sequence
+    if prior is None:
+        correlations, distance = None, fit
+    else:
+        root = _inverse_root(mx.diag(prior))
+        correlations = prior * root[:, None] * root
+        fit = fit + prior
+        distance = fit - _with_diagonal(mx.diag(fit), correlations)
+    observed = _off_diagonal(distance, scale)
+    share = mx.clip(fitted * variance / mx.where(observed > 0, observed, mx.inf), 0, 1)
+    return Moments(fit, judging, mx.sqrt(share), correlations)
+
+
+def _inverse_root(x: mx.array) -> mx.array:
+    return mx.where(x > 0, mx.rsqrt(x), 0)
+
+
+def _squares(of: Sequence[Rows], scale: mx.array) -> mx.array:
+    """The sum of squares off the diagonal of the H of these rows, columns times `scale`.
+
+    All squares sum to those of the products of the rows with each other, which mostly are fewer.
+    """
+    x = mx.concatenate([x * scale * mx.sqrt(weights)[:, None] for x, weights in of])
+    products = x @ x.T if len(x) < len(scale) else x.T @ x
+    return mx.sum(mx.square(products)) - mx.sum(mx.square(mx.sum(mx.square(x), axis=0)))
+
+
+def _off_diagonal(hessian: mx.array, scale: mx.array) -> mx.array:
+    """The sum of squares off the diagonal, columns and rows times `scale`."""
+    size = len(scale)
+    step, total = max(1, ELEMENTS // size), mx.array(0.0)
+    for start in range(0, size, step):
+        rows = slice(start, start + step)
+        scaled = hessian[rows] * scale[rows, None] * scale
+        scaled = scaled * (1 - mx.eye(len(scaled), size, start))
+        total = total + mx.sum(mx.square(scaled))
+        mx.eval(total)
+    return total
