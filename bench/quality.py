@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--windows", type=int, default=6, help="of each file in the folder")
-    parser.add_argument("--sizes", nargs="+", default=["4.5", "5.0", "6.0", "mixed_4_6"])
+    parser.add_argument("--sizes", nargs="*", default=["4.5", "5.0", "6.0", "mixed_4_6"])
     parser.add_argument("--also", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--llama-quantize", type=Path, metavar="PROGRAM")
     parser.add_argument("--gguf-types", nargs="+", default=gguf.TYPES, metavar="TYPE")

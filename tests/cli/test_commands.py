@@ -170,6 +170,16 @@ def test_convert_refines(optiq: Optiq, tmp_path: Path) -> None:
     assert plan["selection"]["candidates"][-1]["rounding"].endswith(", refined")
 
 
+def test_the_best_effort_refines_unless_told_not_to(optiq: Optiq, tmp_path: Path) -> None:
+    def tried(*more: str) -> set[bool]:
+        job = ["convert", "model", "-o", str(tmp_path / f"out{len(more)}"), "--tokens", "320"]
+        plan = json.loads(optiq(*job, "--sensitivity", "fisher", "--json", *more))
+        return {c["rounding"].endswith(", refined") for c in plan["selection"]["candidates"]}
+
+    assert tried("--effort", "best") == {False, True}
+    assert tried("--effort", "best", "--no-refine") == {False}
+
+
 def test_sensitivity_and_plan(optiq: Optiq, folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "new" / "scores.json"
     measure = ["sensitivity", "model", "-o", str(file), "--tokens", "320"]

@@ -19,9 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_measuring(parser)
     parser.add_argument(
         "--refine",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="train scales and biases to predict what MODEL predicts, and keep that where it "
-        "lowers the KL on other text (slow)",
+        "lowers the KL on other text (slow; the default with --effort best)",
     )
     parser.add_argument(
         "--refine-tokens",
@@ -46,6 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_json(parser)
 
 
+def _refine_tokens(args: argparse.Namespace) -> int | None:
+    from ..quantize.rounding import distill
+
+    if args.refine is None:
+        return None
+    return (args.refine_tokens or distill.TOKENS) if args.refine else 0
+
+
 def run(args: argparse.Namespace) -> int:
     from ..cards.upload import check_upload, upload
     from ..errors import UsageError
@@ -66,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         result = convert(
             args.model,
             args.out,
-            refine_tokens=(args.refine_tokens or distill.TOKENS) if args.refine else 0,
+            refine_tokens=_refine_tokens(args),
             dry_run=args.dry_run,
             **fields,
         )

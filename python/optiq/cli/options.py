@@ -131,7 +131,7 @@ def add_effort(parser: argparse.ArgumentParser) -> None:
         choices=("quick", "normal", "best"),
         default="normal",
         help="quick: scores of one backward pass, an eighth of the text, one plan; best: twice the "
-        "text; options that are given stand",
+        "text, and --refine; options that are given stand",
     )
     add_memory(parser)
 

@@ -85,7 +85,7 @@ def convert(
     model: str | Path,
     out: str | Path,
     *,
-    refine_tokens: int = 0,
+    refine_tokens: int | None = None,
     dry_run: bool = False,
     **options: Unpack[OptionFields],
 ) -> Result:
@@ -95,7 +95,8 @@ def convert(
         model: A Hugging Face or mlx-lm folder, a hub id, or a .gguf file.
         out: A folder that does not exist or is empty, or with `overwrite` a model of optiq's.
         refine_tokens: Train scales and biases on at most so many calibration tokens (see
-            distill.py); kept if it lowers the KL on other text. By default not done.
+            distill.py); kept if it lowers the KL on other text. None trains on the calibration text
+            with `effort="best"`, where memory suffices, and not otherwise; 0 never does.
         dry_run: Stop at the plan; nothing is written but the work folder's scores.
         options: The fields of `Options`, such as `size="5bpw"`.
 
@@ -113,7 +114,7 @@ def convert(
 
 
 def _convert(
-    model: str, target: Path, out: Path, refine_tokens: int, dry_run: bool, options: Options
+    model: str, target: Path, out: Path, refine_tokens: int | None, dry_run: bool, options: Options
 ) -> Result:
     """Write the folder `target`, which is to be `out` in the end."""
     started = time.monotonic()
@@ -125,7 +126,7 @@ def _convert(
         job.phase("reading")
         loaded = load(source)
         options, texts, needs = affordable(loaded, options)
-        refine = _refine(loaded, work, refine_tokens, options) if refine_tokens else None
+        refine = _refine(loaded, texts, work, refine_tokens, options)
         if options.scores is None:
             needed = check_budget(loaded, options.size, options.menu)
             if not dry_run:
@@ -180,9 +181,9 @@ def _write(
     return plan
 
 
-def _check_unfinished(work: Path, refine_tokens: int, options: Options) -> None:
+def _check_unfinished(work: Path, refine_tokens: int | None, options: Options) -> None:
     """Raise UsageError rather than discard what an earlier run left, unless that is wanted."""
-    left = [work / distill.CHECKPOINT] if refine_tokens else []
+    left = [] if refine_tokens == 0 else [work / distill.CHECKPOINT]
     if options.scores is None:
         left += existing(work / CHECKPOINT)
         scores = work / SCORES
@@ -194,8 +195,15 @@ def _check_unfinished(work: Path, refine_tokens: int, options: Options) -> None:
     check_unfinished(left, resume=options.resume, restart=options.restart)
 
 
-def _refine(loaded: LoadedModel, work: Path, tokens: int, options: Options) -> Refine:
-    text = gather(loaded.tokenizer, options.calibration, "calibration", tokens, options.seed)
+def _refine(
+    loaded: LoadedModel, texts: Texts, work: Path, tokens: int | None, options: Options
+) -> Refine | None:
+    if tokens:
+        text = gather(loaded.tokenizer, options.calibration, "calibration", tokens, options.seed)
+    elif tokens is None and options.effort == "best" and texts.selection:
+        text = texts.calibration
+    else:
+        return None
     return partial(
         distill.refine,
         loaded.source,
@@ -203,6 +211,7 @@ def _refine(loaded: LoadedModel, work: Path, tokens: int, options: Options) -> R
         training=distill.Training(seed=options.seed),
         checkpoint=work / distill.CHECKPOINT,
         resume=options.resume,
+        optional=tokens is None,
         progress=options.progress,
     )
 

@@ -51,7 +51,7 @@ class Options:
     Attributes:
         size: "uniform4" (the bytes of stock uniform 4-bit), "4.8bpw", "6.1GB" or bytes.
         effort: "quick" (Fisher scores, an eighth of the text, one plan), "normal" or "best" (twice
-            the text). Options that are given stand.
+            the text; `convert` refines). Options that are given stand.
         memory: Bytes to take at most, such as "10GB"; None is what is free.
         formats: The menu, such as "3,4,5,6,8,bf16"; None is the usual one, or all that has scores.
         sensitivity: "kl" (exact, slow), "fisher" (one backward pass), or "auto": fisher, but kl

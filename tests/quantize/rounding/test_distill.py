@@ -182,6 +182,8 @@ def test_memory_is_checked_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(refining, "_Teacher", None)
     with pytest.raises(UsageError, match=r"at most 0\.\d+ GB .* are available: leave"):
         refine(source, uniform(source), MINMAX, text_of(), progress=False)
+    found = refine(source, uniform(source), MINMAX, text_of(), optional=True, progress=False)
+    assert found is MINMAX
 
 
 @pytest.mark.parametrize("variant", ["llama", "llama-untied", "gemma3_text"])

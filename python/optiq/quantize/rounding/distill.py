@@ -82,6 +82,7 @@ def refine(
     training: Training = Training(),
     checkpoint: Path | None = None,
     resume: bool = False,
+    optional: bool = False,
     progress: bool = True,
 ) -> Rounding:
     """`rounding` with the scales and biases of `plan` trained on the sequences of `text`.
@@ -90,9 +91,14 @@ def refine(
     where `resume` goes on to the same result. If the KL is not finite or explodes, `rounding` comes
     back as it was.
 
-    Raises UsageError where memory does not suffice, CheckpointError for one of another run.
+    Raises UsageError where memory does not suffice, unless it is `optional`; CheckpointError for a
+    checkpoint of another run.
     """
-    _check_memory(memory(plan, text), progress)
+    needs = memory(plan, text)
+    if optional and needs.total > available_memory():
+        tell(f"nothing is refined: that takes {needs} of memory", enabled=progress)
+        return rounding
+    _check_memory(needs, progress)
     teacher = metal.restarts(_Teacher)(source, [s.tokens for s in text.sequences])
     if teacher.no_gradients:
         tell(f"nothing is refined: {teacher.no_gradients}", enabled=progress)
