@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import CheckpointError, UsageError
 from .files import write_json
+from .text import cause
 
 Identity = Mapping[str, Any]  # anything that JSON can hold
 
@@ -31,7 +32,7 @@ def read(path: Path, kind: str, identity: Identity | None = None) -> Mapping[str
         state = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error}); delete it or name another"
+            f"{path} cannot be read ({cause(error)}); delete it or name another"
         ) from error
     except (ValueError, RecursionError) as error:
         raise damaged(path, f"not JSON: {error}") from error

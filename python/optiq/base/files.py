@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExportError, UsageError
+from .text import cause
 
 
 def cache_folder() -> Path:
@@ -52,7 +53,7 @@ def write_json(path: Path, data: Any, *, indent: int | None = 1) -> None:
             partial.write_text(f"{text}\n", encoding="utf-8")
     except OSError as error:
         raise ExportError(
-            f"{path} cannot be written ({error}); free space or name another place"
+            f"{path} cannot be written ({cause(error)}); free space or name another place"
         ) from error
 
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from ..errors import ExportError
 from .files import whole
-from .text import one_line
+from .text import cause
 
 
 def write_tensors(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
@@ -19,5 +19,5 @@ def write_tensors(path: Path, arrays: dict[str, mx.array], metadata: dict[str, s
             mx.save_safetensors(str(partial), arrays, metadata)
     except (OSError, RuntimeError) as error:
         raise ExportError(
-            f"{path} cannot be written ({one_line(error)}); free space or name another place"
+            f"{path} cannot be written ({cause(error)}); free space or name another place"
         ) from error

@@ -27,6 +27,12 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
+def cause(error: BaseException) -> str:
+    """`one_line`, but of an error of the system only what is wrong: the message names the file."""
+    said = error.strerror if isinstance(error, OSError) else None
+    return said[:1].lower() + said[1:] if said else one_line(error)
+
+
 def dtype_name(dtype: object) -> str:
     """`bfloat16` of mlx.core.bfloat16."""
     return str(dtype).removeprefix("mlx.core.")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..base.text import one_line
+from ..base.text import cause
 from ..errors import EvalError, UsageError
 from ..evals import capability, comparison, metrics, runs
 from ..evals.comparison import Compared, ComparedMetric
@@ -71,7 +71,7 @@ def _plan(checked: Folder) -> Plan:
             f"{checked.path} has no optiq/plan.json; a card is made of what optiq convert wrote"
         ) from error
     except (OSError, ValueError, RecursionError, AttributeError, UsageError) as error:
-        raise UsageError(f"{path} cannot be read ({one_line(error)}); convert again") from error
+        raise UsageError(f"{path} cannot be read ({cause(error)}); convert again") from error
     planned, stored = plan.quantization(), checked.config.get("quantization") or {}
     nbytes = plan.nbytes + plan.model.tower_bytes
     # Towers in 8 bits have entries of their own.

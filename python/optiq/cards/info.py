@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..base.text import one_line
+from ..base.text import cause
 from ..errors import OptiqError, SourceError, UsageError
 from ..evals import runs
 from ..kv.config import KVConfig
@@ -103,7 +103,7 @@ def _plan(path: Path, notes: list[str]) -> Plan | None:
     try:
         return Plan.from_json(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError, AttributeError, UsageError) as error:
-        notes.append(f"optiq/plan.json cannot be read: {one_line(error)}")
+        notes.append(f"optiq/plan.json cannot be read: {cause(error)}")
         return None
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from ..base.text import cause
 from . import options
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def _save(result: Result, folder: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(data)
     except (OSError, ValueError) as error:
-        raise SandboxError(f"--save {folder} cannot be written: {error}") from None
+        raise SandboxError(f"--save {folder} cannot be written: {cause(error)}") from None
 
 
 def _write(text: str, stream: TextIO) -> None:

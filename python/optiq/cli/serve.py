@@ -8,6 +8,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+from ..base.text import cause
 from ..errors import UsageError
 from . import options
 
@@ -203,7 +204,7 @@ def _keys(file: Path | None) -> tuple[str, ...]:
     try:
         lines = file.expanduser().read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the keys in {file} cannot be read ({error})") from None
+        raise UsageError(f"the keys in {file} cannot be read ({cause(error)})") from None
     if not lines:
         raise UsageError(f"{file} has no key; write one on a line")
     return tuple(lines)

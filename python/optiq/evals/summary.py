@@ -10,7 +10,7 @@ from typing import Any
 
 from ..base.files import write_json
 from ..base.machine import machine
-from ..base.text import one_line
+from ..base.text import cause
 from ..errors import EvalError
 from ..quality.divergence import summary as divergence_of
 from ..quality.results import Divergence
@@ -51,7 +51,7 @@ class Sizes:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise EvalError(
-                f"{path} cannot be read ({one_line(error)}); delete it and run again"
+                f"{path} cannot be read ({cause(error)}); delete it and run again"
             ) from error
 
 

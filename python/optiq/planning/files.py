@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.command import command_line
+from ..base.text import cause
 from ..errors import SensitivityError, UsageError
 from ..formats import DENSE, Format, parse_menu
 from ..models.roles import Module, allowed, block_of, role_of, unit_of
@@ -33,7 +34,9 @@ def read_scores(
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise SensitivityError(f"{path} cannot be read as scores ({error}); {FIX}") from error
+        raise SensitivityError(
+            f"{path} cannot be read as scores ({cause(error)}); {FIX}"
+        ) from error
     if not isinstance(data, dict) or "layers" not in data or "kind" in data:
         return Scores.from_json(data, str(path))
     try:

@@ -20,7 +20,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from ..base.progress import Progress
-from ..base.text import one_line
+from ..base.text import cause, one_line
 from ..errors import ExportError, SourceError
 from ..formats import DENSE, NVFP4, Format
 from ..models.families import FAMILIES, family_of
@@ -79,7 +79,7 @@ def export(
         _move(partial, out)
     except (OSError, RuntimeError) as error:  # MLX raises RuntimeError when a read fails
         raise ExportError(
-            f"{out} cannot be written ({one_line(error)}); free space or choose a folder you may "
+            f"{out} cannot be written ({cause(error)}); free space or choose a folder you may "
             "write to; nothing was left behind"
         ) from error
     finally:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..base.text import one_line
+from ..base.text import cause
 from ..errors import SourceError
 from .safetensors import UNREADABLE, TensorInfo, data_start, read_header
 
@@ -63,7 +63,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(f"{file} cannot be read: {one_line(error)}") from error
+        raise SourceError(f"{file} cannot be read: {cause(error)}") from error
     if not isinstance(config, dict):
         raise SourceError(f"{file} is not a JSON object")
     return config
@@ -136,7 +136,7 @@ def _check_index(path: Path, files: dict[str, dict[str, TensorInfo]]) -> set[str
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         rows = [(str(name), str(file)) for name, file in weight_map.items()]
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise SourceError(f"{index} cannot be read: {one_line(error)}") from error
+        raise SourceError(f"{index} cannot be read: {cause(error)}") from error
     indexed = {file for _, file in rows}
     for file in sorted(indexed):
         if file not in files:
