@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 
 from . import options
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from ..cards.card import card
     from ..cards.upload import check_upload, upload
     from ..errors import UsageError
-    from .tables import card_table
+    from .tables import after, card_table
 
     if args.private and not args.upload_repo:
         raise UsageError("--private is for --upload-repo; add it, or leave both out")
@@ -52,4 +53,6 @@ def run(args: argparse.Namespace) -> int:
     print(json.dumps(written.facts.to_json(), indent=1) if args.json else card_table(written))
     if args.upload_repo:
         print(f"uploaded   {url}", file=sys.stderr if args.json else sys.stdout)
+    elif not args.json:
+        print(after(f"optiq card {shlex.quote(args.model)} --upload-repo ORG/NAME"))
     return 0

@@ -91,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _following(args: argparse.Namespace, scores: Path) -> str:
     """Where the scores of a dry run are, and how to go on with them."""
+    from .tables import after
+
     scores = Path(args.scores) if args.scores else scores
     command = shlex.join(["optiq", "convert", args.model, "-o", args.out, "--size", args.size])
-    return f"scores     {scores}\n\nNext:\n  {command} \\\n    --scores {shlex.quote(str(scores))}"
+    return f"scores     {scores}\n" + after(f"{command}\n--scores {shlex.quote(str(scores))}")

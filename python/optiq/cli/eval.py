@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import options
-from .tables import grid, number, size
+from .tables import after, grid, number, size
 
 if TYPE_CHECKING:
     from ..evals.summary import Summary
@@ -58,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
         hint = "; the same command with --resume goes on from here"
         raise KeyboardInterrupt(hint) from None
     print(json.dumps(summary.to_json(), indent=1) if args.json else table(summary))
+    if not args.json and (Path(args.model) / "optiq" / "plan.json").exists():
+        print(after(f"optiq card {shlex.quote(args.model)}"))
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 
 from . import options
@@ -26,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..quantize.frontier import POINTS, SIZES, frontier
     from ..quantize.frontier_files import HTML
-    from ..quantize.prepare import CHECKPOINT, work_folder
-    from .tables import frontier_table
+    from ..quantize.prepare import CHECKPOINT, SCORES, work_folder
+    from .tables import after, frontier_table
 
     work = work_folder(Path(args.out).expanduser().resolve())
     with options.resumable(work / POINTS if args.scores else work / CHECKPOINT):
@@ -41,4 +42,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(found.to_json(), indent=1))
     else:
         print(f"{frontier_table(found)}\n\nreport     {args.out}/{HTML}")
+        scores = shlex.quote(args.scores or f"{args.out}/{SCORES}")
+        model = shlex.quote(args.model)
+        print(after(f"optiq convert {model} -o out --size 5bpw\n--scores {scores}"))
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 
 from . import options
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..quantize.kv.files import Files
     from ..quantize.kv.plan import kv_plan
-    from .tables import kv_table
+    from .tables import after, kv_table
 
     files = Files(Path(args.out))
     with options.resumable(files.checkpoint):
@@ -76,4 +77,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(kv_table(report))
         print(f"\nwritten    {files.out}\nreport     {files.page}")
+        model, kv = shlex.quote(args.model), shlex.quote(str(files.out))
+        print(after(f"optiq chat {model} --kv {kv}", f"optiq serve {model} --kv {kv}"))
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 
 from . import options
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..distributed.ranks import world
     from ..quantize.score import checkpoint_of, score
-    from .tables import scores_table
+    from .tables import after, scores_table
 
     out = Path(args.out).expanduser().resolve()
     fields = options.measuring(args)
@@ -33,8 +34,11 @@ def run(args: argparse.Namespace) -> int:
     with world() as ranks:
         with options.resumable(checkpoint_of(out)):
             scores = score(args.model, out, ranks, **fields)
-        if ranks.rank == 0:
-            print(
-                json.dumps(scores.to_json(), indent=1) if args.json else scores_table(scores, out)
-            )
+        if ranks.rank == 0 and args.json:
+            print(json.dumps(scores.to_json(), indent=1))
+        elif ranks.rank == 0:
+            print(scores_table(scores, out))
+            file, model = shlex.quote(args.out), shlex.quote(args.model)
+            convert = f"optiq convert {model} -o out --size 4.8bpw --scores {file}"
+            print(after(f"optiq plan {file} --size 4.8bpw", convert))
     return 0

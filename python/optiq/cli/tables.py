@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import sys
@@ -31,6 +32,16 @@ if TYPE_CHECKING:  # a plan is printed without MLX
 def terminal_width() -> int | None:
     """Columns of the terminal that stdout is; None where it is not one, and lines may be long."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def shell_lines(command: str, columns: int) -> str:
+    """A command that fits, broken before options as a shell allows."""
+    lines = [""]
+    for part in re.split(r" (?=--?\w)", command):
+        if lines[-1] and len(lines[-1]) + len(part) + 3 > columns:
+            lines.append("   ")
+        lines[-1] += f" {part}" if lines[-1] else part
+    return " \\\n".join(lines)
 
 
 def grid(rows: Sequence[Sequence[str]], *, words: int = 0) -> str:
@@ -178,11 +189,15 @@ def summary(result: Result, name: str) -> str:
         ("report", str(result.path / "optiq" / "report.html")),
     ]  # fmt: skip
     quoted = shlex.quote(name)
-    following = [
-        f'optiq generate {quoted} -p "Why is the sky blue?"',
-        f"optiq eval {quoted} --limit 20",
-    ]
-    return "\n".join([facts_lines(lines), "", "Next:", *(f"  {command}" for command in following)])
+    following = after(
+        f'optiq generate {quoted} -p "Why is the sky blue?"', f"optiq eval {quoted} --limit 20"
+    )
+    return f"{facts_lines(lines)}\n{following}"
+
+
+def after(*commands: str) -> str:
+    """What to run next, as the end of a command's output; a line break in it is the shell's."""
+    return "\n".join(["", "Next:", *(f"  {c}".replace("\n", " \\\n    ") for c in commands)])
 
 
 def _took(result: Result) -> str:
@@ -339,7 +354,7 @@ def scores_table(scores: Scores, path: Path) -> str:
             grid(rows),
             "",
             f"{len(scores.modules)} modules, {scores_line(scores)}",
-            f"written to {path}; optiq plan {path} --size 4.8bpw",
+            f"written to {path}",
         ]
     )
 
