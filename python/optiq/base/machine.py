@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -23,6 +24,19 @@ def machine() -> dict[str, str | int | None]:
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "device": str(mx.default_device()),
     }
+
+
+def scheduled() -> tuple[float, float]:
+    """Seconds that this process's threads have run, and that they waited for a processor.
+
+    Zeros where the system does not say (it does on Linux).
+    """
+    ran = waited = 0.0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with suppress(OSError):  # the thread is over
+            run, wait, _ = path.read_text().split()
+            ran, waited = ran + int(run) / 1e9, waited + int(wait) / 1e9
+    return ran, waited
 
 
 def versions() -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 A probe of two seconds times what a conversion does most: a product with text, the search for scales
 and coordinate descent, on the model's own largest layer, and its attention. The phases are so many
-of each.
+of each. Where the system says how long the probe waited for a processor, that is taken off, so the
+estimate is that of a machine with nothing else to do.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from math import prod
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from .. import ops
+from ..base.machine import scheduled
 from ..base.memory import available_memory
 from ..base.progress import duration
 from ..calibration import Sample, Texts
@@ -24,6 +27,8 @@ from ..models.roles import Module, Role, allowed, quantizable
 from ..quality.answers import PROMPTS, TOKENS
 from ..sources import LoadedModel
 from .options import Options
+from .rounding.descent import widens
+from .rounding.rows import ROUNDS, TOGETHER
 
 NARROW = Format("affine", 4, 32)
 
@@ -34,8 +39,9 @@ _WEIGHTS = 1 << 21  # weights that are rounded in a probe, at most
 _BACKWARD = 3.0  # a pass back costs this many passes forward, with what it keeps for them
 _REST = 1.15  # a pass forward over its products and attention alone
 _NATIVE = 0.1  # attention in blocks that run natively, over MLX's
-_PLANS = 4.5  # that are proposed and measured, on average
-_CANDIDATES = 3  # roundings of a layer that are compared
+_PLANS = 3.5  # that are proposed and measured, on average
+_CANDIDATES = 4  # roundings of a layer that are compared
+_TRIES = 1.3  # steps that rows take together, until one lowers the error
 _EXACT = 0.01  # exact scores of what is still open, as a share of those of all
 _ANSWERS = len(PROMPTS) * TOKENS  # tokens in the report, at most; as many of two small models
 _DECODING = 1e10  # bytes a second of the weights that an answer reads
@@ -59,13 +65,15 @@ class Estimate:
 @dataclass(frozen=True)
 class Speed:
     """Seconds of one multiplication in a product, and in one of experts; of a query that sees a key
-    in one head; of one weight searched; of one step of descent."""
+    in one head; of one weight searched; of one weight that descends against one column, its row
+    alone or in a turn of rows together."""
 
     product: float
     experts: float
     attention: float
     search: float
     descent: float
+    together: float
 
 
 def estimate(
@@ -92,7 +100,7 @@ def estimate(
         return _REST * (sum(lengths) * token + seen * heads * speed.attention)
 
     weights = sum(prod(m.shape) for m in modules)
-    descents = sum(prod(m.shape) * m.shape[-1] for m in modules)
+    fitted = sum(len(sample.tokens) for sample in texts.calibration.sequences)
     scoring = sum(len(sample.tokens) for sample in texts.scoring.sequences)
     calibrated, scored = run(texts.calibration.sequences), run(texts.scoring.sequences)
     loading = 0.1 + weights * loaded.dtype.size / _READING
@@ -114,7 +122,7 @@ def estimate(
         judging = loading + weights * speed.search + run(texts.selection, native=True)
         seconds["choosing formats"] = loading + (_PLANS * judging if texts.selection else 0.0)
         if options.rounding not in ("search", "minmax"):
-            layers = descents * (speed.descent + _CANDIDATES * speed.product)
+            layers = sum(_fitting(m, speed, fitted) for m in modules)
             seconds["fitting weights"] = loading + _BACKWARD * calibrated + layers + judging
         if refining:
             seconds["training scales"] = _BACKWARD * 2 * calibrated
@@ -138,14 +146,23 @@ def probe(modules: list[Module], loaded: LoadedModel) -> Speed:
     attention = _attention(getattr(loaded.model, "args", None), x.dtype)
     fmt = next((f for f in (UNIFORM4, NARROW) if f.fits(w.shape)), None)
     if fmt is None:  # it stays as it is
-        return Speed(product, experts, attention, 0.0, 0.0)
+        return Speed(product, experts, attention, 0.0, 0.0, 0.0)
     fewer, ones = w[: max(1, _WEIGHTS // width)], mx.ones(width)
     start = ops.AffineWeight(*ops.quantize(fewer, fmt, ones), fmt.group_size, fmt.bits)
     hessian = mx.eye(width) + 0.01
     mx.eval(start[:3], hessian)
     search = _fastest(lambda: ops.quantize(fewer, fmt, ones)[0]) / fewer.size
     descent = _fastest(lambda: ops.descend(fewer, start, hessian).codes) / (fewer.size * width)
-    return Speed(product, experts, attention, search, descent)
+    few, codes, scales, biases = (array[:TOGETHER] for array in (fewer, *start[:3]))
+    turn = start._replace(codes=codes, scales=scales, biases=biases)
+    moments = np.array(hessian)
+
+    def work() -> mx.array:
+        found = ops.descend(few, turn, hessian, sweeps=1).dequantized()
+        return mx.array(np.array(found) @ moments)
+
+    together = _fastest(work) / (few.size * width)
+    return Speed(product, experts, attention, search, descent, together)
 
 
 def _heads(args: Any) -> int:
@@ -182,13 +199,33 @@ def _experts(modules: list[Module], dtype: mx.Dtype) -> float:
 
 
 def _fastest(work: Callable[[], mx.array]) -> float:
-    """Seconds of the fastest of ten runs, or of as many as fit into the time of a probe."""
+    """Seconds of the fastest of ten runs, or of as many as fit into the time of a probe.
+
+    Without what its threads waited for a processor, which other programs had.
+    """
     found: list[float] = []
-    while len(found) < _RUNS and (len(found) < 2 or sum(found) < _PROBE):
+    until = time.perf_counter() + _PROBE
+    while len(found) < 2 or (len(found) < _RUNS and time.perf_counter() < until):
+        ran, waited = scheduled()
         started = time.perf_counter()
         mx.eval(work())
-        found.append(time.perf_counter() - started)
+        took = time.perf_counter() - started
+        ran, waited = (now - then for now, then in zip(scheduled(), (ran, waited), strict=True))
+        found.append(took * ran / (ran + waited) if ran else took)
     return min(found)
+
+
+def _fitting(module: Module, speed: Speed, tokens: int) -> float:
+    """Seconds of the descents of one module, and of what they are made and judged with."""
+    size, (out, width) = prod(module.shape), module.shape[-2:]
+    lookup = module.role is Role.EMBEDDING and not module.tied
+    moments = 0 if lookup else tokens * width**2
+    steps = size * width * (speed.descent + (_CANDIDATES - 1) * speed.product)
+    if module.block is not None and len(module.shape) == 2 and not widens(module):
+        moments += tokens * out**2
+        turns = ROUNDS * _TRIES * speed.together + speed.product
+        steps += size * (width * turns + _CANDIDATES * out * speed.product)
+    return steps + moments * speed.product
 
 
 def _seconds(module: Module, speed: Speed, chosen: int) -> float:
