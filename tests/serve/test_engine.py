@@ -114,7 +114,7 @@ def test_a_prefix_from_the_cache_does_not_matter(make: Make, kind: str, kv: str 
 
 def make_again(engine: Engine) -> Engine:
     """The same engine without a prefix cache."""
-    engine._answers.prefix = None
+    engine._sequences.prefix = None
     return engine
 
 
@@ -144,7 +144,7 @@ def test_greedy_answers_are_those_of_mlx_lm(make: Make, tmp_path: Path) -> None:
     got = ask(engine, Request(tokens, 25, ENDLESS)).ids
     sequence = list(tokens)
     for _ in range(25):
-        logits = engine._steps._model(mx.array([sequence]))[0, -1]
+        logits = engine._sequences.model(mx.array([sequence]))[0, -1]
         logits[mx.array(list(NEVER_ENDS))] -= 100
         sequence.append(int(mx.argmax(logits).item()))
     assert got == sequence[len(tokens) :]
@@ -156,7 +156,7 @@ def test_log_probabilities_are_those_of_the_model(make: Make) -> None:
     sampling = Sampling(temperature=0.5, top_k=3, seed=1, logit_bias=NEVER_ENDS)
     answer = ask(engine, Request(tokens, 5, sampling, top_logprobs=20))
     for i, token in enumerate(answer.tokens):
-        logits = engine._steps._model(mx.array([[*tokens, *answer.ids[:i]]]))[0, -1]
+        logits = engine._sequences.model(mx.array([[*tokens, *answer.ids[:i]]]))[0, -1]
         exact = np.array(logits, dtype=np.float64)
         exact -= np.log(np.exp(exact).sum())
         best = np.argsort(-exact)[:20]

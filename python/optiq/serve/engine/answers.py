@@ -6,22 +6,19 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Protocol
 
 import numpy as np
-from mlx_lm.models.cache import KVCache
 
 from ...errors import DeadlineError, OverloadedError, ServeError
-from ...kv.rows import Caches, cut
 from .adapters import Mounted
 from .drafts import Lookup
-from .model import GROWTH
 from .request import Event, Failed, Finished, Piece, Request, Token
 from .sampling import Sampler
 from .scheduler import Job, Pace, Phase, Scheduler, Slice, Step
+from .sequences import Sequences
 from .text import AnswerText
 
 log = logging.getLogger("optiq.serve")
@@ -29,13 +26,6 @@ log = logging.getLogger("optiq.serve")
 Listener = Callable[[Event], None]
 
 STOPPED = 5  # seconds after which a client may ask again: perhaps the server is restarted
-
-
-class Prefixes(Protocol):
-    """Where caches of prompts are found and kept (see prefix.py)."""
-
-    def find(self, tokens: Sequence[int], make: Callable[[], Caches]) -> tuple[Caches, int]: ...
-    def keep(self, tokens: Sequence[int], caches: Caches, *, reading: bool = False) -> None: ...
 
 
 @dataclass
@@ -72,7 +62,6 @@ class Answer:
     adapted: int = 0  # tokens that are read before the adapter works
     lookup: Lookup | None = None
     ticket: int = 0
-    caches: Caches = field(default_factory=list)
     generated: list[int] = field(default_factory=list)
     cached: int = 0
     failures: int = 0
@@ -85,24 +74,19 @@ class Answer:
 
     @property
     def held(self) -> tuple[int, ...]:
-        """The tokens that the caches hold when the answer decodes."""
+        """The tokens that its caches hold when it decodes."""
         return (*self.request.tokens, *self.generated)[:-1]
 
 
 class Answers:
     """All of them, by their tickets, with one lock around them and the scheduler."""
 
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        make_caches: Callable[[], Caches],
-        eos: Iterable[int],
-        prefix: Prefixes | None,
-    ) -> None:
-        self.scheduler, self.prefix = scheduler, prefix
+    def __init__(self, scheduler: Scheduler, sequences: Sequences, eos: Iterable[int]) -> None:
+        self.scheduler, self.sequences = scheduler, sequences
         self.counters = Stats()
         self.closing = False
-        self._make_caches, self._eos = make_caches, frozenset(eos)
+        self.fault = ""  # why none can be made any more
+        self._eos = frozenset(eos)
         self._answers: dict[int, Answer] = {}
         self._cancelled: deque[int] = deque()
         self._tickets = count(1)
@@ -114,8 +98,8 @@ class Answers:
         """A ticket. Its caches take `nbytes`. Raises OverloadedError."""
         request = answer.request
         with self._changed:
-            if self.closing:
-                raise OverloadedError("the server is shutting down", STOPPED)
+            if self.closing or self.fault:
+                raise OverloadedError(self.fault or "the server is shutting down", STOPPED)
             ticket = next(self._tickets)
             self.scheduler.submit(
                 Job(
@@ -125,7 +109,7 @@ class Answers:
                     len(request.tokens) - 1,
                     nbytes,
                     cuts=cuts,
-                    share=self.prefix is not None and answer.adapter is None,
+                    share=self.sequences.prefix is not None and answer.adapter is None,
                 )
             )
             answer.ticket = ticket
@@ -159,6 +143,12 @@ class Answers:
                 self._cancelled.append(ticket)
             self._changed.notify_all()
 
+    def lose(self, fault: str) -> None:
+        """End all, and take no more: the engine's thread may be held for ever."""
+        with self._changed:
+            self.fault = fault
+        self.fail_all(ServeError(fault))
+
     # What follows is called in the engine's thread.
 
     def has(self, ticket: int) -> bool:
@@ -186,11 +176,6 @@ class Answers:
             self._admit(self._answers[ticket])
         with self._changed:
             return self.scheduler.plan(pace)
-
-    def adapters(self) -> Iterable[Mounted]:
-        """Of all who have caches."""
-        answers = list(self._answers.values())  # others may submit meanwhile
-        return (a.adapter for a in answers if a.caches and a.adapter is not None)
 
     def has_read(self, part: Slice) -> None:
         self.counters.prompt_tokens += part.end - part.begin
@@ -229,13 +214,7 @@ class Answers:
 
     def keep(self, answer: Answer, length: int, reading: bool = False) -> None:
         """The caches of its first tokens, for prompts that begin with them."""
-        prefix = self._prefix_of(answer, length)
-        if prefix is None or not length:
-            return
-        try:
-            prefix.keep(answer.held[:length], answer.caches, reading=reading)
-        except Exception:
-            log.exception("the prefix cache failed; the answer goes on without it")
+        self.sequences.keep(answer.ticket, answer.held[:length], reading)
 
     def tell(self, answer: Answer, event: Event) -> None:
         try:
@@ -270,32 +249,13 @@ class Answers:
 
     def _admit(self, answer: Answer) -> None:
         """Caches for a reader: those that hold most of what it has to read."""
-        tokens, length = (*answer.held, answer.next), 0
-        answer.caches = []
-        if (prefix := self._prefix_of(answer, len(tokens))) is not None:
-            try:
-                answer.caches, length = prefix.find(tokens, self._make_caches)
-                if self.prefix is not None and length < answer.adapted:
-                    before = tokens[: answer.adapted + 1]
-                    answer.caches, length = self.prefix.find(before, self._make_caches)
-            except Exception:
-                log.exception("the prefix cache failed; the prompt is read as a whole")
-                answer.caches = []
-        if not answer.caches:
-            answer.caches, length = self._make_caches(), 0
-        # Room for the whole prompt at once: growing a long cache copies all of it.
-        grow_by(answer.caches, len(tokens) + GROWTH)
+        tokens = (*answer.held, answer.next)
+        length = self.sequences.open(answer.ticket, tokens, answer.adapter, answer.adapted)
         if not answer.generated:
             answer.cached = length
             self.counters.cached_tokens += length
         with self._changed:
             self.scheduler.skip(answer.ticket, length)
-
-    def _prefix_of(self, answer: Answer, length: int) -> Prefixes | None:
-        """For the first tokens of it: what an adapter has read is not what the model has."""
-        if answer.adapter is not None and self.prefix is not None and length > answer.adapted:
-            return answer.adapter.prefix
-        return self.prefix
 
     def _finish(self, answer: Answer, reason: str) -> None:
         if not self.has(answer.ticket):  # its listener failed
@@ -304,7 +264,7 @@ class Answers:
             self.tell(answer, Piece(rest))
         if answer.text.stopped is not None:
             reason = "stop_text"
-        cut(answer.caches, len(answer.held))
+        self.sequences.cut(answer.ticket, len(answer.held))
         self.keep(answer, len(answer.held))
         self._end(answer, self._finished(answer, reason))
 
@@ -319,7 +279,8 @@ class Answers:
 
     def _end(self, answer: Answer, event: Finished | Failed | None) -> None:
         with self._changed:
-            del self._answers[answer.ticket]
+            if self._answers.pop(answer.ticket, None) is None:
+                return  # `lose` was first
             self.scheduler.remove(answer.ticket)
             if isinstance(event, Failed):
                 self.counters.failed += 1
@@ -328,13 +289,6 @@ class Answers:
             else:
                 self.counters.answers += 1
             self._changed.notify_all()
-        answer.caches = []
+        self.sequences.close(answer.ticket)
         if event is not None:
             self.tell(answer, event)
-
-
-def grow_by(caches: Caches, tokens: int) -> None:
-    """The room that these caches make when theirs is used up."""
-    for cache in caches:
-        if isinstance(cache, KVCache):
-            cache.step = (tokens + GROWTH - 1) // GROWTH * GROWTH

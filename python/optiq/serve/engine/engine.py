@@ -11,6 +11,7 @@ import atexit
 import gc
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ import numpy as np
 
 from ...errors import RequestError, TooLongError
 from .adapters import Adapters, Mounted
-from .answers import Answer, Answers, Listener, Prefixes, Stats
+from .answers import Answer, Answers, Listener, Stats
 from .drafts import Lookup
 from .model import Measured, measure
 from .request import Request
 from .sampling import Sampler
 from .scheduler import Limits, Scheduler
+from .sequences import Prefixes, Sequences
 from .steps import Steps
 from .text import AnswerText
 
@@ -55,6 +57,7 @@ class Engine:
         tokenizer: Any,
         options: EngineOptions = EngineOptions(),
         prefix: Prefixes | None = None,
+        sequences: Callable[[nn.Module, Measured, Prefixes | None], Sequences] = Sequences,
     ) -> None:
         """Raises ServeError for a model that does not run, or does not fit `options.memory`.
 
@@ -65,24 +68,34 @@ class Engine:
         self.make_caches = self._measured.make_caches
         self.context = self._measured.context
         self.vocabulary = self._measured.vocabulary
-        nbytes = self._measured.room(options.memory, options.beside)
+        self._sequences = sequences(model, self._measured, prefix)
+        nbytes = self._sequences.agreed(self._measured.room(options.memory, options.beside))
         limits = Limits(options.running, options.waiting, nbytes)
         self._scheduler = Scheduler(limits, grid=self._measured.grid)
-        self._answers = Answers(self._scheduler, self.make_caches, tokenizer.eos_token_ids, prefix)
-        self._steps = Steps(model, self._measured, self._answers)
+        self._answers = Answers(self._scheduler, self._sequences, tokenizer.eos_token_ids)
+        self._steps = Steps(self._measured, self._answers)
         self._thread = threading.Thread(target=self._work, name="optiq-engine", daemon=True)
 
     @property
     def adapters(self) -> Adapters | None:
-        return self._steps.adapters
+        return self._sequences.adapters
 
     @adapters.setter
     def adapters(self, adapters: Adapters | None) -> None:
-        self._steps.adapters = adapters
+        self._sequences.adapters = adapters
 
     @property
     def ready(self) -> bool:
-        return self._thread.is_alive() and not self._answers.closing
+        return self._thread.is_alive() and not self._answers.closing and not self.fault
+
+    @property
+    def fault(self) -> str:
+        """Why it answers no more; empty while it does."""
+        return self._answers.fault
+
+    def lose(self, fault: str) -> None:
+        """End all answers with this error, from any thread; the engine's own may be held."""
+        self._answers.lose(fault)
 
     def start(self) -> None:
         # What is loaded stays. A full collection would walk through all of it, and every answer

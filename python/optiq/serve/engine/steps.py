@@ -9,18 +9,13 @@ import logging
 import time
 from dataclasses import replace
 
-import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-
 from ...base.text import one_line
 from ...errors import ServeError
-from ...kv.rows import Caches, Unbatchable, cut, joined, ragged
+from ...kv.rows import Unbatchable
 from ...ops import metal
-from .adapters import Adapters
-from .answers import Answer, Answers, grow_by
+from .answers import Answer, Answers
 from .drafts import LONGEST, MOST, worthwhile
-from .model import GROWTH, Measured
+from .model import Measured
 from .request import Reading
 from .sampling import Floats, choose_one
 from .scheduler import Pace, Slice, Step
@@ -34,18 +29,16 @@ SMOOTHING = 0.2  # of the pace, by each new step
 
 
 class Steps:
-    """Takes steps for `answers`, in one thread. `adapters` may be set before the first."""
+    """Takes steps for `answers`, in one thread."""
 
-    def __init__(self, model: nn.Module, measured: Measured, answers: Answers) -> None:
-        self._model, self._measured, self._answers = model, measured, answers
-        self.adapters: Adapters | None = None
+    def __init__(self, measured: Measured, answers: Answers) -> None:
+        self._measured, self._answers = measured, answers
+        self._sequences = answers.sequences
         self._pace = Pace(measured.step_seconds, measured.token_seconds)
         self._paced = 0  # rows of the steps whose pace it is
         self._row = measured.token_seconds  # what a token more costs that is guessed
         self._guessed = 0  # tokens in this step
         self._to_keep: tuple[Answer, int] | None = None  # who reads, and its tokens so far
-        # By the tickets of a group: the caches of its answers, and as one.
-        self._joined: dict[tuple[int, ...], tuple[list[Caches], Caches]] = {}
 
     def take(self) -> None:
         """One step."""
@@ -55,9 +48,6 @@ class Steps:
             log.exception("the engine failed; all answers end, and it starts anew")
             self._answers.counters.restarts += 1
             self._answers.fail_all(ServeError("the engine failed; ask again"))
-        gone = [key for key in self._joined if not all(map(self._answers.has, key))]
-        for key in gone:
-            del self._joined[key]
 
     def _take(self, step: Step) -> None:
         # To copy what was read takes about as long as to read a slice: a step does one of them.
@@ -68,8 +58,6 @@ class Steps:
         if step.decode:
             self._answers.counters.steps += 1
             groups = self._groups([self._answers[t] for t in step.decode])
-            tickets = [tuple(answer.ticket for answer in group) for group in groups]
-            self._joined = {key: self._joined[key] for key in tickets if key in self._joined}
             if part and self._beside(groups, part):
                 self._decode(groups[0], part)
             else:
@@ -114,8 +102,9 @@ class Steps:
         """Who shares a pass through the model: all, or rows with and without an adapter apart."""
         groups = [[row] for row in rows if row.alone]
         rows = [row for row in rows if not row.alone]
-        plain, adapted = self._measured.together, self.adapters.together if self.adapters else 1
-        if self.adapters and self.adapters.alike and any(row.adapter for row in rows):
+        adapters = self._sequences.adapters
+        plain, adapted = self._measured.together, adapters.together if adapters else 1
+        if adapters and adapters.alike and any(row.adapter for row in rows):
             shares = [(rows, min(plain, adapted))]
         else:
             shares = [
@@ -143,9 +132,7 @@ class Steps:
         answer = self._answers[part.ticket]
         tokens = answer.held[part.begin : part.end]
         try:
-            model = self._model_of([answer] if part.begin >= answer.adapted else [])
-            model(mx.array([tokens]), cache=answer.caches)
-            mx.eval([cache.state for cache in answer.caches])
+            self._sequences.read(part.ticket, part.begin, tokens)
         except Exception as error:  # whatever a model or a kernel raises
             self._stumble([answer], error)
             return
@@ -153,8 +140,6 @@ class Steps:
 
     def _has_read(self, answer: Answer, part: Slice) -> None:
         self._answers.has_read(part)
-        if part.end == len(answer.held):
-            grow_by(answer.caches, GROWTH)
         ends = (len(answer.held), answer.adapted, *answer.request.boundaries)
         if part.end in ends:
             self._answers.keep(answer, part.end)
@@ -208,44 +193,20 @@ class Steps:
         if draft:
             self._answers.counters.drafted_tokens += len(draft)
             self._answers.counters.accepted_tokens += right
-            cut(answer.caches, len(answer.held))
+            if self._answers.has(answer.ticket):
+                self._sequences.cut(answer.ticket, len(answer.held))
 
     def _forward(
         self, group: list[Answer], drafts: list[list[int]], part: Slice | None = None
     ) -> Floats:
         """Logits `[rows, V]` after the next token of each, and after each of its draft. `part` is
         read in the same pass."""
-        inputs = [
-            [token]
-            for answer, draft in zip(group, drafts, strict=True)
-            for token in (answer.next, *draft)
-        ]
-        caches = [answer.caches for answer in group]
-        lengths = [1 + len(draft) for draft in drafts]
-        if part:
-            reader = self._answers[part.ticket]
-            inputs += [[token] for token in reader.held[part.begin : part.end]]
-            together = ragged(caches, [*lengths, part.end - part.begin], reader.caches)
-        elif any(drafts):
-            together = ragged(caches, lengths)
-        elif len(group) == 1 and not self._measured.beside:
-            together = caches[0]  # else one node for all blocks is faster, also for one row
-        else:
-            key = tuple(answer.ticket for answer in group)
-            if key not in self._joined or self._joined[key][0] != caches:
-                self._joined[key] = caches, joined(caches)
-            together = self._joined[key][1]
-        logits = self._model_of(group)(mx.array(inputs), cache=together)
-        logits = logits[:, -1].astype(mx.float32)
-        if self._measured.states:
-            mx.eval(logits, [cache.state for each in caches for cache in each])
-        return np.asarray(logits)
-
-    def _model_of(self, group: list[Answer]) -> nn.Module:
-        """The model for a group, with the adapters of its rows."""
-        if self.adapters is None:
-            return self._model
-        return self.adapters.model([answer.adapter for answer in group], self._answers.adapters())
+        tickets = [answer.ticket for answer in group]
+        inputs = [[answer.next, *draft] for answer, draft in zip(group, drafts, strict=True)]
+        if part is None:
+            return self._sequences.logits(tickets, inputs)
+        tokens = self._answers[part.ticket].held[part.begin : part.end]
+        return self._sequences.logits(tickets, inputs, part.ticket, part.begin, tokens)
 
     def _stumble(self, group: list[Answer], error: Exception) -> None:
         """The model raised, and nobody knows what is in the caches: read all of it again.
@@ -259,6 +220,8 @@ class Steps:
             type(error).__name__, one_line(error), len(group),
         )  # fmt: skip
         for answer in group:
+            if not self._answers.has(answer.ticket):  # all ended when a rank was lost
+                continue
             answer.failures += 1
             answer.alone = ALONE
             if answer.failures >= FAILURES:
