@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_kv(parser)
     options.add_adapter(parser)
     options.add_memory(parser)
+    options.add_expert_memory(parser)
     parser.add_argument(
         "--prefix-cache",
         type=Path,
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         adapters=((ADAPTER, args.adapter),) if args.adapter else (),
         max_concurrent=1,
         memory=options.nbytes("--memory", args.memory),
+        expert_memory=options.nbytes("--expert-memory", args.expert_memory),
         prefix_cache=args.prefix_cache,
         sandbox_packages=options.packages(args.sandbox_packages),
     )

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--raw", action="store_true", help="no chat template")
     options.add_kv(parser)
     options.add_adapter(parser)
+    options.add_expert_memory(parser)
     parser.add_argument(
         "--prompt-cache",
         metavar="FILE",
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stdin.read() if args.prompt == "-" else args.prompt,
         kv=args.kv,
         adapter=args.adapter,
+        expert_memory=args.expert_memory,
         prompt_cache=args.prompt_cache,
         revision=args.revision,
         show=show,
@@ -71,4 +73,10 @@ def run(args: argparse.Namespace) -> int:
         f"{answer.generated_tokens_per_second:.1f}/s",
         file=sys.stderr,
     )
+    if experts := answer.experts:
+        print(
+            f"experts: {experts.hits:.0%} were in memory, {experts.bytes_read / 1e9:.2f} GB were "
+            f"read into {experts.room / 1e9:.2f} GB",
+            file=sys.stderr,
+        )
     return 0

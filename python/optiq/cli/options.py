@@ -77,6 +77,14 @@ def add_adapter(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_expert_memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--expert-memory",
+        metavar="SIZE",
+        help="leave the experts of a mixture on disk and hold at most SIZE of them, such as 4GB",
+    )
+
+
 def add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", metavar="SIZE", help="most memory to use, such as 12GB")
 

@@ -110,6 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="most tokens of an answer whose request has no limit (default: 8192)",
     )
     options.add_memory(parser)
+    options.add_expert_memory(parser)
     parser.add_argument(
         "--prefix-memory",
         metavar="SIZE",
@@ -171,6 +172,7 @@ def run(args: argparse.Namespace) -> int:
         max_concurrent=args.max_concurrent,
         answer_tokens=args.answer_tokens,
         memory=options.nbytes("--memory", args.memory),
+        expert_memory=options.nbytes("--expert-memory", args.expert_memory),
         prefix_memory=options.nbytes("--prefix-memory", args.prefix_memory),
         prefix_cache=args.prefix_cache,
         prefix_cache_bytes=options.nbytes("--prefix-cache-bytes", args.prefix_cache_bytes) or 0,

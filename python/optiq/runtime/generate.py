@@ -21,6 +21,7 @@ from ..lora.adapter import Adapter
 from ..lora.mounting import opened
 from ..ops import metal
 from ..sources import resolve
+from .experts import Reads, reads_of
 from .loading import open_source
 
 if TYPE_CHECKING:
@@ -148,7 +149,10 @@ def answer(model: nn.Module, tokenizer: Any, prompt: str, max_tokens: int = 64) 
 
 @dataclass(frozen=True)
 class Answer:
-    """The text, and what it took; `prompt_tokens_from_cache` of `prompt_tokens` were not read."""
+    """The text, and what it took; `prompt_tokens_from_cache` of `prompt_tokens` were not read.
+
+    `experts` says what was read of experts that stay on disk.
+    """
 
     text: str
     prompt_tokens: int
@@ -157,6 +161,7 @@ class Answer:
     generated_tokens: int
     generated_tokens_per_second: float
     finish_reason: str
+    experts: Reads | None = None
 
 
 def generate(
@@ -165,6 +170,7 @@ def generate(
     *,
     kv: KVConfig | Path | str | None = None,
     adapter: Adapter | Path | str | None = None,
+    expert_memory: int | str | None = None,
     prompt_cache: str | Path | None = None,
     revision: str | None = None,
     show: Callable[[str], object] = lambda text: None,
@@ -172,18 +178,19 @@ def generate(
 ) -> Answer:
     """Answer `prompt` with `model`: a folder, hub id or .gguf file, or what `optiq.load` returned.
 
-    `kv` and `adapter` are those of `load`. What the file `prompt_cache` holds of the prompt is not
-    read again; prompt and answer are kept in it. `show` gets each piece of text as it comes.
-    `request` are the fields of `Request`, such as `max_tokens=20`.
+    `kv`, `adapter` and `expert_memory` are those of `load`. What the file `prompt_cache` holds of
+    the prompt is not read again; prompt and answer are kept in it. `show` gets each piece of text
+    as it comes. `request` are the fields of `Request`, such as `max_tokens=20`.
 
     Raises UsageError for what the model cannot honour, SourceError, and KVError for `kv` or a
     cache of another model.
     """
     asked = Request(prompt, **request)
     if isinstance(model, tuple):
-        if any(given is not None for given in (kv, adapter, prompt_cache, revision)):
+        if any(g is not None for g in (kv, adapter, expert_memory, prompt_cache, revision)):
             raise UsageError(
-                "kv, adapter, prompt_cache and revision are for a model given by its name"
+                "kv, adapter, expert_memory, prompt_cache and revision are for a model given by "
+                "its name"
             )
         return _answered(*model, asked, None, show)
     source = resolve(str(model), revision=revision)
@@ -191,7 +198,7 @@ def generate(
         prompt_cache = Path(prompt_cache).expanduser().resolve()
         check_writable(prompt_cache)
     adapter = None if adapter is None else opened(adapter)
-    loaded, tokenizer = open_source(source, kv=kv, adapter=adapter)
+    loaded, tokenizer = open_source(source, kv=kv, adapter=adapter, expert_memory=expert_memory)
     prefix = None
     if prompt_cache is not None:
         prefix = PrefixFile(
@@ -221,4 +228,5 @@ def _answered(
         last.generation_tokens,
         last.generation_tps,
         last.finish_reason,
+        reads_of(model),
     )

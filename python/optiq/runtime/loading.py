@@ -18,6 +18,7 @@ from ..nn.accelerate import accelerate
 from ..sources import Source, resolve
 from ..sources import load as load_source
 from ..sources.folder import mlx_lm_version
+from .experts import stream
 
 
 def load(
@@ -26,6 +27,7 @@ def load(
     revision: str | None = None,
     kv: KVConfig | Path | str | None = None,
     adapter: Adapter | Path | str | None = None,
+    expert_memory: int | str | None = None,
 ) -> tuple[nn.Module, Any]:
     """`mlx_lm.load` with native layers: a folder, hub id or .gguf file, quantized or not.
 
@@ -35,10 +37,14 @@ def load(
 
     `adapter` is one of this model: a folder of ours, mlx-lm's or PEFT's, or an `Adapter`.
 
+    With `expert_memory`, such as "4GB", the experts of a mixture stay on disk, and at most so many
+    bytes of them are held in memory (see experts.py). Answers are the same.
+
     Returns the model and its tokenizer. Raises SourceError; KVError or UsageError for `kv`,
-    AdapterError for `adapter`.
+    AdapterError for `adapter`, UsageError for `expert_memory`.
     """
-    return open_source(resolve(name, revision=revision), kv=kv, adapter=adapter)
+    source = resolve(name, revision=revision)
+    return open_source(source, kv=kv, adapter=adapter, expert_memory=expert_memory)
 
 
 def open_source(
@@ -46,10 +52,13 @@ def open_source(
     *,
     kv: KVConfig | Path | str | None = None,
     adapter: Adapter | Path | str | None = None,
+    expert_memory: int | str | None = None,
 ) -> tuple[nn.Module, Any]:
     """`load` of what `resolve` found."""
     loaded = load_source(source, allow_quantized=True)
     model = loaded.model
+    if expert_memory is not None:
+        stream(model, source, expert_memory)
     if kv is not None:
         model = attach(model, kv, identity(source))
     accelerate(model, exact=False)

@@ -66,13 +66,13 @@ def open_model(
 ) -> Opened:
     """Load a model and make its engine. Raises SourceError, KVError, UsageError."""
     if isinstance(model, tuple):
-        if kv is not None or revision is not None:
-            raise UsageError("kv and revision are for a model given by its name")
+        if any(given is not None for given in (kv, revision, options.expert_memory)):
+            raise UsageError("kv, revision and expert_memory are for a model given by its name")
         loaded, tokenizer = model
         name, key, base = "model", None, None
     else:
         source = resolve(str(model), revision=revision)
-        loaded, tokenizer = open_source(source, kv=kv)
+        loaded, tokenizer = open_source(source, kv=kv, expert_memory=options.expert_memory)
         name = _name(str(model), source.kind)
         dtype = "float16" if halvable(loaded) else ""
         key = Key(source.fingerprint, config=digest(loaded) + dtype)

@@ -28,6 +28,7 @@ class ServeFields(TypedDict, total=False):
     cors_origins: tuple[str, ...]
     max_concurrent: int
     memory: int | None
+    expert_memory: int | None
     prefix_memory: int | None
     answer_tokens: int
     prefix_cache: Path | None
@@ -62,6 +63,7 @@ class Options:
     model; their prompts share half of `prefix_memory`.
 
     `max_concurrent` answers are made at a time, in `memory` bytes, by default what the machine has.
+    With `expert_memory` experts stay on disk, and so many bytes of `memory` hold those in use.
     Room for the longest answer is kept free from its start, so one without a limit of its own ends
     after `answer_tokens`.
     Prompts that were read are kept in `prefix_memory` bytes of it (by default a quarter, 2 GB at
@@ -96,6 +98,7 @@ class Options:
     max_concurrent: int = 16
     answer_tokens: int = 8192
     memory: int | None = None
+    expert_memory: int | None = None
     prefix_memory: int | None = None
     prefix_cache: Path | None = None
     prefix_cache_bytes: int = 8 * 10**9
@@ -137,6 +140,10 @@ class Options:
                 "adapters belong to one model: give the model instead of --models-dir, or leave "
                 "--adapter and --admin-key-file out"
             )
+        if self.models_dir is not None and self.expert_memory is not None:
+            raise UsageError(
+                "--expert-memory belongs to one model: give the model instead of --models-dir"
+            )
         if "*" in self.cors_origins and not self.api_keys:
             raise UsageError(
                 "--cors-origin '*' lets every web page use this server; give it a key, or name "
@@ -171,6 +178,7 @@ _AT_LEAST: dict[str, float] = {
     "adapter_memory": 1,
     "prefix_memory": 0,
     "memory": 1,
+    "expert_memory": 1,
     "model_memory": 1,
     "unload_after": 0.01,
     "prefix_cache_bytes": 1,
