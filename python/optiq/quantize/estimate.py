@@ -27,7 +27,7 @@ from ..models.roles import Module, Role, allowed, quantizable
 from ..quality.answers import PROMPTS, TOKENS
 from ..sources import LoadedModel
 from .options import Options
-from .rounding.descent import widens
+from .rounding.moments import widens
 from .rounding.rows import ROUNDS, TOGETHER
 
 NARROW = Format("affine", 4, 32)
