@@ -208,6 +208,22 @@ def test_the_loss_curve_is_that_of_stock_layers_and_adamw(tmp_path: Path) -> Non
     assert result.updates[-1].loss < result.updates[0].loss - 0.1
 
 
+def test_passes_of_a_batch_add_up(tmp_path: Path) -> None:
+    folder, data = str(mixed_folder(tmp_path)), write_rows(tmp_path / "data", rows(12))
+    fields: dict[str, Any] = {"iters": 3, "batch_size": 6, "rank": 2, "learning_rate": 1e-3}
+    one, many = (
+        lora.train(folder, data, tmp_path / str(n), progress=False, pack_length=n, **fields)
+        for n in (2048, 64)
+    )
+    for a, b in zip(one.updates, many.updates, strict=True):
+        assert (a.tokens, a.rate) == (b.tokens, b.rate)
+        assert a.tokens > 2 * 64
+        assert b.loss == pytest.approx(a.loss, abs=1e-4)
+    for path, term in one.adapter.terms.items():
+        for x, y in zip(term, many.adapter.terms[path], strict=True):
+            assert mx.abs(x - y).max() <= 1e-3 * mx.abs(x).max()
+
+
 def test_the_rate_rises_and_falls_to_a_tenth() -> None:
     options = Training(iters=100, warmup=10, learning_rate=1.0)
     rates = [learning_rate(options, i) for i in range(100)]
