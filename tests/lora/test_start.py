@@ -59,6 +59,18 @@ def test_a_repair_leaves_the_least_error_at_the_output(out: int, width: int) -> 
     assert np.sum(rest**2) > 1.2 * values[5:].sum()
 
 
+def test_a_moment_that_rounding_has_spoiled_still_gives_a_repair() -> None:
+    """Of fewer tokens than columns, and below zero by more than the ridge, as sums may be."""
+    rng = np.random.default_rng(2)
+    error, x = rng.normal(size=(20, 30)), rng.normal(size=(25, 30))
+    moment = x.T @ x / 25 - 3 * closed_form.RIDGE * np.eye(30)
+    with pytest.raises(np.linalg.LinAlgError):
+        np.linalg.cholesky(moment + closed_form.RIDGE * np.eye(30))
+    found = closed_form.repair(error, moment, 10)
+    values = np.linalg.svd(error @ x.T / 5, compute_uv=False) ** 2
+    assert found.energies[:10] == pytest.approx(values[:10], rel=1e-3)
+
+
 def test_a_diagonal_moment_weighs_columns() -> None:
     rng = np.random.default_rng(1)
     error, squares = rng.normal(size=(12, 16)), np.exp(rng.normal(size=16))

@@ -24,18 +24,17 @@ class Repair(NamedTuple):
     """`energies`: the output error that each rank repairs, falling; `left` singular vectors."""
 
     energies: FloatArray
-    left: FloatArray  # [out, ranks]
-    error: FloatArray  # D, [out, in]
+    left: FloatArray  # U, [out, ranks]
+    right: FloatArray  # U' D, [ranks, in]
     typical: float  # root mean square of x times a column that begins at random
 
     def term(self, rank: int, scale: float) -> LowRank:
         """What each column of `a` makes of x is as large as with a random beginning (init zero).
         Good rounding leaves errors where activations are small, and training learns less where
         both halves are equally large."""
-        left = self.left[:, :rank]
         tiny = np.finfo(np.float64).tiny
         share = self.typical / np.sqrt(np.maximum(self.energies[:rank], tiny))
-        return split(left, left.T @ self.error, share, scale)
+        return split(self.left[:, :rank], self.right[:rank], share, scale)
 
 
 def repair(error: FloatArray, moment: FloatArray, most: int) -> Repair:
@@ -47,9 +46,18 @@ def repair(error: FloatArray, moment: FloatArray, most: int) -> Repair:
     if moment.ndim == 1:
         driven = error * np.sqrt(moment + RIDGE * mean)
     else:
-        driven = error @ np.linalg.cholesky(moment + RIDGE * mean * np.eye(len(moment)))
+        driven = error @ _root(moment, RIDGE * mean)
     energies, left = left_vectors(driven, most)
-    return Repair(energies, left, error, RANDOM * mean**0.5)
+    return Repair(energies, left, left.T @ error, RANDOM * mean**0.5)
+
+
+def _root(moment: FloatArray, ridge: float) -> FloatArray:
+    """L with L L' = the moment and the ridge."""
+    try:
+        return np.linalg.cholesky(moment + ridge * np.eye(len(moment)))
+    except np.linalg.LinAlgError:  # sums in float32 were off by more than the ridge
+        values, vectors = np.linalg.eigh(moment)
+        return vectors * np.sqrt(np.maximum(values, 0.0) + ridge)
 
 
 def left_vectors(matrix: FloatArray, most: int) -> tuple[FloatArray, FloatArray]:

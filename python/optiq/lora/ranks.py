@@ -25,6 +25,11 @@ def cost(module: Module) -> int:
     return sum(module.shape)
 
 
+def budget(modules: Sequence[Module], rank: int) -> int:
+    """Parameters of all ranks together."""
+    return rank * sum(map(cost, modules))
+
+
 def uniform(modules: Sequence[Module], rank: int) -> dict[str, int]:
     return {m.path: min(rank, *m.shape) for m in modules}
 
@@ -34,7 +39,7 @@ def proportional(
 ) -> dict[str, int]:
     """Ranks in proportion to `weights`, at least 1, of the same sum of parameters as `uniform`."""
     total = sum(weights[m.path] * cost(m) for m in modules)
-    factor = rank * sum(map(cost, modules)) / total
+    factor = budget(modules, rank) / total
     exact = {m.path: max(1.0, factor * weights[m.path]) for m in modules}
     most = MOST * rank
     left = {m.path: [exact[m.path] - j for j in range(most)] for m in modules}
@@ -52,7 +57,7 @@ def by_gain(modules: Sequence[Module], rank: int, gains: Gains) -> dict[str, int
 
 def _filled(modules: Sequence[Module], rank: int, values: Gains) -> dict[str, int]:
     """The ranks of largest value that the budget has room for."""
-    left = rank * sum(map(cost, modules))
+    left = budget(modules, rank)
     ranks = {m.path: 0 for m in modules}
     queue = [(-values[m.path][0], i) for i, m in enumerate(modules) if values[m.path]]
     heapq.heapify(queue)

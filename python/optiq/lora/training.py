@@ -20,11 +20,10 @@ from ..base.checkpoint import Identity, check_unfinished
 from ..base.command import command_line
 from ..base.files import check_writable
 from ..base.machine import machine, versions
-from ..base.memory import available_memory
+from ..base.memory import Needs, available_memory
 from ..base.progress import Progress, peak_memory, tell
 from ..distributed.ranks import World, world
 from ..errors import AdapterError, UsageError
-from ..models.roles import Module
 from ..nn.accelerate import accelerate
 from ..ops import metal
 from ..planning.plan import Plan
@@ -155,6 +154,8 @@ class Run:
         world.same({**self.identity, "versions": versions()})
         modules = start.chosen(model, options.targets)
         self.blocks = len(model.layers)
+        before = original.model if original else None
+        self._state_memory(needs(model, modules, options, self._longest(), before))
         if resume and checkpoint.exists():
             self.state = State.read(checkpoint, self.identity, options)
         else:
@@ -163,7 +164,7 @@ class Run:
                 model,
                 modules,
                 [e.chosen if isinstance(e, Pair) else e for e in data.train],
-                original=original.model if original else None,
+                original=before,
                 lost=lost_by_layer(source),
                 progress=progress,
             ).make()
@@ -171,7 +172,6 @@ class Run:
                 options, parameters_of(begun.terms), parameters_of(begun.minus), begun.notes
             )
         terms, self.minus = terms_of(self.state.parameters), terms_of(self.state.minus)
-        self._state_memory(model, modules, terms)
         self.tuned = Tuned(
             model, terms, options.scale, minus=self.minus, recompute=options.recompute
         )
@@ -185,12 +185,10 @@ class Run:
         if self.tuned.alone:
             tell(f"samples run one by one: {self.tuned.alone}", enabled=progress)
 
-    def _state_memory(
-        self, model: nn.Module, modules: Sequence[Module], terms: dict[str, LowRank]
-    ) -> None:
-        ranks = {path: term.rank for path, term in terms.items()}
-        longest = max(len(s.tokens) for s in (*self.data.train, *self.data.valid))
-        found = needs(model, modules, ranks, self.options, longest)
+    def _longest(self) -> int:
+        return max(len(s.tokens) for s in (*self.data.train, *self.data.valid))
+
+    def _state_memory(self, found: Needs) -> None:
         if found.total > available_memory():
             raise UsageError(
                 f"memory: training takes {found}; lower --max-length and --pack-length, or free "
