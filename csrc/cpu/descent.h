@@ -18,9 +18,10 @@ namespace optiq::cpu::OPTIQ_ISA {
 
 struct DescentRows {
   const Descent& a;
-  static constexpr int kRows = 32; // that share a reading of H
+  static constexpr int kMostRows = 32, kTogether = 8;
+  const int tile_rows; // that share a reading of H; fewer where a thread would have none
 
-  explicit DescentRows(const Descent& a) : a(a), ones_(a.cols) {
+  explicit DescentRows(const Descent& a) : a(a), tile_rows(rows_of_a_tile(a.rows)), ones_(a.cols) {
     const size_t g = a.format.group_size;
     for (size_t i = 0; i < a.cols; i++) {
       const float* h = a.hessian + i * a.cols + i / g * g;
@@ -33,10 +34,10 @@ struct DescentRows {
   }
 
   void operator()(int task) {
-    const size_t first = size_t(task) * kRows;
-    const int rows = int(first + kRows < a.rows ? kRows : a.rows - first);
+    const size_t first = size_t(task) * tile_rows;
+    const int rows = int(first + tile_rows < a.rows ? tile_rows : a.rows - first);
     const size_t groups = a.cols / a.format.group_size;
-    Tile tile(a.cols, groups);
+    Tile tile(tile_rows, a.cols, groups);
     for (int r = 0; r < rows; r++) {
       read(first + r, r, tile);
     }
@@ -68,20 +69,25 @@ struct DescentRows {
  private:
   Scratch<float> ones_; // per column, the sum of H over the columns of its group
 
+  static int rows_of_a_tile(size_t rows) {
+    const size_t each = rows / num_threads() / kTogether * kTogether;
+    return each < kTogether ? kTogether : each < kMostRows ? int(each) : kMostRows;
+  }
+
   struct Tile {
-    Tile(size_t cols, size_t groups)
-        : codes(kRows * cols),
-          error(kRows * cols),
-          slope(kRows * cols),
-          scale(kRows * groups),
-          bias(kRows * groups) {
-      std::memset(&error[0], 0, kRows * cols * sizeof(float));
-      std::memset(&slope[0], 0, kRows * cols * sizeof(float));
+    Tile(size_t rows, size_t cols, size_t groups)
+        : codes(rows * cols),
+          error(rows * cols),
+          slope(rows * cols),
+          scale(rows * groups),
+          bias(rows * groups) {
+      std::memset(&error[0], 0, rows * cols * sizeof(float));
+      std::memset(&slope[0], 0, rows * cols * sizeof(float));
       std::memset(change, 0, sizeof(change));
     }
-    Scratch<float> codes, error, slope; // [kRows, cols]: codes, v - w and H (v - w)
-    Scratch<float> scale, bias;         // [kRows, groups]
-    float change[kRows][kMaxGroup];     // of v in one group
+    Scratch<float> codes, error, slope; // [rows, cols]: codes, v - w and H (v - w)
+    Scratch<float> scale, bias;         // [rows, groups]
+    float change[kMostRows][kMaxGroup]; // of v in one group
   };
 
   // A group as it would be with another scale and bias.
@@ -129,7 +135,7 @@ struct DescentRows {
 
   // slope += change @ H, over the columns of group k, of so many rows and those up to the next 8th.
   void spread(Tile& tile, size_t k, int rows) const {
-    constexpr int kTogether = 8, kColumns = 2 * kWide; // groups are multiples of 32
+    constexpr int kColumns = 2 * kWide; // groups are multiples of 32
     const float* h = a.hessian + k * a.format.group_size * a.cols;
     for (size_t c = 0; c < a.cols; c += kColumns) {
       for (int r = 0; r < rows; r += kTogether) {
@@ -250,7 +256,7 @@ struct DescentRows {
 
 inline void descend(const Descent& a) {
   DescentRows body(a);
-  parallel_for(int((a.rows + DescentRows::kRows - 1) / DescentRows::kRows), body);
+  parallel_for(int((a.rows + body.tile_rows - 1) / body.tile_rows), body);
 }
 
 } // namespace optiq::cpu::OPTIQ_ISA
