@@ -8,18 +8,24 @@ SOURCES := $(shell find csrc metal -name '*.cpp' -o -name '*.h' -o -name '*.meta
 .PHONY: demo test families schedules agx attacks fuzz test-clients bench lint format clean wheel-macos wheel-linux test-aarch64 evidence
 
 # A changed kernel, binding or dependency reinstalls the package; Python files are used in place.
-$(VENV)/.installed: pyproject.toml CMakeLists.txt cmake/embed_metal.cmake $(SOURCES)
+# It is built with the tools and the MLX of the same environment: without one of its own for each
+# build, which takes half a minute, and whose new path would compile everything anew.
+$(VENV)/.built: pyproject.toml CMakeLists.txt cmake/embed_metal.cmake $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "optiq needs Python 3.10 or newer; set PYTHON=/path/to/python3"; exit 1; }
 	@command -v $${CXX:-c++} >/dev/null || \
 	  { echo "optiq needs a C++20 compiler; on Debian: apt-get install g++"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/pip install --quiet --group test --group lint --group bench
-	$(BIN)/pip install --quiet --editable . --config-settings=editable.mode=redirect
+	$(BIN)/pip install --quiet --group build
+	$(BIN)/pip install --quiet --no-build-isolation --editable . --config-settings=editable.mode=redirect
 	@touch $@
 
-demo: $(VENV)/.installed
+$(VENV)/.installed: $(VENV)/.built
+	$(BIN)/pip install --quiet --group test --group lint --group bench
+	@touch $@
+
+demo: $(VENV)/.built
 	$(BIN)/optiq demo
 
 # A file of tests at a time in each process; `python -m pytest tests/planning` needs none of this.

@@ -9,6 +9,7 @@ import inspect
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +217,12 @@ def test_rows_in_the_docs_are_valid() -> None:
     assert len(rows) == 2
     for row in rows:
         check_row(json.loads(row))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib is in Python 3.11")
+def test_the_build_group_has_what_the_build_asks_for() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    group = set(project["dependency-groups"]["build"])
+    assert set(project["build-system"]["requires"]) <= group
