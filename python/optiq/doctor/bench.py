@@ -13,11 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from ..base.progress import Progress
 from ..errors import OptiqError
 from ..ops import native
 
@@ -78,7 +80,12 @@ def measure(rows: Sequence[int], sizes: Sequence[int]) -> list[Timing]:
     """Every product on the default device. Raises BenchError without native kernels."""
     if native.extension is None:
         raise BenchError(f"no native kernels to time: {native.reason}")
-    return [_product(size, bits, m) for size in sizes for bits in BITS for m in rows]
+    found = []
+    with Progress(len(sizes) * len(BITS) * len(rows), "timing products") as bar:
+        for size, bits, m in product(sizes, BITS, rows):
+            found.append(_product(size, bits, m))
+            bar.step(note=found[-1].work)
+    return found
 
 
 def _product(size: int, bits: int, rows: int) -> Timing:
