@@ -12,12 +12,28 @@ from pathlib import Path
 
 import pytest
 
+from optiq.evals import runs
+from optiq.evals.comparison import compare
+from optiq.evals.page import evals_page
+from optiq.formats import Format
+from optiq.kv.report import (
+    ExactTokens,
+    KVModel,
+    KVPoint,
+    KVReport,
+    KVText,
+    Law,
+    ScoredSlot,
+    SlotScore,
+)
 from optiq.quality.answers import Answers
 from optiq.quality.compare import Comparison
-from optiq.quality.results import Measured
+from optiq.quality.results import Divergence, Measured
 from optiq.report import conversion_page
 from optiq.report.comparison import comparison_page
 from optiq.report.frontier import frontier_page
+from optiq.report.kv import kv_page
+from tests.evals.fakes import write_all
 from tests.planning.test_pareto import frontier
 
 from . import fakes
@@ -49,7 +65,46 @@ parent.document.title = JSON.stringify([innerWidth, seen]);
 """
 
 
-def pages() -> dict[str, str]:
+def kv_report() -> KVReport:
+    """30 caches, and the widths that are compared."""
+    mean = {"mean": 0.0123, "se": 0.0017, "median": 0.002, "p95": 0.05, "p99": 0.2, "p999": 0.9}
+    divergence = {
+        "kl": {**mean, "max": 1.2}, "top1": {"mean": 0.95, "se": 0.01}, "ppl_ratio": 1.01,
+        "tokens": 500, "sequences": 4, "text_sha256": "0" * 64,
+    }  # fmt: skip
+    widths = [Format("affine", bits, 64) for bits in (3, 4, 5, 6, 8)]
+    slots = [
+        ScoredSlot(
+            i, side, 3, 64, 4096, i in (0, 29), widths[i % 5],
+            {f: SlotScore(2.0**-f.bits / (1 + i), 1e-4, f.bits < 5) for f in widths},
+        )
+        for i in range(30)
+        for side in "kv"
+    ]  # fmt: skip
+    names = ("chosen", "uniform K8/V8", "uniform K8/V4", "uniform K6/V6", "uniform K4/V4", "K3/V3")
+    points = tuple(
+        KVPoint(name, 60_000_000 - 8_000_000 * i, 0.01 * 3**i, Divergence.from_json(divergence))
+        for i, name in enumerate(names)
+    )
+    text = KVText("optiq.jsonl", 0, 128, {"held-out": [4096] * 4}, {"held-out": "0" * 64})
+    return KVReport(
+        KVModel("SmolLM2-135M-Instruct", "0" * 64, "1" * 64, "llama"), 4096, "8/4", 6 * 10**7,
+        59 * 10**6, 94 * 10**6, 23040, ExactTokens(128, 4, 10**6), "law", points[:3], 1.1, 0.9,
+        tuple((8_000_000 * i, 0.5 * 2.0**-i) for i in range(1, 8)), points, Law(12, 1.0, 0.6, 1.7),
+        tuple(slots), text, "optiq kv out -o kv.json",
+        {"optiq": "0.1.0"}, {"cpu": "one", "cores": 2},
+    )  # fmt: skip
+
+
+def evals(folder: Path) -> str:
+    """The page of two models' records."""
+    write_all(folder / "a", 0.60, 0.10)
+    write_all(folder / "b", 0.40, 0.20, seed=2, fingerprint="2" * 64)
+    compared = compare(runs.load(folder / "a"), runs.load(folder / "b"))
+    return evals_page(compared, ["/a/very/long/path/to/a-model-4bit", "out"])
+
+
+def pages(folder: Path) -> dict[str, str]:
     plan, scores = parse(fakes.smollm2())
     said = "A sentence that is long enough to be wrapped in a narrow column. " * 3
     samples = [Answers("What is the capital of France?", said, said, "x" * 300, 48)]
@@ -63,13 +118,15 @@ def pages() -> dict[str, str]:
         "report": conversion_page(plan, scores, samples),
         "frontier": frontier_page(frontier()),
         "compare": comparison_page(Comparison("org/reference", "rows", models)),
+        "kv": kv_page(kv_report()),
+        "evals": evals(folder),
     }
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; on Debian: apt-get install chromium")
 @pytest.mark.parametrize(("width", "scheme"), [(420, "dark"), (1200, "light")])
 def test_every_table_is_whole(tmp_path: Path, width: int, scheme: str) -> None:
-    for name, page in pages().items():
+    for name, page in pages(tmp_path).items():
         shown = page.replace("</body>", f"<script>{SCRIPT}</script></body>")
         frame = (
             f'<iframe style="width:{width}px;height:900px;border:0" srcdoc="{html.escape(shown)}">'
