@@ -36,7 +36,7 @@ void norm(const Norm& n, const float* x, size_t rows, int dims, float* y) {
   kernels().rms_norm({x, nullptr, n.weight, y, rows, dims, n.eps, 1, true});
 }
 
-// y = h + gain * post(x + bias); x is overwritten.
+// y = h + gain * post(x + bias), h null for zeros; x is overwritten.
 void add(const float* h, float* x, const Projection& from, const std::optional<Norm>& post,
     float gain, size_t rows, float* y) {
   int dims = from.w.rows;
@@ -160,7 +160,7 @@ void attend(const AttentionLayer& layer, const float* h, int rows, Attention* al
   kernels().attention(all, count);
   float* part = out.get();
   multiply(context.get(), rows, &layer.out, 1, &part, adapters);
-  add(h, part, layer.out, layer.post, layer.gain, rows, y);
+  add(layer.residual ? h : nullptr, part, layer.out, layer.post, layer.gain, rows, y);
 }
 
 void mlp(const MlpLayer& layer, const float* h, int rows, float* y, Adapters adapters) {
@@ -189,7 +189,8 @@ void mlp(const MlpLayer& layer, const float* h, int rows, float* y, Adapters ada
     kernels().gate(g);
     float* part = out.get();
     multiply(gated.get(), m, &layer.down, 1, &part, of_rows.after(layer.gate_up.size()));
-    add(x, part, layer.down, layer.post, layer.gain, m, y + begin * width);
+    const float* to = layer.residual ? x : nullptr;
+    add(to, part, layer.down, layer.post, layer.gain, m, y + begin * width);
   }
 }
 

@@ -63,13 +63,14 @@ class DecoderBlock {
   using Norm = std::optional<std::tuple<std::optional<array>, float>>; // (weight, eps)
   using Rope = std::tuple<int, bool, std::vector<double>, double>;     // dims, traditional, ...
 
-  /** Throws std::invalid_argument where shapes, dtypes or formats do not belong together. */
+  /** Without `residual` a half gives what it adds to its input, not the sum. Throws
+   * std::invalid_argument where shapes, dtypes or formats do not belong together. */
   void set_attention(const std::vector<Matrix>& qkv, const Matrix& out, int heads, int kv_heads,
       float scale, const Norm& in, const Norm& q, const Norm& k, const Norm& v, const Norm& post,
       bool whole_norm, const std::optional<Rope>& rope, const std::optional<array>& sinks,
-      float softcap, float gain);
+      float softcap, float gain, bool residual);
   void set_mlp(const std::vector<Matrix>& gate_up, const Matrix& down,
-      const std::string& activation, const Norm& in, const Norm& post, float gain);
+      const std::string& activation, const Norm& in, const Norm& post, float gain, bool residual);
 
   /** Low-rank terms beside its projections, in this order: queries, keys, values, output, gate, up,
    * down; one for matrices in one. Null where there are none. */

@@ -111,9 +111,10 @@ void bind_decoder_block(nb::module_& m) {
           "heads"_a, "kv_heads"_a, "scale"_a, "norm"_a = nb::none(), "q_norm"_a = nb::none(),
           "k_norm"_a = nb::none(), "v_norm"_a = nb::none(), "post_norm"_a = nb::none(),
           "whole_norm"_a = false, "rope"_a = nb::none(), "sinks"_a = nb::none(), "softcap"_a = 0.0f,
-          "gain"_a = 1.0f)
+          "gain"_a = 1.0f, "residual"_a = true)
       .def("set_mlp", method(&DecoderBlock::set_mlp), nb::kw_only(), "gate_up"_a, "down"_a,
-          "activation"_a, "norm"_a = nb::none(), "post_norm"_a = nb::none(), "gain"_a = 1.0f)
+          "activation"_a, "norm"_a = nb::none(), "post_norm"_a = nb::none(), "gain"_a = 1.0f,
+          "residual"_a = true)
       .def(
           "set_terms",
           [](Handle& h, const std::vector<std::optional<Terms>>& terms) {
@@ -143,6 +144,8 @@ void bind_decoder_block(nb::module_& m) {
       "mlp"_a = false, "k_format"_a = AffineFormat{}, "v_format"_a = AffineFormat{}, "window"_a = 0,
       "starts"_a = nb::none(), "first"_a = nb::none(), "recent"_a = nb::none(), "slots"_a = Slots{},
       nb::kw_only(), "stream"_a = nb::none());
+  m.def("block_feed_forward", with_handle(&block_feed_forward), "block"_a, "h"_a,
+      "slots"_a = Slots{}, nb::kw_only(), "stream"_a = nb::none());
   using Places = std::vector<std::tuple<int, int, int, int>>;
   auto at = [](const Places& places) {
     std::vector<CachePlace> out;

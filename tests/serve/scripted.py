@@ -130,6 +130,7 @@ class ScriptedEngine:
     context: int = 512
     vocabulary: int = 384
     ready: bool = True
+    fault: str = ""
     requests: list[Request] = field(default_factory=list)
     cancelled: list[int] = field(default_factory=list)
 

@@ -105,6 +105,14 @@ def test_it_is_not_ready_while_the_engine_is_not() -> None:
         assert asked.http.get("/health").status_code == 200
 
 
+def test_it_says_that_it_cannot_go_on() -> None:
+    with doubled() as asked:
+        asked.engine._engine.fault = "the server lost a rank (rank 1 died); ask again"
+        told = asked.http.get("/health")
+        assert (told.status_code, told.json()["status"]) == (503, "failed")
+        assert "rank 1 died" in told.json()["reason"]
+
+
 def test_nothing_is_left_behind() -> None:
     def count() -> tuple[int, int]:
         return threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))

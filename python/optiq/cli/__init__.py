@@ -42,7 +42,7 @@ COMMANDS = {
     "demo": "fetch a small real model, convert it and compare it with uniform 4-bit",
 }
 
-SHARED = ("sensitivity", "lora")  # what several processes can do together
+SHARED = ("sensitivity", "lora", "serve")  # what several processes can do together
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -141,6 +141,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..distributed.ranks import launched
+    from ..distributed.restart import restarted
+
+    if launched() and (code := restarted()) is not None:
+        return code
+    return _serve(args)
+
+
+def _serve(args: argparse.Namespace) -> int:
     from ..serve.http.log import log_to_stderr
     from ..serve.server import Server, serve
 

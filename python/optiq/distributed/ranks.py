@@ -15,7 +15,7 @@ import secrets
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class World:
         self.rank = rank
         self.size = size
         self._group = group
+        self._connections: list[socket.socket] = []
 
     def gather(self, value: Any) -> list[Any]:
         """The value (anything JSON can hold) of every rank, in order; waits for all of them."""
@@ -71,6 +72,43 @@ class World:
         ends = np.cumsum([values[name].size for name in names])[:-1].tolist()
         parts = zip(names, mx.split(total, ends), strict=True)
         return {name: part.reshape(values[name].shape) for name, part in parts}
+
+    def total(self, x: Any) -> Any:
+        """The sum of an array over all ranks, not evaluated yet.
+
+        The same bits on every rank, and for a row whatever rows are beside it. The ring adds the
+        parts of an array in different orders where there are more than two ranks.
+        """
+        import mlx.core as mx
+
+        if self.size <= 2:
+            return mx.distributed.all_sum(x, group=self._group) if self.size == 2 else x
+        each = mx.distributed.all_gather(x[None], group=self._group)
+        return sum((each[rank] for rank in range(1, self.size)), start=each[0])
+
+    def side_by_side(self, x: Any) -> Any:
+        """The arrays of all ranks, one after the other along the last axis; not evaluated yet."""
+        import mlx.core as mx
+
+        if self.size == 1:
+            return x
+        each = mx.distributed.all_gather(x[None], group=self._group)
+        return mx.moveaxis(each, 0, -2).reshape(*x.shape[:-1], -1)
+
+    def connections(self) -> dict[int, socket.socket]:
+        """New connections between rank 0 and each other rank, by the peer's rank; all ranks have to
+        ask for them together."""
+        peers = _connect(self) if self.size > 1 else {}
+        for peer in peers.values():
+            peer.settimeout(None)
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._connections += peers.values()
+        return peers
+
+    def close(self) -> None:
+        """The connections that were asked for."""
+        for connection in self._connections:
+            connection.close()
 
     def same(self, job: dict[str, Any]) -> None:
         """Raise DistributedError, naming the keys, unless all ranks give the same values."""
@@ -98,19 +136,33 @@ def launched() -> bool:
     return not alone and any(name in os.environ for name in _LAUNCHED)
 
 
+def _end(reason: str | None) -> None:
+    """End this process, whatever it waits for."""
+    if reason is not None:
+        message = f"optiq: {reason}; what is measured is kept, go on with --resume"
+        sys.stderr.write(f"\n{message}\n")
+        sys.stderr.flush()
+    os._exit(DistributedError.exit_code)
+
+
 @contextmanager
-def world() -> Iterator[World]:
+def world(lost: Callable[[str | None], None] = _end, silence: float = SILENCE) -> Iterator[World]:
     """The processes that were launched together, while the block runs; one if none were.
 
-    Raises DistributedError when they do not find each other. When a rank dies or fails inside the
-    block, the others print which and end with exit code 1.
+    Raises DistributedError when they do not find each other. When a rank dies, fails or is silent
+    for `silence` seconds inside the block, the others call `lost` in a thread of their own, with
+    the reason or, where another rank says it, None. By default they print it and end with exit
+    code 1.
     """
     if not launched():
         yield ALONE
         return
     here, peers = _join()
-    with Watch(here.rank, peers, _end):
-        yield here
+    with Watch(here.rank, peers, lost, silence=silence):
+        try:
+            yield here
+        finally:
+            here.close()
 
 
 def _join() -> tuple[World, dict[int, socket.socket]]:
@@ -142,15 +194,6 @@ def _guard(reason: str) -> Iterator[None]:
     finally:
         guard.stdin.close()
         guard.wait()
-
-
-def _end(reason: str | None) -> None:
-    """End this process, whatever it waits for."""
-    if reason is not None:
-        message = f"optiq: {reason}; what is measured is kept, go on with --resume"
-        sys.stderr.write(f"\n{message}\n")
-        sys.stderr.flush()
-    os._exit(DistributedError.exit_code)
 
 
 def _connect(here: World) -> dict[int, socket.socket]:

@@ -19,6 +19,7 @@ from typing import Any
 
 SILENCE = 20.0  # seconds without a sign of life
 BEAT = 0.5  # seconds between two signs of life
+LATE = 2.0  # seconds; a process that comes so late has slept itself, and blames no other
 
 
 class Watch:
@@ -79,8 +80,11 @@ class Watch:
                         selector.unregister(self._peers.pop(rank))
                     if not data and not ended:
                         self._lost(rank, "died")
+            now = time.monotonic()
+            if now - until > LATE:
+                heard = dict.fromkeys(heard, now)
             for rank in self._peers:
-                if time.monotonic() - heard[rank] > self._silence:
+                if now - heard[rank] > self._silence:
                     self._lost(rank, f"has not answered for {self._silence:.0f} s")
 
     def _ended(self, message: dict[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -122,6 +122,13 @@ def _fuse_blocks(model: nn.Module, report: Accelerated) -> None:
             report.left[path] = str(reason)
             continue
         kind: tuple[Any, ...] = (type(block), anatomy)
+        if description.ranks:
+            if not native.on_cpu():
+                report.left[path] = "its ranks meet between its halves"
+                continue
+            # Ranks may have other heads, but have to make the same trials.
+            of_all = replace(anatomy.attention, heads=0, kv_heads=0)
+            kind = type(block), replace(anatomy, attention=of_all)
         dtype = mx.float32
         if not native.on_cpu():
             launches, dtype = description.launches(), _dtype(block)

@@ -22,6 +22,7 @@ from ..ops import AffineWeight
 from ..ops.attention import capped_attention, masking, packing
 from .adapted import Adapted
 from .layers import Linear, QuantizedLinear
+from .sharded import Ranks, Summed
 
 Mask = Any  # None, "causal" or an array that broadcasts to [batch, heads, rows, keys]
 PLAIN = DENSE, DENSE  # formats of a cache that holds vectors
@@ -45,13 +46,19 @@ def module_at(block: nn.Module, path: str) -> Any:
     return at
 
 
+def ranks_of(block: nn.Module, anatomy: Block) -> Ranks | None:
+    """The ranks that share the block, None where it is whole."""
+    out = module_at(block, anatomy.attention.out)
+    return out.ranks if isinstance(out, Summed) else None
+
+
 def matrix(block: nn.Module, path: str) -> tuple[Any, ...]:
     """(w, scales, biases, group size, bits, bias) of a linear layer, None and 0 where dense.
 
     Raises Unknown for a layer that computes something else.
     """
     layer = module_at(block, path)
-    if isinstance(layer, Adapted):
+    if isinstance(layer, Adapted | Summed):
         layer = layer.linear
     bias = layer.get("bias")
     if type(layer) in (Linear, nn.Linear):
@@ -78,6 +85,9 @@ class Description:
     def __init__(self, block: nn.Module, anatomy: Block) -> None:
         a, m, norms = anatomy.attention, anatomy.mlp, anatomy.norms
         self.plus_one, self.saturates = norms.plus_one, anatomy.saturates
+        self.ranks = ranks_of(block, anatomy)
+        if self.ranks and (norms.attention_post or norms.mlp_post or anatomy.shares):
+            raise Unknown("what its ranks have is added up before a norm, so it runs by its layers")
         self.attention: dict[str, Any] = {
             "qkv": [matrix(block, p) for p in a.qkv],
             "out": matrix(block, a.out),
@@ -110,7 +120,7 @@ class Description:
         paths = [*a.qkv, a.out, *((*m.gate_up, m.down) if m else ())]
         layers = [module_at(block, path) for path in paths]
         self.adapted = [at if isinstance(at, Adapted) else None for at in layers]
-        linear = [at.linear if isinstance(at, Adapted) else at for at in layers]
+        linear = [at.linear if isinstance(at, Adapted | Summed) else at for at in layers]
         self.exact = any(getattr(layer, "exact", False) for layer in linear)
 
     def launches(self) -> list[list[AffineWeight]]:
@@ -139,9 +149,11 @@ class Native:
             d.add_one()
         r = d.rope
         rope = (r.dims, r.traditional, list(r.frequencies), r.magnitude) if r else None
-        self.block.set_attention(**d.attention, rope=rope)
+        self.ranks = d.ranks  # each half gives a part of a sum, which is then added to its input
+        residual = d.ranks is None
+        self.block.set_attention(**d.attention, rope=rope, residual=residual)
         if d.mlp is not None:
-            self.block.set_mlp(**d.mlp)
+            self.block.set_mlp(**d.mlp, residual=residual)
         self._step = ext.block_step
         adapted = [a for a in d.adapted if a is not None]
         self._selection = adapted[0].selection if adapted else None
@@ -208,6 +220,11 @@ class Native:
         )
         return out
 
+    def feed_forward(self, h: mx.array) -> mx.array:
+        """The second half of the block."""
+        out: mx.array = self.ext.block_feed_forward(self.block, h, self.slots)
+        return out
+
     def attend_each(
         self, x: mx.array, q: mx.array, keys: Sequence[mx.array], values: Sequence[mx.array]
     ) -> mx.array:
@@ -227,6 +244,8 @@ class Composed:
         self.d = Description(block, anatomy)
         if any(self.d.adapted):
             raise Unknown("an adapter lies beside its projections")
+        if self.d.ranks:
+            raise Unknown("its ranks meet between its halves")
         if rope := self.d.rope:
             self.wavelengths = mx.array([1 / f if f else mx.inf for f in rope.frequencies])
 

@@ -60,6 +60,7 @@ class Stacked(Adopting):
             and all(hasattr(c, "rows") for c in cache)
             and not self.__dict__.get("_unforeseen")
             and stackable(blocks)
+            and not blocks[0].runner.sharded
         ):
             run = Together(blocks, cache)
             token = RUN.set(run)

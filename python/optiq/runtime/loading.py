@@ -15,6 +15,8 @@ from ..kv import KVConfig, attach, identity, route
 from ..lora.adapter import Adapter, Base
 from ..lora.mounting import mount, opened
 from ..nn.accelerate import accelerate
+from ..nn.shard import shard
+from ..nn.sharded import Ranks
 from ..sources import Source, resolve
 from ..sources import load as load_source
 from ..sources.folder import mlx_lm_version
@@ -53,14 +55,20 @@ def open_source(
     kv: KVConfig | Path | str | None = None,
     adapter: Adapter | Path | str | None = None,
     expert_memory: int | str | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[nn.Module, Any]:
-    """`load` of what `resolve` found."""
+    """`load` of what `resolve` found; with `ranks` this rank's share of it.
+
+    Raises DistributedError for a model that cannot be divided among them.
+    """
     loaded = load_source(source, allow_quantized=True)
     model = loaded.model
     if expert_memory is not None:
         stream(model, source, expert_memory)
     if kv is not None:
         model = attach(model, kv, identity(source))
+    if ranks is not None:
+        shard(model, ranks, source.name)
     accelerate(model, exact=False)
     if kv is not None:
         route(model)

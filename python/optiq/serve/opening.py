@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import mlx.nn as nn
 
+from ..distributed.ranks import World
 from ..errors import ServeError, UsageError
 from ..kv import KVConfig
 from ..kv.half import halvable
@@ -26,9 +28,11 @@ from ..version import __version__
 from . import answering
 from .engine.adapters import Adapters
 from .engine.engine import Engine, EngineOptions
+from .engine.model import measure
 from .engine.prefix import PrefixCache
 from .models import Models
 from .options import Options
+from .ranks import Leading, Loss, Ranked
 
 _LIBRARIES = ("starlette", "uvicorn", "h11", "llguidance", "prometheus_client")
 
@@ -40,6 +44,25 @@ def check_libraries() -> None:
             f"the server needs {', '.join(missing)}; pip install 'optiq-mlx[serve]' brings what "
             "it needs"
         )
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that a model is shared by, and what happens when one is lost."""
+
+    world: World
+    loss: Loss
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A model, or a rank's share of it. Without a name it was given in memory."""
+
+    model: nn.Module
+    tokenizer: Any
+    name: str = "model"
+    key: Key | None = None
+    base: Base | None = None
 
 
 @dataclass(frozen=True)
@@ -63,41 +86,86 @@ def open_model(
     *,
     kv: KVConfig | Path | str | None = None,
     revision: str | None = None,
+    ranks: Ranks | None = None,
 ) -> Opened:
-    """Load a model and make its engine. Raises SourceError, KVError, UsageError."""
-    if isinstance(model, tuple):
-        if any(given is not None for given in (kv, revision, options.expert_memory)):
-            raise UsageError("kv, revision and expert_memory are for a model given by its name")
-        loaded, tokenizer = model
-        name, key, base = "model", None, None
-    else:
-        source = resolve(str(model), revision=revision)
-        loaded, tokenizer = open_source(source, kv=kv, expert_memory=options.expert_memory)
-        name = _name(str(model), source.kind)
-        dtype = "float16" if halvable(loaded) else ""
-        key = Key(source.fingerprint, config=digest(loaded) + dtype)
-        base = Base(source.name, source.fingerprint)
-    nbytes = options.prefix_bytes // 2 if options.adaptable else options.prefix_bytes
-    prefix = _prefix_cache(key, options, nbytes)
+    """Load a model and make its engine; with `ranks`, that of rank 0.
+
+    Raises SourceError, KVError, UsageError, and DistributedError for `ranks`.
+    """
+    of = _load(model, options, kv, revision, ranks.world if ranks else None)
+    prefix = _prefix_cache(of.key, options)
     limits = EngineOptions(
         running=options.max_concurrent,
         memory=options.memory,
         beside=options.prefix_bytes + (2 * options.adapter_memory if options.adaptable else 0),
     )
     try:
-        engine = Engine(loaded, tokenizer, limits, prefix)
-        engine.adapters = _adapters(loaded, base, key or Key(""), engine.make_caches, options)
+        if ranks is None:
+            engine = Engine(of.model, of.tokenizer, limits, prefix)
+        else:
+            lead = partial(Leading, world=ranks.world, loss=ranks.loss)
+            engine = Engine(of.model, of.tokenizer, limits, prefix, lead)
+            ranks.loss.engine = engine
+        key = of.key or Key("")
+        engine.adapters = _adapters(of.model, of.base, key, engine.make_caches, options)
     except BaseException:
         prefix.close()
         raise
     models = Models(
-        name=options.name or name,
+        name=options.name or of.name,
         created=int(time.time()),
         context=engine.context,
-        fingerprint=_fingerprint(key),
+        fingerprint=_fingerprint(of.key),
         aliases=options.aliases,
     )
-    return Opened(engine, tokenizer, models, key.model if key else "", prefix, engine.adapters)
+    identity = of.key.model if of.key else ""
+    return Opened(engine, of.tokenizer, models, identity, prefix, engine.adapters)
+
+
+def open_share(
+    model: str | Path | tuple[nn.Module, Any],
+    options: Options,
+    *,
+    kv: KVConfig | Path | str | None,
+    revision: str | None,
+    world: World,
+) -> Ranked:
+    """What another rank than 0 has of a model, measured as the engine does. Raises as `open_model`
+    does."""
+    of = _load(model, options, kv, revision, world)
+    measured = measure(of.model, options.max_concurrent)
+    sequences = Ranked(of.model, measured, _prefix_cache(of.key, options), world=world)
+    sequences.agreed(measured.room(options.memory, options.prefix_bytes))
+    return sequences
+
+
+def _load(
+    model: str | Path | tuple[nn.Module, Any],
+    options: Options,
+    kv: KVConfig | Path | str | None,
+    revision: str | None,
+    world: World | None,
+) -> _Loaded:
+    if world is not None and options.adaptable:
+        raise UsageError(
+            "adapters are not divided among ranks; leave --adapter and --admin-key-file out, or "
+            "serve on one machine"
+        )
+    if isinstance(model, tuple):
+        if any(given is not None for given in (kv, revision, options.expert_memory, world)):
+            raise UsageError(
+                "kv, revision, expert_memory and several ranks are for a model given by its name"
+            )
+        return _Loaded(*model)
+    source = resolve(str(model), revision=revision)
+    loaded, tokenizer = open_source(source, kv=kv, expert_memory=options.expert_memory, ranks=world)
+    config = digest(loaded) + ("float16" if halvable(loaded) else "")
+    if world is not None:
+        world.same({"model": source.fingerprint, "KV configuration": config})
+        config += f" rank {world.rank} of {world.size}"
+    key = Key(source.fingerprint, config=config)
+    base = Base(source.name, source.fingerprint)
+    return _Loaded(loaded, tokenizer, _name(str(model), source.kind), key, base)
 
 
 def _adapters(
@@ -138,7 +206,8 @@ def _name(given: str, kind: str) -> str:
     return path.stem if kind == "gguf" else path.name
 
 
-def _prefix_cache(key: Key | None, options: Options, nbytes: int) -> PrefixCache:
+def _prefix_cache(key: Key | None, options: Options) -> PrefixCache:
+    nbytes = options.prefix_bytes // 2 if options.adaptable else options.prefix_bytes
     if options.prefix_cache is None:
         return PrefixCache(key or Key(""), nbytes)
     if key is None:

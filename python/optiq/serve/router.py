@@ -122,6 +122,10 @@ class Router:
     def ready(self) -> bool:
         return not self._closing
 
+    @property
+    def fault(self) -> str:
+        return ""
+
     def start(self) -> None:
         for name in self._pinned:
             self._add(self._places[name], self._load_model(self._places[name]))

@@ -65,6 +65,11 @@ class Services(Protocol):
 
     @property
     def ready(self) -> bool: ...
+    @property
+    def fault(self) -> str:
+        """Why nothing is answered any more; empty while it is."""
+        ...
+
     def start(self) -> None: ...
     def close(self, drain: float) -> None: ...
     def listed(self) -> Sequence[Listed]: ...
@@ -90,6 +95,10 @@ class OneModel:
     @property
     def ready(self) -> bool:
         return self._running.engine.ready
+
+    @property
+    def fault(self) -> str:
+        return self._running.engine.fault
 
     def start(self) -> None:
         self._running.engine.start()

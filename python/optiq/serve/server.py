@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 import mlx.nn as nn
 
 from ..base.memory import available_memory
+from ..distributed.ranks import launched, world
 from ..errors import ServeError, UsageError
 from ..kv import KVConfig
 from .models import Listed
-from .opening import Opened, check_libraries, open_model
+from .opening import Opened, Ranks, check_libraries, open_model, open_share
 from .options import Options, ServeFields
+from .ranks import SILENCE, Loss, end_with_rank_0, follow
 from .tools.python import Python, open_tool
 
 if TYPE_CHECKING:
@@ -48,12 +50,45 @@ def serve(
     fields of `serve.options.Options`, such as `port=8080`. When it is told to stop, answers have
     `drain` seconds to finish; told again, none. `show` is called when it is ready.
 
-    Raises UsageError, SourceError, KVError, ServeError, and SandboxUnavailable with
-    `tools=("python",)`, before anything is served.
+    Where mlx.launch has started several ranks, they share the model; rank 0 answers, and the others
+    return when it ends. When one is lost, the process ends with exit code 75 in all of them.
+
+    Raises UsageError, SourceError, KVError, ServeError, DistributedError for the ranks, and
+    SandboxUnavailable with `tools=("python",)`, before anything is served.
     """
+    if launched():
+        loss = Loss()
+        with world(loss, SILENCE) as here:
+            if here.size > 1:
+                _serve_in(Ranks(here, loss), model, kv, revision, show, options)
+                return
     with Server.open(model, kv=kv, revision=revision, **options) as server:
         show(server)
         server.wait()
+
+
+def _serve_in(
+    ranks: Ranks,
+    model: str | Path | tuple[nn.Module, Any] | None,
+    kv: KVConfig | Path | str | None,
+    revision: str | None,
+    show: Callable[[Server], object],
+    options: ServeFields,
+) -> None:
+    """`serve` of a model that several ranks share."""
+    read = Options(**options)
+    if model is None or read.models_dir is not None:
+        raise UsageError("several ranks serve one model; give it, and not --models-dir")
+    if ranks.world.rank == 0:
+        with Server.open(model, kv=kv, revision=revision, ranks=ranks, **options) as server:
+            ranks.loss.serving = True
+            show(server)
+            server.wait()
+    else:
+        end_with_rank_0(read.drain + FAREWELL_SECONDS)
+        share = open_share(model, read, kv=kv, revision=revision, world=ranks.world)
+        ranks.loss.serving = True
+        follow(share)
 
 
 class Server:
@@ -72,9 +107,11 @@ class Server:
         *,
         kv: KVConfig | Path | str | None = None,
         revision: str | None = None,
+        ranks: Ranks | None = None,
         **options: Unpack[ServeFields],
     ) -> Server:
-        """Take the port, then load the model. Raises as `serve` does."""
+        """Take the port, then load the model; with `ranks`, that of rank 0. Raises as `serve`
+        does."""
         check_libraries()
         read = Options(**options)
         if (model is None) == (read.models_dir is None):
@@ -82,7 +119,7 @@ class Server:
         with bind(read) as bound, open_python(read) as python:
             if model is None:
                 return cls(partial(routed, read, kv), bound, read, python)
-            opened = open_model(model, read, kv=kv, revision=revision)
+            opened = open_model(model, read, kv=kv, revision=revision, ranks=ranks)
             return cls(partial(one, opened), bound, read, python)
 
     def __init__(
@@ -111,7 +148,7 @@ class Server:
             python,
         )
         self._services = opened(self._shared)
-        self._state = State(lambda: self._services.ready)
+        self._state = State(lambda: self._services.ready, lambda: self._services.fault)
         config = uvicorn.Config(
             make_app(self._services, self._shared, self._state),
             loop="asyncio",

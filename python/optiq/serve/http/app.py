@@ -58,15 +58,19 @@ Found = dict[str, Any] | Response
 
 
 class State:
-    """Whether requests are accepted."""
+    """Whether requests are accepted, and why none is ever again."""
 
-    def __init__(self, ready: Callable[[], bool]) -> None:
-        self._ready = ready
+    def __init__(self, ready: Callable[[], bool], fault: Callable[[], str]) -> None:
+        self._ready, self._fault = ready, fault
         self.stopping = False
 
     @property
     def ready(self) -> bool:
         return self._ready() and not self.stopping
+
+    @property
+    def fault(self) -> str:
+        return self._fault()
 
 
 class Posted:
@@ -303,7 +307,9 @@ def make_app(services: Services, shared: Shared, state: State) -> ASGIApp:
     options, metrics = shared.options, shared.metrics
     bodies = Bodies(options)
 
-    def health(scope: Scope) -> dict[str, Any]:
+    def health(scope: Scope) -> Found:
+        if state.fault:
+            return JSONResponse({"status": "failed", "reason": state.fault}, 503)
         return {"status": "ok"}
 
     def ready(scope: Scope) -> Response:
