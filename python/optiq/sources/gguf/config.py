@@ -1,11 +1,11 @@
 """What llama.cpp's metadata and tensor names mean in Hugging Face's: config.json and tensor list.
 
-Names and stored forms follow llama.cpp's convert_hf_to_gguf.py: q and k rows of the llama
-architecture are interleaved for its rotary embedding, and gemma norms are stored plus one.
+The architectures and their names are in architectures.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,45 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import SourceError
+from .architectures import ARCHITECTURES
 from .file import GgufFile, GgufTensor, read_rows
 
-_LLAMA_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_GEMMA_BLOCK = {
-    **_LLAMA_BLOCK,
-    **_QK_NORMS,
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-BLOCKS = {
-    "llama": _LLAMA_BLOCK,
-    "qwen2": _LLAMA_BLOCK,
-    "qwen3": {**_LLAMA_BLOCK, **_QK_NORMS},
-    "gemma3": _GEMMA_BLOCK,
-}
-CLASSES = {
-    "llama": ("llama", "LlamaForCausalLM"),
-    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
-    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
-}
-_BIASED = {
-    "llama": ("attn_q", "attn_k", "attn_v", "attn_output"),  # all or none
-    "qwen2": ("attn_q", "attn_k", "attn_v"),
-    "qwen3": (),
-    "gemma3": (),
-}
 # Keys of other writers that change the forward pass, with the values that do not.
 _UNREAD: dict[str, tuple[float, ...]] = {
     "attn_logit_softcapping": (0,),
@@ -70,7 +34,10 @@ _UNREAD: dict[str, tuple[float, ...]] = {
     "rope.scaling.yarn_log_multiplier": (0,),
 }
 GEMMA_PERIOD = 6  # llama.cpp: every sixth layer sees everything, where the file does not say
-GEMMA_27B_BLOCKS = 62
+# llama.cpp knows the 27B models, whose queries are scaled by another rule, by their blocks.
+GEMMA_27B_BLOCKS = {"gemma2": 46, "gemma3": 62}
+SMOLLM3_PERIOD = 4  # every fourth layer has no positions: llama.cpp writes it out
+WINDOW = "attention.sliding_window"
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -90,12 +57,12 @@ class Fields:
 
     def __init__(self, gguf: GgufFile) -> None:
         arch = gguf.metadata.get("general.architecture")
-        if not isinstance(arch, str) or arch not in BLOCKS:
+        if not isinstance(arch, str) or arch not in ARCHITECTURES:
             raise SourceError(
                 f"{gguf.path}: the GGUF architecture {arch!r} is not supported; optiq reads "
-                f"{', '.join(BLOCKS)}; give the original Hugging Face model instead"
+                f"{', '.join(ARCHITECTURES)}; give the original Hugging Face model instead"
             )
-        self.gguf, self.arch = gguf, arch
+        self.gguf, self.arch, self.form = gguf, arch, ARCHITECTURES[arch]
 
     def get(self, key: str) -> Any:
         """A string or number, an array as a tuple, or None."""
@@ -140,25 +107,26 @@ def build_config(gguf: GgufFile) -> dict[str, Any]:
         raise f.error(f"{f.arch}.block_count {blocks} exceeds its {len(gguf.tensors)} tensors")
     if head_dim % 2:
         raise f.error(f"the head size {head_dim} is odd")
-    if f.get("expert_count") not in (None, 0):
+    if not f.form.experts and f.get("expert_count") not in (None, 0):
         raise f.error(f"{f.arch} with {f.get('expert_count')} experts is not supported")
-    for key in ("attention.value_length", "rope.dimension_count"):
+    rotated = f.integer("rope.dimension_count", head_dim)
+    partial = f.form.partial and rotated <= head_dim
+    for key in ("attention.value_length", *(() if partial else ("rope.dimension_count",))):
         if f.integer(key, head_dim) != head_dim:
             raise f.error(f"{f.arch}.{key} {f.get(key)} differs from the head size {head_dim}")
     if f.arch == "qwen2" and head_dim * heads != hidden:
         raise f.error(f"qwen2 needs heads of {hidden}/{heads}, this file has {head_dim}")
     for key, neutral in _UNREAD.items():
-        if f.get(key) not in (None, *neutral):
+        if key not in f.form.reads and f.get(key) not in (None, *neutral):
             raise f.error(
                 f"{f.arch}.{key} {f.get(key)} changes the model, and optiq does not read it"
             )
-    window = f.get("attention.sliding_window")
-    if f.arch != "gemma3" and window and window < f.integer("context_length"):
+    window = f.get(WINDOW)
+    if WINDOW not in f.form.reads and window and window < f.integer("context_length"):
         raise f.error(f"{f.arch} with a window of {window} tokens is not supported")
-    model_type, class_name = CLASSES[f.arch]
     config: dict[str, Any] = {
-        "model_type": model_type,
-        "architectures": [class_name],
+        "model_type": f.form.model_type,
+        "architectures": [f.form.class_name],
         "hidden_size": hidden,
         "intermediate_size": f.integer("feed_forward_length"),
         "num_hidden_layers": blocks,
@@ -172,12 +140,16 @@ def build_config(gguf: GgufFile) -> dict[str, Any]:
         "vocab_size": _tensor(f, "token_embd.weight").shape[0],
         "tie_word_embeddings": "output.weight" not in gguf.tensors,
     }
-    if f.arch == "gemma3":
-        config |= _gemma(f, hidden, heads, head_dim, blocks)
+    if f.arch.startswith("gemma"):
+        config["hidden_activation"] = "gelu_pytorch_tanh"
     else:
         config["hidden_act"] = "silu"
-    if f.arch == "llama":
-        config |= {"attention_bias": "blk.0.attn_q.bias" in gguf.tensors, "mlp_bias": False}
+    if f.form.may_be_biased:
+        config["attention_bias"] = "blk.0.attn_q.bias" in gguf.tensors
+    if f.form.partial:
+        config["partial_rotary_factor"] = rotated / head_dim
+    if own := _OWN.get(f.arch):
+        config |= own(f, config)
     return config
 
 
@@ -187,25 +159,25 @@ def map_tensors(gguf: GgufFile, config: dict[str, Any]) -> list[Mapped]:
     With tied embeddings and a stored head, the one of the two with more bits is the embedding.
     """
     f = Fields(gguf)
-    norm_shift = -1.0 if f.arch == "gemma3" else 0.0
+    form = f.form
     embedding = _tensor(f, "token_embd.weight")
     head = _tensor(f, "output.weight") if "output.weight" in gguf.tensors else None
     if head and config["tie_word_embeddings"] and head.nbytes > embedding.nbytes:
         embedding = head
     mapped = [Mapped("model.embed_tokens.weight", embedding)]
     for i in range(config["num_hidden_layers"]):
-        for short, long in BLOCKS[f.arch].items():
-            interleaved = f.arch == "llama" and short in ("attn_q", "attn_k")
+        for short, long in {**form.blocks, **(form.experts or {})}.items():
+            interleaved = form.interleaved and short in ("attn_q", "attn_k")
             head_rows = config["head_dim"] if interleaved else 0
-            shift = norm_shift if short.endswith("norm") else 0.0
-            biased = short in _BIASED[f.arch] and config.get("attention_bias", True)
+            shift = form.norm_shift if short.endswith("norm") else 0.0
+            biased = short in form.biased and config.get("attention_bias", True)
             for part in ("weight", "bias") if biased else ("weight",):
                 source = _tensor(f, f"blk.{i}.{short}.{part}")
                 if head_rows and source.shape[0] % head_rows:
                     raise f.error(f"{source.name} has {source.shape[0]} rows, no whole heads")
                 name = f"model.layers.{i}.{long}.{part}"
                 mapped.append(Mapped(name, source, head_rows, shift))
-    mapped.append(Mapped("model.norm.weight", _tensor(f, "output_norm.weight"), 0, norm_shift))
+    mapped.append(Mapped("model.norm.weight", _tensor(f, "output_norm.weight"), 0, form.norm_shift))
     if head and not config["tie_word_embeddings"]:
         mapped.append(Mapped("lm_head.weight", head))
     known = {m.source.name for m in mapped}
@@ -219,26 +191,67 @@ def _tensor(f: Fields, name: str) -> GgufTensor:
     tensor = f.gguf.tensors.get(name)
     if tensor is None:
         raise f.error(f"tensor {name!r} is missing")
-    axes = 1 if "norm" in name or name.endswith(".bias") else 2
+    axes = 1 if "norm" in name or name.endswith(".bias") else 3 if "_exps." in name else 2
     if len(tensor.shape) != axes:
         raise f.error(f"tensor {name!r} has the shape {list(tensor.shape)}, not {axes} axes")
     return tensor
 
 
-def _gemma(f: Fields, hidden: int, heads: int, head_dim: int, blocks: int) -> dict[str, Any]:
-    period = f.integer("attention.sliding_window_pattern", GEMMA_PERIOD)
-    full = [(i + 1) % period == 0 for i in range(blocks)]
+def _gemma2(f: Fields, config: dict[str, Any]) -> dict[str, Any]:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    large = config["num_hidden_layers"] == GEMMA_27B_BLOCKS[f.arch]
     return {
-        "hidden_activation": "gelu_pytorch_tanh",
-        # llama.cpp knows the 27B model, the one exception, by its number of blocks.
-        "query_pre_attn_scalar": hidden // heads if blocks == GEMMA_27B_BLOCKS else head_dim,
-        "sliding_window": f.integer("attention.sliding_window"),
+        "query_pre_attn_scalar": hidden // heads if large else config["head_dim"],
+        "sliding_window": f.integer(WINDOW, 4096),
+        "attn_logit_softcapping": f.number("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": f.number("final_logit_softcapping", 30.0),
+    }
+
+
+def _gemma3(f: Fields, config: dict[str, Any]) -> dict[str, Any]:
+    period = f.integer("attention.sliding_window_pattern", GEMMA_PERIOD)
+    full = [(i + 1) % period == 0 for i in range(config["num_hidden_layers"])]
+    return _gemma2(f, config) | {
+        "sliding_window": f.integer(WINDOW),
         "sliding_window_pattern": period,
         "layer_types": ["full_attention" if is_full else "sliding_attention" for is_full in full],
         "rope_local_base_freq": f.number("rope.freq_base_swa", 1e4),
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
     }
+
+
+def _granite(f: Fields, config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "attention_multiplier": f.number("attention.scale", config["head_dim"] ** -0.5),
+        "embedding_multiplier": f.number("embedding_scale", 1.0),
+        "residual_multiplier": f.number("residual_scale", 1.0),
+        "logits_scaling": f.number("logit_scale", 1.0),
+        "mlp_bias": False,
+    }
+
+
+def _experts(f: Fields, config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "num_experts": f.integer("expert_count"),
+        "num_experts_per_tok": f.integer("expert_used_count"),
+        "moe_intermediate_size": f.integer("expert_feed_forward_length"),
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+# What config.json says beside that, by architecture.
+_OWN: dict[str, Callable[[Fields, dict[str, Any]], dict[str, Any]]] = {
+    "llama": lambda f, config: {"mlp_bias": False},
+    "granite": _granite,
+    "smollm3": lambda f, config: {"no_rope_layer_interval": SMOLLM3_PERIOD},
+    "qwen3moe": _experts,
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+    "phi3": lambda f, config: {"sliding_window": f.get(WINDOW)},
+}
 
 
 def _rope_scaling(f: Fields, head_dim: int) -> dict[str, Any] | None:
