@@ -386,8 +386,12 @@ def test_memory_that_does_not_suffice_is_said_before(
 ) -> None:
     folder, data = mixed_folder(tmp_path), write_rows(tmp_path / "data", rows(4))
     monkeypatch.setattr(trainer, "available_memory", lambda: 1000)
-    with pytest.raises(UsageError, match="lower --max-length"):
-        lora.train(str(folder), data, tmp_path / "out", progress=False)
+    monkeypatch.setattr(start, "moments", lambda *_: pytest.fail("begun before memory was said"))
+    with pytest.raises(UsageError, match=r"ranks and beginning .* lower --max-length"):
+        lora.train(
+            str(folder), data, tmp_path / "out", progress=False,
+            init="qera", original=str(tiny_folder(tmp_path, name="dense")),
+        )  # fmt: skip
 
 
 def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
