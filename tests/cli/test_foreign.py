@@ -47,6 +47,8 @@ def test_names_of_other_tools_work(typed: str, meant: str) -> None:
         ("convert m -o o --tokens eight", "'eight' is not a whole number of at least 1"),
         ("convert m", "usage: optiq convert MODEL -o OUT [options]"),
         ("", "name a command: convert"),
+        ("lora", "ACTION is missing; it is one of train, info, merge, export"),
+        ("run", "AGENT is missing; it is one of claude"),
     ],
 )
 def test_mistakes_are_answered(typed: str, answer: str, capsys: pytest.CaptureFixture[str]) -> None:

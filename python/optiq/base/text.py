@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import textwrap
 from typing import TextIO
@@ -29,8 +30,11 @@ def one_line(error: BaseException) -> str:
 
 def cause(error: BaseException) -> str:
     """`one_line`, but of an error of the system only what is wrong: the message names the file."""
+    if isinstance(inner := getattr(error, "reason", None), OSError):  # of a URL
+        error = inner
     said = error.strerror if isinstance(error, OSError) else None
-    return said[:1].lower() + said[1:] if said else one_line(error)
+    said = said or re.sub(r"\[Errno -?\d+\] ", "", one_line(error))
+    return said[:1].lower() + said[1:]
 
 
 def dtype_name(dtype: object) -> str:

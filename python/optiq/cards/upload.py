@@ -6,7 +6,7 @@ import json
 from fnmatch import fnmatch
 from pathlib import Path
 
-from ..base.text import one_line
+from ..base.text import cause, one_line
 from ..errors import ExportError, UsageError
 from ..sources.hub import is_repo_id
 from .card import card
@@ -21,12 +21,14 @@ def check_upload(repo: str) -> None:
     if not is_repo_id(repo):
         raise UsageError(f"--upload-repo {repo} is not a hub id like organisation/model")
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import LocalTokenNotFoundError
 
     try:
         HfApi().whoami()
     except Exception as error:  # no token, or no hub
+        why = "" if isinstance(error, LocalTokenNotFoundError) else f" ({cause(error)})"
         raise ExportError(
-            f"the hub does not know you ({one_line(error)}); run hf auth login, or set HF_TOKEN"
+            f"the hub does not know you{why}; run hf auth login, or set HF_TOKEN"
         ) from error
 
 

@@ -23,9 +23,10 @@ class Parser(argparse.ArgumentParser):
         if "expected one argument" in message:
             message += "; a value that begins with - is written as in --size=-1"
         for action in self._actions:
-            if action.choices and message.endswith(f"required: {action.metavar}"):
+            name = action.metavar or action.dest
+            if action.choices and message.endswith(f"required: {name}"):
                 names = ", ".join(map(str, action.choices))
-                message = f"{action.metavar} is missing; it is one of {names}"
+                message = f"{str(name).upper()} is missing; it is one of {names}"
         print(folded(f"{self.prog}: {message}", sys.stderr, "  "), file=sys.stderr)
         print(f"usage: {_short_usage(self)}", file=sys.stderr)
         print(f"{self.prog} --help lists the options", file=sys.stderr)

@@ -353,8 +353,13 @@ def scores_table(scores: Scores, path: Path) -> str:
         [
             grid(rows),
             "",
-            f"{len(scores.modules)} modules, {scores_line(scores)}",
-            f"written to {path}",
+            facts_lines(
+                [
+                    ("modules", str(len(scores.modules))),
+                    ("scores", scores_line(scores)),
+                    ("written", str(path)),
+                ]
+            ),
         ]
     )
 

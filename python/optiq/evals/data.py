@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..base.text import one_line
+from ..base.text import cause, one_line
 from ..errors import EvalError
 from ..sources.hub import TIMEOUT_SECONDS
 from .layouts import Files, Layout, Row, layouts
@@ -197,7 +197,7 @@ def _from_hub(name: str) -> tuple[list[Row], str]:
 
     rows, where = _first(name, [(f"{HUB[name]} on the hub", read)])
     if rows is None:
-        why = one_line(refusals[0]) if refusals else "its files have other names than expected"
+        why = cause(refusals[0]) if refusals else "its files have other names than expected"
         raise EvalError(
             f"the questions of {name} are not here, and {HUB[name]} on {constants.ENDPOINT} did "
             f"not give them ({why}); {_wanted(name)}"

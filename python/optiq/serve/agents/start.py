@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from ...base.text import cause
 from ...errors import ServeError, UsageError
 from ..engine.model import CONTEXT
 from .configure import AGENTS, Agent, Served, Setup
@@ -78,7 +79,9 @@ def ask_server(url: str, model: str | None, key: str | None) -> Served:
         with urllib.request.urlopen(request, timeout=ASKING_SECONDS) as answer:
             listed = json.load(answer)["data"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ServeError(f"no server answers at {url} ({error}); start optiq serve") from None
+        raise ServeError(
+            f"no server answers at {url} ({cause(error)}); start optiq serve"
+        ) from None
     names = [found["id"] for found in listed]
     found = next((m for m in listed if model in (None, m["id"])), None)
     if found is None:
