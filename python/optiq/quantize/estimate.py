@@ -15,6 +15,7 @@ from math import prod
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from .. import ops
@@ -23,12 +24,15 @@ from ..base.memory import available_memory
 from ..base.progress import duration
 from ..calibration import Sample, Texts
 from ..formats import DENSE, UNIFORM4, Format
-from ..models.roles import Module, Role, allowed, quantizable
+from ..models.roles import Module, Role, allowed, is_head, quantizable
+from ..nn.accelerate import quantized
 from ..quality.answers import PROMPTS, TOKENS
 from ..sources import LoadedModel
 from .options import Options
 from .rounding.moments import widens
 from .rounding.rows import ROUNDS, TOGETHER
+from .sensitivity.fisher import squares
+from .sensitivity.weight_error import relative_error
 
 NARROW = Format("affine", 4, 32)
 
@@ -41,6 +45,7 @@ _REST = 1.15  # a pass forward over its products and attention alone
 _NATIVE = 0.1  # attention in blocks that run natively, over MLX's
 _PLANS = 3.5  # that are proposed and measured, on average
 _CANDIDATES = 4  # roundings of a layer that are compared
+_COMPARED = 4  # formats, and gradients of sequences, that are compared in a probe
 _TRIES = 1.3  # steps that rows take together, until one lowers the error
 _EXACT = 0.01  # exact scores of what is still open, as a share of those of all
 _ANSWERS = len(PROMPTS) * TOKENS  # tokens in the report, at most; as many of two small models
@@ -65,13 +70,14 @@ class Estimate:
 @dataclass(frozen=True)
 class Speed:
     """Seconds of one multiplication in a product, and in one of experts; of a query that sees a key
-    in one head; of one weight searched; of one weight that descends against one column, its row
-    alone or in a turn of rows together."""
+    in one head; of one weight searched, and compared with the source; of one weight that descends
+    against one column, its row alone or in a turn of rows together."""
 
     product: float
     experts: float
     attention: float
     search: float
+    compare: float
     descent: float
     together: float
 
@@ -111,7 +117,9 @@ def estimate(
         runs = {m.path: len(allowed(m, options.menu)) - 1 for m in modules}
         exact = sum(runs.values()) * scored / 2
         open = sum(runs[m.path] for m in modules if m.role in (Role.EXPERT, Role.ROUTER))
-        fisher = formats * (speed.search + scoring * speed.product) + _BACKWARD * scored
+        head = sum(prod(m.shape) * runs[m.path] for m in modules if is_head(m))
+        fisher = formats * (speed.search + speed.compare) + head * scoring * speed.product
+        fisher += _BACKWARD * scored
         scores = {"kl": exact, "fisher": fisher}.get(
             options.sensitivity, fisher + open * scored / 2 + _EXACT * exact
         )
@@ -146,7 +154,7 @@ def probe(modules: list[Module], loaded: LoadedModel) -> Speed:
     attention = _attention(getattr(loaded.model, "args", None), x.dtype)
     fmt = next((f for f in (UNIFORM4, NARROW) if f.fits(w.shape)), None)
     if fmt is None:  # it stays as it is
-        return Speed(product, experts, attention, 0.0, 0.0, 0.0)
+        return Speed(product, experts, attention, 0.0, 0.0, 0.0, 0.0)
     fewer, ones = w[: max(1, _WEIGHTS // width)], mx.ones(width)
     start = ops.AffineWeight(*ops.quantize(fewer, fmt, ones), fmt.group_size, fmt.bits)
     hessian = mx.eye(width) + 0.01
@@ -162,7 +170,22 @@ def probe(modules: list[Module], loaded: LoadedModel) -> Speed:
         return mx.array(np.array(found) @ moments)
 
     together = _fastest(work) / (few.size * width)
-    return Speed(product, experts, attention, search, descent, together)
+    compare = _comparing(fewer, start, fmt)
+    return Speed(product, experts, attention, search, compare, descent, together)
+
+
+def _comparing(w: mx.array, rounded: ops.AffineWeight, fmt: Format) -> float:
+    """Seconds for a weight in one format, beside the gradients of some sequences."""
+    layer = nn.Linear(1, 1, bias=False)
+    layer.weight = w
+    layers = [quantized(layer, *rounded[:3], fmt)] * _COMPARED
+    gradients = np.zeros((_COMPARED, *w.shape), np.float32)
+
+    def work() -> mx.array:
+        errors = [relative_error(layer, other) for other in layers]
+        return mx.array(squares(layer, layers, gradients) + sum(errors))
+
+    return _fastest(work) / (_COMPARED * w.size)
 
 
 def _heads(args: Any) -> int:

@@ -148,7 +148,7 @@ class _Batch:
             gradients = np.empty((len(group), *layer.weight.shape), np.float32)
             for i, t in enumerate(group):
                 gradients[i] = weight_gradient(layer, calls[t])
-            for t, scores in zip(group, _squares(layer, rounded, gradients), strict=True):
+            for t, scores in zip(group, squares(layer, rounded, gradients), strict=True):
                 for fmt, score in zip(formats, scores, strict=True):
                     self.totals[module.path][str(fmt)][t] += 0.5 * float(score)
 
@@ -162,7 +162,7 @@ class _Batch:
                     self.totals[module.path][str(fmt)][t] += total
 
 
-def _squares(
+def squares(
     layer: nn.Module, rounded: Sequence[nn.Module], gradients: NDArray[np.float32]
 ) -> NDArray[np.float64]:
     """sum_rows (sum_in M * dW)^2 for every gradient M and rounded layer: [sequences, formats].
