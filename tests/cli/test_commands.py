@@ -185,7 +185,9 @@ def test_sensitivity_and_plan(optiq: Optiq, folder: Path, tmp_path: Path) -> Non
     measure = ["sensitivity", "model", "-o", str(file), "--tokens", "320"]
     text = optiq(*measure)
     assert "most sensitive at 4g64" in text
-    assert "modules    15\nscores     method auto, reference bf16, 320 tokens of optiq.jsonl" in text
+    assert (
+        "modules    15\nscores     method auto, reference bf16, 320 tokens of optiq.jsonl" in text
+    )
     assert [p.name for p in file.parent.iterdir()] == ["scores.json"]
     scores = json.loads(file.read_text())
     found = Scores.from_json(scores)
