@@ -18,6 +18,12 @@ _SEQUENCE = re.compile(r"\x1b\[([0-9;?]*)([A-Za-z])")
 
 def run(*argv: str, columns: int, cwd: Path) -> tuple[int, list[str]]:
     """The exit code of `optiq *argv`, and the screen at its end."""
+    code, text = written(*argv, columns=columns, cwd=cwd)
+    return code, screen(text)
+
+
+def written(*argv: str, columns: int, cwd: Path, **variables: str) -> tuple[int, str]:
+    """The exit code, and all that it wrote with these variables in its environment."""
     host, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")}
@@ -27,11 +33,11 @@ def run(*argv: str, columns: int, cwd: Path) -> tuple[int, list[str]]:
         stdout=terminal,
         stderr=terminal,
         cwd=cwd,
-        env={**environment, "TERM": "xterm-256color"},
+        env={**environment, "TERM": "xterm-256color", **variables},
         start_new_session=True,
     )
     os.close(terminal)
-    written = b""
+    text = b""
     while True:
         try:
             part = os.read(host, 1 << 16)
@@ -39,23 +45,23 @@ def run(*argv: str, columns: int, cwd: Path) -> tuple[int, list[str]]:
             break
         if not part:
             break
-        written += part
+        text += part
     os.close(host)
-    return process.wait(60), screen(written.decode())
+    return process.wait(60), text.decode()
 
 
-def screen(written: str) -> list[str]:
+def screen(text: str) -> list[str]:
     """The lines as a terminal without an edge shows them, so that too long ones can be seen."""
     lines, row, column, at = [""], 0, 0, 0
-    while at < len(written):
-        if match := _SEQUENCE.match(written, at):
+    while at < len(text):
+        if match := _SEQUENCE.match(text, at):
             at = match.end()
             if match[2] == "A":
                 row = max(0, row - int(match[1] or 1))
             elif match[2] == "K":
                 lines[row] = "" if match[1] == "2" else lines[row][:column]
             continue
-        letter = written[at]
+        letter = text[at]
         at += 1
         if letter == "\r":
             column = 0
