@@ -20,8 +20,6 @@ import pytest
 from mlx_lm.utils import load_model, quantize_model, save_model
 
 from optiq.distributed.ranks import ALONE
-from optiq.errors import DistributedError
-from optiq.nn.shard import Span, shard, shares
 from optiq.serve.opening import open_model
 from tests.distributed.test_distributed import hosts
 from tests.serve.ranked import OPTIONS, answers, facts, logits
@@ -129,39 +127,6 @@ def test_more_models_in_two_ranks(folder: Path) -> None:
 @pytest.mark.ranks
 def test_three_ranks_answer_as_one(folder: Path) -> None:
     compare(folder, run(folder, ["uneven:8/4"], 3), "uneven:8/4")
-
-
-def test_shares_are_whole_units() -> None:
-    assert shares(8, 2, 2) == [Span(0, 4), Span(4, 8)]
-    assert shares(3, 1, 2) == [Span(0, 2), Span(2, 3)]
-    assert shares(5, 2, 2) == [Span(0, 4), Span(4, 5)]
-    assert shares(160, 32, 3) == [Span(0, 64), Span(64, 128), Span(128, 160)]
-    assert shares(160, 64, 4) == []
-
-
-class Third:
-    """Rank 0 of three, which meets nobody."""
-
-    rank, size = 0, 3
-
-    def total(self, x: Any) -> Any:
-        return x
-
-    def side_by_side(self, x: Any) -> Any:
-        return x
-
-
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [
-        ("llama", "its 2 key heads can only be divided by 1, in 2 parts, not among 3 ranks"),
-        ("qwen3_moe", "its experts are not divided among ranks"),
-    ],
-)
-def test_what_cannot_be_divided_is_refused(tmp_path: Path, kind: str, reason: str) -> None:
-    model, _ = load_model(tiny_folder(tmp_path, kind))
-    with pytest.raises(DistributedError, match=f"{kind} cannot be divided among 3 ranks.*{reason}"):
-        shard(model, Third(), kind)
 
 
 SERVE = "import sys; from optiq.cli import main; sys.exit(main())"

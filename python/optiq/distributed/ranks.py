@@ -47,6 +47,7 @@ class World:
         self.size = size
         self._group = group
         self._connections: list[socket.socket] = []
+        self.watch: Watch | None = None
 
     def gather(self, value: Any) -> list[Any]:
         """The value (anything JSON can hold) of every rank, in order; waits for all of them."""
@@ -105,6 +106,11 @@ class World:
         self._connections += peers.values()
         return peers
 
+    def give_up_after(self, seconds: float) -> None:
+        """From now on, ranks that are silent for so long; all ranks have to say so."""
+        if self.watch is not None:
+            self.watch.silence = seconds
+
     def close(self) -> None:
         """The connections that were asked for."""
         for connection in self._connections:
@@ -146,19 +152,18 @@ def _end(reason: str | None) -> None:
 
 
 @contextmanager
-def world(lost: Callable[[str | None], None] = _end, silence: float = SILENCE) -> Iterator[World]:
+def world(lost: Callable[[str | None], None] = _end) -> Iterator[World]:
     """The processes that were launched together, while the block runs; one if none were.
 
     Raises DistributedError when they do not find each other. When a rank dies, fails or is silent
-    for `silence` seconds inside the block, the others call `lost` in a thread of their own, with
-    the reason or, where another rank says it, None. By default they print it and end with exit
-    code 1.
+    for too long inside the block, the others call `lost` in a thread of their own, with the reason
+    or, where another rank says it, None. By default they print it and end with exit code 1.
     """
     if not launched():
         yield ALONE
         return
     here, peers = _join()
-    with Watch(here.rank, peers, lost, silence=silence):
+    with Watch(here.rank, peers, lost) as here.watch:
         try:
             yield here
         finally:

@@ -41,7 +41,7 @@ class Watch:
         self._rank = rank
         self._peers = dict(peers)
         self._end = end
-        self._silence = silence
+        self.silence = silence
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -84,8 +84,8 @@ class Watch:
             if now - until > LATE:
                 heard = dict.fromkeys(heard, now)
             for rank in self._peers:
-                if now - heard[rank] > self._silence:
-                    self._lost(rank, f"has not answered for {self._silence:.0f} s")
+                if now - heard[rank] > self.silence:
+                    self._lost(rank, f"has not answered for {self.silence:.0f} s")
 
     def _ended(self, message: dict[str, Any]) -> bool:
         """Take a peer's message; True when it is its last."""

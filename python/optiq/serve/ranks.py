@@ -31,7 +31,7 @@ from .engine.sequences import Held, Prefixes, Sequences
 
 SILENCE = 8.0  # seconds without a sign of life from a rank, after which it is given up
 FAREWELL = 1.0  # for clients to read why their answers ended
-
+LOOK = 0.3  # seconds after an error in which it is found that a rank has died, and which one
 CALLS = frozenset({"open", "close", "read", "logits", "cut", "keep"})
 
 
@@ -126,6 +126,7 @@ class Leading(Ranked):
         except Unbatchable:  # on every rank, before any has computed something
             raise
         except Exception as error:
+            time.sleep(LOOK)
             self._loss(f"rank 0 failed: {one_line(error)}")
             raise
 

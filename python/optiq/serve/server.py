@@ -58,7 +58,7 @@ def serve(
     """
     if launched():
         loss = Loss()
-        with world(loss, SILENCE) as here:
+        with world(loss) as here:
             if here.size > 1:
                 _serve_in(Ranks(here, loss), model, kv, revision, show, options)
                 return
@@ -81,14 +81,20 @@ def _serve_in(
         raise UsageError("several ranks serve one model; give it, and not --models-dir")
     if ranks.world.rank == 0:
         with Server.open(model, kv=kv, revision=revision, ranks=ranks, **options) as server:
-            ranks.loss.serving = True
+            _begin(ranks)
             show(server)
             server.wait()
     else:
         end_with_rank_0(read.drain + FAREWELL_SECONDS)
         share = open_share(model, read, kv=kv, revision=revision, world=ranks.world)
-        ranks.loss.serving = True
+        _begin(ranks)
         follow(share)
+
+
+def _begin(ranks: Ranks) -> None:
+    """From here on clients wait, and ranks that are lost are started again."""
+    ranks.loss.serving = True
+    ranks.world.give_up_after(SILENCE)
 
 
 class Server:
