@@ -7,8 +7,8 @@ About five minutes on two cores. `test_walk.py` has the part that every run of t
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import re
 import shlex
 import signal
@@ -145,27 +145,30 @@ def test_quiet_says_the_result_alone(home: Path, columns: int, command: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    "command",
     [
-        ("convert model -o stopped --tokens 4096", "interrupted"),
-        ("frontier model -o stopped-fr", "interrupted"),
-        ("kv out -o stopped.json", "interrupted"),
-        ("lora train out --data data.jsonl -o stopped-adapter --iters 5000", "interrupted"),
-        ("mcp", "interrupted"),
+        "convert model -o stopped --tokens 8192",
+        "frontier model -o stopped-fr",
+        "kv out -o stopped.json --context 256",
+        "lora train out --data data.jsonl -o stopped-adapter --iters 5000",
+        "mcp",
     ],
 )
-def test_ctrl_c_is_one_line(home: Path, columns: int, command: str, said: str) -> None:
+def test_ctrl_c_is_one_line(home: Path, columns: int, command: str) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", CODE, *command.split()],
-        cwd=home, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
-    try:
-        _, error = process.communicate(timeout=4)
-        pytest.skip(f"it was done before: {error}")
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode in (0, 130), error
+        cwd=home,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        # As from a terminal; what starts the tests may ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=4)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
     assert "Traceback" not in error
-    assert process.returncode == 0 or said in error.splitlines()[-1]
+    assert process.returncode in (0, 130), error
+    assert process.returncode == 0 or "interrupted" in error.splitlines()[-1]

@@ -54,5 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if args.upload_repo:
         print(f"uploaded   {url}", file=sys.stderr if args.json else sys.stdout)
     elif not args.json:
-        print(after(f"optiq card {shlex.quote(args.model)} --upload-repo ORG/NAME"))
+        said = (("--base-model", args.base_model), ("--license", args.license))
+        again = shlex.join([args.model, *(w for o, v in said if v for w in (o, v))])
+        print(after(f"optiq card {again} --upload-repo {args.name or 'ORG/NAME'}"))
     return 0

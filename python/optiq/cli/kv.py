@@ -77,6 +77,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(kv_table(report))
         print(f"\nwritten    {files.out}\nreport     {files.page}")
-        model, kv = shlex.quote(args.model), shlex.quote(str(files.out))
+        model, kv = shlex.quote(args.model), shlex.quote(args.out)
         print(after(f"optiq chat {model} --kv {kv}", f"optiq serve {model} --kv {kv}"))
     return 0

@@ -243,9 +243,10 @@ def frontier_table(frontier: Frontier) -> str:
         figures = [size(p.nbytes), f"{p.measured.bpw:.3f}", number(kl.mean, kl.se)]
         ratio = number(p.uniform.ratio) if p.uniform else "-"
         rows.append([p.name + mark, *figures, ratio, _percent(p.measured.top1)])
-    legend = (
-        "bits: per weight. / uniform: KL over that of stock uniform widths at the same\n"
-        "bytes; below 1 is better. *: another model is at least as small and as good."
+    legend = folded(
+        "bits: per weight. / uniform: KL over that of stock uniform widths at the same bytes; "
+        "below 1 is better. *: another model is at least as small and as good.",
+        sys.stdout,
     )
     notes = [folded(note, sys.stdout, "  ") for note in frontier.notes]
     return "\n".join([grid(rows), "", legend, *notes])
