@@ -207,7 +207,8 @@ def _took(result: Result) -> str:
         for name, seconds in result.phases.items()
         if seconds >= result.seconds / 100
     ]
-    return f"{duration(result.seconds)}: {', '.join(parts)}"
+    expected = duration(sum(result.expected.values()))
+    return f"{duration(result.seconds)} ({expected} were estimated): {', '.join(parts)}"
 
 
 def _quality(plan: Plan) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,7 +59,8 @@ class Result:
     `phases` are the seconds of each phase, `memory` the bytes that were stated before the work and
     the largest that this process has had.
     `kl` is measured on held-out text in nats per token, if it was. `answers` are those of the
-    source, of this model and of stock uniform 4-bit, if all were small enough to ask.
+    source, of this model and of stock uniform 4-bit, if all were small enough to ask. `expected`
+    are the seconds of each phase as they were estimated.
     """
 
     plan: Plan
@@ -69,6 +70,7 @@ class Result:
     phases: Mapping[str, float]
     memory: Memory
     answers: Sequence[Answers] = ()
+    expected: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def kl(self) -> float | None:
@@ -149,7 +151,7 @@ def _convert(
         plan, answers = _write(source, plan, target, scores, rounding, texts, work, room)
         took = _took(started, job, needs)
     remove_work(work, distill.CHECKPOINT)
-    return Result(plan, scores, out, *took, answers)
+    return Result(plan, scores, out, *took, answers, expected.seconds)
 
 
 def _took(started: float, job: Job, needs: Needs) -> tuple[float, Mapping[str, float], Memory]:

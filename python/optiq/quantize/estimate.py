@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 import mlx.core as mx
@@ -37,6 +37,7 @@ from .sensitivity.weight_error import relative_error
 NARROW = Format("affine", 4, 32)
 
 _PROBE, _RUNS = 0.5, 10  # seconds for each, and runs, at most
+_LONG_ENOUGH = 0.05  # seconds of a run
 _ROWS = 256  # tokens in a product, as long as a sequence usually is
 _WEIGHTS = 1 << 21  # weights that are rounded in a probe, at most
 
@@ -45,7 +46,8 @@ _REST = 1.15  # a pass forward over its products and attention alone
 _NATIVE = 0.1  # attention in blocks that run natively, over MLX's
 _PLANS = 3.5  # that are proposed and measured, on average
 _CANDIDATES = 4  # roundings of a layer that are compared
-_COMPARED = 4  # formats, and gradients of sequences, that are compared in a probe
+_COMPARED = 8  # formats that are compared in a probe
+_GRADIENTS = 1 << 24  # of all sequences, that are there for it
 _TRIES = 1.3  # steps that rows take together, until one lowers the error
 _EXACT = 0.01  # exact scores of what is still open, as a share of those of all
 _ANSWERS = len(PROMPTS) * TOKENS  # tokens in the report, at most; as many of two small models
@@ -93,7 +95,7 @@ def estimate(
 ) -> Estimate:
     """What `convert` will take with these texts; `memory` is known already."""
     modules = quantizable(loaded.model)
-    speed = probe(modules, loaded)
+    speed = probe(modules, loaded, len(texts.scoring.sequences))
     args = getattr(loaded.model, "args", None)
     chosen = getattr(args, "num_experts_per_tok", None) or 1
     token = sum(_seconds(m, speed, chosen) for m in modules)
@@ -141,7 +143,7 @@ def estimate(
     return Estimate(seconds, memory)
 
 
-def probe(modules: list[Module], loaded: LoadedModel) -> Speed:
+def probe(modules: list[Module], loaded: LoadedModel, sequences: int) -> Speed:
     """Time them on a matrix of the size that most of the model's weights have, and its heads."""
     shapes = [m.shape[-2:] for m in modules if m.block is not None] or [modules[0].shape[-2:]]
     out, width = max(shapes, key=prod)
@@ -163,29 +165,27 @@ def probe(modules: list[Module], loaded: LoadedModel) -> Speed:
     descent = _fastest(lambda: ops.descend(fewer, start, hessian).codes) / (fewer.size * width)
     few, codes, scales, biases = (array[:TOGETHER] for array in (fewer, *start[:3]))
     turn = start._replace(codes=codes, scales=scales, biases=biases)
-    moments = np.array(hessian)
-
-    def work() -> mx.array:
-        found = ops.descend(few, turn, hessian, sweeps=1).dequantized()
-        return mx.array(np.array(found) @ moments)
-
-    together = _fastest(work) / (few.size * width)
-    compare = _comparing(fewer, start, fmt)
+    taken = _fastest(lambda: ops.descend(few, turn, hessian, sweeps=1).codes)
+    together = product + taken / (few.size * width)
+    compare = _comparing(fewer, start, fmt, sequences)
     return Speed(product, experts, attention, search, compare, descent, together)
 
 
-def _comparing(w: mx.array, rounded: ops.AffineWeight, fmt: Format) -> float:
-    """Seconds for a weight in one format, beside the gradients of some sequences."""
+def _comparing(w: mx.array, rounded: ops.AffineWeight, fmt: Format, sequences: int) -> float:
+    """Seconds for a weight in one format, with the gradients of so many sequences."""
+    rows = max(1, min(len(w), _GRADIENTS // (sequences * w.shape[1])))
     layer = nn.Linear(1, 1, bias=False)
-    layer.weight = w
-    layers = [quantized(layer, *rounded[:3], fmt)] * _COMPARED
-    gradients = np.zeros((_COMPARED, *w.shape), np.float32)
+    layer.weight, *parts = (array[:rows] for array in (w, *rounded[:3]))
+    layers = [quantized(layer, *parts, fmt)] * _COMPARED
+    gradient = np.zeros(layer.weight.shape, np.float32)
 
     def work() -> mx.array:
+        gradients = np.empty((sequences, *gradient.shape), np.float32)
+        gradients[:] = gradient
         errors = [relative_error(layer, other) for other in layers]
         return mx.array(squares(layer, layers, gradients) + sum(errors))
 
-    return _fastest(work) / (_COMPARED * w.size)
+    return _fastest(work) / (_COMPARED * layer.weight.size)
 
 
 def _heads(args: Any) -> int:
@@ -224,17 +224,22 @@ def _experts(modules: list[Module], dtype: mx.Dtype) -> float:
 def _fastest(work: Callable[[], mx.array]) -> float:
     """Seconds of the fastest of ten runs, or of as many as fit into the time of a probe.
 
-    Without what its threads waited for a processor, which other programs had.
+    Without what its threads waited for a processor, which other programs had. The system counts
+    in steps of milliseconds, so a run is as many calls as take `_LONG_ENOUGH`.
     """
     found: list[float] = []
     until = time.perf_counter() + _PROBE
+    calls = 1
     while len(found) < 2 or (len(found) < _RUNS and time.perf_counter() < until):
         ran, waited = scheduled()
         started = time.perf_counter()
-        mx.eval(work())
-        took = time.perf_counter() - started
+        for _ in range(calls):
+            mx.eval(work())
+        took = (time.perf_counter() - started) / calls
         ran, waited = (now - then for now, then in zip(scheduled(), (ran, waited), strict=True))
         found.append(took * ran / (ran + waited) if ran else took)
+        if calls == 1 and took < _LONG_ENOUGH:
+            calls, found = ceil(_LONG_ENOUGH / took), []  # the first call was warming up
     return min(found)
 
 
