@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 from mlx_lm.utils import load_model
 
 from optiq.cli import main
+from optiq.cli.tables import shell_lines
 from optiq.formats import Format
 from optiq.planning.plan import Plan
 from optiq.planning.proposals import propose
@@ -368,3 +370,14 @@ def test_sensitivity_never_overwrites_what_is_not_scores(
     assert "--overwrite replaces it" in capsys.readouterr().err
     optiq(*again, "--overwrite")
     assert "8g64" in scores.read_text()
+
+
+@pytest.mark.parametrize("columns", [40, 60, 200])
+def test_a_command_is_broken_as_a_shell_allows(columns: int) -> None:
+    command = (
+        'optiq convert "a b/model" -o out --size 5bpw -p "why -o not?" --scores fr/scores.json'
+    )
+    lines = shell_lines(command, columns)
+    assert all(len(line) <= columns for line in lines.split("\n"))
+    assert (lines == command) == (columns == 200)
+    assert shlex.split(lines.replace("\\\n", "")) == shlex.split(command)

@@ -95,4 +95,4 @@ def _following(args: argparse.Namespace, scores: Path) -> str:
 
     scores = Path(args.scores) if args.scores else scores
     command = shlex.join(["optiq", "convert", args.model, "-o", args.out, "--size", args.size])
-    return f"scores     {scores}\n" + after(f"{command}\n--scores {shlex.quote(str(scores))}")
+    return f"scores     {scores}\n" + after(f"{command} --scores {shlex.quote(str(scores))}")

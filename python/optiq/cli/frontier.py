@@ -44,5 +44,5 @@ def run(args: argparse.Namespace) -> int:
         print(f"{frontier_table(found)}\n\nreport     {args.out}/{HTML}")
         scores = shlex.quote(args.scores or f"{args.out}/{SCORES}")
         model = shlex.quote(args.model)
-        print(after(f"optiq convert {model} -o out --size 5bpw\n--scores {scores}"))
+        print(after(f"optiq convert {model} -o out --size 5bpw --scores {scores}"))
     return 0

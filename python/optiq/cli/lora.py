@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import options
+from .tables import after, facts_lines
 
 if TYPE_CHECKING:
     from ..lora.adapter import Adapter
@@ -162,6 +164,7 @@ def _train(args: argparse.Namespace) -> int:
         print(json.dumps(_as_json(result), indent=1))
     else:
         _print(result)
+        print(after(shlex.join(["optiq", "chat", args.model, "--adapter", args.out])))
     return 0
 
 
@@ -178,13 +181,18 @@ def _as_json(result: Result) -> dict[str, object]:
 
 def _print(result: Result) -> None:
     adapter = result.adapter
-    print(f"adapter    {result.path}, {adapter.parameters:,} parameters, {adapter.nbytes:,} bytes")
     first, last = result.updates[0].loss, result.updates[-1].loss
-    print(f"loss       {first:.4f} at first, {last:.4f} at last")
+    lines = [
+        ("adapter", str(result.path)),
+        ("size", f"{adapter.parameters:,} parameters, {adapter.nbytes:,} bytes"),
+        ("loss", f"{first:.4f} at first, {last:.4f} at last"),
+        ("report", str(result.path / "optiq" / "report.html")),
+        ("speed", f"{result.tokens_per_second:.0f} tokens/s in {len(result.updates)} updates"),
+    ]
     if result.judged:
-        print(f"held out   {result.judged[0].loss:.4f} before, {result.held_out_loss:.4f} after")
-    print(f"report     {result.path / 'optiq' / 'report.html'}")
-    print(f"speed      {result.tokens_per_second:.0f} tokens/s in {len(result.updates)} updates")
+        found = f"{result.judged[0].loss:.4f} before, {result.held_out_loss:.4f} after"
+        lines.insert(3, ("held out", found))
+    print(facts_lines(lines))
 
 
 def _info(args: argparse.Namespace) -> int:

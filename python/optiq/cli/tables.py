@@ -36,11 +36,18 @@ def terminal_width() -> int | None:
 
 def shell_lines(command: str, columns: int) -> str:
     """A command that fits, broken before options as a shell allows."""
-    lines = [""]
-    for part in re.split(r" (?=--?\w)", command):
-        if lines[-1] and len(lines[-1]) + len(part) + 3 > columns:
+    words = re.findall(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""", command)
+    parts = [words[0]]  # options with their values
+    for word in words[1:]:
+        if word.startswith("-"):
+            parts.append(word)
+        else:
+            parts[-1] += f" {word}"
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + len(part) + 3 > columns:
             lines.append("   ")
-        lines[-1] += f" {part}" if lines[-1] else part
+        lines[-1] += f" {part}"
     return " \\\n".join(lines)
 
 
@@ -196,8 +203,10 @@ def summary(result: Result, name: str) -> str:
 
 
 def after(*commands: str) -> str:
-    """What to run next, as the end of a command's output; a line break in it is the shell's."""
-    return "\n".join(["", "Next:", *(f"  {c}".replace("\n", " \\\n    ") for c in commands)])
+    """What to run next, as the end of a command's output."""
+    columns = terminal_width()
+    shown = [c if columns is None else shell_lines(c, columns - 2) for c in commands]
+    return "\n".join(["", "Next:", *("  " + c.replace("\n", "\n  ") for c in shown)])
 
 
 def _took(result: Result) -> str:

@@ -175,8 +175,8 @@ def _comparing(w: mx.array, rounded: ops.AffineWeight, fmt: Format, sequences: i
     """Seconds for a weight in one format, with the gradients of so many sequences."""
     rows = max(1, min(len(w), _GRADIENTS // (sequences * w.shape[1])))
     layer = nn.Linear(1, 1, bias=False)
-    layer.weight, *parts = (array[:rows] for array in (w, *rounded[:3]))
-    layers = [quantized(layer, *parts, fmt)] * _COMPARED
+    layer.weight, codes, scales, biases = (array[:rows] for array in (w, *rounded[:3]))
+    layers = [quantized(layer, codes, scales, biases, fmt)] * _COMPARED
     gradient = np.zeros(layer.weight.shape, np.float32)
 
     def work() -> mx.array:
