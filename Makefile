@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc metal -name '*.cpp' -o -name '*.h' -o -name '*.metal')
 
-.PHONY: demo test families schedules agx attacks fuzz test-clients bench lint format clean wheel-macos wheel-linux test-aarch64 evidence
+.PHONY: demo test families ranks schedules agx attacks fuzz test-clients bench lint format clean wheel-macos wheel-linux test-aarch64 evidence
 
 # A changed kernel, binding or dependency reinstalls the package; Python files are used in place.
 # It is built with the tools and the MLX of the same environment: without one of its own for each
@@ -36,6 +36,10 @@ test: $(VENV)/.installed
 # configs are also compared with the models of transformers.
 families: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m families tests
+
+# Servers of two and three ranks, of which one is stuck.
+ranks: $(VENV)/.installed
+	$(BIN)/python -m pytest -m ranks tests/serve
 
 # Mesa's compiler for Apple's M1 and M2 GPUs, from Debian's source package, for python -m bench.agx.
 agx:

@@ -21,7 +21,7 @@ from typing import Any
 from .watch import BEAT, LATE
 
 RESTART = 75  # exit code of a rank that should be started again
-STUCK = 20.0  # seconds without a sign of life, once there was one
+STUCK = 30.0  # seconds without a sign of life, once there was one; more than ranks wait to join
 SOON = 60.0  # seconds; a rank that was lost so soon after its start
 TRIES = 3  # of them in a row, after which it is given up
 
@@ -38,10 +38,12 @@ def restarted() -> int | None:
     while True:
         started = time.monotonic()
         code = _run(told)
-        if told.is_set() or (code >= 0 and code != RESTART):
+        # Once ranks were lost, one that does not find the others is too early or too late.
+        if told.is_set() or code == 0 or (code > 0 and code != RESTART and tries == 0):
             return code if code >= 0 else 128 - code
         tries = tries + 1 if time.monotonic() - started < SOON else 1
-        how = f"was killed by signal {-code}" if code < 0 else "has lost another"
+        how = f"was killed by signal {-code}" if code < 0 else "does not find the others"
+        how = "has lost another" if code == RESTART else how
         if tries > TRIES:
             print(f"optiq: this rank {how}; not started again", file=sys.stderr, flush=True)
             return RESTART

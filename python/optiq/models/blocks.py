@@ -122,6 +122,8 @@ _FAMILIES: dict[tuple[str, str], tuple[Norms, str]] = {
 }
 _SATURATING = {("gemma3_text", "TransformerBlock")}
 _SHARING = {("gemma4_text", "DecoderLayer")}
+_HEADS = ("n_heads", "num_attention_heads")
+_KV_HEADS = ("n_kv_heads", "num_key_value_heads")
 
 
 def describe(block: nn.Module) -> Block:
@@ -155,7 +157,7 @@ def _attention(a: Any) -> Attention:
     missing = [p for p in (*qkv, "o_proj") if p not in a]
     if missing:
         raise Unknown(f"self_attn has no {', '.join(missing)}")
-    heads = _first(a, "n_heads", "num_attention_heads")
+    heads = _first(a, *_HEADS)
     head_dim = a.head_dim if hasattr(a, "head_dim") else None
     scale = _first(a, "scale", "sm_scale")
     normed = "q_norm" in a
@@ -163,7 +165,7 @@ def _attention(a: Any) -> Attention:
         qkv=tuple(f"self_attn.{p}" for p in qkv),
         out="self_attn.o_proj",
         heads=heads,
-        kv_heads=_first(a, "n_kv_heads", "num_key_value_heads"),
+        kv_heads=_first(a, *_KV_HEADS),
         scale=float(scale),
         rope=_rope(a["rope"]) if "rope" in a else None,
         q_norm="self_attn.q_norm" if normed else None,
@@ -173,6 +175,15 @@ def _attention(a: Any) -> Attention:
         sinks="self_attn.sinks" if "sinks" in a else None,
         softcap=float(getattr(a, "attn_logit_softcapping", None) or 0.0),
     )
+
+
+def set_heads(block: nn.Module, heads: int, kv_heads: int) -> None:
+    """Tell a described block that its projections have so many heads now."""
+    attention: Any = block["self_attn"]
+    for names, n in ((_HEADS, heads), (_KV_HEADS, kv_heads)):
+        for name in names:
+            if hasattr(attention, name):
+                setattr(attention, name, n)
 
 
 def _mlp(mlp: Any, place: str, activation: str) -> Mlp | None:

@@ -18,14 +18,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import DistributedError
-from ..models.blocks import Attention, Mlp, Unknown, describe
+from ..models.blocks import Attention, Mlp, Unknown, describe, set_heads
 from ..models.places import place_at
 from ..models.roles import Role, role_of
 from ..models.roles import blocks as blocks_of
 from .sharded import Ranks, ShardedEmbedding, ShardedHead, Summed
 
-_HEADS = ("n_heads", "num_attention_heads")
-_KV_HEADS = ("n_kv_heads", "num_key_value_heads")
 _ALIGNMENT = 8  # rows of an MLP that is not quantized
 
 
@@ -102,14 +100,11 @@ def _shard_attention(block: nn.Module, a: Attention, ranks: Ranks) -> None:
     for path, spans in zip(a.qkv, parts, strict=True):
         _keep(block, path, _rows(place_at(block, path).get(), spans))
     _keep(block, a.out, Summed(_inputs(out, own.times(width), ranks), ranks))
-    attention: Any = place_at(block, a.out).parent
-    for names, n in ((_HEADS, count * together), (_KV_HEADS, count)):
-        for each in names:
-            if hasattr(attention, each):
-                setattr(attention, each, n)
+    set_heads(block, count * together, count)
     if a.sinks:
-        own_heads = own.times(together)
-        attention.sinks = mx.contiguous(attention.sinks[own_heads.begin : own_heads.end])
+        heads, place = own.times(together), place_at(block, a.sinks)
+        sinks = place.parent[place.key]
+        place.parent[place.key] = mx.contiguous(sinks[heads.begin : heads.end])
 
 
 def _shard_mlp(block: nn.Module, m: Mlp, ranks: Ranks) -> None:
