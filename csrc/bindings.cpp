@@ -9,6 +9,7 @@
 #include "cpu/pool.h"
 #include "format_caster.h"
 #include "launch/bindings.h"
+#include "ops/decode_layer_bindings.h"
 #include "ops/decoder_block_bindings.h"
 #include "ops/descend.h"
 #include "ops/kl_divergence.h"
@@ -84,5 +85,6 @@ NB_MODULE(_ext, m) {
       "sinks"_a = nb::none(), "softcap"_a = 0.0f, "starts"_a = nb::none(), "first"_a = nb::none(),
       "recent"_a = nb::none(), "value_dim"_a = 0, nb::kw_only(), "stream"_a = nb::none());
   optiq::bind_decoder_block(m);
+  optiq::bind_decode_layer(m);
   optiq::launch::bind(m);
 }

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.metal.launcher import METAL, plan_decode_layer, plan_quantized_matmul
+import mlx.core as mx
+
+from optiq.formats import DENSE
+from optiq.ops import AffineWeight, native
+from optiq.ops.layer import Layer
+from tests.metal.launcher import METAL, plan_quantized_matmul
 from tests.msl.build import CACHE
 from tests.msl.mlx_headers import QUANTIZED
 
@@ -85,12 +90,20 @@ def ours(bits: Sequence[int], rows: int, kind: str = "half", experts: int = 0) -
 
 def layer(rows: int) -> list[Kernel]:
     """The products of a decoder layer in one dispatch each, of 4 bits."""
-    of = (GROUP, 4)
-    plan = plan_decode_layer(
-        rows, 4096, [(4096, of), (1024, of), (1024, of)], (4096, of), [(11008, of)] * 2,
-        (4096, of), (32, 8), (128, (0, 0)), (128, (0, 0)), (0, 0, 0), (0, 0, 0), (0, 1, 0),
-        gpu=GPU, tune="",
+    assert native.extension is not None, native.reason
+    gains = mx.ones(4096), 1e-5
+
+    def weight(out: int, inner: int) -> AffineWeight:  # never evaluated
+        scales = mx.zeros((out, inner // GROUP), mx.float16)
+        return AffineWeight(mx.zeros((out, inner // 8), mx.uint32), scales, scales, GROUP, 4)
+
+    of = Layer(
+        4096, (weight(4096, 4096), weight(1024, 4096), weight(1024, 4096)), weight(4096, 4096),
+        (weight(11008, 4096),) * 2, weight(4096, 11008), 32, 8, 128, 1.0, gains, gains,
     )  # fmt: skip
+    plan = of.native(native.extension, mx.float16, (DENSE, DENSE)).plan(
+        rows, (0, 1, 0), (0, 0, 0), (0, 0, 0), GPU, ""
+    )
     jobs = {"layer_in": "norm, q, k, v", "layer_out": "output, residual",
             "layer_gated": "norm, gate, up, SwiGLU"}  # fmt: skip
     found = []

@@ -17,7 +17,6 @@
 #include "launch/attention.h"
 #include "launch/copy.h"
 #include "launch/kl_divergence.h"
-#include "launch/layer.h"
 #include "launch/low_rank.h"
 #include "launch/quantize.h"
 #include "launch/quantized_matmul.h"
@@ -79,18 +78,6 @@ nb::dict to_python(const Launch& launch) {
   return out;
 }
 
-nb::dict to_python(const Plan& plan) {
-  nb::dict out;
-  nb::list launches;
-  for (const auto& launch : plan.launches) {
-    launches.append(to_python(launch));
-  }
-  out["launches"] = launches;
-  out["temporaries"] = plan.temporaries;
-  out["strided"] = plan.strided;
-  return out;
-}
-
 // What Python gives together with a format.
 using Weight = std::pair<int, AffineFormat>;                  // columns of the result
 using Vectors = std::pair<int, AffineFormat>;                 // dim
@@ -102,6 +89,18 @@ KvTensor kv_tensor(const Vectors& vectors, const std::array<int64_t, 3>& strides
 }
 
 } // namespace
+
+nb::dict to_python(const Plan& plan) {
+  nb::dict out;
+  nb::list launches;
+  for (const auto& launch : plan.launches) {
+    launches.append(to_python(launch));
+  }
+  out["launches"] = launches;
+  out["temporaries"] = plan.temporaries;
+  out["strided"] = plan.strided;
+  return out;
+}
 
 void bind(nb::module_& m) {
   m.def("tuning_knobs", [] {
@@ -190,72 +189,6 @@ void bind(nb::module_& m) {
       "scale"_a = 1.0f, "causal"_a = false, "window"_a = 0, "softcap"_a = 0.0f,
       "mask"_a = nb::none(), "added"_a = false, "sinks"_a = false, "starts"_a = false,
       "first"_a = 0, "recent"_a = 0, "gpu"_a = "applegpu_g15s", "tune"_a = nb::none());
-  m.def(
-      "plan_decode_layer",
-      [](int batch, int width, const std::vector<Weight>& qkv, const Weight& out,
-          const std::vector<Weight>& gate_up, const Weight& down, const std::array<int, 2>& heads,
-          const Vectors& k, const Vectors& v, const std::array<int64_t, 3>& k_strides,
-          const std::array<int64_t, 3>& v_strides, const std::array<int, 3>& place, float eps,
-          std::optional<float> head_eps, std::optional<float> post_eps,
-          const std::tuple<int, bool, float>& rope, const std::string& dtype,
-          const std::string& scales, float scale, float gain, float softcap, bool sinks, bool bias,
-          bool gelu, const std::vector<std::array<int, 3>>& before, const std::string& gpu,
-          std::optional<std::string> tune) {
-        auto weight = [&](const Weight& w) {
-          return QuantizedWeight{w.first, w.second, float_named(scales)};
-        };
-        auto weights = [&](const std::vector<Weight>& some) {
-          std::vector<QuantizedWeight> all;
-          for (const auto& w : some) {
-            all.push_back(weight(w));
-          }
-          return all;
-        };
-        DecodeLayer op;
-        op.batch = batch;
-        op.width = width;
-        op.type = float_named(dtype);
-        op.qkv = weights(qkv);
-        op.out = weight(out);
-        op.gate_up = weights(gate_up);
-        op.down = weight(down);
-        op.heads = heads[0];
-        op.kv_heads = heads[1];
-        op.k = kv_tensor(k, k_strides);
-        op.v = kv_tensor(v, v_strides);
-        auto put = [&](const std::array<int, 3>& at) {
-          std::tie(op.token, op.keys, op.position) = std::tuple_cat(at);
-        };
-        op.eps_in = op.eps_mlp = eps;
-        op.eps_q = op.eps_k = head_eps;
-        op.eps_attended = op.eps_mlp_out = post_eps;
-        std::tie(op.rope.dims, op.rope.traditional, op.rope.magnitude) = rope;
-        op.scale = scale;
-        op.gain = gain;
-        op.softcap = softcap;
-        op.sinks = sinks;
-        op.bias = bias;
-        op.gelu = gelu;
-        Gpu chip = parse_gpu(gpu);
-        put(before.empty() ? place : before[0]);
-        LayerPlan plan(op, tune ? tuning(chip, *tune) : tuning(chip));
-        for (const auto& at : before) {
-          put(at);
-          plan.at(op);
-        }
-        put(place);
-        nb::dict made = to_python(plan.at(op));
-        made["made"] = plan.made();
-        return made;
-      },
-      "batch"_a, "width"_a, "qkv"_a, "out"_a, "gate_up"_a, "down"_a, "heads"_a, "k"_a, "v"_a,
-      "k_strides"_a, "v_strides"_a, "place"_a, nb::kw_only(), "eps"_a = 1e-5f,
-      "head_eps"_a = nb::none(), "post_eps"_a = nb::none(),
-      "rope"_a = std::tuple<int, bool, float>(0, false, 1.0f), "dtype"_a = "float16",
-      "scales"_a = "float16", "scale"_a = 1.0f, "gain"_a = 1.0f, "softcap"_a = 0.0f,
-      "sinks"_a = false, "bias"_a = false, "gelu"_a = false,
-      "before"_a = std::vector<std::array<int, 3>>{}, "gpu"_a = "applegpu_g15s",
-      "tune"_a = nb::none());
   m.def(
       "plan_quantize_kv",
       [](size_t count, const Vectors& vectors, const std::string& dtype) {

@@ -24,13 +24,14 @@ Argument input(LayerInput which) {
 }
 
 void check(const DecodeLayer& op) {
-  if (op.batch < 1 || op.batch > kQmvRows) {
-    fail("batch is " + std::to_string(op.batch) + "; it must be 1 to " + std::to_string(kQmvRows));
+  const QuantizedAttention& a = op.attention;
+  if (a.batch < 1 || a.batch > kQmvRows) {
+    fail("batch is " + std::to_string(a.batch) + "; it must be 1 to " + std::to_string(kQmvRows));
   }
   if (op.qkv.empty() || op.qkv.size() > 3 || op.gate_up.empty() || op.gate_up.size() > 2) {
     fail("there must be 1 to 3 projections before attention and 1 or 2 before the activation");
   }
-  if (op.k.dim != op.v.dim || op.rope.dims > op.k.dim) {
+  if (a.k.dim != a.v.dim || op.rope.dims > a.k.dim) {
     fail("keys and values must be of one size, and what is rotated no larger");
   }
   std::vector<QuantizedWeight> weights = op.qkv;
@@ -47,27 +48,28 @@ void check(const DecodeLayer& op) {
     columns += w.out;
   }
   int values = op.qkv.size() == 2 ? 1 : 2;
-  if (columns != (op.heads + values * op.kv_heads) * op.k.dim) {
+  if (columns != (a.heads + values * a.kv_heads) * a.k.dim) {
     fail("the projections have " + std::to_string(columns) + " columns for " +
-         std::to_string(op.heads) + " and " + std::to_string(op.kv_heads) + " heads of " +
-         std::to_string(op.k.dim));
+         std::to_string(a.heads) + " and " + std::to_string(a.kv_heads) + " heads of " +
+         std::to_string(a.k.dim));
   }
 }
 
 HeadsShape heads_shape(const DecodeLayer& op) {
+  const QuantizedAttention& a = op.attention;
   int columns = 0;
   for (const auto& w : op.qkv) {
     columns += w.out;
   }
   HeadsShape s{};
-  std::copy(op.k.strides.begin(), op.k.strides.end(), s.k_strides);
-  std::copy(op.v.strides.begin(), op.v.strides.end(), s.v_strides);
-  s.heads = op.heads;
-  s.kv_heads = op.kv_heads;
-  s.dim = op.k.dim;
+  std::copy(a.k.strides.begin(), a.k.strides.end(), s.k_strides);
+  std::copy(a.v.strides.begin(), a.v.strides.end(), s.v_strides);
+  s.heads = a.heads;
+  s.kv_heads = a.kv_heads;
+  s.dim = a.k.dim;
   s.width = columns;
-  s.k_first = op.heads * op.k.dim;
-  s.v_first = op.qkv.size() == 2 ? s.k_first : s.k_first + op.kv_heads * op.k.dim;
+  s.k_first = a.heads * a.k.dim;
+  s.v_first = op.qkv.size() == 2 ? s.k_first : s.k_first + a.kv_heads * a.k.dim;
   s.token = op.token;
   s.position = op.position;
   s.rotated = op.rope.dims;
@@ -83,27 +85,13 @@ HeadsShape heads_shape(const DecodeLayer& op) {
   return s;
 }
 
-QuantizedAttention attention(const DecodeLayer& op) {
-  QuantizedAttention a;
-  a.batch = op.batch;
-  a.heads = op.heads;
-  a.kv_heads = op.kv_heads;
-  a.keys = op.keys;
-  a.type = op.type;
-  a.k = op.k;
-  a.v = op.v;
-  a.scale = op.scale;
-  a.softcap = op.softcap;
-  a.sinks = op.sinks;
-  return a;
-}
-
 constexpr int kHeads = 1;     // the launch that places keys and values,
 constexpr int kAttention = 2; // and the first that reads them
 
 class Planner {
  public:
-  Planner(const DecodeLayer& op, const Tuning& tuning) : op_(op), tuning_(tuning) {}
+  Planner(const DecodeLayer& op, const Tuning& tuning)
+      : op_(op), a_(op.attention), tuning_(tuning) {}
 
   Plan plan() {
     Argument h = input(LayerInput::h);
@@ -119,7 +107,7 @@ class Planner {
 
  private:
   size_t row_bytes(int columns) const {
-    return size_t(op_.batch) * columns * cpu::size_of(op_.type);
+    return size_t(a_.batch) * columns * cpu::size_of(a_.type);
   }
   Argument temporary(size_t bytes) {
     plan_.temporaries.push_back(bytes);
@@ -138,16 +126,16 @@ class Planner {
   Launch product(const char* function, const std::vector<QuantizedWeight>& weights,
       const std::vector<std::string>& widths, bool norm, int sums, QuantizedShape& shape,
       int inner) {
-    QmvTile tile = qmv_tile(op_.batch, tuning_, norm, sums);
-    std::vector<std::string> arguments = {metal_name(op_.type), metal_name(op_.qkv[0].scales)};
+    QmvTile tile = qmv_tile(a_.batch, tuning_, norm, sums);
+    std::vector<std::string> arguments = {metal_name(a_.type), metal_name(op_.qkv[0].scales)};
     for (const auto& some : {widths, tile.arguments()}) {
       arguments.insert(arguments.end(), some.begin(), some.end());
     }
     Launch launch = instantiate("layer.metal", function, arguments);
-    shape = quantized_shape(weights, op_.batch, inner, tile.outputs());
+    shape = quantized_shape(weights, a_.batch, inner, tile.outputs());
     launch.threads.x = uint32_t(32 * tile.simdgroups);
     launch.threadgroups = {
-        uint32_t(tiles_of(weights, tile.outputs())), uint32_t(ceil_div(op_.batch, tile.rows))};
+        uint32_t(tiles_of(weights, tile.outputs())), uint32_t(ceil_div(a_.batch, tile.rows))};
     return launch;
   }
 
@@ -170,20 +158,20 @@ class Planner {
     launch.arguments.insert(launch.arguments.end(), {projected, constants(in)});
     plan_.launches.push_back(launch);
 
-    Argument queries = temporary(row_bytes(op_.heads * op_.k.dim));
+    Argument queries = temporary(row_bytes(a_.heads * a_.k.dim));
     Launch heads = instantiate("layer.metal", "layer_heads", head_types());
     heads.arguments = {projected, input(LayerInput::bias), input(LayerInput::gains_q),
         input(LayerInput::gains_k), input(LayerInput::frequencies), queries, {Kind::output, 1},
         {Kind::output, 2}, constants(heads_shape(op_))};
     heads.threads.x = 32;
-    heads.threadgroups = {uint32_t(op_.heads + 2 * op_.kv_heads), uint32_t(op_.batch)};
+    heads.threadgroups = {uint32_t(a_.heads + 2 * a_.kv_heads), uint32_t(a_.batch)};
     plan_.launches.push_back(heads);
     return queries;
   }
 
   std::vector<std::string> head_types() const {
-    std::vector<std::string> types = {metal_name(op_.type)};
-    for (const auto* x : {&op_.k, &op_.v}) {
+    std::vector<std::string> types = {metal_name(a_.type)};
+    for (const auto* x : {&a_.k, &a_.v}) {
       for (const std::string& part : kv_format(*x)) {
         types.push_back(part);
       }
@@ -193,8 +181,8 @@ class Planner {
 
   // The launches of ops.quantized_attention, with their arrays in place of its.
   Argument attend(Argument queries) {
-    Plan attending = plan_quantized_attention(attention(op_), tuning_);
-    Argument attended = temporary(row_bytes(op_.heads * op_.v.dim));
+    Plan attending = plan_quantized_attention(a_, tuning_);
+    Argument attended = temporary(row_bytes(a_.heads * a_.v.dim));
     int first = int(plan_.temporaries.size());
     plan_.temporaries.insert(
         plan_.temporaries.end(), attending.temporaries.begin(), attending.temporaries.end());
@@ -219,7 +207,7 @@ class Planner {
   Argument out(Argument h, Argument x, const QuantizedWeight& w, int place,
       const std::optional<float>& eps, LayerInput gains, Argument y) {
     ResidualShape s{};
-    int inner = &w == &op_.out ? op_.heads * op_.v.dim : hidden();
+    int inner = &w == &op_.out ? a_.heads * a_.v.dim : hidden();
     Launch launch = product("layer_out", {w}, {widths({w})}, false, 1, s.product, inner);
     // Before a norm the product alone, for which there is nothing to add.
     s.gain = eps ? 1.0f : op_.gain;
@@ -230,11 +218,11 @@ class Planner {
     launch.arguments.insert(launch.arguments.end(), {h, result, constants(s)});
     plan_.launches.push_back(launch);
     if (eps) {
-      Launch post = instantiate("layer.metal", "layer_post", {metal_name(op_.type)});
+      Launch post = instantiate("layer.metal", "layer_post", {metal_name(a_.type)});
       PostShape p{op_.width, *eps, op_.gain, 0};
       post.arguments = {result, input(gains), h, y, constants(p)};
       post.threads.x = 256;
-      post.threadgroups.x = uint32_t(op_.batch);
+      post.threadgroups.x = uint32_t(a_.batch);
       plan_.launches.push_back(post);
     }
     return y;
@@ -277,6 +265,7 @@ class Planner {
   }
 
   const DecodeLayer& op_;
+  const QuantizedAttention& a_;
   const Tuning& tuning_;
   Plan plan_;
 };
@@ -299,7 +288,7 @@ void LayerPlan::make(const DecodeLayer& op) {
 
 const Plan& LayerPlan::at(const DecodeLayer& op) {
   int attending = plan_.launches[kAttention + 1].source == "attention.metal" ? 2 : 1;
-  if (!replan_attention(attention(op), tuning_, &plan_.launches[kAttention], attending)) {
+  if (!replan_attention(op.attention, tuning_, &plan_.launches[kAttention], attending)) {
     make(op);
   } else {
     plan_.launches[kHeads].arguments.back() = constants(heads_shape(op));

@@ -11,10 +11,10 @@
 namespace optiq::launch {
 
 struct DecodeLayer {
-  int batch = 1;                     // rows of h, 16 at most
-  int width = 0;                     // of h
-  cpu::Float type = cpu::Float::f16; // of h, and so of all that kernels hand on
-  std::vector<QuantizedWeight> qkv;  // queries, keys, values; or all in one; or no values: the keys
+  int width = 0;                    // of h
+  QuantizedAttention attention;     // one row of h for each batch entry, 16 at most; its type is
+                                    // that of h, and so of all that kernels hand on
+  std::vector<QuantizedWeight> qkv; // queries, keys, values; or all in one; or no values: the keys
   QuantizedWeight out;
   std::vector<QuantizedWeight> gate_up; // or both in one
   QuantizedWeight down;
@@ -29,12 +29,8 @@ struct DecodeLayer {
     bool traditional = false;
     float magnitude = 1;
   } rope;
-  int heads = 1, kv_heads = 1;
-  KvTensor k, v;           // the caches
-  int token = 0, keys = 0; // where the new ones go in them, and what there is then
-  int position = 0;        // in the sequence
-  float scale = 1, softcap = 0;
-  bool sinks = false;
+  int token = 0;    // where the new keys and values go in the caches
+  int position = 0; // in the sequence
 };
 
 // Inputs of the plan, in this order. All floats that are not of weights are float32. What there is

@@ -79,14 +79,19 @@ MTL::Size size(const launch::Size& s) {
   return MTL::Size(s.x, s.y, s.z);
 }
 
-void encode(const launch::Plan& plan, const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs, mx::Stream stream) {
+// All of them before anything is encoded: a failure leaves no half a plan. MLX keeps them.
+Compiled compile(const launch::Plan& plan, mx::Stream stream) {
   auto& device = mx::metal::device(stream.device);
-  auto& encoder = mx::metal::get_command_encoder(stream);
-  std::vector<MTL::ComputePipelineState*> pipelines; // all first: a failure leaves no half a plan
+  Compiled all;
   for (const auto& launch : plan.launches) {
-    pipelines.push_back(pipeline(device, launch));
+    all.push_back(pipeline(device, launch));
   }
+  return all;
+}
+
+void encode(const launch::Plan& plan, const Compiled& compiled,
+    const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, mx::Stream stream) {
+  auto& encoder = mx::metal::get_command_encoder(stream);
   std::vector<mx::array> temporaries;
   for (size_t bytes : plan.temporaries) {
     mx::array temporary({array_size(bytes)}, mx::uint8, nullptr, {});
@@ -96,7 +101,7 @@ void encode(const launch::Plan& plan, const std::vector<mx::array>& inputs,
   }
   for (size_t l = 0; l < plan.launches.size(); l++) {
     const auto& launch = plan.launches[l];
-    encoder.set_compute_pipeline_state(pipelines[l]);
+    encoder.set_compute_pipeline_state(static_cast<MTL::ComputePipelineState*>(compiled[l]));
     for (size_t i = 0; i < launch.arguments.size(); i++) {
       const auto& argument = launch.arguments[i];
       switch (argument.kind) {
@@ -119,17 +124,29 @@ void encode(const launch::Plan& plan, const std::vector<mx::array>& inputs,
   }
 }
 
+void copy_rows(const mx::array& a, mx::array& to, mx::Stream stream) {
+  std::vector<mx::array> copy = {to};
+  copy[0].set_data(mx::allocator::malloc(copy[0].nbytes()));
+  std::vector<int> shape(a.shape().begin(), a.shape().end());
+  std::vector<int64_t> strides(a.strides().begin(), a.strides().end());
+  size_t itemsize = a.itemsize();
+  if (a.flags().row_contiguous) { // of one axis, and as few items as can be
+    itemsize = a.nbytes() % 8 == 0 ? 8 : itemsize;
+    shape = {int(a.nbytes() / itemsize)};
+    strides = {1};
+  }
+  auto plan = launch::plan_row_contiguous(shape, strides, itemsize);
+  encode(plan, compile(plan, stream), {a}, copy, stream);
+}
+
 mx::array row_contiguous(const mx::array& a, mx::Stream stream) {
   if (a.flags().row_contiguous) {
     return a;
   }
-  std::vector<mx::array> copy = {mx::array(a.shape(), a.dtype(), nullptr, {})};
-  copy[0].set_data(mx::allocator::malloc(copy[0].nbytes()));
-  std::vector<int> shape(a.shape().begin(), a.shape().end());
-  std::vector<int64_t> strides(a.strides().begin(), a.strides().end());
-  encode(launch::plan_row_contiguous(shape, strides, a.itemsize()), {a}, copy, stream);
-  mx::metal::get_command_encoder(stream).add_temporary(copy[0]);
-  return copy[0];
+  mx::array copy(a.shape(), a.dtype(), nullptr, {});
+  copy_rows(a, copy, stream);
+  mx::metal::get_command_encoder(stream).add_temporary(copy);
+  return copy;
 }
 
 } // namespace
@@ -142,15 +159,34 @@ const launch::Tuning& tuning(mx::Stream stream) {
 
 void run(const launch::Plan& plan, const std::vector<mx::array>& inputs,
     const std::vector<mx::array>& outputs, mx::Stream stream) {
+  Compiled compiled;
+  run_again(plan, inputs, outputs, stream, compiled);
+}
+
+void run_again(const launch::Plan& plan, const std::vector<mx::array>& inputs,
+    const std::vector<mx::array>& outputs, mx::Stream stream, Compiled& compiled) {
+  if (compiled.empty()) {
+    compiled = compile(plan, stream);
+  }
   std::vector<mx::array> in, out = outputs; // handles: they share what set_data sets
   for (int i = 0; i < int(inputs.size()); i++) {
     bool strided = std::count(plan.strided.begin(), plan.strided.end(), i) > 0;
     in.push_back(strided && dense(inputs[i]) ? inputs[i] : row_contiguous(inputs[i], stream));
   }
   for (auto& a : out) {
-    a.set_data(mx::allocator::malloc(a.nbytes()));
+    if (!a.data_shared_ptr()) {
+      a.set_data(mx::allocator::malloc(a.nbytes()));
+    }
   }
-  encode(plan, in, out, stream);
+  encode(plan, compiled, in, out, stream);
+}
+
+void share_or_copy(const mx::array& in, mx::array& out, mx::Stream stream) {
+  if (in.is_donatable() && in.flags().row_contiguous) {
+    out.copy_shared_buffer(in);
+  } else {
+    copy_rows(in, out, stream);
+  }
 }
 
 } // namespace optiq::metal
@@ -166,6 +202,15 @@ const launch::Tuning& tuning(mx::Stream) {
 
 void run(const launch::Plan&, const std::vector<mx::array>&, const std::vector<mx::array>&,
     mx::Stream stream) {
+  tuning(stream);
+}
+
+void run_again(const launch::Plan&, const std::vector<mx::array>&, const std::vector<mx::array>&,
+    mx::Stream stream, Compiled&) {
+  tuning(stream);
+}
+
+void share_or_copy(const mx::array&, mx::array&, mx::Stream stream) {
   tuning(stream);
 }
 

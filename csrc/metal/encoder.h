@@ -33,9 +33,19 @@ const launch::Tuning& tuning(mx::Stream stream);
 // last axis is not dense and it is copied.
 std::vector<int64_t> strides_handed_on(const mx::array& a);
 
-// Allocates the outputs and encodes the plan. Inputs that are not row-major are copied first.
-// Throws std::runtime_error where optiq is built without Metal.
+// Allocates the outputs that have no memory yet and encodes the plan. Inputs that are not row-major
+// are copied first. Throws std::runtime_error where optiq is built without Metal.
 void run(const launch::Plan& plan, const std::vector<mx::array>& inputs,
     const std::vector<mx::array>& outputs, mx::Stream stream);
+
+// The kernels of a plan's launches, for who runs it again: empty until they are compiled.
+using Compiled = std::vector<void*>;
+
+// The same, without looking the kernels up again.
+void run_again(const launch::Plan& plan, const std::vector<mx::array>& inputs,
+    const std::vector<mx::array>& outputs, mx::Stream stream, Compiled& compiled);
+
+// Gives `out` the memory of `in` if nobody else holds it, else a row-major copy.
+void share_or_copy(const mx::array& in, mx::array& out, mx::Stream stream);
 
 } // namespace optiq::metal

@@ -1,11 +1,15 @@
 // The stand-in for MLX's Metal device, and a C interface to csrc/metal/encoder.cpp on top of it.
+#include <array>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 
 #include <mlx/allocator.h>
 #include <mlx/backend/metal/device.h>
+#include <mlx/primitives.h>
 
 #include "metal/encoder.h"
+#include "ops/decode_layer.h"
 
 namespace mlx::core::metal {
 
@@ -48,6 +52,7 @@ void CommandEncoder::dispatch_threadgroups(MTL::Size threadgroups, MTL::Size thr
 
 MTL::Library* Device::get_library(
     const std::string& name, const std::function<std::string(void)>& builder) {
+  asked++;
   if (fails == "library") {
     throw std::runtime_error("[metal::Device] Unable to build metal library from source");
   }
@@ -93,6 +98,7 @@ using namespace optiq::launch;
 
 std::vector<std::unique_ptr<mx::array>> arrays; // held by the caller, as a graph would
 Plan plan;
+std::shared_ptr<optiq::LaunchedLayer> layer;
 std::string error;
 
 const mx::metal::Dispatch& dispatch(int i) {
@@ -171,6 +177,67 @@ API const char* rec_run(const int* inputs, int input_count, const int* outputs, 
     error = raised.what();
   }
   return error.c_str();
+}
+
+// A layer of three projections before attention, without norms of heads and of results, that rotates
+// half of each head: width, heads, key heads, dim, hidden, group size, bits; and its arrays, in
+// float16.
+API void rec_layer(const int* numbers, const int* which, int count) {
+  auto [width, heads, kv_heads, dim, hidden, group_size, bits] = std::to_array<const int, 7>(
+      {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6]});
+  layer = std::make_shared<optiq::LaunchedLayer>();
+  layer->dtype = mx::uint16; // as rec_array calls items of two bytes
+  DecodeLayer& op = layer->described;
+  auto weight = [=](int out) {
+    return QuantizedWeight{out, {.bits = bits, .group_size = group_size}, Float::f16};
+  };
+  op.width = width;
+  op.attention.heads = heads;
+  op.attention.kv_heads = kv_heads;
+  op.attention.type = Float::f16;
+  op.attention.k = op.attention.v = {dim, {}, {}};
+  op.attention.scale = 1 / std::sqrt(float(dim));
+  op.qkv = {weight(heads * dim), weight(kv_heads * dim), weight(kv_heads * dim)};
+  op.out = op.down = weight(width);
+  op.gate_up = {weight(hidden), weight(hidden)};
+  op.rope.dims = dim / 2;
+  op.eps_in = op.eps_mlp = 1e-5f;
+  for (int i = 0; i < count; i++) {
+    layer->arrays.push_back(*arrays.at(which[i]));
+  }
+}
+
+// One token, evaluated as MLX does it; the numbers of h and the caches after it. The caches are no
+// longer held by the caller, unless `held`.
+API const char* rec_token(int h, int* caches, const int* place, bool held, int* out) {
+  error.clear();
+  try {
+    auto outputs = optiq::decode_layer(layer, *arrays.at(h), *arrays.at(caches[0]),
+        *arrays.at(caches[1]), {place[0], place[1], place[2]}, mx::Stream(0, mx::Device::gpu));
+    for (int i = 0; i < 2 && !held; i++) {
+      arrays.at(caches[i]).reset();
+    }
+    auto given = outputs[0].outputs();
+    outputs[0].primitive().eval_gpu(outputs[0].inputs(), given);
+    outputs[0].detach();
+    for (int i = 0; i < 3; i++) {
+      outputs[i].set_status(mx::array::Status::available);
+      arrays.push_back(std::make_unique<mx::array>(outputs[i]));
+      out[i] = int(arrays.size()) - 1;
+    }
+  } catch (const std::exception& raised) {
+    error = raised.what();
+  }
+  return error.c_str();
+}
+
+// How often the device was asked for a library; where an array's buffer lies.
+API int rec_asked() {
+  return mx::metal::the_device->asked;
+}
+API uint64_t rec_memory(int array) {
+  mx::allocator::Buffer buffer = arrays.at(array)->buffer();
+  return uint64_t(buffer.raw_ptr());
 }
 
 API int rec_dispatches() {

@@ -42,6 +42,9 @@ COMPILER = [os.environ.get("CXX", "c++"), "-std=c++20", "-O0", "-fPIC", "-D_META
 COMPILER += [
     f"-I{path}" for path in (HERE / "include", ROOT / "csrc", ROOT, MLX.parent / "include")
 ]
+# What is compiled with the encoder: what it calls, and the primitive of a layer.
+BESIDE = [f"launch/{name}" for name in ("attention", "copy", "layer", "qmv", "tuning")]
+BESIDE += ["ops/decode_layer"]
 KINDS = {"input": 0, "output": 1, "temporary": 2, "constants": 3}
 CMAKE = shutil.which("cmake") or shutil.which(ROOT / "build/cross/tools/bin/cmake")
 
@@ -63,7 +66,7 @@ def library(change: tuple[str, str] | None = None) -> ctypes.CDLL:
         encoder = encoder.replace(old, new)
     sources = [HERE / "recorder.cpp", *sorted((HERE / "include").rglob("*.h"))]
     sources += [*sorted((ROOT / "csrc").glob("*/*.h")), *sorted((ROOT / "metal").iterdir())]
-    sources += [ROOT / "csrc/launch/copy.cpp", ROOT / "csrc/launch/tuning.cpp"]
+    sources += [ROOT / "csrc" / f"{name}.cpp" for name in BESIDE]
     digest = hashlib.sha256(encoder.encode())
     for path in sources:
         digest.update(path.read_bytes())
@@ -71,8 +74,9 @@ def library(change: tuple[str, str] | None = None) -> ctypes.CDLL:
     if not target.exists():
         _compile(encoder, target)
     loaded = ctypes.CDLL(str(target), mode=ctypes.RTLD_LOCAL)
-    for name in ("rec_run", "rec_library", "rec_kernel"):
+    for name in ("rec_run", "rec_token", "rec_library", "rec_kernel"):
         getattr(loaded, name).restype = ctypes.c_char_p
+    loaded.rec_memory.restype = ctypes.c_uint64
     return loaded
 
 
@@ -98,8 +102,8 @@ def _others() -> list[Path]:
     embedded = folder / "metal_source.cpp"
     script = ROOT / "cmake" / "embed_metal.cmake"
     _run([str(CMAKE), f"-DSOURCE_DIR={ROOT / 'metal'}", f"-DOUT={embedded}", "-P", str(script)])
-    launch = (ROOT / "csrc/launch" / f"{name}.cpp" for name in ("copy", "tuning"))
-    objects = [_object(source) for source in (embedded, HERE / "recorder.cpp", *launch)]
+    beside = (ROOT / "csrc" / f"{name}.cpp" for name in BESIDE)
+    objects = [_object(source) for source in (embedded, HERE / "recorder.cpp", *beside)]
     shutil.rmtree(folder)
     return objects
 
@@ -148,6 +152,7 @@ class Encoder:
         self.lib = library(change)
         self.lib.rec_start(fails.encode(), ctypes.c_size_t(allowed))
         self.shapes: dict[int, tuple[tuple[int, ...], np.dtype[Any]]] = {}
+        self.given: set[int] = set()  # where memory lies that had contents from the beginning
 
     def array(self, values: npt.NDArray[Any]) -> int:
         """An array of these values and strides, at an offset of its buffer."""
@@ -157,7 +162,9 @@ class Encoder:
         offset = values.ctypes.data - base.ctypes.data
         strides = (ctypes.c_int64 * values.ndim)(*(s // values.itemsize for s in values.strides))
         data = base.ctypes.data_as(ctypes.c_void_p)
-        return self._array(values, data, base.nbytes, strides, offset)
+        number = self._array(values, data, base.nbytes, strides, offset)
+        self.given.add(int(self.lib.rec_memory(number)))
+        return number
 
     def output(self, shape: Sequence[int], dtype: npt.DTypeLike) -> int:
         values = np.empty(shape, dtype)
@@ -194,6 +201,28 @@ class Encoder:
         if error:
             raise EncoderError(error)
 
+    def layer(self, numbers: Sequence[int], arrays: Sequence[int]) -> None:
+        """The layer of the tokens that follow; `numbers` are as in recorder.cpp."""
+        given = [(ctypes.c_int * len(a))(*a) for a in (numbers, arrays)]
+        self.lib.rec_layer(*given, len(arrays))
+
+    def token(
+        self, h: int, caches: Sequence[int], place: Sequence[int], held: bool = False
+    ) -> list[int]:
+        """h and the caches after a token, as MLX evaluates the primitive. Raises EncoderError."""
+        out = (ctypes.c_int * 3)()
+        given = [(ctypes.c_int * len(a))(*a) for a in (caches, place)]
+        error = self.lib.rec_token(h, *given, held, out).decode()
+        if error:
+            raise EncoderError(error)
+        for number, like in zip(out, (h, *caches), strict=True):
+            self.shapes[number] = self.shapes[like]
+        return list(out)
+
+    def memory(self, array: int) -> int:
+        """Where its buffer lies."""
+        return int(self.lib.rec_memory(array))
+
     def dispatches(self) -> list[Dispatch]:
         found = []
         for i in range(self.lib.rec_dispatches()):
@@ -221,10 +250,11 @@ class Encoder:
         self._execute(order(together))
 
     def _poison(self, dispatches: Sequence[Dispatch]) -> None:
-        """Memory that a kernel writes holds nothing that another could take for a result."""
+        """Memory that a kernel writes holds nothing that another could take for a result, unless
+        it was given with contents."""
         for d in dispatches:
             for slot, writes in self._buffers(d):
-                if writes:
+                if writes and self._memory(d, slot).ctypes.data not in self.given:
                     self._memory(d, slot)[:] = 0xFF
 
     def _execute(self, dispatches: Sequence[Dispatch]) -> None:

@@ -15,7 +15,14 @@ from optiq.formats import Format
 from optiq.ops import native
 from optiq.ops.attention_cases import Attention
 from optiq.ops.cases import Product
-from tests.metal.launcher import plan_quantized_matmul, run_arrays, to_numpy
+from optiq.ops.layer_cases import W4, LayerCase
+from tests.metal.launcher import (
+    native_layer,
+    plan_quantized_matmul,
+    run_arrays,
+    run_layer,
+    to_numpy,
+)
 from tests.metal.test_attention import plan as attention_plan
 from tests.msl.emulator import KernelError
 
@@ -169,7 +176,7 @@ PLANTED = {
         "one after another",
     ),
     "a copy that nobody keeps": (
-        "mx::metal::get_command_encoder(stream).add_temporary(copy[0]);",
+        "mx::metal::get_command_encoder(stream).add_temporary(copy);",
         "",
         "copied",
     ),
@@ -190,8 +197,8 @@ PLANTED = {
         "one",
     ),
     "the kernel of another launch": (
-        "encoder.set_compute_pipeline_state(pipelines[l]);",
-        "encoder.set_compute_pipeline_state(pipelines[0]);",
+        "static_cast<MTL::ComputePipelineState*>(compiled[l])",
+        "static_cast<MTL::ComputePipelineState*>(compiled[0])",
         "attention",
     ),
     "threads in place of threadgroups": (
@@ -254,3 +261,60 @@ def test_a_library_is_made_once() -> None:
     encoder = Encoder()
     encoded([product_step(), product_step()], encoder)
     assert len({d.text for d in encoder.dispatches()}) == 1
+
+
+LAYER = LayerCase("", (W4, W4, W4), W4, (W4, W4), W4, keys=30, width=64, hidden=64, heads=4)
+NUMBERS = LAYER.width, LAYER.heads, LAYER.kv_heads, LAYER.dim, LAYER.hidden, 32, 4
+
+
+def started(encoder: Encoder) -> tuple[int, list[int]]:
+    """h and the caches of a layer; an output of 1 value stands where it has no array."""
+    arrays = [np.atleast_1d(to_numpy(a)) for a in native_layer(LAYER).arrays]
+    encoder.layer(NUMBERS, [encoder.array(a) for a in arrays])
+    return encoder.array(to_numpy(LAYER.h)), [encoder.array(to_numpy(c)) for c in LAYER.caches]
+
+
+def tokens(count: int) -> list[tuple[int, int, int]]:
+    return [(n - 1, n, n + 3) for n in range(LAYER.keys, LAYER.keys + count)]
+
+
+def test_a_layer_from_token_to_token() -> None:
+    """In its caches, with nothing built after the first token; the result is that of the plans."""
+    encoder, layer = Encoder(), native_layer(LAYER)
+    h, caches = started(encoder)
+    memory = [encoder.memory(c) for c in caches]
+    right = [LAYER.h, *LAYER.caches]
+    for i, place in enumerate(tokens(3)):
+        h, *caches = encoder.token(h, caches, place)
+        if i == 0:
+            asked = encoder.lib.rec_asked()
+        right = run_layer(layer, *right, place)[0]
+    assert encoder.lib.rec_asked() == asked == 6
+    assert [encoder.memory(c) for c in caches] == memory
+    found = encoder.dispatches()
+    assert "".join("|" if d.after_barrier else "." for d in found) == ".|||||" + "||||||" * 2
+    encoder.execute(found)
+    for got, expected in zip((h, *caches), right, strict=True):
+        assert np.array_equal(encoder.contents(got), to_numpy(expected))
+
+
+def test_a_cache_that_somebody_holds_is_copied() -> None:
+    encoder = Encoder()
+    h, caches = started(encoder)
+    _, *copies = encoder.token(h, caches, LAYER.place, held=True)
+    found = encoder.dispatches()
+    assert [d.kernel.startswith("copy_rows") for d in found] == [True, True, *[False] * 6]
+    encoder.execute(found)
+    right = run_layer(native_layer(LAYER), LAYER.h, *LAYER.caches, LAYER.place)[0]
+    for held, copy, before, after in zip(caches, copies, LAYER.caches, right[1:], strict=True):
+        assert np.array_equal(encoder.contents(held), to_numpy(before))
+        assert np.array_equal(encoder.contents(copy), to_numpy(after))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_where_a_stage_fails_nothing_of_a_layer_is_encoded(stage: str) -> None:
+    how, text = STAGES[stage]
+    encoder = Encoder(**how)
+    with pytest.raises(EncoderError, match=text):
+        encoder.token(*started(encoder), LAYER.place)
+    assert not encoder.dispatches()

@@ -12,6 +12,7 @@ import numpy as np
 
 import optiq  # noqa: F401
 from optiq.ops import native
+from optiq.ops.layer_cases import LayerCase
 from tests.msl.emulator import APPLE, Chip, Counters, InOut, Module, Out
 
 METAL = Path(__file__).parents[2] / "metal"
@@ -143,7 +144,35 @@ def plan_quantized_attention(*arguments: Any, **keywords: Any) -> Plan:
     return plan
 
 
-def plan_decode_layer(*arguments: Any, **keywords: Any) -> Plan:
+def native_layer(case: LayerCase) -> Any:
+    """The extension's, of a case."""
     assert native.extension is not None, native.reason
-    plan: Plan = native.extension.plan_decode_layer(*arguments, **keywords)
+    return case.layer.native(native.extension, case.h.dtype, case.formats)
+
+
+def strides(a: mx.array) -> tuple[int, int, int]:
+    """Of batch entry, head and token of a cache."""
+    _, heads, tokens, last = a.shape
+    return heads * tokens * last, tokens * last, last
+
+
+def plan_layer(case: LayerCase, **options: Any) -> Plan:
+    how = {"place": case.place, **options}
+    k_strides, v_strides = map(strides, case.caches)
+    plan: Plan = native_layer(case).plan(
+        case.batch, k_strides=k_strides, v_strides=v_strides, **how
+    )
     return plan
+
+
+def run_layer(
+    layer: Any, h: mx.array, keys: mx.array, values: mx.array, place: Sequence[int], **how: Any
+) -> tuple[list[mx.array], Counters]:
+    """h and the caches after a layer of the extension."""
+    plan = layer.plan(h.shape[0], place, strides(keys), strides(values))
+    inputs = [h, *(a[None] if a.ndim == 0 else a for a in layer.arrays)]
+    held = {1 + i: to_numpy(a) for i, a in enumerate((keys, values))}
+    shapes = [(a.shape, NUMPY[a.dtype]) for a in (h, keys, values)]
+    out, counters = run_arrays(plan, [to_numpy(a) for a in inputs], shapes, held=held, **how)
+    kinds = h.dtype, keys.dtype, values.dtype
+    return [to_mlx(a, kind) for a, kind in zip(out, kinds, strict=True)], counters

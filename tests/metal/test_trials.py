@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from optiq.formats import Format
-from optiq.ops import AffineWeight, trials
+from optiq.ops import AffineWeight, native, trials
 from optiq.ops.cases import DTYPES
 from optiq.ops.kl import Head
 from optiq.ops.trials import TRIALS, passes
@@ -22,7 +22,7 @@ from . import (
     test_quantize,
     test_quantize_kv,
 )
-from .launcher import NAMES, plan_quantized_matmul, run
+from .launcher import NAMES, plan_quantized_matmul, run, run_layer
 
 pytestmark = needs_emulator
 
@@ -77,6 +77,13 @@ class Emulated:
     def quantize_kv(self, x: mx.array, group_size: int, bits: int) -> mx.array:
         return test_quantize_kv.quantized(x, Format("affine", bits, group_size))
 
+    def DecodeLayer(self, **given: Any) -> Any:
+        assert native.extension is not None
+        return native.extension.DecodeLayer(**given)
+
+    def decode_layer(self, *step: Any) -> list[mx.array]:
+        return run_layer(*step)[0]
+
     def gathered_low_rank(self, x: mx.array, a: mx.array, b: mx.array, slots: mx.array) -> mx.array:
         return test_low_rank.multiplied(x, a, b, slots)
 
@@ -95,7 +102,7 @@ def name(a: mx.array) -> str:
 
 
 F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16
-K8, V4 = Format("affine", 8, 64), Format("affine", 4, 32)
+K8, V4, W4 = Format("affine", 8, 64), Format("affine", 4, 32), Format("affine", 4, 64)
 LAUNCHES = [
     ("quantized_matmul", ("one", F16, 1, (F16, 64, 4))),
     ("quantized_matmul", ("one", BF16, 16, (BF16, 64, 4))),
@@ -111,6 +118,7 @@ LAUNCHES = [
     ("quantized_attention", (F32, 64, 64, K8, V4, 8)),
     ("quantized_attention", (F32, 64, 64, K8, V4, 0)),
     ("gathered_low_rank", (F16,)),
+    ("decode_layer", (F16, F16, 1, 64, 3, K8, V4, True, (W4,) * 3, (K8,), (W4,) * 2, (W4,))),
 ]
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +16,11 @@ from optiq import ops
 from optiq.formats import DENSE, Format
 from optiq.ops import AffineWeight, kl, native, trials
 from optiq.ops.cases import Terms
+from optiq.ops.decode_layer import DecodeLayer
+from optiq.ops.layer_cases import LayerCase
 from optiq.ops.trials import TRIALS, passes
+
+from . import layer_stand_in
 
 if native.extension is None:
     pytest.skip(f"no native kernels: {native.reason}", allow_module_level=True)
@@ -35,8 +40,11 @@ class Extension:
         def call(*args: Any, **kwargs: Any) -> Any:
             if name == "traced":
                 return REAL.traced(*args)
+            if name == "DecodeLayer":
+                return layer_stand_in.Described(REAL.DecodeLayer(**kwargs), kwargs)
             self.calls[name] += 1
-            out = getattr(REAL, name)(*args, **kwargs)
+            has = layer_stand_in if name == "decode_layer" else REAL
+            out = getattr(has, name)(*args, **kwargs)
             return self.faults[name](out, *args, **kwargs) if name in self.faults else out
 
         return call
@@ -84,6 +92,20 @@ for slot in (1, 2, 3):
     TERMS.put(slot, pair)
 
 
+def layer_step() -> list[mx.array]:
+    """As who has a layer runs it."""
+    case = LayerCase(dtype="f32")
+    given = {f.name: getattr(case.layer, f.name) for f in fields(case.layer)}
+    described = layer_stand_in.Described(None, given | {"k_format": (0, 0), "v_format": (0, 0)})
+
+    def stock(x: mx.array, keys: mx.array, values: mx.array, at: Any, *_: Any) -> mx.array:
+        return layer_stand_in.decode_layer(described, x, keys, values, at)[0]
+
+    step = case.h, *case.caches, case.place
+    ours = DecodeLayer(case.layer, stock).step(*step, case.formats)
+    return layer_stand_in.decode_layer(described, *step) if ours is None else ours
+
+
 def work() -> dict[str, Callable[[], Any]]:
     """A call of each op that has a trial -> what it gives."""
     w, x = weight(), activations(4, 128)
@@ -99,6 +121,7 @@ def work() -> dict[str, Callable[[], Any]]:
             ops.quantized_attention(q, kv, kv, k_format=form, v_format=form, scale=0.1)
         ],
         "gathered_low_rank": lambda: [ops.gathered_low_rank(X, TERMS, [1, 0, 3, 2])],
+        "decode_layer": layer_step,
     }
 
 
@@ -242,6 +265,8 @@ def scaled(out: mx.array) -> mx.array:
 
 F32, F16 = mx.float32, mx.float16
 FOUR, K8 = (F32, 64, 4), Format("affine", 8, 64)
+W4 = Format("affine", 4, 64)
+LAYER = (F32, F32, 1, 32, 2, K8, K8, False, (W4,) * 3, (W4,), (W4,) * 2, (W4,))
 # What is wrong -> the launch that must not be used then, the function, and what it makes of its
 # result.
 FAULTS: dict[str, tuple[str, tuple[Any, ...], str, Fault]] = {
@@ -331,6 +356,24 @@ FAULTS: dict[str, tuple[str, tuple[Any, ...], str, Fault]] = {
         (F32, 64, 64, K8, K8, 8),
         "quantized_attention",
         lambda y, *a, starts, **k: REAL.quantized_attention(*a),
+    ),
+    "a layer's output": (
+        "decode_layer",
+        LAYER,
+        "decode_layer",
+        lambda out, *a: [scaled(out[0]), *out[1:]],
+    ),
+    "a layer's values": (
+        "decode_layer",
+        LAYER,
+        "decode_layer",
+        lambda out, *a: [*out[:2], out[2] ^ 1],
+    ),
+    "a layer with keys in another place": (
+        "decode_layer",
+        LAYER,
+        "decode_layer",
+        lambda out, layer, h, k, v, place: [out[0], mx.roll(out[1], 1, axis=2), out[2]],
     ),
     "another's term": (
         "gathered_low_rank",

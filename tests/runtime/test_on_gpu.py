@@ -35,7 +35,7 @@ def test_it_goes_on_with_stock_mlx(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def late(y: Any, *args: Any, **options: Any) -> Any:
         return [raised_later(a) for a in y] if sum(extension.calls.values()) > 30 else y
 
-    extension.faults["mixed_quantized_matmul"] = late
+    extension.faults |= dict.fromkeys(("mixed_quantized_matmul", "decode_layer"), late)
     with pytest.warns(
         RuntimeWarning, match=r"a graph with them raised .*float32.* goes on"
     ) as warned:
@@ -52,7 +52,7 @@ def test_it_goes_on_with_stock_mlx(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not extension.calls
 
 
-PRODUCTS = ("quantized_matmul", "mixed_quantized_matmul")
+LAUNCHES = ("quantized_matmul", "mixed_quantized_matmul", "decode_layer")
 # What goes wrong, and at which launch for the first time: one that does not compile (library,
 # function, pipeline) or does not run raises in mx.eval, from the first on or later; one that cannot
 # be encoded raises at once.
@@ -96,13 +96,13 @@ def test_whatever_fails_the_tokens_are_those_of_stock_mlx(
 
     def fault(y: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal failed
-        count = sum(extension.calls[name] for name in PRODUCTS)
+        count = sum(extension.calls[name] for name in LAUNCHES)
         if count < launch or (failed and not lasting):
             return y
         failed += 1
         return broken(how)(y)
 
-    extension.faults = dict.fromkeys(PRODUCTS, fault)
+    extension.faults = dict.fromkeys(LAUNCHES, fault)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", RuntimeWarning)
         accelerate(model)

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import OptiqError
-from ..ops import attention_cases, cases, native, trials
+from ..ops import attention_cases, cases, layer_cases, native, trials
 from . import bench
 
 TIMED = (1, 8)  # rows of the speed lines
@@ -84,6 +84,8 @@ def run(gpu: bool) -> Iterator[Line | Speed]:
     yield line("quantize_kv", trials.store, attention_cases.RECORDS)
     yield line("quantized_attention", trials.attend, attention_cases.LONG_ATTENTION)
     yield line("gathered_low_rank", trials.add_terms, cases.TERMS)
+    if gpu:
+        yield line("decode_layer", trials.decode, layer_cases.LAYERS)
     yield from _speeds(extension, stream)
 
 

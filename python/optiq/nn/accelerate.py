@@ -26,7 +26,7 @@ from ..models.kinds import Kind, kind_of
 from ..models.places import place_at
 from ..models.roles import blocks as blocks_of
 from ..ops import AffineWeight, matmul, metal, native
-from .blocks import Fused, fuse
+from .blocks import Fused, fuse, launchable
 from .check import disagreement
 from .layers import (
     QuantizedEmbedding,
@@ -104,10 +104,12 @@ def accelerate(model: nn.Module, *, blocks: bool = True, exact: bool = True) -> 
 
 
 def _rehearse(model: nn.Module) -> None:
-    """Build the graph of one token, so that all it launches is tried: with the dtypes that reach
-    each layer, and the kernels of the model's own cache."""
+    """Build the graph of two tokens, so that all they launch is tried: with the dtypes that reach
+    each layer, and the kernels of the model's own cache, which the first makes."""
     with suppress(Exception):  # a model that is not a language model is tried later, as it runs
-        model(mx.zeros((1, 1), dtype=mx.int32), cache=make_prompt_cache(model))
+        cache = make_prompt_cache(model)
+        for _ in range(2):
+            model(mx.zeros((1, 1), dtype=mx.int32), cache=cache)
 
 
 def _fuse_blocks(model: nn.Module, report: Accelerated) -> None:
@@ -132,15 +134,15 @@ def _fuse_blocks(model: nn.Module, report: Accelerated) -> None:
         dtype = mx.float32
         if not native.on_cpu():
             launches, dtype = description.launches(), _dtype(block)
-            if all(len(parts) == 1 for parts in launches):
+            named = [matmul.several(dtype, 1, parts) for parts in launches]
+            shared = [parts for parts in launches if len(parts) > 1]
+            if not shared and not launchable(block, anatomy):
                 report.left[path] = (
                     "no quantized projections share an input, so a GPU gains nothing"
                 )
                 continue
-            named = [matmul.several(dtype, 1, parts) for parts in launches]
-            shared = [parts for parts in launches if len(parts) > 1]
             refused = [matmul.refusal_together(dtype, parts) for parts in shared]
-            if all(refused):
+            if shared and all(refused):
                 report.left[path] = refused[0]
                 continue
             kind = (*kind, *named)

@@ -17,6 +17,7 @@ A cache may also stand for one cache of each row of the batch, its `rows` (optiq
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,8 +28,9 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from ..formats import DENSE, Format
 from ..models.blocks import Block, Unknown
-from ..ops import native
+from ..ops import metal, native
 from .adapted import Adapted
+from .launched import Launched
 from .layers import Adopting
 from .parts import PLAIN, Composed, Native, Place, ranks_of
 from .sharded import Summed
@@ -110,7 +112,7 @@ class FusedSharing(Fused):
             k, v = cache.update_and_fetch(k, v)
             h = parts.attend_each(x, q, *cache.fetched)
         else:
-            h, k, v = _run(parts, x, mask, cache, with_mlp=True)
+            h, k, v = _run_sharing(parts, x, mask, cache)
         if per_layer_input is not None and self.per_layer_input_gate is not None:
             gate = nn.gelu_approx(self.per_layer_input_gate(h)) * per_layer_input
             h = h + self.post_per_layer_input_norm(self.per_layer_projection(gate))
@@ -174,6 +176,8 @@ def _attend(
     parts: Native | Composed, x: mx.array, mask: Any, cache: Cache, with_mlp: bool
 ) -> mx.array:
     rows = x.shape[1]
+    if isinstance(parts, Launched) and (h := _launched(parts, x, mask, cache)) is not None:
+        return h
     if isinstance(parts, Native):
         if cache is None:
             return parts.step(x, (), (), [Place(0, rows, 0, rows)], mask, with_mlp)[0]
@@ -194,6 +198,33 @@ def _attend(
         cache.write(k, v)
         return parts.attend(x, q, mask=mask, mlp=with_mlp, **cache.inputs())
     return _run(parts, x, mask, cache, with_mlp)[0]
+
+
+def _run_sharing(
+    parts: Native | Composed, x: mx.array, mask: Any, cache: Cache
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The block, and the keys and values that it saw."""
+    if isinstance(parts, Launched) and not _of_records(cache):
+        h = _launched(parts, x, mask, cache)
+        if h is not None:
+            keys = min(cache.offset, cache.keys.shape[2])
+            return h, cache.keys[:, :, :keys], cache.values[:, :, :keys]
+    return _run(parts, x, mask, cache, with_mlp=True)
+
+
+def _launched(parts: Launched, x: mx.array, mask: Any, cache: Cache) -> mx.array | None:
+    """The block in few launches, into its cache; None where it cannot be."""
+    if mask is not None or cache is None or x.shape[1] > 1:
+        return None
+    slots = slots_of(cache, 1, (x.dtype,))
+    if slots is None:
+        return None
+    stored = parts.step(x, cache.keys, cache.values, slots.places[0], slots.formats)
+    if stored is None:
+        return None
+    h, *caches = stored
+    slots.store(caches)
+    return h
 
 
 @dataclass(frozen=True)
@@ -222,15 +253,18 @@ class Slots:
                 c._idx = place.start + 1
 
 
-def slots_of(cache: Cache, rows: int) -> Slots | None:
-    """None where a cache has to be asked, or has to make room first."""
+def slots_of(
+    cache: Cache, rows: int, floats: Sequence[mx.Dtype] = (mx.float32, mx.float16)
+) -> Slots | None:
+    """None where a cache has to be asked, or has to make room first, or where its vectors are of
+    another type."""
     caches = getattr(cache, "rows", (cache,))
-    formats = _in_place(caches[0])
+    formats = _in_place(caches[0], floats)
     if formats is None:
         return None
     places = []
     for c, own in zip(caches, getattr(cache, "lengths", [rows] * len(caches)), strict=True):
-        place = _place(c, own) if c is caches[0] or _in_place(c) == formats else None
+        place = _place(c, own) if c is caches[0] or _in_place(c, floats) == formats else None
         if place is None:
             return None
         places.append(place)
@@ -241,21 +275,18 @@ def _of_records(cache: Cache) -> bool:
     return hasattr(cache, "inputs") and hasattr(cache, "layout")
 
 
-def _in_place(cache: Cache) -> tuple[Format, Format] | None:
+def _in_place(cache: Cache, floats: Sequence[mx.Dtype]) -> tuple[Format, Format] | None:
     """The formats of a cache into which a block may itself write rows by the rules of its stock
     class; None where the cache has to do it.
     """
     if not _of_records(cache):
         stock = type(cache) in (KVCache, RotatingKVCache) or hasattr(cache, "blocks_may_write")
-        return PLAIN if stock and cache.keys is not None and _floats(cache) else None
+        there = stock and cache.keys is not None and cache.keys.dtype in floats
+        return PLAIN if there else None
     layout = cache.layout
     if cache.keys is None or layout.sink or layout.recent or DENSE in (layout.k, layout.v):
         return None
     return (layout.k, layout.v) if isinstance(cache, (KVCache, RotatingKVCache)) else None
-
-
-def _floats(cache: Cache) -> bool:
-    return cache.keys.dtype in (mx.float32, mx.float16)
 
 
 def _place(cache: Cache, rows: int) -> Place | None:
@@ -282,8 +313,21 @@ def _run(
 
 def make_parts(block: nn.Module, anatomy: Block) -> Native | Composed:
     """Raises Unknown or ValueError for layers that cannot be fused."""
-    ext = native.active()
-    return Native(ext, block, anatomy) if ext else Composed(block, anatomy)
+    if ext := native.active():
+        return Native(ext, block, anatomy)
+    if metal.enabled():
+        with suppress(Unknown):
+            return Launched(block, anatomy)
+    return Composed(block, anatomy)
+
+
+def launchable(block: nn.Module, anatomy: Block) -> bool:
+    """Whether a GPU has kernels for all of the block."""
+    try:
+        Launched(block, anatomy)
+    except Unknown:
+        return False
+    return True
 
 
 def links(block: nn.Module, anatomy: Block) -> Links | None:

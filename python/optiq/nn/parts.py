@@ -127,7 +127,7 @@ class Description:
         """The quantized matrices of each product with several of them, or one."""
         a, m = self.attention, self.mlp
         products = [a["qkv"], [a["out"]], *((m["gate_up"], [m["down"]]) if m else ())]
-        return [[AffineWeight(*w[:5]) for w in p] for p in products if _quantized(p)]
+        return [[AffineWeight(*w[:5]) for w in p] for p in products if quantized_parts(p)]
 
     def add_one(self) -> None:
         """To the weights of the norms."""
@@ -345,13 +345,13 @@ def _saturating_sum(h: mx.array, y: mx.array) -> mx.array:
     return mx.clip(h.astype(mx.float32) + y.astype(mx.float32), -top, top).astype(mx.float16)
 
 
-def _quantized(parts: list[tuple[Any, ...]]) -> bool:
+def quantized_parts(parts: list[tuple[Any, ...]]) -> bool:
     return all(scales is not None for _, scales, *_ in parts)
 
 
 def _products(x: mx.array, parts: list[tuple[Any, ...]]) -> list[mx.array]:
     """One launch where all are quantized."""
-    if _quantized(parts):
+    if quantized_parts(parts):
         out = ops.mixed_quantized_matmul(x, [AffineWeight(*part[:5]) for part in parts])
     else:
         out = [_product(x, *part[:5]) for part in parts]

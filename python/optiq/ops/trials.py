@@ -15,6 +15,7 @@ from ..formats import DENSE, Format
 from .affine import AffineWeight
 from .attention_cases import Attention, Records
 from .cases import DTYPES, Pair, Product, Rounding, Terms
+from .layer_cases import LayerCase
 
 WIDE = 64 * 256  # outputs: 256 tiles of 64, as many as `narrow_from` can ask for (docs/kernels.md)
 
@@ -113,6 +114,11 @@ def add_terms(ext: Any, case: Terms) -> float:
     return case.part(ext.gathered_low_rank(strided(x), a, b, slots))
 
 
+def decode(ext: Any, case: LayerCase) -> float:
+    handle = case.layer.native(ext, case.h.dtype, case.formats)
+    return case.part(*ext.decode_layer(handle, case.h, *case.caches, case.place))
+
+
 # What follows is the trial of a launch, by op: its arguments are what kernels are compiled for.
 # Only gross faults show here, in milliseconds once the kernels are compiled.
 
@@ -179,6 +185,21 @@ def _low_rank(ext: Any, dtype: mx.Dtype) -> list[float]:
     return [add_terms(ext, Terms(5, 130, 300, 16, _named(dtype)))]
 
 
+def _decoder_layers(
+    ext: Any, x: mx.Dtype, scales: mx.Dtype, batch: int, dim: int, shared: int, k: Format,
+    v: Format, post: bool, *weights: Sequence[Format],
+) -> list[float]:  # fmt: skip
+    """Few keys, and so many that threadgroups share them. Some columns are a lane's second ones."""
+    qkv, (out,), gate_up, (down,) = weights
+    kv_heads = 128 // math.gcd(128, shared * dim)  # whole groups of the output's columns
+    case = LayerCase(
+        "", tuple(qkv), out, tuple(gate_up), down, _named(x), _named(scales), batch,
+        formats=(k, v), width=384, hidden=384, dim=dim, heads=shared * kv_heads,
+        kv_heads=kv_heads, head_norms=True, post_norms=post,
+    )  # fmt: skip
+    return [decode(ext, c) for c in (case, replace(case, keys=1100))]
+
+
 TRIALS: dict[str, Callable[..., list[float]]] = {
     "quantized_matmul": _products,
     "quantize": _roundings,
@@ -186,6 +207,7 @@ TRIALS: dict[str, Callable[..., list[float]]] = {
     "quantize_kv": _records,
     "quantized_attention": _attentions,
     "gathered_low_rank": _low_rank,
+    "decode_layer": _decoder_layers,
 }
 
 

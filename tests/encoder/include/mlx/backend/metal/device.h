@@ -89,6 +89,7 @@ class Device {
   std::string architecture = "applegpu_g15s";
   std::string fails; // the stage that raises: library, function, pipeline
   size_t allowed = 1024;
+  int asked = 0; // for a library
   std::unordered_map<std::string, std::unique_ptr<MTL::Library>> libraries;
   std::vector<std::unique_ptr<MTL::ComputePipelineState>> pipelines;
 };
