@@ -213,7 +213,7 @@ def test_a_full_disk(
     model: Path, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=60_000))
-    refused("will need 62,720 bytes but only 60,000 are free", "model", "-o", "out")
+    refused("will need 125,440 bytes but only 60,000 are free", "model", "-o", "out")
 
 
 def test_bad_calibration_rows_are_named_by_line(

@@ -50,18 +50,18 @@ def test_of_weights_the_largest_block_or_head_counts() -> None:
     assert exact[SCORES].parts["weights"] == shapes.dense  # run again and again
 
 
-def test_outputs_of_all_blocks_are_recorded_but_not_beside_all_fitted_weights() -> None:
+def test_outputs_of_all_blocks_are_recorded_but_fitted_weights_are_in_files() -> None:
     shapes, options = llama(), Options.parse(effort="quick")
-    outputs = 4 * 2048 * WIDTH * (BLOCKS + 1)
-    for plan in (outputs // 2, 2 * outputs):
+    for plan in (10**9, 10**10):
         found = phases(shapes, texts(2048), options, plan)["fitting weights"].parts
-        assert found["block outputs and fitted weights"] == max(outputs, plan)
+        assert found["block outputs"] == 4 * 2048 * WIDTH * (BLOCKS + 1)
+        assert found["block outputs"] + 6e9 > sum(found.values())
 
 
-def test_a_llama_of_8_billion_weights_takes_10_gb() -> None:
+def test_a_llama_of_8_billion_weights_takes_6_gb() -> None:
     phase, needs = peak(phases(llama(), texts(1024), Options.parse(effort="quick"), 4_520_000_000))
     assert phase == "fitting weights"  # H of 14,336 columns
-    assert 9e9 < needs.total < 10e9
+    assert 5e9 < needs.total < 6e9
 
 
 def test_more_of_anything_takes_more() -> None:
@@ -69,7 +69,6 @@ def test_more_of_anything_takes_more() -> None:
     before = peak(phases(shapes, texts(1024), options, 10**9))[1].total
     assert peak(phases(shapes, texts(8192), options, 10**9))[1].total > before
     assert peak(phases(shapes, texts(1024), Options(), 10**9))[1].total > before
-    assert peak(phases(shapes, texts(1024), options, 10**10))[1].total > before
 
 
 def test_what_does_not_fit_is_left_out_or_refused(

@@ -41,6 +41,16 @@ def whole(*paths: Path) -> Iterator[tuple[Path, ...]]:
                 temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def scratch(out: Path) -> Iterator[Path]:
+    """A folder beside `out`, not made yet, for what need not be held in memory; it is removed."""
+    folder = out.with_name(f".{out.name}.{secrets.token_hex(4)}.scratch")
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def write_json(path: Path, data: Any, *, indent: int | None = 1) -> None:
     """Replace `path` in one step: a reader finds the old content or the new, never a part.
 

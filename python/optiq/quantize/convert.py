@@ -20,7 +20,7 @@ import mlx.nn as nn
 from .. import report
 from ..base.checkpoint import check_unfinished
 from ..base.command import command_line
-from ..base.files import check_space, check_writable, write_json
+from ..base.files import check_space, check_writable, scratch, write_json
 from ..base.memory import Needs, limited
 from ..base.progress import Job, Progress, peak_memory, silenced, tell
 from ..base.text import one_line
@@ -126,21 +126,21 @@ def _convert(
     check_writable(out)
     _check_unfinished(work, refine_tokens, options)
     source = with_towers(resolve(model, revision=options.revision), options.towers)
-    with Job() as job:
+    with Job() as job, scratch(out) as folder:
         job.phase("reading")
         loaded = load(source)
         options, texts, needs = affordable(loaded, options)
         refine = _refine(loaded, texts, work, refine_tokens, options)
         if options.scores is None:
             needed = check_budget(loaded, options.size, options.menu)
-            if not dry_run:
-                check_space(out, needed + (source.towers.nbytes if source.towers else 0))
+            if not dry_run:  # fitted weights lie beside those that are written
+                check_space(out, 2 * needed + (source.towers.nbytes if source.towers else 0))
         expected = estimate(
             loaded, texts, options, needs.total, dry_run=dry_run, refining=bool(refine)
         )
         tell(f"estimate: {expected}")
         job.expect(expected.seconds)
-        ready = prepare(loaded, texts, work, options, unrounded=dry_run)
+        ready = prepare(loaded, texts, work, options, unrounded=dry_run, folder=folder)
         del loaded  # its weights are in memory by now
         scores, command = ready.scores, command_line()
         if dry_run:

@@ -76,15 +76,13 @@ def phases(shapes: Shapes, texts: Texts, options: Options, plan: int) -> Mapping
         found["measuring columns"] = _passing(shapes, calibration)
     if options.scores is None:
         found[SCORES] = _scores(shapes, _lengths(texts.scoring.sequences), options)
-    fitted = 0 if options.rounding in ("search", "minmax") else plan
-    if texts.selection:  # of which the last plan is the fitted one
-        found["choosing formats"] = _judging(shapes, _lengths(texts.selection), plan, fitted)
-    if fitted:
-        found["fitting weights"] = _fitting(shapes, calibration, fitted)
+    if texts.selection:
+        found["choosing formats"] = _judging(shapes, _lengths(texts.selection), plan)
+    if options.rounding not in ("search", "minmax"):
+        found["fitting weights"] = _fitting(shapes, calibration)
     largest = max((prod(m.shape) for m in shapes.modules), default=0)
-    writing = {"process": PROCESS, "a weight": (shapes.itemsize + 2) * largest}
-    found["writing"] = Needs({**writing, "fitted weights": fitted})
-    found["checking"] = _judging(shapes, _lengths(texts.held_out.sequences), plan, fitted)
+    found["writing"] = Needs({"process": PROCESS, "a weight": (shapes.itemsize + 2) * largest})
+    found["checking"] = _judging(shapes, _lengths(texts.held_out.sequences), plan)
     return found
 
 
@@ -106,7 +104,7 @@ def _passing(shapes: Shapes, lengths: Sequence[int]) -> Needs:
     )
 
 
-def _judging(shapes: Shapes, lengths: Sequence[int], plan: int, fitted: int) -> Needs:
+def _judging(shapes: Shapes, lengths: Sequence[int], plan: int) -> Needs:
     """The source's run, then a rounded model's; their heads make logits together."""
     _, width = embedding_shape(shapes.modules)
     if shapes.dense <= SMALL_BYTES:
@@ -118,7 +116,6 @@ def _judging(shapes: Shapes, lengths: Sequence[int], plan: int, fitted: int) -> 
         {
             "process": PROCESS,
             "weights": weights,
-            "fitted weights": fitted,
             "block outputs": 4 * 4 * sum(lengths) * width,
             "at work": max(_running(shapes, max(lengths)), _logits(shapes, max(lengths))),
         }
@@ -148,8 +145,8 @@ def _scores(shapes: Shapes, lengths: Sequence[int], options: Options) -> Needs:
     return max(found, key=lambda needs: needs.total)
 
 
-def _fitting(shapes: Shapes, lengths: Sequence[int], fitted: int) -> Needs:
-    """Fitted weights come as recorded outputs go."""
+def _fitting(shapes: Shapes, lengths: Sequence[int]) -> Needs:
+    """Fitted weights go to files as they come."""
     _, width = embedding_shape(shapes.modules)
     outputs = 4 * sum(lengths) * width * (len(blocks_of(shapes.modules)) + 1)
     tokens = sum(lengths)
@@ -161,7 +158,7 @@ def _fitting(shapes: Shapes, lengths: Sequence[int], fitted: int) -> Needs:
     return Needs(
         {
             "process": PROCESS,
-            "block outputs and fitted weights": max(min(descent.TAPE_BYTES, outputs), fitted),
+            "block outputs": min(descent.TAPE_BYTES, outputs),
             "gradients": 4 * tokens * 2 * width,
             "a block or head at work": max(
                 shapes.block + max(inside, _running(shapes, max(lengths))),

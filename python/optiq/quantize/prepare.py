@@ -48,7 +48,8 @@ SCORES = "sensitivity.json"
 class Prepared:
     """A source with its scores; `rounding` is the one that they were measured with.
 
-    In `options` what was left open is decided.
+    In `options` what was left open is decided. With `folder` fitted weights are kept there, and not
+    in memory.
     """
 
     source: Source
@@ -56,6 +57,7 @@ class Prepared:
     scores: Scores
     rounding: Rounding
     options: Options
+    folder: Path | None = None
 
     @property
     def method(self) -> str:
@@ -78,6 +80,7 @@ class Prepared:
             text=text,
             rounding=self.rounding,
             reference=options.reference,
+            folder=self.folder,
             seed=options.seed,
             progress=options.progress,
         )
@@ -100,12 +103,18 @@ class Prepared:
 
 
 def prepare(
-    loaded: LoadedModel, texts: Texts, work: Path, options: Options, *, unrounded: bool = False
+    loaded: LoadedModel,
+    texts: Texts,
+    work: Path,
+    options: Options,
+    *,
+    unrounded: bool = False,
+    folder: Path | None = None,
 ) -> Prepared:
     """Read the scores that are given, or measure them with what is known of them in `work`.
 
-    With `unrounded` given scores will only be planned from. `loaded` is used up by a measurement.
-    Raises an OptiqError.
+    With `unrounded` given scores will only be planned from. `folder` is that of `Prepared`.
+    `loaded` is used up by a measurement. Raises an OptiqError.
     """
     source, text = loaded.source, texts.calibration
     if options.scores is not None:
@@ -130,7 +139,7 @@ def prepare(
         checkpoint = work / CHECKPOINT
         found = measure(loaded, texts.scoring, options, rounding=how, checkpoint=checkpoint)
         found.save(work / SCORES)
-    return Prepared(source, texts, found, how, options)
+    return Prepared(source, texts, found, how, options, folder)
 
 
 def texts_of(options: Options, tokenizer: Any) -> Texts:

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
 from optiq import ops
+from optiq.errors import ExportError
 from optiq.formats import DENSE, NVFP4, UNIFORM4, Format
 from optiq.models.places import place_at
 from optiq.models.roles import Role, quantizable
@@ -154,13 +155,20 @@ def test_the_best_by_what_was_not_fitted(way: str, fmt: Format) -> None:
     assert all(mx.array_equal(a, b) for a, b in zip(found, ways[way], strict=True))
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("llama tied", "bfloat16"), ("qwen3_moe", "float32")])
-def test_what_is_fitted_is_written_and_rendered(tmp_path: Path, name: str, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype", "folder"),
+    [("llama tied", "bfloat16", None), ("qwen3_moe", "float32", "fitted")],
+)
+def test_what_is_fitted_is_written_and_rendered(
+    tmp_path: Path, name: str, dtype: str, folder: str | None
+) -> None:
     source = tiny_source(tmp_path, name, dtype=dtype)
     plan = planned(source, Format("affine", 3, 64), Format("affine", 5, 64), DENSE, NVFP4)
-    how = descend(source, plan, calibration(40, 30, 50), MINMAX, progress=False)
+    into = tmp_path / folder if folder else None
+    how = descend(source, plan, calibration(40, 30, 50), MINMAX, folder=into, progress=False)
     fitted = {(p.module.path, p.format) for p in plan.modules if p.format.mode == "affine"}
     assert how.fitted.keys() == fitted
+    assert into is None or len(list(into.glob("*/*"))) == len(fitted)
     export(source, plan, tmp_path / "out", rounding=how)
     written = mx.load(str(tmp_path / "out" / "model.safetensors"))
     run = dict(tree_flatten(render_model(load(source), plan, rounding=how).parameters()))
@@ -183,6 +191,14 @@ def test_what_is_fitted_is_written_and_rendered(tmp_path: Path, name: str, dtype
 def _source_weight(source: Source, path: str) -> mx.array:
     weight: mx.array = place_at(load(source).model, path).get().weight
     return weight
+
+
+def test_a_place_that_does_not_take_fitted_weights(tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, "llama tied")
+    (tmp_path / "file").touch()
+    plan = planned(source, Format("affine", 3, 64))
+    with pytest.raises(ExportError, match=r"fitted weights cannot be kept in .*; free space or"):
+        descend(source, plan, calibration(9, 9), MINMAX, folder=tmp_path / "file", progress=False)
 
 
 def test_where_no_layer_can_be_fitted_nothing_is(tmp_path: Path) -> None:

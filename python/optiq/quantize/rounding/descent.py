@@ -23,6 +23,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -40,6 +41,7 @@ from ...ops import metal
 from ...planning.plan import Plan
 from ...sources import Source, load
 from ..replay.backward import survey
+from .fitted import InFiles, Key
 from .moments import ELEMENTS, Moments, moments
 from .reference import in_passes, open_reference
 from .rows import descend_together
@@ -57,10 +59,13 @@ def descend(
     rounding: Rounding,
     *,
     reference: str = "auto",
+    folder: Path | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Rounding:
     """`rounding` with the modules of `plan` fitted to the sequences of `text`.
+
+    With `folder` they are kept in files there, and not in memory.
 
     Modules in nvfp4 stay as they were, and all where there are fewer than two sequences, or no
     gradients. `reference` is that of the scores.
@@ -70,7 +75,8 @@ def descend(
     work = {p.module.path: p for p in plan.modules if p.format not in (DENSE, NVFP4)}
     accelerate(model, blocks=False, exact=False)
     running = open_reference(in_passes(reference), source, model, modules, MINMAX)
-    fitted: dict[tuple[str, Format], Rounded] = {}
+    fitted: dict[Key, Rounded] = {}
+    stored = InFiles(folder) if folder else None
     with (
         Replay(model, modules) as replay,
         Progress(len(work), "fitting weights", enabled=progress) as bar,
@@ -88,14 +94,19 @@ def descend(
         ):
             path, fmt = module.path, work[module.path].format
             weight = running.dense(path).weight.astype(loaded.dtype)
-            _, fitted[path, fmt] = (
+            _, found = (
                 best(weight, fmt, inputs, outputs)
                 if isinstance(inputs, Moments)
                 else best_of_each(weight, fmt, inputs)
             )
-            mx.eval(fitted[path, fmt])
+            mx.eval(found)
+            if stored is None:
+                fitted[path, fmt] = found
+            else:
+                stored.add((path, fmt), found)
             bar.step(note=path)
-    return replace(rounding, method="descent", fitted=fitted) if fitted else rounding
+    kept = fitted if stored is None else stored
+    return replace(rounding, method="descent", fitted=kept) if kept else rounding
 
 
 def best(
