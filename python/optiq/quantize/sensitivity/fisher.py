@@ -43,6 +43,7 @@ from ...ops import metal
 from ..replay.backward import Backward, survey
 from ..replay.gradients import Call, looked_up, weight_gradient
 from ..replay.logits import divergences
+from ..rounding.render import render_layer
 from .checkpoint import Totals
 from .job import Job
 from .kl import head_groups, record
@@ -141,16 +142,21 @@ class _Batch:
         self, module: Module, layer: nn.Module, calls: Sequence[list[Call]]
     ) -> None:
         formats = self.job.rounded(module)
-        rounded = [self.job.render(module, layer, fmt) for fmt in formats]
+        rounding = self.job.rounding
+        rounded = [render_layer(layer, fmt, rounding, module.path) for fmt in formats]
         together = max(1, GRADIENT_BYTES // (4 * layer.weight.size))
         for start in range(0, len(calls), together):
             group = range(start, min(start + together, len(calls)))
             gradients = np.empty((len(group), *layer.weight.shape), np.float32)
             for i, t in enumerate(group):
                 gradients[i] = weight_gradient(layer, calls[t])
-            for t, scores in zip(group, squares(layer, rounded, gradients), strict=True):
+            found, errors = squares(layer, rounded, gradients)
+            for t, scores in zip(group, found, strict=True):
                 for fmt, score in zip(formats, scores, strict=True):
                     self.totals[module.path][str(fmt)][t] += 0.5 * float(score)
+            if layer.weight.shape == module.shape:  # not some rows of an embedding
+                for fmt, error in zip(formats, errors, strict=True):
+                    self.job.note_error(module.path, str(fmt), float(error))
 
     def _add_head_part(self, module: Module, dense: nn.Module) -> None:
         for group in head_groups(self.job.rounded(module), dense):
@@ -164,20 +170,27 @@ class _Batch:
 
 def squares(
     layer: nn.Module, rounded: Sequence[nn.Module], gradients: NDArray[np.float32]
-) -> NDArray[np.float64]:
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """sum_rows (sum_in M * dW)^2 for every gradient M and rounded layer: [sequences, formats].
 
     For each row that is a product of two small matrices; a gradient is read once for all formats.
+    Also the relative squared error of each rounded layer (see weight_error.py).
     """
     weight = layer.weight
     step = max(1, CHANGE_ELEMENTS // (len(rounded) * prod(weight.shape[1:])))
     total = np.zeros((len(gradients), len(rounded)))
+    errors, size = np.zeros(len(rounded)), 0.0
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
         w = weight[rows].astype(mx.float32)
-        changes = [np.asarray(dequantized(r, rows) - w) for r in rounded]
-        d = np.stack([c.reshape(-1, c.shape[-1]) for c in changes])  # [formats, rows, in]
+        changes = mx.stack([dequantized(r, rows) - w for r in rounded])
+        lost = mx.sum(mx.square(changes), axis=-1), mx.sum(mx.square(w), axis=-1)
+        mx.eval(changes, lost)
+        # The sums of rows in float32, of these in float64.
+        errors += np.asarray(lost[0]).reshape(len(rounded), -1).sum(axis=1, dtype=np.float64)
+        size += float(np.asarray(lost[1]).sum(dtype=np.float64))
+        d = np.asarray(changes).reshape(len(rounded), -1, w.shape[-1])  # [formats, rows, in]
         m = gradients[:, rows].reshape(len(gradients), *d.shape[1:])  # [sequences, rows, in]
         dots = np.matmul(m.transpose(1, 0, 2), d.transpose(1, 2, 0))  # [rows, sequences, formats]
         total += np.square(dots.astype(np.float64)).sum(axis=0)
-    return total
+    return total, errors / size if size else errors

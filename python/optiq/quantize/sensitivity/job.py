@@ -62,10 +62,13 @@ class Job:
         rounded = render_layer(layer, fmt, self.rounding, module.path)
         whole = layer.weight.shape == module.shape
         if whole and self.weight_error(module.path, str(fmt)) is None:
-            error = relative_error(layer, rounded)
-            noted = self.checkpoint.units(WEIGHT_ERRORS)
-            noted[f"{module.path} {fmt}"] = {module.path: {str(fmt): [error]}}
+            self.note_error(module.path, str(fmt), relative_error(layer, rounded))
         return rounded
+
+    def note_error(self, path: str, fmt: str, error: float) -> None:
+        """Keep the relative error of a module's weight in a format."""
+        noted = self.checkpoint.units(WEIGHT_ERRORS)
+        noted[f"{path} {fmt}"] = {path: {fmt: [error]}}
 
     def weight_error(self, path: str, fmt: str) -> float | None:
         """The relative error of a module's weight in a format, if it has been noted."""
