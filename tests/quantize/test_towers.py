@@ -13,6 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
+import optiq
 from optiq.errors import UsageError
 from optiq.quantize.convert import convert
 from optiq.quantize.export import export
@@ -160,3 +161,27 @@ def test_towers_that_mlx_lm_would_stumble_over_are_left_out(tmp_path: Path) -> N
     assert towers is not None
     assert not towers.tensors
     assert len(check_folder(source.path).files[file.name]) == len(header) - 1
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_card_counts_towers(
+    tmp_path: Path, rounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    source, _ = gemma4(tmp_path)
+    assert source.towers
+    if rounded:
+        source = replace(source, towers=source.towers.rounded())
+    plan = build(scores_of(source), "uniform4")
+    out = tmp_path / "out"
+    export(source, plan, out)
+    text = optiq.card(out).path.read_text()
+    assert f"{plan.nbytes:,} bytes of tensors" in text
+    assert f"{plan.model.tower_bytes:,} bytes of vision and audio weights" in text
+    lost = stored(out)
+    del lost["vision_tower.encoder.layers.0.input_layernorm.weight"]
+    for file in out.glob("model*"):
+        file.unlink()
+    mx.save_safetensors(str(out / "model.safetensors"), lost, {"format": "mlx"})
+    with pytest.raises(UsageError, match="is not the plan of the weights beside it"):
+        optiq.card(out)

@@ -19,6 +19,9 @@ from .allocation import Choice, Item, allocate
 from .scores import ModelInfo, Scored, Scores, TextInfo, describe_module, module_of
 from .size import Size
 
+# Of the choices of experts that a format of a router may change.
+MOST_FLIPS = 0.05
+
 Json = dict[str, Any]
 
 
@@ -247,11 +250,22 @@ def problem(
     return [rest, *(_item(scored, model.itemsize, menu) for scored in scores.modules)], budget
 
 
-def _item(scored: Scored, itemsize: int, menu: Sequence[Format] | None) -> Item:
+def choices(scored: Scored, menu: Sequence[Format] | None) -> tuple[Format, ...]:
+    """The formats that a module may take, of `menu` or of all that have scores.
+
+    A router takes none that changes more than MOST_FLIPS of its choices, if there is another.
+    """
     formats = allowed(scored.module, sorted(scored.scores) if menu is None else menu)
+    known = scored.scores
+    steady = tuple(f for f in formats if f not in known or (known[f].flips or 0.0) <= MOST_FLIPS)
+    return steady or formats
+
+
+def _item(scored: Scored, itemsize: int, menu: Sequence[Format] | None) -> Item:
+    formats = choices(scored, menu)
     shape = scored.module.shape
-    choices = (Choice(f, f.nbytes(shape, itemsize), scored.loss(f)) for f in formats)
-    return Item(scored.module.path, tuple(choices))
+    of = (Choice(f, f.nbytes(shape, itemsize), scored.loss(f)) for f in formats)
+    return Item(scored.module.path, tuple(of))
 
 
 def planned_modules(scores: Scores, formats: Mapping[str, Format]) -> tuple[Planned, ...]:

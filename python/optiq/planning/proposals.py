@@ -15,9 +15,8 @@ from statistics import median
 
 from ..errors import BudgetError
 from ..formats import DENSE, Format
-from ..models.roles import allowed
 from .allocation import allocate
-from .plan import Plan, build, planned_modules, problem
+from .plan import Plan, build, choices, planned_modules, problem
 from .scores import Score, Scored, Scores
 from .size import Size
 
@@ -102,9 +101,9 @@ def _uniform(scores: Scores, size: Size, menu: Menu) -> Formats | None:
         nbytes = fixed
         for scored in scores.modules:
             shape = scored.module.shape
-            choices = allowed(scored.module, sorted(scored.scores) if menu is None else menu)
-            wider = [f for f in choices if f.bits >= fmt.bits] or choices
-            used = fmt if fmt in choices else min(wider, key=lambda f: f.nbytes(shape, itemsize))
+            own = choices(scored, menu)
+            wider = [f for f in own if f.bits >= fmt.bits] or own
+            used = fmt if fmt in own else min(wider, key=lambda f: f.nbytes(shape, itemsize))
             formats[scored.module.path] = used
             nbytes += used.nbytes(shape, itemsize)
         if nbytes <= budget and (best is None or nbytes > best[0]):
@@ -126,7 +125,9 @@ def _menu(scores: Scores, menu: Menu) -> list[Format]:
 def _with_losses(scores: Scores, loss: Callable[[Scored, Format, Score], float]) -> Scores:
     """The same modules with other losses for their scores."""
     modules = (
-        replace(s, scores={f: Score(loss(s, f, score)) for f, score in s.scores.items()})
+        replace(
+            s, scores={f: replace(score, kl=loss(s, f, score)) for f, score in s.scores.items()}
+        )
         for s in scores.modules
     )
     return replace(scores, modules=tuple(modules))

@@ -95,13 +95,14 @@ class Score:
     """KL in nats per token and its standard error; None is unknown.
 
     `mse` is the relative squared error of the weight itself. A `method` of "fisher" estimates,
-    anything else is exact.
+    anything else is exact. `flips` is the share of its choices of experts that a router changes.
     """
 
     kl: float
     se: float | None = None
     mse: float | None = None
     method: str | None = None
+    flips: float | None = None
 
     def to_json(self) -> Json:
         data: Json = {"kl": self.kl, "se": self.se}
@@ -109,6 +110,8 @@ class Score:
             data["mse"] = self.mse
         if self.method is not None:
             data["method"] = self.method
+        if self.flips is not None:
+            data["flips"] = self.flips
         return data
 
 
@@ -248,7 +251,11 @@ def describe_module(module: Module) -> Json:
 def _scored(row: Json) -> Scored:
     scores = {
         Format.parse(fmt): Score(
-            float(score["kl"]), score.get("se"), score.get("mse"), score.get("method")
+            float(score["kl"]),
+            score.get("se"),
+            score.get("mse"),
+            score.get("method"),
+            score.get("flips"),
         )
         for fmt, score in row["scores"].items()
     }

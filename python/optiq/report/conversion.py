@@ -99,7 +99,8 @@ def _maps(plan: Plan, grid: Grid) -> str:
 <section>
 <h2>Formats measured</h2>
 {measured.table(grid, plan.model.itemsize)}
-</section>"""
+</section>
+{measured.routers(grid)}"""
 
 
 def _curve(curve: Curve) -> str:

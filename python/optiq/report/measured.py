@@ -6,9 +6,10 @@ from math import fsum, prod
 from statistics import median
 
 from ..formats import DENSE, Format
+from ..planning.plan import MOST_FLIPS
 from .document import table as figures
 from .layout import Grid
-from .text import data
+from .text import breakable, data
 
 
 def table(grid: Grid, itemsize: int) -> str:
@@ -22,6 +23,29 @@ def table(grid: Grid, itemsize: int) -> str:
         "these modules, in nats per token. A smaller weight error need not mean a smaller KL: "
         "that is why plans go by the KL.</p>"
         f"{figures(head, rows)}"
+    )
+
+
+def routers(grid: Grid) -> str:
+    """One row per router: the share of its choices of experts that each format changes."""
+    cells = [c for c in grid.cells if any(s.flips is not None for s in c.scores.values())]
+    if not cells:
+        return ""
+    menu = sorted({f for c in cells for f, s in c.scores.items() if s.flips is not None})
+    rows = [
+        [
+            breakable(cell.module.path),
+            str(cell.format),
+            *(data(cell.scores[f].flips if f in cell.scores else None) for f in menu),
+        ]
+        for cell in cells
+    ]
+    return (
+        "<section><h2>Routers</h2>"
+        "<p>The share of a router&rsquo;s choices of experts that change when it alone is rounded. "
+        f"A format that changes more than {MOST_FLIPS:g} of them is not given to it if there is "
+        "another.</p>"
+        f"{figures(('router', 'given', *map(str, menu)), rows)}</section>"
     )
 
 

@@ -52,10 +52,11 @@ def test_every_module_has_a_score_for_every_allowed_format(
             if dense:
                 assert score == {"kl": 0, "se": 0, "mse": 0}
                 continue
-            assert score.keys() == {"kl", "se", "mse", "method"}
+            exact = method == "kl" or m.role is Role.HEAD
+            flips = {"flips"} if exact and m.role is Role.ROUTER else set()
+            assert score.keys() == {"kl", "se", "mse", "method"} | flips
             assert score["kl"] > 0
             assert score["se"] > 0
-            exact = method == "kl" or m.role is Role.HEAD
             assert score["method"] == ("kl" if exact else "fisher")
     Scores.from_json(found).save(tmp_path / "s.json")
     assert read_scores(tmp_path / "s.json").to_json() == found

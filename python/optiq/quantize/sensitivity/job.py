@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import isfinite
@@ -25,6 +25,8 @@ BATCH_TOKENS = 4096
 
 # What the checkpoint keeps beside the rounds: a "unit" for each module and format.
 WEIGHT_ERRORS = "weight errors"
+# And here one for each batch, router and format: the share of choices that change, and the tokens.
+FLIPS = "flips"
 
 # The batch, and the step within it.
 Unit = tuple[int, int]
@@ -74,6 +76,19 @@ class Job:
         """The relative error of a module's weight in a format, if it has been noted."""
         found = self.checkpoint.units(WEIGHT_ERRORS).get(f"{path} {fmt}")
         return found[path][fmt][0] if found else None
+
+    def note_flips(self, batch: int, path: str, shares: Mapping[str, float]) -> None:
+        """Keep how many of a batch's choices a router changes in each format."""
+        tokens = float(sum(len(self.sequences[i]) for i in self.batches()[batch]))
+        for fmt, share in shares.items():
+            self.checkpoint.units(FLIPS)[f"{batch} {path} {fmt}"] = {path: {fmt: [share, tokens]}}
+
+    def flips(self, path: str, fmt: str) -> float | None:
+        """The share of its choices that a router changes in a format, if it has been noted."""
+        noted = (found.get(path, {}).get(fmt) for found in self.checkpoint.units(FLIPS).values())
+        each = [share_and_tokens for share_and_tokens in noted if share_and_tokens]
+        tokens = sum(n for _, n in each)
+        return sum(share * n for share, n in each) / tokens if tokens else None
 
     def batches(self) -> list[list[int]]:
         """Indices of the sequences, in order, at most BATCH_TOKENS tokens together or one each."""
@@ -127,10 +142,11 @@ class Job:
 
     def collect(self) -> Totals:
         """The totals of all sequences, when every rank has done its share; the same on all."""
-        units, errors = (self.checkpoint.units(name) for name in (self.name, WEIGHT_ERRORS))
-        for theirs, their_errors in self.world.gather((units, errors)):
+        units, *beside = (self.checkpoint.units(n) for n in (self.name, WEIGHT_ERRORS, FLIPS))
+        for theirs, *their_others in self.world.gather((units, *beside)):
             units.update(theirs)
-            errors.update(their_errors)
+            for own, others in zip(beside, their_others, strict=True):
+                own.update(others)
         found: Totals = {}
         for unit in self.done():
             for path, columns in units[_name(unit)].items():

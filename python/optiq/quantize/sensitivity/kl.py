@@ -24,6 +24,7 @@ from ...ops import metal
 from ..replay.logits import Output, divergences
 from ..replay.streamed import Drop, keep
 from .checkpoint import Totals
+from .flips import flips
 from .job import Job, Unit
 
 # Bytes of the dense weights whose rounded versions are held together, for the head's logits.
@@ -52,7 +53,7 @@ def score_by_kl(job: Job) -> None:
             for _, s in units:
                 found: Totals = {}
                 for m in steps[s]:
-                    found[m.path] = _probe(job, replay, tapes, m)
+                    found[m.path] = _probe(job, replay, tapes, m, b)
                     note = f"{m.path}, batch {b + 1} of {len(batches)}"
                     progress.step(len(tapes) * runs(job, m), note)
                 job.save((b, s), found)
@@ -96,8 +97,13 @@ def runs(job: Job, module: Module) -> int:
     return models * (len(job.model.layers) - (module.block or 0) + 1)
 
 
-def _probe(job: Job, replay: Replay, tapes: list[Tape], module: Module) -> dict[str, list[float]]:
-    """Score one module in all its formats on one batch: by format, the total of each tape."""
+def _probe(
+    job: Job, replay: Replay, tapes: list[Tape], module: Module, batch: int
+) -> dict[str, list[float]]:
+    """Score one module in all its formats on one batch: by format, the total of each tape.
+
+    The choices that a router changes are noted.
+    """
     formats = job.rounded(module)
     place = replay.place(module.path)
     dense = job.reference.dense(module.path)
@@ -112,6 +118,10 @@ def _probe(job: Job, replay: Replay, tapes: list[Tape], module: Module) -> dict[
         with place.holding(layer):
             return [(replay.final(tape, module), head) for tape in tapes]
 
+    if module.role is Role.ROUTER:
+        rounded = {str(f): job.render(module, dense, f) for f in formats}
+        shares = flips(replay, tapes, job.modules, module, dense, rounded)
+        job.note_flips(batch, module.path, shares)
     teachers = outputs(dense, DENSE)
     found: dict[str, list[float]] = {}
     for group in head_groups(formats, dense) if own_head else [formats]:

@@ -57,7 +57,8 @@ class Rounds:
             for fmt, totals in columns.items():
                 kl, se = mean_per_token(totals, lengths)
                 mse = job.weight_error(path, fmt)
-                self._scores[path][Format.parse(fmt)] = Score(kl, se, mse, made)
+                flips = job.flips(path, fmt)
+                self._scores[path][Format.parse(fmt)] = Score(kl, se, mse, made, flips)
 
     def fill(self, scores: Scores) -> Scores:
         """`scores` with the modules as far as they are scored."""
