@@ -42,10 +42,12 @@ _WEIGHTS = 1 << 21  # weights that are rounded in a probe, at most
 
 _BACKWARD = 3.0  # a pass back costs this many passes forward, with what it keeps for them
 _REST = 1.15  # a pass forward over its products and attention alone
+_TOUCHED = 0.8  # norms, sums and activations, in activations of all that layers read and write
 _NATIVE = 0.1  # attention in blocks that run natively, over MLX's
 _PLANS = 3.5  # that are proposed and measured, on average
 _CANDIDATES = 4  # roundings of a layer that are compared
 _COMPARED = 8  # formats that are compared in a probe
+_FRESH = 1.6  # comparing a whole weight, in memory that is new each time, over the probe's part
 _GRADIENTS = 1 << 24  # of all sequences, that are there for it
 _TRIES = 1.3  # steps that rows take together, until one lowers the error
 _EXACT = 0.01  # exact scores of what is still open, as a share of those of all
@@ -70,12 +72,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of one multiplication in a product, and in one of experts; of a query that sees a key
+    """Seconds of one multiplication in a product, and in one of experts; of a number that goes
+    through an activation, as norms, activations and sums do; of a query that sees a key
     in one head; of one weight searched, and compared with the source; of one weight that descends
     against one column, its row alone or in a turn of rows together."""
 
     product: float
     experts: float
+    elements: float
     attention: float
     search: float
     compare: float
@@ -98,13 +102,15 @@ def estimate(
     args = getattr(loaded.model, "args", None)
     chosen = getattr(args, "num_experts_per_tok", None) or 1
     token = sum(_seconds(m, speed, chosen) for m in modules)
+    passed = sum(sum(m.shape[-2:]) for m in modules if m.block is not None)
     heads = _heads(args) * len({m.block for m in modules if m.block is not None})
 
     def run(sequences: list[Sample], *, native: bool = False) -> float:
         """Seconds of a pass forward; `native`: with accelerated blocks."""
         lengths = [len(sample.tokens) for sample in sequences]
         seen = sum(n * n for n in lengths) * (_NATIVE if native else 1.0)
-        return _REST * (sum(lengths) * token + seen * heads * speed.attention)
+        beside = 0.0 if native else _TOUCHED * passed * speed.elements
+        return _REST * (sum(lengths) * (token + beside) + seen * heads * speed.attention)
 
     weights = sum(prod(m.shape) for m in modules)
     fitted = sum(len(sample.tokens) for sample in texts.calibration.sequences)
@@ -152,10 +158,11 @@ def probe(modules: list[Module], loaded: LoadedModel, sequences: int) -> Speed:
     mx.eval(w, x, dense)
     product = _fastest(lambda: x @ dense.T) / (_ROWS * w.size)
     experts = _experts(modules, x.dtype) or product
+    elements = _fastest(lambda: nn.silu(x) * x) / x.size
     attention = _attention(getattr(loaded.model, "args", None), x.dtype)
     fmt = next((f for f in (UNIFORM4, NARROW) if f.fits(w.shape)), None)
     if fmt is None:  # it stays as it is
-        return Speed(product, experts, attention, 0.0, 0.0, 0.0, 0.0)
+        return Speed(product, experts, elements, attention, 0.0, 0.0, 0.0, 0.0)
     fewer, ones = w[: max(1, _WEIGHTS // width)], mx.ones(width)
     start = ops.AffineWeight(*ops.quantize(fewer, fmt, ones), fmt.group_size, fmt.bits)
     hessian = mx.eye(width) + 0.01
@@ -167,7 +174,7 @@ def probe(modules: list[Module], loaded: LoadedModel, sequences: int) -> Speed:
     taken = _fastest(lambda: ops.descend(few, turn, hessian, sweeps=1).codes)
     together = product + taken / (few.size * width)
     compare = _comparing(fewer, start, fmt, sequences)
-    return Speed(product, experts, attention, search, compare, descent, together)
+    return Speed(product, experts, elements, attention, search, compare, descent, together)
 
 
 def _comparing(w: mx.array, rounded: ops.AffineWeight, fmt: Format, sequences: int) -> float:
@@ -183,7 +190,7 @@ def _comparing(w: mx.array, rounded: ops.AffineWeight, fmt: Format, sequences: i
         gradients[:] = gradient
         return mx.array(squares(layer, layers, gradients)[0])
 
-    return _fastest(work) / (_COMPARED * layer.weight.size)
+    return _FRESH * _fastest(work) / (_COMPARED * layer.weight.size)
 
 
 def _heads(args: Any) -> int:
