@@ -414,6 +414,16 @@ def test_a_fault_of_the_engine_ends_all_answers_and_not_the_engine(
     assert ask(engine, Request((5, 6), 5, ENDLESS)).last.reason == "length"
 
 
+def test_an_engine_that_lost_a_rank_ends_answers_and_takes_no_more(make: Make) -> None:
+    engine = make()
+    running = Asked(engine, Request((5, 6), 400, ENDLESS))
+    engine.lose("the server lost a rank (rank 1 died); ask again")
+    assert "rank 1 died" in str(running.result().last.error)
+    assert not engine.ready
+    with pytest.raises(OverloadedError, match="lost a rank"):
+        engine.submit(Request((5, 6), 4, ENDLESS), lambda event: None)
+
+
 def test_closing_ends_answers(make: Make) -> None:
     engine = make()
     long = Asked(engine, Request((5, 6), 500, ENDLESS))
