@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import optiq
-from optiq.cli import COMMANDS, doctor, main, options
+from optiq.cli import COMMANDS, SHARED, doctor, main, options
 from optiq.errors import BudgetError, OptiqError, UsageError
 
 # The least that each command wants; the others want a model.
@@ -54,7 +54,7 @@ def test_every_command_has_help_and_json(command: str, capsys: pytest.CaptureFix
     assert "--debug" in text
 
 
-@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"sensitivity", "lora"}))
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - set(SHARED)))
 def test_ranks_only_measure(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import sys
 from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..base.text import folded
 from . import options
 from .tables import after, grid, number, size
 
@@ -70,7 +72,8 @@ def table(summary: Summary) -> str:
 
     lines = []
     if summary.quick_look:
-        lines.append("QUICK LOOK at a few items of each set: not comparable with any other figure")
+        said = "QUICK LOOK at a few items of each set: not comparable with any other figure"
+        lines.append(folded(said, sys.stdout))
     rows = [["", "score", "95 % interval", "items"]]
     for metric in METRICS:
         task = summary.tasks.get(metric.task)
@@ -84,14 +87,15 @@ def table(summary: Summary) -> str:
     if kl and (found := kl.divergence):
         tail = {key: x for key, x in asdict(found.kl).items() if key not in ("mean", "se")}
         lines.append(f"KL         {number(found.kl.mean, found.kl.se)} nats per token")
-        lines.append(f"           {', '.join(f'{key} {number(x)}' for key, x in tail.items())}")
+        rest = ", ".join(f"{key} {number(x)}" for key, x in tail.items())
+        lines.append(folded(" " * 11 + rest, sys.stdout, " " * 11))
         lines.append(f"top token  {100 * found.top1.mean:.1f} % the same as the reference's")
     if summary.size:
         lines.append(
             f"size       {size(summary.size.nbytes)}, {summary.size.bpw:.3f} bits per weight"
         )
     for name, why in summary.left_out.items():
-        lines.append(f"left out   {name}: {why}")
+        lines.append(folded(f"left out   {name}: {why}", sys.stdout, " " * 11))
     for name, task in summary.tasks.items():
         if task.done < task.header.items:
             lines.append(f"unfinished {name}: {task.done} of {task.header.items} items")
