@@ -123,10 +123,9 @@ def test_two_ranks_answer_as_one(folder: Path, found: Found, case: str) -> None:
 
 
 @pytest.mark.ranks
-def test_more_models_in_two_ranks(folder: Path) -> None:
-    found = run(folder, MORE)
-    for case in MORE:
-        compare(folder, found, case)
+@pytest.mark.parametrize("case", MORE)
+def test_more_models_in_two_ranks(folder: Path, case: str) -> None:
+    compare(folder, run(folder, [case]), case)
 
 
 @pytest.mark.ranks
