@@ -111,10 +111,12 @@ def compare(folder: Path, found: Found, case: str) -> None:
     assert [sum(sizes) for sizes in parts] == alone["kv"]
     assert all(rank["fused"] == alone["fused"] for rank in ranks)
     assert all(rank["drafts"] == alone["drafts"] for rank in ranks)
-    for got, expected in zip(ranks[0]["answers"], answers(opened), strict=True):
+    answers_alone = answers(opened)
+    for got, expected in zip(ranks[0]["answers"], answers_alone, strict=True):
         assert got[0] == expected[0]
         np.testing.assert_allclose(got[1], expected[1], atol=1e-3)
-        assert got[2] == expected[2]
+    # What was cached of the others depends on who came first.
+    assert ranks[0]["answers"][-1][2] == answers_alone[-1][2]
 
 
 @pytest.mark.parametrize("case", CASES)
