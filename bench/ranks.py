@@ -5,8 +5,9 @@
 The shape is one of bench.memory, its random weights in 4 bits (groups of 64); the model is written
 to DIR, by default a temporary folder, and used again if it lies there. Both servers run from the
 start to the end; one that is not asked takes no time. In each round each answers the same prompt
-at temperature 0. Decoding counts from the first token to the last. Medians over the rounds, the
-median of the ratios with the lowest and the highest, and whether the answers are the same.
+with the same seed. Decoding is an answer without the time of its first token. Medians over the
+rounds, the median of the ratios with the lowest and the highest, and whether the answers are the
+same.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 from mlx_lm.utils import load_model, quantize_model, save_model
@@ -34,6 +34,7 @@ from tests.tiny import EOS, write_tokenizer
 
 START = 300  # seconds for a server to be ready
 SERVE = "import sys; from optiq.cli import main; sys.exit(main())"
+ALIKE = 1e-2  # of log-probabilities; those of other tokens differ by far more
 PROMPT = "the river turned silver and the two brothers stopped to look at it"
 
 
@@ -82,27 +83,33 @@ def served(model: Path, ranks: int) -> Iterator[str]:
                 process.wait(60)
 
 
-def ask(url: str, tokens: int) -> tuple[list[str], float]:
-    """The texts of the tokens, and tokens a second after the first."""
+def ask(url: str, tokens: int) -> tuple[list[float], float]:
+    """The log-probability of each token, and the seconds that the answer took.
+
+    Tokens are drawn with a seed, as an answer that repeats itself would be guessed. Most of them
+    have no text in the tests' tokenizer, so a stream would not show when they came.
+    """
     body = {
-        "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "stream": True,
+        "prompt": PROMPT, "max_tokens": tokens, "seed": 0, "logprobs": 0,
         "logit_bias": {str(EOS): -100},
     }  # fmt: skip
-    texts, times = [], []
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=START) as reply:
-        for line in reply.iter_lines():
-            if line.startswith("data: {"):
-                data: dict[str, Any] = json.loads(line.removeprefix("data: "))
-                texts.append("".join(choice["text"] for choice in data["choices"]))
-                times.append(time.perf_counter())
-    return texts, (tokens - 1) / (times[-1] - times[0])
+    began = time.perf_counter()
+    reply = httpx.post(f"{url}/v1/completions", json=body, timeout=START)
+    seconds = time.perf_counter() - began
+    logprobs: list[float] = reply.raise_for_status().json()["choices"][0]["logprobs"][
+        "token_logprobs"
+    ]
+    assert len(logprobs) == tokens
+    return logprobs, seconds
 
 
-def asked(url: str, tokens: int, streams: int) -> tuple[str, float]:
-    """The text of the answers, and the tokens a second of all of them."""
+def asked(url: str, tokens: int, streams: int) -> tuple[list[float], float]:
+    """The log-probabilities of one answer, and the tokens a second of all, after the first."""
     with ThreadPoolExecutor(streams) as pool:
+        first = [seconds for _, seconds in pool.map(lambda _: ask(url, 1), range(streams))]
         answers = list(pool.map(lambda _: ask(url, tokens), range(streams)))
-    return "".join(answers[0][0]), sum(rate for _, rate in answers)
+    taken = statistics.mean(seconds for _, seconds in answers) - statistics.mean(first)
+    return answers[0][0], streams * (tokens - 1) / taken
 
 
 def main() -> None:
@@ -117,19 +124,20 @@ def main() -> None:
         model = quantized(args.folder or Path(temporary), args.shape)
         with served(model, 1) as one, served(model, 2) as two:
             rates: dict[str, list[float]] = {one: [], two: []}
-            texts: dict[str, str] = {}
+            found: dict[str, list[float]] = {}
             for url in (one, two):
                 ask(url, 4)
             for n in range(args.rounds):
                 for url in (one, two) if n % 2 else (two, one):
-                    texts[url], rate = asked(url, args.tokens, args.streams)
+                    found[url], rate = asked(url, args.tokens, args.streams)
                     rates[url].append(rate)
     ratios = sorted(b / a for a, b in zip(rates[one], rates[two], strict=True))
     for name, url in (("one rank ", one), ("two ranks", two)):
         print(f"{args.shape}, {name}: {statistics.median(rates[url]):.2f} tokens/s")
+    same = all(abs(a - b) < ALIKE for a, b in zip(found[one], found[two], strict=True))
     print(
         f"two against one: {statistics.median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}], "
-        f"answers {'the same' if texts[one] == texts[two] else 'NOT the same'}"
+        f"answers {'the same' if same else 'NOT the same'}"
     )
 
 
