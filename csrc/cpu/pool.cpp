@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
@@ -21,9 +22,14 @@
 namespace optiq::cpu {
 namespace {
 
-// Products follow each other within microseconds: a spin of some 40 us keeps the workers awake
-// between them, then they sleep in the kernel, from where waking takes as long again.
-constexpr int kSpins = 3000;
+// Products follow each other within microseconds, and tokens within a millisecond: workers spin for
+// so long, then they sleep in the kernel. Waking takes 40 us from there, and milliseconds where the
+// machine is virtual and lets its processor go.
+constexpr auto kAwake = std::chrono::microseconds(1500);
+constexpr int kSpins = 500; // between two looks at the clock, some microseconds
+
+// The caller waits for tasks that others have begun, and gives way to them early.
+constexpr int kSpinsOfCaller = 3000;
 
 // More threads than this only wait for each other; the limit keeps a typing error harmless.
 constexpr int kMostThreadsPerProcessor = 4;
@@ -39,62 +45,84 @@ void pause() {
 #endif
 }
 
-// A job is over when its tasks are done, whether or not every worker has woken up for it: on a busy
-// machine that can take a worker milliseconds, in which the caller does the work itself.
+// Each thread takes the tasks of its own share in turn, so that it reads memory in order, and then
+// what is left of the others' shares. A job is over when its tasks are done, whether or not every
+// worker has woken up for it: on a busy machine that can take a worker milliseconds, in which the
+// others do the work themselves.
 class Pool {
  public:
-  explicit Pool(int threads) {
+  explicit Pool(int threads) : shares_(threads) {
     for (int i = 1; i < threads; i++) {
-      workers_.emplace_back([this] { work(); });
+      workers_.emplace_back([this, i] { work(i); });
     }
   }
 
   void run(int n, void (*body)(void*, int), void* context) {
     std::lock_guard lock(one_job_);
     uint32_t job = job_.load() + 1;
-    next_.store(uint64_t(job) << 32 | kClosed); // before anything of the job can be seen
+    for (Share& share : shares_) { // before anything of the job can be seen
+      share.next.store(uint64_t(job) << 32 | kClosed);
+    }
     body_.store(body, std::memory_order_release);
     context_.store(context, std::memory_order_release);
     n_.store(n, std::memory_order_release);
     done_.store(0, std::memory_order_release);
-    next_.store(uint64_t(job) << 32);
+    for (size_t i = 0; i < shares_.size(); i++) {
+      shares_[i].next.store(uint64_t(job) << 32 | begin(n, i));
+    }
     job_.store(job);
     job_.notify_all();
-    drain(job);
+    drain(job, 0);
     for (int spins = 0; done_.load() != n; spins++) {
-      spins < kSpins ? pause() : std::this_thread::yield();
+      spins < kSpinsOfCaller ? pause() : std::this_thread::yield();
     }
   }
 
  private:
-  // Takes tasks of this job while there are any. A task can only be taken while `next_` carries the
+  struct alignas(64) Share {
+    std::atomic<uint64_t> next{0}; // the job in the high half, its next task in the low one
+  };
+
+  uint32_t begin(uint32_t n, size_t share) const {
+    return uint32_t(uint64_t(n) * share / shares_.size());
+  }
+
+  // Takes tasks of this job while there are any. A task can only be taken while `next` carries the
   // job's number and is open, and between those two moments nothing that is read here changes:
   // whoever gets a task has read the body, the context and the count that belong to it.
-  void drain(uint32_t job) {
+  void drain(uint32_t job, size_t own) {
     inside = true;
     auto body = body_.load(std::memory_order_acquire);
     auto context = context_.load(std::memory_order_acquire);
     uint32_t n = n_.load(std::memory_order_acquire);
-    uint64_t next = next_.load();
-    while (next >> 32 == job && uint32_t(next) < n) {
-      if (next_.compare_exchange_weak(next, next + 1)) {
-        body(context, int(uint32_t(next)));
-        done_.fetch_add(1);
-        next = next_.load();
+    for (size_t i = 0; i < shares_.size(); i++) {
+      size_t share = (own + i) % shares_.size();
+      uint32_t end = begin(n, share + 1);
+      auto& next = shares_[share].next;
+      uint64_t task = next.load();
+      while (task >> 32 == job && uint32_t(task) < end) {
+        if (next.compare_exchange_weak(task, task + 1)) {
+          body(context, int(uint32_t(task)));
+          done_.fetch_add(1);
+          task = next.load();
+        }
       }
     }
     inside = false;
   }
 
-  void work() {
+  void work(size_t own) {
     uint32_t seen = 0;
     while (true) {
-      for (int spins = 0; job_.load() == seen && spins < kSpins; spins++) {
-        pause();
+      auto until = std::chrono::steady_clock::now() + kAwake;
+      while (job_.load() == seen && std::chrono::steady_clock::now() < until) {
+        for (int spins = 0; job_.load() == seen && spins < kSpins; spins++) {
+          pause();
+        }
       }
       job_.wait(seen);
       seen = job_.load();
-      drain(seen);
+      drain(seen, own);
     }
   }
 
@@ -102,14 +130,14 @@ class Pool {
   static thread_local bool inside;
 
  private:
+  std::vector<Share> shares_; // one for each thread
   std::vector<std::thread> workers_;
   std::mutex one_job_;
-  std::atomic<uint32_t> job_{0};
-  std::atomic<uint64_t> next_{0}; // the job in the high half, its next task in the low one
-  std::atomic<int> done_{0};
+  alignas(64) std::atomic<uint32_t> job_{0};
   std::atomic<void (*)(void*, int)> body_{nullptr};
   std::atomic<void*> context_{nullptr};
   std::atomic<uint32_t> n_{0};
+  alignas(64) std::atomic<int> done_{0};
 };
 
 thread_local bool Pool::inside = false;
