@@ -12,6 +12,7 @@
 #include "ops/decode_layer_bindings.h"
 #include "ops/decoder_block_bindings.h"
 #include "ops/descend.h"
+#include "ops/embedding.h"
 #include "ops/kl_divergence.h"
 #include "ops/kv_records.h"
 #include "ops/linear.h"
@@ -62,6 +63,15 @@ NB_MODULE(_ext, m) {
         return optiq::mixed_quantized_matmul(x, weights, exact, s);
       },
       "x"_a, "parts"_a, nb::kw_only(), "exact"_a = true, "stream"_a = nb::none());
+  m.def(
+      "embedding",
+      [](const array& ids, const array& w, const array& scales, const array& biases, int group_size,
+          int bits, mx::StreamOrDevice s) {
+        return optiq::embedding(
+            ids, {w, scales, biases, {.bits = bits, .group_size = group_size}}, s);
+      },
+      "ids"_a, "w"_a, "scales"_a, "biases"_a, "group_size"_a, "bits"_a, nb::kw_only(),
+      "stream"_a = nb::none());
   m.def("quantize", &optiq::quantize, "w"_a, "importance"_a = nb::none(), "group_size"_a = 64,
       "bits"_a = 4, nb::kw_only(), "stream"_a = nb::none());
   m.def("descend", &optiq::descend, "w"_a, "codes"_a, "scales"_a, "biases"_a, "hessian"_a,
@@ -86,5 +96,6 @@ NB_MODULE(_ext, m) {
       "recent"_a = nb::none(), "value_dim"_a = 0, nb::kw_only(), "stream"_a = nb::none());
   optiq::bind_decoder_block(m);
   optiq::bind_decode_layer(m);
+  optiq::bind_prepared_stack(m);
   optiq::launch::bind(m);
 }

@@ -9,6 +9,7 @@
 
 #include "fixed.h"
 #include "pool.h"
+#include "tiled.h"
 #include "widths.h"
 
 namespace optiq::cpu::OPTIQ_ISA {
@@ -37,12 +38,45 @@ struct Tile {
   float* scales; // [groups][kWide]
   float* biases;
 
+  // Of a tiled weight: the words of group g, then its scales and biases.
+  const uw* group(int g) const {
+    return reinterpret_cast<const uw*>(rows) + g * vectors_of_group(w);
+  }
+  OPTIQ_INLINE void scale_and_bias(int g, fw& scale, fw& bias) const {
+    if (!w.tiled) {
+      scale = load<fw>(scales + size_t(g) * kWide);
+      bias = load<fw>(biases + size_t(g) * kWide);
+      return;
+    }
+    const uw* end = group(g + 1);
+    switch (w.type) {
+      case Float::f32:
+        scale = fw(end[-2]);
+        bias = fw(end[-1]);
+        break;
+      case Float::bf16:
+        scale = fw(end[-1] << 16);
+        bias = fw(end[-1] & 0xffff0000);
+        break;
+      case Float::f16:
+        scale = from_f16(end[-1] & 0xffff);
+        bias = from_f16(end[-1] >> 16);
+        break;
+    }
+  }
+
   static int count(const Weight& w) {
     return w.rows < kWide ? w.rows : (w.rows + kWide - 1) / kWide;
   }
 
   Tile(const Weight& w, int index, float* scales, float* biases)
       : w(w), lanes(w.rows < kWide ? 1 : kWide), scales(scales), biases(biases) {
+    if (w.tiled) {
+      first = index * kWide;
+      stride = w.groups() * vectors_of_group(w) * sizeof(uw) / kWide;
+      rows = static_cast<const uint8_t*>(w.data) + size_t(first) * stride;
+      return;
+    }
     first = lanes == 1 ? index : (index + 1) * kWide < w.rows ? index * kWide : w.rows - kWide;
     rows = static_cast<const uint8_t*>(w.data) + size_t(first) * w.row_bytes();
     stride = lanes == 1 ? 0 : w.row_bytes();
@@ -98,9 +132,11 @@ OPTIQ_INLINE void add_group(fw& y, PlaneSums products, fw scale, fw bias, float 
 // comes from memory takes up to three times as long.
 class Prefetch {
  public:
-  // The tile after this one, in `steps`.
-  Prefetch(const Tile& tile, size_t steps) : at_(tile.rows + kWide * tile.stride) {
+  // As many bytes as the tile has, from the next one on, in `steps`; from nearer on where all is in
+  // reading order.
+  Prefetch(const Tile& tile, size_t steps) {
     size_t bytes = kWide * tile.stride;
+    at_ = tile.rows + (tile.w.tiled ? kAhead : bytes);
     end_ = bytes <= kMost ? at_ + bytes : at_;
     each_ = (bytes / 64 + steps) / steps * 64;
   }
@@ -115,6 +151,7 @@ class Prefetch {
  private:
   // Larger ones push what is in use out of the first-level cache, and gain nothing.
   static constexpr size_t kMost = 1 << 15;
+  static constexpr size_t kAhead = 6 << 10;
   const uint8_t* at_;
   const uint8_t* end_;
   size_t each_;
@@ -130,6 +167,9 @@ class PackedCodes {
   PackedCodes(const Tile& tile, uw* words)
       : tile_(tile), words_(words), count_(tile.w.cols / 32 * BITS) {}
 
+  OPTIQ_INLINE const uw* group(int g, int units) {
+    return ready((g + 1) * units * kStep) + g * units * kStep;
+  }
   // Makes the first `count` words ready.
   OPTIQ_INLINE const uw* ready(int count) {
     for (; ready_ < count; ready_ += kBlock) {
@@ -157,6 +197,37 @@ class PackedCodes {
   int count_, ready_ = 0;
 };
 
+// The codes of a tile of a tiled weight.
+template <int BITS, int CODES>
+class TiledCodes {
+ public:
+  static constexpr int kStep = BITS;
+
+  explicit TiledCodes(const Tile& tile) : tile_(tile) {}
+
+  OPTIQ_INLINE const uw* group(int g, int) const {
+    return tile_.group(g);
+  }
+  template <int I>
+  OPTIQ_INLINE static uw vector(const uw* unit) {
+    return unpack<BITS, CODES, I>(unit);
+  }
+  void unpack_all(uw* vectors) {
+    int groups = int(tile_.w.groups()), units = tile_.w.format.group_size / kUnit;
+    for (int g = 0; g < groups; g++) {
+      const uw* words = group(g, units);
+      for (int u = 0; u < units; u++, words += BITS, vectors += kVectors<CODES>) {
+        unrolled<kVectors<CODES>>([&](auto i) __attribute__((always_inline)) {
+          vectors[i] = unpack<BITS, CODES, i>(words);
+        });
+      }
+    }
+  }
+
+ private:
+  const Tile& tile_;
+};
+
 // The same once they are unpacked, for many rows of x.
 template <int CODES>
 class UnpackedCodes {
@@ -165,8 +236,8 @@ class UnpackedCodes {
 
   explicit UnpackedCodes(const uw* vectors) : vectors_(vectors) {}
 
-  OPTIQ_INLINE const uw* ready(int) const {
-    return vectors_;
+  OPTIQ_INLINE const uw* group(int g, int units) const {
+    return vectors_ + g * units * kStep;
   }
   template <int I>
   OPTIQ_INLINE static uw vector(const uw* unit) {
@@ -188,7 +259,7 @@ void multiply(const Tile& tile, Codes& codes, const FixedRows& x, fw* out) {
   const int32_t* words = x.words;
   Prefetch next_tile(tile, groups * units);
   for (int g = 0; g < groups; g++) {
-    const uw* unit = codes.ready((g + 1) * units * Codes::kStep) + g * units * Codes::kStep;
+    const uw* unit = codes.group(g, units);
     iw acc[ROWS][planes][chains] = {};
     for (int u = 0; u < units; u++, unit += Codes::kStep, words += vectors * planes * ROWS) {
       next_tile.some();
@@ -201,8 +272,8 @@ void multiply(const Tile& tile, Codes& codes, const FixedRows& x, fw* out) {
         }
       });
     }
-    fw scale = load<fw>(tile.scales + size_t(g) * kWide);
-    fw bias = load<fw>(tile.biases + size_t(g) * kWide);
+    fw scale, bias;
+    tile.scale_and_bias(g, scale, bias);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++) {
       iw sums[planes];

@@ -47,6 +47,10 @@ struct AffineProducts {
         constexpr int codes = kCodes<EXACT>;
         fw out[kMostRows<EXACT>];
         FixedRows first = x.block(0);
+        if (tile.w.tiled) {
+          TiledCodes<BITS, codes> tiled(tile);
+          return multiply_codes<EXACT>(tile, y, x, tiled, unpacked);
+        }
         if constexpr (kWholeWords<BITS>) {
           if (first.padded == 1) {
             *out = multiply_one<BITS, EXACT>(tile, first);
@@ -54,19 +58,27 @@ struct AffineProducts {
           }
         }
         PackedCodes<BITS, codes> packed(tile, transposed);
-        if (x.blocks() == 1) {
-          multiply<EXACT>(first.padded, tile, packed, first, out);
-          return keep(tile, out, x.rows_in(0), y);
-        }
-        packed.unpack_all(unpacked);
-        UnpackedCodes<codes> vectors(unpacked);
-        for (int i = 0; i < x.blocks(); i++) {
-          FixedRows block = x.block(i);
-          multiply<EXACT>(block.padded, tile, vectors, block, out);
-          keep(tile, out, x.rows_in(i), y + size_t(i) * x.most() * tile.w.rows);
-        }
+        multiply_codes<EXACT>(tile, y, x, packed, unpacked);
       });
     });
+  }
+
+  template <bool EXACT, class Codes>
+  static void multiply_codes(
+      const Tile& tile, float* y, FixedMatrix& x, Codes& codes, uw* unpacked) {
+    fw out[kMostRows<EXACT>];
+    FixedRows first = x.block(0);
+    if (x.blocks() == 1) {
+      multiply<EXACT>(first.padded, tile, codes, first, out);
+      return keep(tile, out, x.rows_in(0), y);
+    }
+    codes.unpack_all(unpacked);
+    UnpackedCodes<kCodes<EXACT>> vectors(unpacked);
+    for (int i = 0; i < x.blocks(); i++) {
+      FixedRows block = x.block(i);
+      multiply<EXACT>(block.padded, tile, vectors, block, out);
+      keep(tile, out, x.rows_in(i), y + size_t(i) * x.most() * tile.w.rows);
+    }
   }
 
   static void keep(const Tile& tile, const fw* out, int rows, float* y) {

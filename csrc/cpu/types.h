@@ -41,12 +41,18 @@ struct Weight {
   int stride = 0; // elements from one dense row to the next; 0: cols
   // Of codes, in transposed products: x is read in 24 bits and not in 16, see fixed.h.
   bool exact = false;
+  // `data` holds codes, scales and biases in the order of one instruction set, see tiled.h. It is
+  // aligned to a cache line. Only transposed products take such weights.
+  bool tiled = false;
 
   bool dense() const {
     return format.dense();
   }
   size_t row_bytes() const {
     return dense() ? (stride ? stride : cols) * size_of(type) : size_t(cols) * format.bits / 8;
+  }
+  size_t nbytes() const {
+    return rows * (row_bytes() + 2 * groups() * (dense() ? 0 : size_of(type)));
   }
   size_t groups() const {
     return dense() ? 0 : cols / format.group_size;
@@ -280,6 +286,11 @@ struct Gate {
 // One set of kernels per instruction set, compiled from the same source.
 struct Kernels {
   const char* isa;
+  // Whether `tile` takes a weight, which puts it into the order in which products read it (tiled.h),
+  // and the reverse, of a weight that is tiled.
+  bool (*can_tile)(const Weight&);
+  void (*tile)(const Weight&, void* tiled);
+  void (*untile)(const Weight&, void* codes, void* scales, void* biases);
   void (*matmul)(const Matmul&);
   void (*products)(const Products&);
   void (*low_rank)(const LowRankProducts&);

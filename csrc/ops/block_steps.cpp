@@ -204,26 +204,28 @@ void StepPrimitive::eval_cpu(const std::vector<array>& inputs, std::vector<array
 
 // Holds the caches, which are evaluated already. So they are not inputs, and MLX has one node with
 // one output.
+struct Stack {
+  std::vector<Step> steps;
+  std::vector<array> caches;
+};
+
 class StackPrimitive : public mx::Primitive {
  public:
-  StackPrimitive(mx::Stream stream, std::vector<Step> steps, std::vector<array> caches)
-      : Primitive(stream), steps_(std::move(steps)), caches_(std::move(caches)) {}
+  StackPrimitive(mx::Stream stream, Stack stack)
+      : Primitive(stream), stack_(std::make_shared<Stack>(std::move(stack))) {}
 
   void eval_cpu(const std::vector<array>& inputs, std::vector<array>& out) override {
     array h = row_contiguous(inputs[0], stream());
     out[0].set_data(mx::allocator::malloc(out[0].nbytes()));
-    int batch = h.shape(0), rows = h.shape(1);
-    std::vector<std::vector<cpu::Attention>> given;
-    const array* kv = caches_.data();
-    for (const Step& step : steps_) {
-      given.push_back(step.attentions(batch, kv, nullptr, stream()));
-      kv += 2 * step.places.size();
-    }
     mx::cpu::get_command_encoder(stream()).dispatch(
-        [=, steps = steps_, caches = caches_, given = std::move(given), h = h.data<float>(),
-            y = out[0].data<float>()]() mutable {
-          for (size_t i = 0; i < steps.size(); i++) {
-            take(steps[i], std::move(given[i]), true, i == 0 ? h : y, batch, rows, true, y);
+        [stack = stack_, stream = stream(), batch = h.shape(0), rows = h.shape(1),
+            h = h.data<float>(), y = out[0].data<float>()] {
+          const array* kv = stack->caches.data();
+          for (const Step& step : stack->steps) {
+            bool first = &step == stack->steps.data();
+            take(step, step.attentions(batch, kv, nullptr, stream), true, first ? h : y, batch,
+                rows, true, y);
+            kv += 2 * step.places.size();
           }
         });
   }
@@ -233,8 +235,7 @@ class StackPrimitive : public mx::Primitive {
   DEFINE_NAME(OptiqDecoderStack)
 
  private:
-  std::vector<Step> steps_;
-  std::vector<array> caches_;
+  std::shared_ptr<const Stack> stack_;
 };
 
 Step checked(const BlockStep& given, const array& h, bool mlp) {
@@ -313,22 +314,22 @@ std::vector<array> block_step(
 }
 
 array block_stack(const std::vector<BlockStep>& given, const array& h, mx::StreamOrDevice s) {
-  std::vector<Step> steps;
-  std::vector<array> caches;
+  Stack stack;
+  stack.steps.reserve(given.size());
   for (const BlockStep& each : given) {
     if (each.keys.empty() || each.kv.mask) {
       fail_block("a stack needs caches, and takes no mask");
     }
-    steps.push_back(checked(each, h, true));
-    append_caches(each, caches);
+    stack.steps.push_back(checked(each, h, true));
+    append_caches(each, stack.caches);
   }
-  for (const array& cache : caches) {
+  for (const array& cache : stack.caches) {
     if (!cache.is_available() || !cache.flags().row_contiguous) {
       fail_block("a stack writes into its caches; each must be evaluated and contiguous");
     }
   }
   return array(h.shape(), mx::float32,
-      std::make_shared<StackPrimitive>(mx::to_stream(s), std::move(steps), std::move(caches)), {h});
+      std::make_shared<StackPrimitive>(mx::to_stream(s), std::move(stack)), {h});
 }
 
 } // namespace optiq

@@ -25,13 +25,17 @@ const float* DecoderBlock::vector(const char* name, const array& a, int size) {
 }
 
 cpu::Projection DecoderBlock::projection(const char* name, const Matrix& m) {
-  const auto& [w, scales, biases, group_size, bits, bias] = m;
+  const auto& [w, scales, biases, group_size, bits, bias, tiles] = m;
   cpu::Projection p;
   if (w.ndim() != 2) {
     fail_block(name, " is ", w.shape(), "; it must have two axes");
   }
   p.w.rows = w.shape(0);
-  if (scales) {
+  if (tiles) {
+    tiled_.push_back(tiles->weight);
+    p.w = tiles->weight->view();
+    p.w.exact = exact_;
+  } else if (scales) {
     if (!biases) {
       fail_block(name, " has scales but no biases; it needs both");
     }
@@ -42,12 +46,13 @@ cpu::Projection DecoderBlock::projection(const char* name, const Matrix& m) {
     p.w.exact = exact_;
     p.w.scales = keep(*scales);
     p.w.biases = keep(*biases);
+    p.w.data = keep(w);
   } else {
     require_floating("decoder_block", name, w);
     p.w.type = float_type(w.dtype());
     p.w.cols = w.shape(1);
+    p.w.data = keep(w);
   }
-  p.w.data = keep(w);
   if (bias) {
     p.bias = vector(name, *bias, p.w.rows);
   }

@@ -13,6 +13,7 @@
 #include "ops/key_values.h"
 #include "ops/low_rank.h"
 #include "ops/matmul.h"
+#include "ops/tiled_weight.h"
 
 namespace optiq {
 
@@ -57,9 +58,10 @@ class DecoderBlock {
   /** `exact`: its products are as exact as of floats, else they read x in 16 bits (cpu/fixed.h). */
   explicit DecoderBlock(bool exact) : exact_(exact) {}
 
-  // (w, scales, biases, group size, bits, bias): dense without scales.
-  using Matrix =
-      std::tuple<array, std::optional<array>, std::optional<array>, int, int, std::optional<array>>;
+  // (w, scales, biases, group size, bits, bias, tiles): dense without scales. Of a tiled weight only
+  // the tiles are read and kept.
+  using Matrix = std::tuple<array, std::optional<array>, std::optional<array>, int, int,
+      std::optional<array>, std::optional<TiledHandle>>;
   using Norm = std::optional<std::tuple<std::optional<array>, float>>; // (weight, eps)
   using Rope = std::tuple<int, bool, std::vector<double>, double>;     // dims, traditional, ...
 
@@ -96,6 +98,7 @@ class DecoderBlock {
 
   bool exact_;
   std::vector<array> kept_;
+  std::vector<TiledPtr> tiled_;
   std::vector<TermsPtr> terms_;
 };
 

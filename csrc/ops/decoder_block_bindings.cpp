@@ -17,41 +17,7 @@ using namespace nb::literals;
 namespace optiq {
 namespace {
 
-// What Python holds. A scheduled step keeps the block itself: were it the Python object, whoever
-// drops it last would need the interpreter's lock, which the thread that waits for it may hold.
-struct Handle {
-  BlockPtr block;
-  std::vector<array> watched;
-
-  // Remembers the arrays among the children, which may be changed in place.
-  void watch(const nb::tuple& children) {
-    watched.clear();
-    for (nb::handle child : children) {
-      if (nb::isinstance<array>(child)) {
-        watched.push_back(*nb::inst_ptr<array>(child));
-      }
-    }
-  }
-
-  // Whether parents[i][keys[i]] is children[i] for all i, and their arrays are what they were. The
-  // tuples stay Python's, which can tell that the modules in them refer to each other.
-  bool unchanged(const nb::tuple& parents, const nb::tuple& keys, const nb::tuple& children) const {
-    auto next = watched.begin();
-    for (size_t i = 0; i < children.size(); i++) {
-      PyObject* child = nb::handle(children[i]).ptr();
-      if (PyDict_GetItem(nb::handle(parents[i]).ptr(), nb::handle(keys[i]).ptr()) != child) {
-        return false;
-      }
-      if (nb::isinstance<array>(child) &&
-          (next == watched.end() || nb::inst_ptr<array>(child)->id() != (next++)->id())) {
-        return false;
-      }
-    }
-    return true;
-  }
-};
-
-// For the same reason.
+// What Python holds, for the same reason as a BlockHandle.
 struct Terms {
   TermsPtr terms;
 };
@@ -61,7 +27,8 @@ using Slots = std::vector<int>;
 // f(block, ...) as f(handle, ...).
 template <class R, class... Args>
 auto with_handle(R (*f)(const BlockPtr&, Args...)) {
-  return [f](const Handle& h, Args... args) { return f(h.block, std::forward<Args>(args)...); };
+  return
+      [f](const BlockHandle& h, Args... args) { return f(h.block, std::forward<Args>(args)...); };
 }
 
 using MaybeArray = std::optional<array>;
@@ -69,7 +36,7 @@ using MaybePair = std::optional<KeyValues::Pair>;
 
 template <class... Args>
 auto method(void (DecoderBlock::*f)(Args...)) {
-  return [f](Handle& h, Args... args) { ((*h.block).*f)(std::forward<Args>(args)...); };
+  return [f](BlockHandle& h, Args... args) { ((*h.block).*f)(std::forward<Args>(args)...); };
 }
 
 } // namespace
@@ -87,6 +54,29 @@ void bind_decoder_block(nb::module_& m) {
           [](Terms& t, int slot, const array& a, const array& b) { t.terms->put(slot, a, b); },
           "slot"_a, "a"_a, "b"_a)
       .def("clear", [](Terms& t, int slot) { t.terms->clear(slot); }, "slot"_a);
+  nb::class_<TiledHandle>(m, "TiledWeight")
+      .def_prop_ro("arrays", [](const TiledHandle& t) { return t.arrays; })
+      .def(
+          "stands_for",
+          [](const TiledHandle& t, const std::vector<array>& arrays) {
+            return std::equal(arrays.begin(), arrays.end(), t.arrays.begin(), t.arrays.end(),
+                [](const array& a, const array& b) { return a.id() == b.id(); });
+          },
+          "arrays"_a);
+  m.def(
+      "tile",
+      [](const array& w, const array& scales, const array& biases, int group_size, int bits) {
+        auto tiled =
+            TiledWeight::make({w, scales, biases, {.bits = bits, .group_size = group_size}});
+        return tiled ? std::optional(TiledHandle{.weight = tiled}) : std::nullopt;
+      },
+      "w"_a, "scales"_a, "biases"_a, "group_size"_a, "bits"_a);
+  m.def(
+      "tiled_matmul",
+      [](const array& x, const TiledHandle& w, bool exact, mx::StreamOrDevice s) {
+        return TiledWeight::product(x, w.weight, exact, s);
+      },
+      "x"_a, "w"_a, "exact"_a = true, nb::kw_only(), "stream"_a = nb::none());
   m.def("use_large_pages", &use_large_pages, "a"_a);
   m.def(
       "gathered_low_rank",
@@ -100,11 +90,11 @@ void bind_decoder_block(nb::module_& m) {
         return gathered_low_rank(x, a, b, slots, s);
       },
       "x"_a, "a"_a, "b"_a, "slots"_a, nb::kw_only(), "stream"_a = nb::none());
-  nb::class_<Handle>(m, "DecoderBlock")
+  nb::class_<BlockHandle>(m, "DecoderBlock")
       .def(
           "__init__",
-          [](Handle* self, bool exact) {
-            new (self) Handle{std::make_shared<DecoderBlock>(exact), {}};
+          [](BlockHandle* self, bool exact) {
+            new (self) BlockHandle{std::make_shared<DecoderBlock>(exact), {}};
           },
           "exact"_a = true)
       .def("set_attention", method(&DecoderBlock::set_attention), nb::kw_only(), "qkv"_a, "out"_a,
@@ -117,7 +107,7 @@ void bind_decoder_block(nb::module_& m) {
           "residual"_a = true)
       .def(
           "set_terms",
-          [](Handle& h, const std::vector<std::optional<Terms>>& terms) {
+          [](BlockHandle& h, const std::vector<std::optional<Terms>>& terms) {
             std::vector<TermsPtr> all;
             for (const auto& t : terms) {
               all.push_back(t ? t->terms : nullptr);
@@ -125,14 +115,14 @@ void bind_decoder_block(nb::module_& m) {
             h.block->set_terms(all);
           },
           "terms"_a)
-      .def("watch", &Handle::watch, "children"_a)
-      .def("unchanged", &Handle::unchanged, "parents"_a, "keys"_a, "children"_a);
+      .def("watch", &BlockHandle::watch, "children"_a)
+      .def("unchanged", &BlockHandle::unchanged, "parents"_a, "keys"_a, "children"_a);
   m.def("traced", [](const array& a) { return a.is_tracer(); }, "a"_a);
   m.def("block_project", with_handle(&block_project), "block"_a, "h"_a, "offset"_a = 0,
       "offsets"_a = nb::none(), "slots"_a = Slots{}, nb::kw_only(), "stream"_a = nb::none());
   m.def(
       "block_attend",
-      [](const Handle& h, const array& x, const array& q, const std::vector<array>& keys,
+      [](const BlockHandle& h, const array& x, const array& q, const std::vector<array>& keys,
           const std::vector<array>& values, const std::string& masking, const MaybeArray& mask,
           bool mlp, AffineFormat k_format, AffineFormat v_format, int window,
           const MaybeArray& starts, const MaybePair& first, const MaybePair& recent,
@@ -156,7 +146,7 @@ void bind_decoder_block(nb::module_& m) {
   };
   m.def(
       "block_step",
-      [at](const Handle& h, const array& x, const std::vector<array>& keys,
+      [at](const BlockHandle& h, const array& x, const std::vector<array>& keys,
           const std::vector<array>& values, const Places& places, const std::string& masking,
           const MaybeArray& mask, bool mlp, AffineFormat k_format, AffineFormat v_format,
           const Slots& slots, mx::StreamOrDevice s) {
@@ -166,36 +156,6 @@ void bind_decoder_block(nb::module_& m) {
       "block"_a, "h"_a, "keys"_a, "values"_a, "places"_a, "masking"_a, "mask"_a = nb::none(),
       "mlp"_a = false, "k_format"_a = AffineFormat{}, "v_format"_a = AffineFormat{},
       "slots"_a = Slots{}, nb::kw_only(), "stream"_a = nb::none());
-  // Of several blocks, each with (keys, values, places, k_format, v_format). None where a cache is
-  // held by something else than what gives it and the list, so that it may not be written to.
-  using Given = std::tuple<nb::list, nb::list, Places, AffineFormat, AffineFormat>;
-  m.def(
-      "block_stack",
-      [at](const std::vector<const Handle*>& blocks, const array& x,
-          const std::vector<Given>& caches, const std::string& masking, const Slots& slots,
-          mx::StreamOrDevice s) -> MaybeArray {
-        if (blocks.size() != caches.size()) {
-          fail_block(blocks.size(), " blocks but caches of ", caches.size());
-        }
-        std::vector<BlockStep> steps;
-        for (size_t i = 0; i < blocks.size(); i++) {
-          const auto& [keys, values, places, k_format, v_format] = caches[i];
-          BlockStep& step = steps.emplace_back(BlockStep{blocks[i]->block, {}, {}, at(places),
-              {k_format, v_format, masking, {}, 0, {}, {}, {}}, slots});
-          for (auto [from, to] : {std::pair(&keys, &step.keys), {&values, &step.values}}) {
-            for (nb::handle cache : *from) {
-              const array& a = nb::cast<const array&>(cache);
-              if (!a.is_available() || !a.is_donatable() || Py_REFCNT(cache.ptr()) > 2) {
-                return std::nullopt;
-              }
-              to->push_back(a);
-            }
-          }
-        }
-        return block_stack(steps, x, s);
-      },
-      "blocks"_a, "h"_a, "caches"_a, "masking"_a, "slots"_a = Slots{}, nb::kw_only(),
-      "stream"_a = nb::none());
 }
 
 } // namespace optiq

@@ -43,7 +43,7 @@ def close(got: mx.array, truth: np.ndarray, tolerance: float = TOLERANCE) -> Non
 
 
 def dense(w: np.ndarray, bias: np.ndarray | None = None) -> tuple[Any, ...]:
-    return mx.array(w), None, None, 0, 0, None if bias is None else mx.array(bias)
+    return mx.array(w), None, None, 0, 0, None if bias is None else mx.array(bias), None
 
 
 def heads_of(y: np.ndarray, heads: int) -> np.ndarray:
@@ -401,7 +401,7 @@ def test_records_with_starts_window_and_exact_vectors() -> None:
 def quantized_out(bits: int = 4, inner: int = 64) -> tuple[Any, ...]:
     """An output projection of 4 bits from 64 values, which is also called one of other sizes."""
     scales = mx.zeros((40, inner // 64))
-    return mx.zeros((40, 8), mx.uint32), scales, scales, 64, bits, None
+    return mx.zeros((40, 8), mx.uint32), scales, scales, 64, bits, None, None
 
 
 @pytest.mark.parametrize(
@@ -415,7 +415,7 @@ def quantized_out(bits: int = 4, inner: int = 64) -> tuple[Any, ...]:
         ({"sinks": mx.zeros(3)}, "sinks"),
         ({"qkv": [dense(np.zeros((8, 40), np.float32))]}, "projections have 8 rows"),
         (
-            {"out": (mx.zeros((40, 8), mx.uint32), mx.zeros((40, 1)), None, 64, 4, None)},
+            {"out": (mx.zeros((40, 8), mx.uint32), mx.zeros((40, 1)), None, 64, 4, None, None)},
             "no biases",
         ),
         ({"out": quantized_out(bits=7)}, "the output projection: bits is 7"),

@@ -31,6 +31,12 @@ for case in [Product(m, 50, 384, b, g, d) for m in (1, 5, 40) for d in ("f32", "
     else:
         out, w = ops.linear(x, case.weight()), f64(case.weight())
     assert_product(out, f64(x), w, "f32", case.group_size if case.bits else 0)
+if native.extension:
+    codes = mx.quantize(mx.random.normal((48, 384)), 64, 5)
+    tiles, x = native.extension.tile(*codes, 64, 5), mx.random.normal((3, 384))
+    assert all(mx.array_equal(a, b) for a, b in zip(tiles.arrays, codes))
+    out = native.extension.tiled_matmul(x, tiles)
+    assert mx.array_equal(out, ops.quantized_matmul(x, *codes, group_size=64, bits=5))
 p, q = (mx.random.normal((9, 777), key=mx.random.key(i)) for i in (1, 2))
 kl, agree = ops.kl_from_logits(p, q)
 truth = reference.kl_from_logits(np.array(p), np.array(q))

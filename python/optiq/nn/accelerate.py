@@ -37,6 +37,7 @@ from .layers import (
 )
 from .parts import Description
 from .stack import Stacked, stack, stackable
+from .tiled import tile
 
 
 @dataclass
@@ -52,7 +53,9 @@ class Accelerated:
     left: dict[str, str] = field(default_factory=dict)
 
 
-def accelerate(model: nn.Module, *, blocks: bool = True, exact: bool = True) -> Accelerated:
+def accelerate(
+    model: nn.Module, *, blocks: bool = True, exact: bool = True, repack: bool = False
+) -> Accelerated:
     """Swap linear, embedding and expert layers of an mlx-lm model for native ones, in place.
 
     With `blocks`, decoder blocks of a known kind also run as a whole. Where the layers of a block
@@ -63,6 +66,11 @@ def accelerate(model: nn.Module, *, blocks: bool = True, exact: bool = True) -> 
     On the CPU products with weights in few bits are as exact as those of float32. Without `exact`
     they read activations as 16-bit fixed point, each group by its largest value: 1.05 to 1.4 times
     as fast, at a KL of about 2e-7.
+
+    With `repack`, on the CPU, the weights of quantized linear layers are put into the order in
+    which products read them, for 1.1 to 1.4 times the speed. There is one copy of each weight. It
+    looks as before: whoever reads a parameter, or saves the model, gets the bytes that it had, and
+    the memory for them is taken then.
 
     On a Metal GPU quantized linear layers and embeddings are swapped, and blocks in which they
     share an input run with one launch for it; all else stays stock. What an answer launches, token
@@ -98,9 +106,18 @@ def accelerate(model: nn.Module, *, blocks: bool = True, exact: bool = True) -> 
         model.apply(_exact)
     if blocks and (native.on_cpu() or metal.enabled()):
         _fuse_blocks(model, report)
+    if repack:
+        _repack(model)
     if metal.enabled():
         _rehearse(model)
     return report
+
+
+def _repack(model: nn.Module) -> None:
+    leaves: Any = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
+    for _, module in leaves:
+        if isinstance(module, QuantizedLinear):
+            tile(module)
 
 
 def _rehearse(model: nn.Module) -> None:

@@ -36,6 +36,7 @@ from .parts import PLAIN, Composed, Native, Place, ranks_of
 from .sharded import Summed
 
 Cache = Any
+CPU_FLOATS = mx.float32, mx.float16  # of the vectors of a cache that a block writes into
 
 
 class Run(Protocol):
@@ -136,7 +137,7 @@ class Runner:
         self.with_mlp = anatomy.mlp is not None
         self._parts: Native | Composed | None = None
         self._ext: Any = None
-        self._links: Links | None = None
+        self.links: Links | None = None
         self._intact: Callable[..., bool] = intact
 
     def __deepcopy__(self, memo: Any) -> Runner:
@@ -150,15 +151,15 @@ class Runner:
         ext = native.active()
         if ext is not None and (x.dtype != mx.float32 or ext.traced(x)):
             return None
-        if self._ext is not ext or self._links is None or not self._intact(*self._links):
+        if self._ext is not ext or self.links is None or not self._intact(*self.links):
             # Also anew after weights were loaded or converted.
-            self._ext, self._intact, self._links = ext, intact, links(block, self.anatomy)
+            self._ext, self._intact, self.links = ext, intact, links(block, self.anatomy)
             try:
                 self._parts = make_parts(block, self.anatomy)
             except (Unknown, ValueError, KeyError):
                 self._parts = None
-            if isinstance(self._parts, Native) and self._links is not None:
-                self._parts.block.watch(self._links[2])
+            if isinstance(self._parts, Native) and self.links is not None:
+                self._parts.block.watch(self.links[2])
                 self._intact = self._parts.block.unchanged
         return self._parts
 
@@ -254,21 +255,29 @@ class Slots:
 
 
 def slots_of(
-    cache: Cache, rows: int, floats: Sequence[mx.Dtype] = (mx.float32, mx.float16)
+    cache: Cache, rows: int, floats: Sequence[mx.Dtype] = CPU_FLOATS
 ) -> Slots | None:
     """None where a cache has to be asked, or has to make room first, or where its vectors are of
     another type."""
     caches = getattr(cache, "rows", (cache,))
-    formats = _in_place(caches[0], floats)
+    formats = formats_in_place(caches, floats)
     if formats is None:
         return None
     places = []
     for c, own in zip(caches, getattr(cache, "lengths", [rows] * len(caches)), strict=True):
-        place = _place(c, own) if c is caches[0] or _in_place(c, floats) == formats else None
+        place = _place(c, own)
         if place is None:
             return None
         places.append(place)
     return Slots(caches, places, formats)
+
+
+def formats_in_place(
+    caches: Sequence[Cache], floats: Sequence[mx.Dtype] = CPU_FLOATS
+) -> tuple[Format, Format] | None:
+    """Those of caches into which a block may itself write; None where one of them has to do it."""
+    formats = {_in_place(c, floats) for c in caches}
+    return formats.pop() if len(formats) == 1 else None
 
 
 def _of_records(cache: Cache) -> bool:

@@ -11,6 +11,7 @@ from mlx_lm.models import mla, switch_layers
 
 from .. import ops
 from ..ops import native
+from . import tiled
 
 M = TypeVar("M", bound="Adopting")
 
@@ -53,7 +54,8 @@ class Linear(Adopting, nn.Linear):
 
 class QuantizedLinear(Adopting, nn.QuantizedLinear):
     def __call__(self, x: mx.array) -> mx.array:
-        y = _product(self, x)
+        y = tiled.product(self, x)
+        y = _product(self, x) if y is None else y
         return y + self["bias"] if "bias" in self else y
 
 
@@ -67,6 +69,10 @@ class Embedding(Adopting, nn.Embedding):
 
 class QuantizedEmbedding(Adopting, nn.QuantizedEmbedding):
     def __call__(self, ids: mx.array) -> mx.array:
+        ext = native.active()
+        if ext is not None and self.mode == "affine" and not ext.traced(ids):
+            rows: mx.array = ext.embedding(ids, *_arrays(self), self.group_size, self.bits)
+            return rows
         if native.on_cpu():
             return dequantized(self, ids)
         out: mx.array = super().__call__(ids)  # type: ignore[no-untyped-call]
@@ -119,6 +125,10 @@ def stock_classes() -> dict[type[nn.Module], type[Adopting]]:
         mla.MultiLinear: MultiLinear,
         mla.QuantizedMultiLinear: QuantizedMultiLinear,
     }
+
+
+def _arrays(layer: Any) -> tuple[mx.array, mx.array, mx.array]:
+    return layer["weight"], layer["scales"], layer["biases"]
 
 
 def dequantized(layer: Any, rows: Any = ...) -> mx.array:

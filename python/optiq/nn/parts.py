@@ -23,6 +23,7 @@ from ..ops.attention import capped_attention, masking, packing
 from .adapted import Adapted
 from .layers import Linear, QuantizedLinear
 from .sharded import Ranks, Summed
+from .tiled import tiles_of
 
 Mask = Any  # None, "causal" or an array that broadcasts to [batch, heads, rows, keys]
 PLAIN = DENSE, DENSE  # formats of a cache that holds vectors
@@ -53,7 +54,7 @@ def ranks_of(block: nn.Module, anatomy: Block) -> Ranks | None:
 
 
 def matrix(block: nn.Module, path: str) -> tuple[Any, ...]:
-    """(w, scales, biases, group size, bits, bias) of a linear layer, None and 0 where dense.
+    """(w, scales, biases, group size, bits, bias, tiles) of a linear layer, None and 0 where dense.
 
     Raises Unknown for a layer that computes something else.
     """
@@ -62,9 +63,10 @@ def matrix(block: nn.Module, path: str) -> tuple[Any, ...]:
         layer = layer.linear
     bias = layer.get("bias")
     if type(layer) in (Linear, nn.Linear):
-        return layer["weight"], None, None, 0, 0, bias
+        return layer["weight"], None, None, 0, 0, bias, None
     if type(layer) in (QuantizedLinear, nn.QuantizedLinear) and layer.mode == "affine":
-        return layer["weight"], layer["scales"], layer["biases"], layer.group_size, layer.bits, bias
+        arrays = layer["weight"], layer["scales"], layer["biases"]
+        return *arrays, layer.group_size, layer.bits, bias, tiles_of(layer)
     mode = f" in {layer.mode}" if hasattr(layer, "mode") else ""
     raise Unknown(f"{path} is a {type(layer).__name__}{mode}")
 

@@ -15,13 +15,16 @@ but the next step; a cache that something else holds is left to the blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import RotatingKVCache
 
+from ..ops import native
 from ..ops.attention import packing
-from .blocks import RUN, Fused, FusedSharing, Slots, slots_of
+from .blocks import RUN, Fused, FusedSharing, formats_in_place
 from .layers import Adopting
 from .parts import Native
 
@@ -57,9 +60,8 @@ class Stacked(Adopting):
         if (
             isinstance(cache, list)
             and len(cache) == len(blocks)
-            and all(hasattr(c, "rows") for c in cache)
+            and hasattr(cache[0], "rows")
             and not self.__dict__.get("_unforeseen")
-            and stackable(blocks)
             and not blocks[0].runner.sharded
         ):
             run = Together(blocks, cache)
@@ -79,6 +81,38 @@ class Unforeseen(Exception):
     """A block was not called as it would be if nothing happened between the blocks."""
 
 
+class Prepared:
+    """The blocks of a model over the caches of some sequences, for as many steps as they take."""
+
+    def __init__(self, blocks: Sequence[Fused], caches: Sequence[Any], x: mx.array) -> None:
+        self.blocks = list(blocks)
+        self.ext = native.active()
+        self.stack: Any = None  # where the blocks have to run one by one
+        given = []
+        if not stackable(blocks) or not all(hasattr(c, "rows") for c in caches):
+            return
+        for block, cache in zip(blocks, caches, strict=True):
+            parts = block.runner.parts(block, x)
+            formats = formats_in_place(cache.rows)
+            if formats is None or not isinstance(parts, Native):
+                return
+            rotating = [isinstance(c, RotatingKVCache) for c in cache.rows]
+            packings = tuple(map(packing, formats))
+            given.append((parts.block, block.runner.links, cache.rows, rotating, packings))
+            self.natives = parts
+        self.stack = self.natives.ext.PreparedStack(given)
+
+    def holds(self, blocks: Sequence[Fused]) -> bool:
+        """Whether these are still the blocks, with the parts that they had."""
+        return (
+            self.stack is not None
+            and self.ext is native.active()
+            and len(blocks) == len(self.blocks)
+            and all(map(is_, blocks, self.blocks))
+            and self.stack.unchanged()
+        )
+
+
 class Together:
     """One call of a model: what its blocks are to do, and what they gave."""
 
@@ -88,7 +122,7 @@ class Together:
         self._alone = False  # each block has to run by itself
         self._mask: Any = None
         self._h: mx.array | None = None
-        self._slots: list[Slots] = []
+        self._stack: Any = None
 
     def take(self, block: Fused, x: mx.array, mask: Any, cache: Any) -> mx.array | None:
         if self._alone:
@@ -107,25 +141,23 @@ class Together:
             return
         if self._next < len(self._blocks):
             raise Unforeseen
-        for slots in self._slots:
-            slots.advance()
+        self._stack.advance()
 
     def _compute(self, x: mx.array, mask: Any) -> bool:
         """Whether the blocks can run as one."""
+        ext = native.active()
+        if ext is None or x.dtype != mx.float32 or ext.traced(x):
+            return False
         if not (mask is None or isinstance(mask, str)):
             return False
-        self._mask = mask
-        natives, given = [], []
-        for block, cache in zip(self._blocks, self._caches, strict=True):
-            parts = block.runner.parts(block, x)
-            slots = slots_of(cache, x.shape[1]) if isinstance(parts, Native) else None
-            if slots is None or not isinstance(parts, Native):
-                return False
-            self._slots.append(slots)
-            natives.append(parts)
-            given.append((*slots.arrays(), slots.places, *map(packing, slots.formats)))
-        ext = natives[0].ext
-        self._h = ext.block_stack(
-            [n.block for n in natives], x, given, mask or "", natives[0].slots
-        )
+        first = self._caches[0]
+        prepared: Prepared | None = getattr(first, "prepared", None)
+        if prepared is None or not prepared.holds(self._blocks):
+            prepared = first.prepared = Prepared(self._blocks, self._caches, x)
+        if prepared.stack is None:
+            return False
+        self._mask, self._stack = mask, prepared.stack
+        lengths = getattr(first, "lengths", None) or [x.shape[1]] * len(first.rows)
+        slots = prepared.natives.slots
+        self._h = self._stack.step(x, lengths, mask or "", slots)
         return self._h is not None

@@ -69,7 +69,7 @@ def open_source(
         model = attach(model, kv, identity(source))
     if ranks is not None:
         shard(model, ranks, source.name)
-    accelerate(model, exact=False)
+    accelerate(model, exact=False, repack=True)
     if kv is not None:
         route(model)
     if adapter is not None:

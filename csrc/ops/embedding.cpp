@@ -1,0 +1,89 @@
+#include "ops/embedding.h"
+
+#include <algorithm>
+#include <limits>
+
+#include <mlx/allocator.h>
+#include <mlx/backend/cpu/encoder.h>
+#include <mlx/ops.h>
+#include <mlx/primitives.h>
+
+#include "ops/fail.h"
+#include "ops/matmul.h"
+
+namespace optiq {
+namespace {
+
+constexpr const char* kName = "embedding";
+
+// A row of codes; scales and biases of its groups are floats.
+void decode(const uint32_t* words, const float* scales, const float* biases, AffineFormat format,
+    size_t groups, float* y) {
+  uint64_t mask = (uint64_t(1) << format.bits) - 1, left = 0; // what is read and not used yet
+  int count = 0;                                              // bits of it
+  for (size_t g = 0; g < groups; g++) {
+    for (int i = 0; i < format.group_size; i++) {
+      if (count < format.bits) {
+        left |= uint64_t(*words++) << count;
+        count += 32;
+      }
+      *y++ = scales[g] * float(left & mask) + biases[g];
+      left >>= format.bits;
+      count -= format.bits;
+    }
+  }
+}
+
+class Embedding : public mx::UnaryPrimitive {
+ public:
+  Embedding(mx::Stream stream, AffineFormat format) : UnaryPrimitive(stream), format_(format) {}
+
+  void eval_cpu(const std::vector<array>& inputs, array& out) override {
+    std::vector<array> outs = {out};
+    auto in = prepare(inputs, outs, stream());
+    out = outs[0];
+    cpu::Weight w = AffineWeight{in[1], in[2], in[3], format_}.view();
+    mx::cpu::get_command_encoder(stream()).dispatch([w, ids = in[0].data<int32_t>(),
+                                                        n = in[0].size(), y = out.data<float>()] {
+      std::vector<float> scales(w.groups()), biases(w.groups());
+      for (size_t i = 0; i < n; i++) {
+        float* row = y + i * w.cols;
+        int64_t id = ids[i] < 0 ? ids[i] + int64_t(w.rows) : ids[i];
+        if (id < 0 || id >= w.rows) {
+          std::fill_n(row, w.cols, std::numeric_limits<float>::quiet_NaN());
+          continue;
+        }
+        size_t groups = w.groups(), at = id * groups * cpu::size_of(w.type);
+        for (auto [from, to] : {std::pair(w.scales, &scales), {w.biases, &biases}}) {
+          cpu::kernels().to_f32(static_cast<const char*>(from) + at, w.type, to->data(), groups);
+        }
+        auto* codes = static_cast<const char*>(w.data) + id * w.row_bytes();
+        decode(reinterpret_cast<const uint32_t*>(codes), scales.data(), biases.data(), w.format,
+            groups, row);
+      }
+    });
+  }
+  void eval_gpu(const std::vector<array>&, array&) override {
+    throw std::runtime_error("[embedding] runs on the CPU");
+  }
+  DEFINE_NAME(OptiqEmbedding)
+
+ private:
+  AffineFormat format_;
+};
+
+} // namespace
+
+array embedding(const array& ids, const AffineWeight& w, mx::StreamOrDevice s) {
+  mx::Shape of_weight = w.shape(kName), shape = ids.shape();
+  if (of_weight.size() != 2 || !mx::issubdtype(ids.dtype(), mx::integer)) {
+    fail(kName, "ids are ", ids.dtype(), " and w ", of_weight,
+        "; they must be integers and [rows, in]");
+  }
+  shape.push_back(of_weight[1]);
+  return array(std::move(shape), mx::float32,
+      std::make_shared<Embedding>(mx::to_stream(s), w.format),
+      {mx::astype(ids, mx::int32, s), w.codes, w.scales, w.biases});
+}
+
+} // namespace optiq
