@@ -62,7 +62,6 @@ class Stacked(Adopting):
             and len(cache) == len(blocks)
             and hasattr(cache[0], "rows")
             and not self.__dict__.get("_unforeseen")
-            and not blocks[0].runner.sharded
         ):
             run = Together(blocks, cache)
             token = RUN.set(run)
@@ -90,6 +89,8 @@ class Prepared:
         self.stack: Any = None  # where the blocks have to run one by one
         given = []
         if not stackable(blocks) or not all(hasattr(c, "rows") for c in caches):
+            return
+        if blocks[0].runner.sharded:
             return
         for block, cache in zip(blocks, caches, strict=True):
             parts = block.runner.parts(block, x)
