@@ -14,7 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optiq.errors import ServeError
 from optiq.kv.prefix import Key
+from optiq.serve.engine.drafting import SLICE, Drafted, DraftModel
 from optiq.serve.engine.drafts import LONGEST, NGRAM, Lookup, worthwhile
 from optiq.serve.engine.engine import Engine, EngineOptions
 from optiq.serve.engine.prefix import PrefixCache
@@ -113,13 +115,13 @@ def asked() -> list[Request]:
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[Callable[[str | None, bool], Engine]]:
+def engine(tmp_path: Path) -> Iterator[Callable[..., Engine]]:
     engines: list[Engine] = []
 
-    def made(kv: str | None, drafts: bool) -> Engine:
+    def made(kv: str | None, drafts: bool, draft: DraftModel | None = None) -> Engine:
         model, tokenizer = model_and_tokenizer(tmp_path / str(len(engines)), "llama", kv)
         prefix = PrefixCache(Key("a", "", kv or ""), 100_000_000)
-        engine = Engine(model, tokenizer, EngineOptions(), prefix)
+        engine = Engine(model, tokenizer, EngineOptions(), prefix, draft=draft)
         assert engine._measured.drafts
         engine._measured = replace(engine._measured, drafts=drafts)
         engine.start()
@@ -133,7 +135,7 @@ def engine(tmp_path: Path) -> Iterator[Callable[[str | None, bool], Engine]]:
 
 @pytest.mark.parametrize("kv", [None, "8/4"])
 def test_answers_are_the_same_with_guesses(
-    engine: Callable[[str | None, bool], Engine], kv: str | None, monkeypatch: pytest.MonkeyPatch
+    engine: Callable[..., Engine], kv: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Alone and together, where each guess is read, right or wrong; and what is kept of them."""
     monkeypatch.setattr("optiq.serve.engine.steps.worthwhile", lambda *_: 0.0)
@@ -146,3 +148,73 @@ def test_answers_are_the_same_with_guesses(
     assert 0 < stats.accepted_tokens < stats.drafted_tokens
     assert stats.cached_tokens > 0
     assert plain.stats().drafted_tokens == 0
+
+
+def draft_model(tmp_path: Path, **config: object) -> DraftModel:
+    draft = DraftModel(*model_and_tokenizer(tmp_path / "draft", "llama", **config))
+    return draft
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_answers_are_the_same_with_a_draft_model(
+    engine: Callable[..., Engine], tmp_path: Path, good: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is the model itself is nearly always right, another one hardly ever."""
+    monkeypatch.setattr(Lookup, "guess", lambda *_: [])
+    monkeypatch.setattr("optiq.serve.engine.drafting.PATIENCE", 1e9)
+    guess = Drafted.guess
+    monkeypatch.setattr(Drafted, "guess", lambda self, token, row, most: guess(self, 1e9, 0, most))
+    draft = draft_model(tmp_path) if good else draft_model(tmp_path, hidden_size=128)
+    plain, guessing = engine(None, False), engine(None, True, draft)
+    draft.check(guessing._tokenizer)
+    expected = [ask(plain, request).answer for request in asked()]
+    assert [ask(guessing, request).answer for request in asked()] == expected
+    assert [each.answer for each in ask_all(guessing, asked())] == expected
+    stats = guessing.stats()
+    assert 0 < stats.accepted_tokens < stats.drafted_tokens
+    assert (stats.accepted_tokens > 0.15 * stats.drafted_tokens) == good
+
+
+def test_a_draft_reads_what_the_conversation_says(tmp_path: Path) -> None:
+    """After a long prompt, wrong guesses and pauses it guesses as one that begins anew."""
+    draft = draft_model(tmp_path)
+    r = random.Random(2)
+    prompt = [r.randrange(4, 30) for _ in range(3 * SLICE)]
+    old = Drafted(draft, prompt)
+    assert old.guess(1e9, 0, 4) == old.guess(1e9, 0, 4) == []  # it is still reading
+    for step in range(12):
+        got = old.guess(1e9, 0, 5)
+        new = Drafted(draft, prompt)
+        while not (expected := new.guess(1e9, 0, 5)):
+            pass
+        assert got == expected
+        assert len(got) == 5
+        for token in got[: step % 6]:
+            old.add(token)
+            prompt.append(token)
+        other = r.randrange(4, 30)
+        old.add(other)
+        prompt.append(other)
+
+
+def test_guesses_that_do_not_pay_are_left(tmp_path: Path) -> None:
+    draft = draft_model(tmp_path)
+    drafted = Drafted(draft, [5, 6, 7])
+    made = 0
+    for _ in range(600):
+        drafted._draft.seconds = 0.0
+        made += len(drafted.guess(1e-9, 1e-10, 3))  # it takes far longer than a token is worth
+        drafted.add(4)
+    assert made <= 12
+
+
+def test_a_draft_of_other_tokens_is_refused(tmp_path: Path) -> None:
+    class Other:
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 0}
+
+    with pytest.raises(ServeError, match="the draft model has other tokens"):
+        draft_model(tmp_path).check(Other())
+    windowed = DraftModel(*model_and_tokenizer(tmp_path / "windowed", "gemma3_text"))
+    with pytest.raises(ServeError, match="keeps a window or a state"):
+        windowed.check(windowed._tokenizer)

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_adapter(parser)
     options.add_memory(parser)
     options.add_expert_memory(parser)
+    options.add_draft(parser)
     parser.add_argument(
         "--prefix-cache",
         type=Path,
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
         max_concurrent=1,
         memory=options.nbytes("--memory", args.memory),
         expert_memory=options.nbytes("--expert-memory", args.expert_memory),
+        draft=args.draft,
         prefix_cache=args.prefix_cache,
         sandbox_packages=options.packages(args.sandbox_packages),
     )

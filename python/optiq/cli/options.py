@@ -77,6 +77,15 @@ def add_adapter(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_draft(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--draft",
+        metavar="MODEL",
+        help="a small model with the same tokens, which guesses what comes next; answers stay the "
+        "same and come sooner where it is often right",
+    )
+
+
 def add_expert_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--expert-memory",

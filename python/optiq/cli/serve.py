@@ -111,6 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.add_memory(parser)
     options.add_expert_memory(parser)
+    options.add_draft(parser)
     parser.add_argument(
         "--prefix-memory",
         metavar="SIZE",
@@ -182,6 +183,7 @@ def _serve(args: argparse.Namespace) -> int:
         answer_tokens=args.answer_tokens,
         memory=options.nbytes("--memory", args.memory),
         expert_memory=options.nbytes("--expert-memory", args.expert_memory),
+        draft=args.draft,
         prefix_memory=options.nbytes("--prefix-memory", args.prefix_memory),
         prefix_cache=args.prefix_cache,
         prefix_cache_bytes=options.nbytes("--prefix-cache-bytes", args.prefix_cache_bytes) or 0,

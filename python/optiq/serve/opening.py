@@ -27,6 +27,7 @@ from ..sources import resolve
 from ..version import __version__
 from . import answering
 from .engine.adapters import Adapters
+from .engine.drafting import DraftModel
 from .engine.engine import Engine, EngineOptions
 from .engine.model import measure
 from .engine.prefix import PrefixCache
@@ -93,15 +94,18 @@ def open_model(
     Raises SourceError, KVError, UsageError, and DistributedError for `ranks`.
     """
     of = _load(model, options, kv, revision, ranks.world if ranks else None)
+    draft = _draft(options, of.tokenizer, alone=ranks is None)
     prefix = _prefix_cache(of.key, options)
     limits = EngineOptions(
         running=options.max_concurrent,
         memory=options.memory,
-        beside=options.prefix_bytes + (2 * options.adapter_memory if options.adaptable else 0),
+        beside=options.prefix_bytes
+        + (2 * options.adapter_memory if options.adaptable else 0)
+        + (draft.weight_bytes if draft else 0),
     )
     try:
         if ranks is None:
-            engine = Engine(of.model, of.tokenizer, limits, prefix)
+            engine = Engine(of.model, of.tokenizer, limits, prefix, draft=draft)
         else:
             lead = partial(Leading, world=ranks.world, loss=ranks.loss)
             engine = Engine(of.model, of.tokenizer, limits, prefix, lead)
@@ -120,6 +124,17 @@ def open_model(
     )
     identity = of.key.model if of.key else ""
     return Opened(engine, of.tokenizer, models, identity, prefix, engine.adapters)
+
+
+def _draft(options: Options, tokenizer: Any, alone: bool) -> DraftModel | None:
+    """Raises SourceError, UsageError, ServeError."""
+    if options.draft is None:
+        return None
+    if not alone:
+        raise UsageError("--draft is for a model on one rank; leave it out")
+    draft = DraftModel(*open_source(resolve(options.draft)))
+    draft.check(tokenizer)
+    return draft
 
 
 def open_share(

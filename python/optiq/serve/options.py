@@ -29,6 +29,7 @@ class ServeFields(TypedDict, total=False):
     max_concurrent: int
     memory: int | None
     expert_memory: int | None
+    draft: str | None
     prefix_memory: int | None
     answer_tokens: int
     prefix_cache: Path | None
@@ -64,6 +65,7 @@ class Options:
 
     `max_concurrent` answers are made at a time, in `memory` bytes, by default what the machine has.
     With `expert_memory` experts stay on disk, and so many bytes of `memory` hold those in use.
+    `draft` is a small model of the same tokens, which guesses what comes next.
     Room for the longest answer is kept free from its start, so one without a limit of its own ends
     after `answer_tokens`.
     Prompts that were read are kept in `prefix_memory` bytes of it (by default a quarter, 2 GB at
@@ -99,6 +101,7 @@ class Options:
     answer_tokens: int = 8192
     memory: int | None = None
     expert_memory: int | None = None
+    draft: str | None = None
     prefix_memory: int | None = None
     prefix_cache: Path | None = None
     prefix_cache_bytes: int = 8 * 10**9
@@ -144,6 +147,8 @@ class Options:
             raise UsageError(
                 "--expert-memory belongs to one model: give the model instead of --models-dir"
             )
+        if self.models_dir is not None and self.draft is not None:
+            raise UsageError("--draft belongs to one model: give the model instead of --models-dir")
         if "*" in self.cors_origins and not self.api_keys:
             raise UsageError(
                 "--cors-origin '*' lets every web page use this server; give it a key, or name "

@@ -14,6 +14,7 @@ import numpy as np
 
 from ...errors import DeadlineError, OverloadedError, ServeError
 from .adapters import Mounted
+from .drafting import Drafted
 from .drafts import Lookup
 from .request import Event, Failed, Finished, Piece, Request, Token
 from .sampling import Sampler
@@ -61,6 +62,7 @@ class Answer:
     adapter: Mounted | None = None
     adapted: int = 0  # tokens that are read before the adapter works
     lookup: Lookup | None = None
+    drafted: Drafted | None = None
     ticket: int = 0
     generated: list[int] = field(default_factory=list)
     cached: int = 0
@@ -194,6 +196,8 @@ class Answers:
         self.counters.generated_tokens += 1
         if answer.lookup is not None:
             answer.lookup.add(token.id)
+        if answer.drafted is not None:
+            answer.drafted.add(token.id)
         request, guide = answer.request, answer.request.guide
         if token.id in self._eos:
             self._finish(answer, "stop")

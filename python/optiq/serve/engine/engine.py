@@ -23,6 +23,7 @@ import numpy as np
 from ...errors import RequestError, TooLongError
 from .adapters import Adapters, Mounted
 from .answers import Answer, Answers, Listener, Stats
+from .drafting import Drafted, DraftModel
 from .drafts import Lookup
 from .model import Measured, measure
 from .request import Request
@@ -58,12 +59,14 @@ class Engine:
         options: EngineOptions = EngineOptions(),
         prefix: Prefixes | None = None,
         sequences: Callable[[nn.Module, Measured, Prefixes | None], Sequences] = Sequences,
+        draft: DraftModel | None = None,
     ) -> None:
         """Raises ServeError for a model that does not run, or does not fit `options.memory`.
 
-        `adapters` may be set before the start; then requests may name one.
+        `adapters` may be set before the start; then requests may name one. `draft` guesses what
+        comes next; its weights count as `options.beside`.
         """
-        self._tokenizer = tokenizer
+        self._tokenizer, self._draft = tokenizer, draft
         self._measured: Measured = measure(model, options.running, options.context)
         self.make_caches = self._measured.make_caches
         self.context = self._measured.context
@@ -119,8 +122,11 @@ class Engine:
         text = AnswerText(self._tokenizer, request.stop)
         drafts = self._measured.drafts and adapter is None
         lookup = Lookup(request.tokens) if drafts else None
-        answer = Answer(request, listener, sampler, text, float(until), adapter, adapted, lookup)
-        nbytes = self._measured.nbytes(len(request.tokens) - 1 + request.max_tokens)
+        drafted = Drafted(self._draft, request.tokens) if drafts and self._draft else None
+        answer = Answer(
+            request, listener, sampler, text, float(until), adapter, adapted, lookup, drafted
+        )
+        nbytes = self._nbytes(len(request.tokens) - 1 + request.max_tokens)
         cuts = (*(request.boundaries if self._measured.grid else ()), adapted)
         return self._answers.submit(answer, nbytes, cuts)
 
@@ -155,6 +161,11 @@ class Engine:
         start = adapter.start(request.tokens)
         return (None, 0) if start is None else (adapter, start)
 
+    def _nbytes(self, tokens: int) -> int:
+        """Of the caches of an answer."""
+        draft = self._draft.token_bytes if self._draft else 0
+        return self._measured.nbytes(tokens) + tokens * draft
+
     def _checked(self, request: Request) -> Request:
         """The request with an answer that fits the context."""
         n = len(request.tokens)
@@ -173,7 +184,7 @@ class Engine:
                 f"the prompt has {n} tokens and the context {self.context}; shorten the prompt"
             )
         most = min(request.max_tokens, self.context - n)
-        nbytes, limit = self._measured.nbytes(n + most), self._scheduler.limits.nbytes
+        nbytes, limit = self._nbytes(n + most), self._scheduler.limits.nbytes
         if nbytes > limit:
             raise TooLongError(
                 f"{n} tokens and an answer of {most} need {nbytes / 1e9:.2f} GB of caches, the "

@@ -132,7 +132,7 @@ def _measure(model: nn.Module, running: int, context: int | None) -> Measured:
         make_caches=make,
         context=context or _context(model),
         vocabulary=int(logits.shape[-1]),
-        windows=tuple((_token_bytes(c), int(getattr(c, "max_size", 0) or 0)) for c in kv),
+        windows=tuple((token_bytes(c), int(getattr(c, "max_size", 0) or 0)) for c in kv),
         fixed_bytes=sum(int(c.nbytes) for c in leaves if c not in kv),
         weight_bytes=weights,
         work_bytes=work,
@@ -165,7 +165,7 @@ def _leaves(cache: Any) -> list[Any]:
     return [cache]
 
 
-def _token_bytes(cache: Any) -> int:
+def token_bytes(cache: Any) -> int:
     """Of keys and values in all heads."""
     return sum(x.shape[1] * x.shape[3] * x.dtype.size for x in (cache.keys, cache.values))
 

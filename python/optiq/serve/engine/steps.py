@@ -38,6 +38,7 @@ class Steps:
         self._paced = 0  # rows of the steps whose pace it is
         self._row = measured.token_seconds  # what a token more costs that is guessed
         self._guessed = 0  # tokens in this step
+        self._drafting = 0.0  # seconds in which a model guessed them
         self._to_keep: tuple[Answer, int] | None = None  # who reads, and its tokens so far
 
     def take(self) -> None:
@@ -53,7 +54,7 @@ class Steps:
         # To copy what was read takes about as long as to read a slice: a step does one of them.
         keep, self._to_keep = self._to_keep, None
         part = None if keep else step.read
-        self._guessed = 0
+        self._guessed, self._drafting = 0, 0.0
         started = time.perf_counter()
         if step.decode:
             self._answers.counters.steps += 1
@@ -75,7 +76,7 @@ class Steps:
 
     def _note_step(self, rows: int, started: float, model: float) -> None:
         """What a step of decoding took that read no prompt, and the model of it."""
-        taken = time.perf_counter() - started
+        taken = time.perf_counter() - started - self._drafting
         if self._guessed:
             more = max(0.0, taken - self._pace.step) / self._guessed
             self._row = _smoothed(self._row, more)
@@ -92,10 +93,15 @@ class Steps:
             return drafts
         least, left = worthwhile(len(group), self._pace.step, self._row), MOST
         for i, answer in enumerate(group):
+            room = answer.request.max_tokens - len(answer.generated) - 1
+            most = min(LONGEST, left, room)
             if answer.lookup is not None:
-                room = answer.request.max_tokens - len(answer.generated) - 1
-                drafts[i] = answer.lookup.guess(least, min(LONGEST, left, room))
-                left -= len(drafts[i])
+                drafts[i] = answer.lookup.guess(least, most)
+            if answer.drafted is not None and not drafts[i]:
+                started = time.perf_counter()
+                drafts[i] = answer.drafted.guess(self._pace.step / len(group), self._row, most)
+                self._drafting += time.perf_counter() - started
+            left -= len(drafts[i])
         return drafts
 
     def _groups(self, rows: list[Answer]) -> list[list[Answer]]:
