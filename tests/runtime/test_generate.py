@@ -10,6 +10,8 @@ import mlx.nn as nn
 import pytest
 
 from optiq.errors import UsageError
+from optiq.ops import native
+from optiq.runtime import generate, tokens
 from optiq.runtime.generate import Request, answer, prompt_tokens, stream
 from optiq.runtime.loading import load
 from tests.tiny import EOS, tiny_folder
@@ -61,6 +63,33 @@ def test_a_seed_repeats_a_sample(loaded: Loaded) -> None:
     hot: dict[str, Any] = {"max_tokens": 20, "temperature": 1.5}
     first, again, other = (text_of(loaded, Request("Hello", seed=s, **hot)) for s in (1, 1, 2))
     assert first == again != other
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_step_by_step_gives_what_mlx_lms_generator_gives(
+    loaded: Loaded, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where guesses are read: every second one is right, and followed by a wrong one."""
+    request = Request("one two three " * 20, max_tokens=40, temperature=temperature, raw=True)
+    plain = [p.token for p in stream(*loaded, request)]
+    read = []
+
+    def guess(lookup: tokens.Lookup, worth: float, most: int) -> list[int]:
+        made = len(lookup._tokens) - len(prompt_tokens(loaded[1], request))
+        read.append([*plain[made : made + 1 + made % 2], 5][:most])
+        return read[-1]
+
+    monkeypatch.setattr(tokens.Lookup, "guess", guess)
+    pieces = list(stream(*loaded, request))
+    assert bool(read) == (native.active() is not None)
+    monkeypatch.setattr(generate, "can_step", lambda *_: False)
+    expected = list(stream(*loaded, request))
+    assert [p.token for p in pieces] == [p.token for p in expected]
+    assert "".join(p.text for p in pieces) == "".join(p.text for p in expected)
+    counts = [
+        (p.prompt_tokens, p.generation_tokens, p.finish_reason) for p in (pieces[-1], expected[-1])
+    ]
+    assert counts[0] == counts[1]
 
 
 def test_what_cannot_be_asked(tmp_path: Path, loaded: Loaded) -> None:

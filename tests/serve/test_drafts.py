@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from optiq.errors import ServeError
 from optiq.kv.prefix import Key
+from optiq.runtime.guesses import LONGEST, NGRAM, Lookup, worthwhile
 from optiq.serve.engine.drafting import SLICE, Drafted, DraftModel
-from optiq.serve.engine.drafts import LONGEST, NGRAM, Lookup, worthwhile
 from optiq.serve.engine.engine import Engine, EngineOptions
 from optiq.serve.engine.prefix import PrefixCache
 from optiq.serve.engine.request import Request, Sampling

@@ -41,7 +41,9 @@ def test_openai_10_a_seed_gives_the_same_in_any_company(random: Asked) -> None:
     alone = [text_of(random, seed=seed) for seed in range(6)]
     assert len(set(alone)) > 1
     with ThreadPoolExecutor(12) as pool:
-        others = [pool.submit(text_of, random, f"Other {i}", temperature=2) for i in range(6)]
+        others = [
+            pool.submit(text_of, random, f"Other {i}", temperature=2, seed=i) for i in range(6)
+        ]
         mine = [pool.submit(text_of, random, seed=seed) for seed in range(6)]
         bad = pool.submit(random.http.post, CHAT, json=chat_body(n="x"))
         assert [one.result() for one in mine] == alone

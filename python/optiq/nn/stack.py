@@ -47,8 +47,23 @@ def stackable(blocks: Sequence[nn.Module]) -> bool:
     )
 
 
+def runs_as_one(model: nn.Module) -> bool:
+    """Whether steps over `optiq.kv.rows` are one node."""
+    found = [m for m in model.modules() if isinstance(m, Stacked)]
+    return len(found) == 1 and found[0].as_one
+
+
 class Stacked(Adopting):
     """Mixed into the class of the module that calls the blocks."""
+
+    @property
+    def as_one(self) -> bool:
+        """Whether its blocks can run as one node."""
+        blocks = self["layers"]
+        if not stackable(blocks) or blocks[0].runner.sharded or self.__dict__.get("_unforeseen"):
+            return False
+        x = mx.zeros((1, 1, 1))
+        return all(isinstance(b.runner.parts(b, x), Native) for b in blocks)
 
     def __call__(self, inputs: Any, cache: Any = None, *args: Any, **options: Any) -> Any:
         out = self._of_all(inputs, cache, *args, **options)

@@ -1,7 +1,8 @@
-"""Text from a model, through mlx-lm's generator."""
+"""Text from a model: step by step on the CPU, elsewhere through mlx-lm's generator."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import inf
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
 
 from ..base.files import check_writable
 from ..base.text import one_line
@@ -23,6 +25,7 @@ from ..ops import metal
 from ..sources import resolve
 from .experts import Reads, reads_of
 from .loading import open_source
+from .tokens import can_step, tokens
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -73,10 +76,23 @@ class Request:
             raise UsageError(f"max_tokens is {self.max_tokens}; give at least 1")
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A piece of an answer with the counts so far, named as in mlx-lm's GenerationResponse."""
+
+    text: str
+    token: int
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    finish_reason: str | None
+
+
 def stream(
     model: nn.Module, tokenizer: Any, request: Request, prefix: PrefixFile | None = None
 ) -> Iterator[Any]:
-    """mlx-lm's GenerationResponse for each piece of text, the last one with the counts.
+    """A Piece, or mlx-lm's GenerationResponse, for each piece of text.
 
     What `prefix` holds of the prompt is not read again; afterwards it holds prompt and answer. An
     answer in which a Metal kernel of ours raises goes on with stock MLX: prompt and answer so far
@@ -85,41 +101,86 @@ def stream(
     Raises UsageError for an empty prompt, or a system message the model's template has no place
     for; KVError for a `prefix` of another model.
     """
-    from mlx_lm import stream_generate
     from mlx_lm.sample_utils import make_sampler
 
-    tokens = prompt_tokens(tokenizer, request)
-    caches = prefix.start(model, tokens) if prefix else None
-    unread = tokens[prefix.reused if prefix else 0 :]
+    read = prompt_tokens(tokenizer, request)
+    caches = prefix.start(model, read) if prefix else make_prompt_cache(model)
     mx.random.seed(request.seed)
     sampler = make_sampler(
         temp=request.temperature, top_p=request.top_p, top_k=request.top_k, min_p=request.min_p
     )
-    answered = before = 0
+    run = _stepwise if can_step(model, caches) else _through_mlx_lm
+    for piece in run(
+        model, tokenizer, read, prefix.reused if prefix else 0, caches, sampler, request
+    ):
+        read.append(piece.token)
+        yield piece
+    if prefix:
+        prefix.store(caches, read[: caches[0].offset])
+
+
+def _stepwise(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: list[int],
+    reused: int,
+    caches: list[Any],
+    sampler: Any,
+    request: Request,
+) -> Iterator[Piece]:
+    unread = prompt[reused:]
+    text = tokenizer.detokenizer
+    started = time.perf_counter()
+    reading = 0.0
+    found = tokens(model, unread, caches, sampler, request.max_tokens)
+    for made, token in enumerate(found, 1):
+        now = time.perf_counter()
+        if made == 1:
+            reading, started = now - started, now
+        ended = token in tokenizer.eos_token_ids
+        if not ended:
+            text.add_token(token)
+        reason = "stop" if ended else "length" if made == request.max_tokens else None
+        if reason:
+            text.finalize()
+        speed = made / max(time.perf_counter() - started, 1e-9)
+        segment = text.last_segment
+        yield Piece(segment, token, len(unread), len(unread) / reading, made, speed, reason)
+        if reason:
+            return
+
+
+def _through_mlx_lm(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: list[int],
+    reused: int,
+    caches: list[Any],
+    sampler: Any,
+    request: Request,
+) -> Iterator[Any]:
+    from mlx_lm import stream_generate
+
+    read, unread = list(prompt), prompt[reused:]
+    left, before = request.max_tokens, 0
     while True:
         pieces = stream_generate(
-            model,
-            tokenizer,
-            unread,
-            max_tokens=request.max_tokens - answered,
-            sampler=sampler,
-            prompt_cache=caches,
+            model, tokenizer, unread, max_tokens=left, sampler=sampler, prompt_cache=caches
         )
         try:
             for piece in pieces:
-                tokens.append(piece.token)
-                answered += 1
+                read.append(piece.token)
+                left -= 1
                 piece.prompt_tokens -= before
                 piece.generation_tokens += before
                 yield piece
-            break
+            return
         except (RuntimeError, ValueError) as error:
             if not metal.give_up(error):
                 raise
             # What is in the caches was perhaps never computed.
-            unread, caches, before = tokens, None, answered
-    if prefix and caches:
-        prefix.store(caches, tokens)
+            caches[:] = make_prompt_cache(model)
+            unread, before = read, request.max_tokens - left
 
 
 def prompt_tokens(tokenizer: Any, request: Request) -> list[int]:

@@ -13,9 +13,9 @@ from itertools import count
 import numpy as np
 
 from ...errors import DeadlineError, OverloadedError, ServeError
+from ...runtime.guesses import Lookup
 from .adapters import Mounted
 from .drafting import Drafted
-from .drafts import Lookup
 from .request import Event, Failed, Finished, Piece, Request, Token
 from .sampling import Sampler
 from .scheduler import Job, Pace, Phase, Scheduler, Slice, Step

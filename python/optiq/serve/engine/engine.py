@@ -21,10 +21,10 @@ import mlx.nn as nn
 import numpy as np
 
 from ...errors import RequestError, TooLongError
+from ...runtime.guesses import Lookup
 from .adapters import Adapters, Mounted
 from .answers import Answer, Answers, Listener, Stats
 from .drafting import Drafted, DraftModel
-from .drafts import Lookup
 from .model import Measured, measure
 from .request import Request
 from .sampling import Sampler

@@ -13,8 +13,8 @@ from ...base.text import one_line
 from ...errors import ServeError
 from ...kv.rows import Unbatchable
 from ...ops import metal
+from ...runtime.guesses import LONGEST, MOST, worthwhile
 from .answers import Answer, Answers
-from .drafts import LONGEST, MOST, worthwhile
 from .model import Measured
 from .request import Reading
 from .sampling import Floats, choose_one

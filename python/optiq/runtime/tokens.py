@@ -1,0 +1,81 @@
+"""The tokens of one answer on the CPU, where a step of all blocks is one node of the graph.
+
+mlx-lm's generator has one token in flight while the next is built. Here a token is known before the
+next step, so a step can also read guesses (guesses.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import KVCache
+
+from ..kv.rows import Caches, cut, joined, ragged
+from ..nn.stack import runs_as_one
+from ..ops import native
+from .guesses import LONGEST, Lookup, worthwhile
+
+SLICE = 512  # tokens of a prompt that are read at a time
+ROOM = 1024  # tokens by which caches grow
+FIRST = 0.25  # of a step, what a row more is taken to cost before any was read
+SMOOTHING = 0.2  # of seconds, by each new step
+
+Sampler = Callable[[mx.array], mx.array]  # log-probabilities [1, V] -> tokens [1]
+
+
+def can_step(model: nn.Module, caches: Caches) -> bool:
+    """Whether `tokens` is for this model and its caches."""
+    plain = all(isinstance(c, KVCache) for c in caches)
+    return native.active() is not None and plain and runs_as_one(model)
+
+
+def tokens(
+    model: nn.Module, prompt: Sequence[int], caches: Caches, sampler: Sampler, most: int
+) -> Iterator[int]:
+    """Up to `most` tokens after a prompt, of which `caches` hold what came before it.
+
+    They are those of mlx-lm's generator with the same sampler, and do not depend on guesses.
+    """
+    for cache in caches:
+        cache.step = (len(prompt) + ROOM - 1) // ROOM * ROOM
+    for begin in range(0, len(prompt) - 1, SLICE):
+        part = prompt[begin : min(begin + SLICE, len(prompt) - 1)]
+        model(mx.array([list(part)]), cache=caches)
+        mx.eval([c.state for c in caches])
+    for cache in caches:
+        cache.step = ROOM
+    lookup, one = Lookup(prompt), joined([caches])
+    begin, token, made = int(caches[0].offset), prompt[-1], 0
+    step = row = 0.0  # seconds of a step without guesses, and of each that is read
+    while made < most:
+        worth = worthwhile(1, step, row or FIRST * step)
+        guess = lookup.guess(worth, min(LONGEST, most - made - 1)) if step else []
+        started = time.perf_counter()
+        batch = mx.array([[each] for each in (token, *guess)])
+        together = ragged([caches], [1 + len(guess)]) if guess else one
+        logits = model(batch, cache=together)[:, -1]
+        mx.eval(logits)
+        taken = time.perf_counter() - started
+        if guess:
+            row = _smoothed(row, max(0.0, taken - step) / len(guess))
+        else:
+            step = _smoothed(step, taken)
+        for i, guessed in enumerate((*guess, None)):
+            logprobs = logits[i : i + 1]
+            drawn: Any = sampler(logprobs - mx.logsumexp(logprobs, keepdims=True)).item()
+            token = int(drawn)
+            lookup.add(token)
+            made += 1
+            begin += 1
+            yield token
+            if token != guessed:
+                break
+        cut(caches, begin)
+
+
+def _smoothed(before: float, now: float) -> float:
+    return before + SMOOTHING * (now - before) if before else now
