@@ -1,108 +1,133 @@
-"""Prefill and decode speed of a whole model: stock mlx-lm, and llama.cpp if it is given.
+"""Prefill and decode of a whole model: as optiq loads it, llama.cpp, and stock mlx-lm.
 
-    python bench/model.py MODEL_FOLDER [LLAMA_BENCH GGUF]
+    python bench/model.py MODEL [--llama LLAMA_BENCH GGUF] [--stock] [--busy] [--rounds N]
 
-Each program runs in a process of its own, in turn, five times; medians are printed. Stock means
-mlx-lm with MLX as its wheel is: the model's own dtypes, the wheel's BLAS. LLAMA_BENCH is the
-program of that name in llama.cpp; GGUF should be of the same size as the 4-bit model. Stock reads
-a 4-bit prompt of 16 tokens only, at some two tokens a second whatever the length.
+Each program runs in a process of its own, one after the other in each round; the ratios are those
+within a round, with quartiles. LLAMA_BENCH is the program of that name in llama.cpp; GGUF should
+have the bytes of MODEL. --busy keeps another process busy on the first processor. --stock reads a
+prompt of 16 tokens and writes 8: on x86 it takes a second for each.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
-from statistics import median
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-RUNS = 5
-PREFILL = 128  # tokens
-DECODE = 24  # tokens
+import numpy as np
 
-WORK = f"""
-import sys, time, json
-who, path = sys.argv[1:]
+PROMPTS = 128, 512
+DECODE = 64
+
+WORK = """
+import json, sys, time
+who, path, prompts, decode = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
 if who == "optiq":
     import optiq
-import mlx.core as mx, mlx.nn as nn
-from mlx_lm import load
+import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
+if who == "optiq":
+    from optiq.kv.rows import joined
+    model = optiq.load(path)[0]
+    as_one = lambda caches: joined([caches], settled=True)
+else:
+    import mlx_lm
+    model, as_one = mlx_lm.load(path)[0], lambda caches: caches
 
 def seconds(work):
     start = time.perf_counter()
-    mx.eval(work())
+    work()
     return time.perf_counter() - start
 
-def ready(model):
-    if who == "optiq":
-        optiq.accelerate(model)
-    mx.eval(model(mx.array([[1, 2, 3]])))
-    return model
+def read(n):
+    caches = make_prompt_cache(model)
+    mx.eval(model(mx.array([list(range(1000, 1000 + n))]), cache=caches))
+    return caches
 
-tokens = mx.array([list(range(1000, {1000 + PREFILL}))])
-model = ready(load(path)[0])
-prefill = {PREFILL} / seconds(lambda: model(tokens))
-model = load(path)[0]
-prompt = {PREFILL} if who == "optiq" else 16
-nn.quantize(model, 64, 4)
-model = ready(model)
-prefill4 = prompt / seconds(lambda: model(tokens[:, :prompt]))
-cache = make_prompt_cache(model)
-mx.eval(model(tokens[:, :16], cache=cache))
-def decode():
-    for i in range({DECODE}):
-        mx.eval(model(tokens[:, i : i + 1], cache=cache))
-print(json.dumps({{"prefill": prefill, "prefill4": prefill4,
-                  "decode": {DECODE} / seconds(lambda: decode() or [])}}))
+read(8)
+found = {f"prefill {n}": n / seconds(lambda: read(n)) for n in prompts}
+caches = as_one(read(8))
+def write(n):
+    for i in range(n):
+        mx.eval(model(mx.array([[1000 + i]]), cache=caches))
+write(4)
+found["decode"] = decode / seconds(lambda: write(decode))
+print(json.dumps(found))
 """
 
 
 def run(who: str, path: str) -> dict[str, float]:
     """Tokens per second of one process."""
-    done = subprocess.run(
-        [sys.executable, "-c", WORK, who, path],
-        env=os.environ | {"TRANSFORMERS_VERBOSITY": "error"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    prompts, decode = ((16,), 8) if who == "stock" else (PROMPTS, DECODE)
+    command = [sys.executable, "-c", WORK, who, path, json.dumps(prompts), str(decode)]
+    env = os.environ | {"TRANSFORMERS_VERBOSITY": "error"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
 def run_llama(program: str, gguf: str) -> dict[str, float]:
     """Tokens per second of llama.cpp, in as many threads as there are processors."""
-    command = [program, "-m", gguf, "-p", str(PREFILL), "-n", str(DECODE), "-r", "1", "-o", "json"]
+    prompts = ",".join(map(str, PROMPTS))
+    command = [program, "-m", gguf, "-p", prompts, "-n", str(DECODE), "-r", "1", "-o", "json"]
     command += ["-t", str(len(os.sched_getaffinity(0)))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    prompt, generation = json.loads(done.stdout)
-    return {"prefill4": prompt["avg_ts"], "decode": generation["avg_ts"]}
+    return {
+        f"prefill {r['n_prompt']}" if r["n_prompt"] else "decode": r["avg_ts"]
+        for r in json.loads(done.stdout)
+    }
+
+
+@contextmanager
+def busy() -> Iterator[None]:
+    """Another process, which does nothing but work."""
+    spin = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    os.sched_setaffinity(spin.pid, {min(os.sched_getaffinity(0))})
+    try:
+        yield
+    finally:
+        spin.kill()
+        spin.wait()
 
 
 def main() -> None:
-    path, *llama = sys.argv[1:]
-    programs = {"optiq": lambda: run("optiq", path), "stock": lambda: run("stock", path)}
-    if llama:
-        programs["llama.cpp"] = lambda: run_llama(*llama)
-    runs: dict[str, list[dict[str, float]]] = {who: [] for who in programs}
-    for _ in range(RUNS):
-        for who, work in programs.items():
-            runs[who].append(work())
-    jobs = {
-        "prefill": f"prefill, {PREFILL} tokens, 16-bit weights",
-        "prefill4": f"prefill, {PREFILL} tokens, 4-bit weights",
-        "decode": "decode, 4-bit weights",
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--llama", nargs=2, metavar=("LLAMA_BENCH", "GGUF"))
+    parser.add_argument("--stock", action="store_true")
+    parser.add_argument("--busy", action="store_true")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    programs: dict[str, Callable[[], dict[str, float]]] = {
+        "optiq": lambda: run("optiq", args.model)
     }
-    for job, name in jobs.items():
-        print(name)
-        ours = median(r[job] for r in runs["optiq"])
-        for who, results in runs.items():
-            speeds = sorted(r[job] for r in results if job in r)
-            if speeds:
-                middle = median(speeds)
-                spread = f"({speeds[0]:.1f}-{speeds[-1]:.1f})"
-                print(f"  {who}: {middle:.1f} tokens/s {spread}, optiq {ours / middle:.2f} times")
+    if args.llama:
+        programs["llama.cpp"] = lambda: run_llama(*args.llama)
+    if args.stock:
+        programs["stock"] = lambda: run("stock", args.model)
+    if args.busy:
+
+        def beside() -> dict[str, float]:
+            with busy():
+                return run("optiq", args.model)
+
+        programs["beside a busy process"] = beside
+    rounds = [{who: work() for who, work in programs.items()} for _ in range(args.rounds)]
+    for job in rounds[0]["optiq"]:
+        for who in programs:
+            speeds = [r[who][job] for r in rounds if job in r[who]]
+            if not speeds:
+                continue
+            ratios = [r["optiq"][job] / r[who][job] for r in rounds]
+            low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+            print(
+                f"{job}, {who}: {np.median(speeds):.1f} tokens/s, "
+                f"optiq {middle:.2f} times [{low:.2f}, {high:.2f}]"
+            )
 
 
 if __name__ == "__main__":

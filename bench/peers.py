@@ -1,9 +1,10 @@
 """Quantized products: optiq, stock MLX and ggml (llama.cpp) on this machine, in one run.
 
-    python bench/peers.py [GGML_FOLDER] [--threads N] [--json FILE]
+    python bench/peers.py [GGML_FOLDER] [--threads N] [--exact] [--json FILE]
 
 GGML_FOLDER holds ggml's shared libraries (bench/ggml.py says where to get them); without it only
-stock MLX is compared. Every product is timed in rounds, one run of each program per round, so a
+stock MLX is compared. Our weights are in reading order and activations in 16 bits, as a loaded
+model has them. Every product is timed in rounds, one run of each program per round, so a
 disturbance meets all; the ratio is the median over the rounds of ratios within a round, with the
 quartiles beside it. OPTIQ_NUM_THREADS must be set before the start: --threads does that.
 """
@@ -15,6 +16,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import optiq  # noqa: F401 - before mlx
@@ -23,7 +25,6 @@ import optiq  # noqa: F401 - before mlx
 import mlx.core as mx
 import numpy as np
 
-from optiq import ops
 from optiq.doctor.bench import ratio, rounds
 from optiq.ops import native
 
@@ -40,7 +41,7 @@ GGML = (("q4_0", True), ("q4_K", True), ("q4_K", False))
 
 
 def compare(
-    size: int, rows: int, dtype: str, ggml: Ggml | None, budget: float
+    size: int, rows: int, dtype: str, ggml: Ggml | None, budget: float, exact: bool
 ) -> dict[str, object]:
     rng = np.random.default_rng(size + rows)
     dense = rng.standard_normal((size, size), dtype=np.float32)
@@ -50,13 +51,15 @@ def compare(
     mx.eval(x, weight)
     # Several products in one evaluation, as in a model: handing one over costs MLX 20 to 50 us.
     batch = BATCH if rows == 1 else 1
-    ours = {"optiq": lambda: mx.eval([ops.quantized_matmul(x, *weight) for _ in range(batch)])}
+    tiles = native.extension.tile(*weight, 64, 4)
+    product = partial(native.extension.tiled_matmul, x, tiles, exact)
+    ours = {"optiq": lambda: mx.eval([product() for _ in range(batch)])}
     theirs: dict[str, Callable[[], object]] = {}
     if dtype == "f32" and ggml is not None:
         for kind, repacked in GGML:
-            product = ggml.product(kind, dense, rows, repacked)
-            product.set(x32)
-            theirs[kind + (" repacked" if repacked else "")] = product.run
+            theirs_of = ggml.product(kind, dense, rows, repacked)
+            theirs_of.set(x32)
+            theirs[kind + (" repacked" if repacked else "")] = theirs_of.run
     times = rounds(ours | theirs, budget, pause=PAUSE)
     times["optiq"] /= batch
     stock = rounds(ours | {"stock": lambda: mx.eval(mx.quantized_matmul(x, *weight))}, budget)
@@ -78,6 +81,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--budget", type=float, default=4.0, help="seconds for each product")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--exact", action="store_true", help="as exact as of floats")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     threads = str(args.threads)
@@ -93,7 +97,7 @@ def main() -> None:
     for dtype in args.dtypes:
         for size in SIZES:
             for rows in ROWS:
-                result = compare(size, rows, dtype, ggml, args.budget)
+                result = compare(size, rows, dtype, ggml, args.budget, args.exact)
                 results.append(result)
                 cells = [
                     f"{name} {v[1]:.2f} [{v[0]:.2f}, {v[2]:.2f}]"

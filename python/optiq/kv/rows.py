@@ -33,9 +33,15 @@ class Unbatchable(Exception):
     """These sequences cannot share a step; each can take it alone."""
 
 
-def joined(sequences: Sequence[Caches]) -> Caches:
-    """The caches of several sequences as one, layer by layer. They stay where they are."""
-    return [_joined(caches) for caches in zip(*sequences, strict=True)]
+def joined(sequences: Sequence[Caches], *, settled: bool = False) -> Caches:
+    """The caches of several sequences as one, layer by layer. They stay where they are.
+
+    `settled`: nobody changes weights or layers of the model while these are used, so that blocks
+    need not look whether they are the same in each step.
+    """
+    together = [_joined(caches) for caches in zip(*sequences, strict=True)]
+    together[0].settled = settled
+    return together
 
 
 def ragged(

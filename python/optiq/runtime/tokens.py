@@ -48,7 +48,7 @@ def tokens(
         mx.eval([c.state for c in caches])
     for cache in caches:
         cache.step = ROOM
-    lookup, one = Lookup(prompt), joined([caches])
+    lookup, one = Lookup(prompt), joined([caches], settled=True)
     begin, token, made = int(caches[0].offset), prompt[-1], 0
     step = row = 0.0  # seconds of a step without guesses, and of each that is read
     while made < most:

@@ -151,7 +151,7 @@ class Drafted:
     def _read(self, tokens: Sequence[int]) -> mx.array:
         self._held += tokens
         if len(tokens) == 1 and len(self._held) > 1:
-            self._one = self._one or joined([self._caches])
+            self._one = self._one or joined([self._caches], settled=True)
             out: mx.array = self._draft.model(mx.array([list(tokens)]), cache=self._one)
         else:
             out = self._draft.model(mx.array([list(tokens)]), cache=self._caches)

@@ -167,7 +167,7 @@ class Sequences:
         if tickets not in self._joined:
             if len(self._joined) >= GROUPS:
                 self._joined.clear()
-            self._joined[tickets] = joined(caches)
+            self._joined[tickets] = joined(caches, settled=True)
         return self._joined[tickets]
 
     def _model_of(self, group: Iterable[Held]) -> nn.Module:
