@@ -54,10 +54,10 @@ def repair(error: FloatArray, moment: FloatArray, most: int) -> Repair:
 def _root(moment: FloatArray, ridge: float) -> FloatArray:
     """L with L L' = the moment and the ridge."""
     try:
-        return np.linalg.cholesky(moment + ridge * np.eye(len(moment)))
+        return np.asarray(np.linalg.cholesky(moment + ridge * np.eye(len(moment))), np.float64)
     except np.linalg.LinAlgError:  # sums in float32 were off by more than the ridge
         values, vectors = np.linalg.eigh(moment)
-        return vectors * np.sqrt(np.maximum(values, 0.0) + ridge)
+        return np.asarray(vectors * np.sqrt(np.maximum(values, 0.0) + ridge), np.float64)
 
 
 def left_vectors(matrix: FloatArray, most: int) -> tuple[FloatArray, FloatArray]:
