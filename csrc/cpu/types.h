@@ -286,8 +286,8 @@ struct Gate {
 // One set of kernels per instruction set, compiled from the same source.
 struct Kernels {
   const char* isa;
-  // Whether `tile` takes a weight, which puts it into the order in which products read it (tiled.h),
-  // and the reverse, of a weight that is tiled.
+  // Whether `tile` takes a weight, which puts it into the order in which products read it
+  // (tiled.h), and the reverse, of a weight that is tiled.
   bool (*can_tile)(const Weight&);
   void (*tile)(const Weight&, void* tiled);
   void (*untile)(const Weight&, void* codes, void* scales, void* biases);

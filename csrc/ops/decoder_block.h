@@ -58,8 +58,8 @@ class DecoderBlock {
   /** `exact`: its products are as exact as of floats, else they read x in 16 bits (cpu/fixed.h). */
   explicit DecoderBlock(bool exact) : exact_(exact) {}
 
-  // (w, scales, biases, group size, bits, bias, tiles): dense without scales. Of a tiled weight only
-  // the tiles are read and kept.
+  // (w, scales, biases, group size, bits, bias, tiles): dense without scales. Of a tiled weight
+  // only the tiles are read and kept.
   using Matrix = std::tuple<array, std::optional<array>, std::optional<array>, int, int,
       std::optional<array>, std::optional<TiledHandle>>;
   using Norm = std::optional<std::tuple<std::optional<array>, float>>; // (weight, eps)

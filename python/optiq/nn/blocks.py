@@ -254,9 +254,7 @@ class Slots:
                 c._idx = place.start + 1
 
 
-def slots_of(
-    cache: Cache, rows: int, floats: Sequence[mx.Dtype] = CPU_FLOATS
-) -> Slots | None:
+def slots_of(cache: Cache, rows: int, floats: Sequence[mx.Dtype] = CPU_FLOATS) -> Slots | None:
     """None where a cache has to be asked, or has to make room first, or where its vectors are of
     another type."""
     caches = getattr(cache, "rows", (cache,))
