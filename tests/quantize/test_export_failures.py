@@ -48,7 +48,7 @@ def test_an_unwritable_target(tmp_path: Path) -> None:
     source = source_of(tmp_path)
     (tmp_path / "file").write_text("")
     plan = uniform(source)
-    with pytest.raises(ExportError, match=r"cannot be written \(.*File exists.*choose a folder"):
+    with pytest.raises(ExportError, match=r"cannot be written \(.*file exists.*choose a folder"):
         export(source, plan, tmp_path / "file" / "out")
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
@@ -89,7 +89,7 @@ def test_a_failure_while_writing_leaves_nothing(
         with pytest.raises(KeyboardInterrupt):
             export(source, plan, tmp_path / "out")
     else:
-        refused(r"cannot be written .*No space left", source, plan, tmp_path / "out")
+        refused(r"cannot be written .*no space left", source, plan, tmp_path / "out")
     assert len(written) == 10
     assert leftovers(tmp_path) == []
 

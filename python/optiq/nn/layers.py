@@ -70,9 +70,11 @@ class Embedding(Adopting, nn.Embedding):
 class QuantizedEmbedding(Adopting, nn.QuantizedEmbedding):
     def __call__(self, ids: mx.array) -> mx.array:
         ext = native.active()
-        if ext is not None and self.mode == "affine" and not ext.traced(ids):
-            rows: mx.array = ext.embedding(ids, *_arrays(self), self.group_size, self.bits)
-            return rows
+        if ext is not None and self.mode == "affine":
+            arrays = _arrays(self)
+            if not any(map(ext.traced, (ids, *arrays))):
+                rows: mx.array = ext.embedding(ids, *arrays, self.group_size, self.bits)
+                return rows
         if native.on_cpu():
             return dequantized(self, ids)
         out: mx.array = super().__call__(ids)  # type: ignore[no-untyped-call]

@@ -26,6 +26,7 @@ from ..calibration import Sample, Texts
 from ..formats import DENSE, UNIFORM4, Format
 from ..models.roles import Module, Role, allowed, is_head, quantizable
 from ..nn.accelerate import quantized
+from ..ops import metal
 from ..quality.answers import PROMPTS, TOKENS
 from ..sources import LoadedModel
 from .options import Options
@@ -148,6 +149,7 @@ def estimate(
     return Estimate(seconds, memory)
 
 
+@metal.restarts
 def probe(modules: list[Module], loaded: LoadedModel, sequences: int) -> Speed:
     """Time them on a matrix of the size that most of the model's weights have, and its heads."""
     shapes = [m.shape[-2:] for m in modules if m.block is not None] or [modules[0].shape[-2:]]

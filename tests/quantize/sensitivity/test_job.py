@@ -64,5 +64,5 @@ def test_totals_come_in_the_order_of_the_sequences(work: Job) -> None:
         work.world = Other(1, 3)
         rest = [unit for unit in units if unit not in mine]
         parts = ({u: found[u] for u in rest[1:]}, {u: found[u] for u in rest[:1]})
-        work.world.theirs = tuple((part, {}) for part in parts)  # units, and no weight errors
+        work.world.theirs = tuple((part, {}, {}) for part in parts)  # no weight errors, no flips
         assert work.collect() == {"a": {"4g64": [1.0, 2.0, 3.0, 4.0, 5.0]}}
