@@ -87,11 +87,11 @@ def main(folder: Path, cases: list[str]) -> None:
                 opened = open_model(folder / name, OPTIONS, kv=kv or None, ranks=Ranks(here, loss))
                 engine: Any = opened.engine
                 one |= facts(engine._sequences) | {"answers": answers(opened)}
-                here.close()  # so the others have followed to the end
             else:
                 share = open_share(folder / name, OPTIONS, kv=kv or None, revision=None, world=here)
                 follow(share)
                 one |= facts(share)
+            here.close()  # on rank 0, this is the end of what the others follow
             found[case] = one
     (folder / f"rank-{here.rank}.json").write_text(json.dumps(found))
 

@@ -48,6 +48,7 @@ class World:
         self._group = group
         self._connections: list[socket.socket] = []
         self.watch: Watch | None = None
+        self._meeting: dict[int, socket.socket] | None = None
 
     def gather(self, value: Any) -> list[Any]:
         """The value (anything JSON can hold) of every rank, in order; waits for all of them."""
@@ -75,26 +76,50 @@ class World:
         return {name: part.reshape(values[name].shape) for name, part in parts}
 
     def total(self, x: Any) -> Any:
-        """The sum of an array over all ranks, not evaluated yet.
-
-        The same bits on every rank, and for a row whatever rows are beside it. The ring adds the
-        parts of an array in different orders where there are more than two ranks.
-        """
-        import mlx.core as mx
-
-        if self.size <= 2:
-            return mx.distributed.all_sum(x, group=self._group) if self.size == 2 else x
-        each = mx.distributed.all_gather(x[None], group=self._group)
+        """The sum of an array over all ranks: the same bits on every rank, and for a row whatever
+        rows are beside it. (The ring adds the parts of an array in different orders.)"""
+        if self.size == 1:
+            return x
+        if _on_cpu():
+            return self._through_rank_0(x, lambda parts: sum(parts[1:], start=parts[0]), 1)
+        each = self._all_of(x)
         return sum((each[rank] for rank in range(1, self.size)), start=each[0])
 
     def side_by_side(self, x: Any) -> Any:
-        """The arrays of all ranks, one after the other along the last axis; not evaluated yet."""
-        import mlx.core as mx
-
+        """The arrays of all ranks, one after the other along the last axis."""
         if self.size == 1:
             return x
-        each = mx.distributed.all_gather(x[None], group=self._group)
-        return mx.moveaxis(each, 0, -2).reshape(*x.shape[:-1], -1)
+        if _on_cpu():
+            return self._through_rank_0(x, lambda parts: np.concatenate(parts, -1), self.size)
+        import mlx.core as mx
+
+        return mx.moveaxis(self._all_of(x), 0, -2).reshape(*x.shape[:-1], -1)
+
+    def _all_of(self, x: Any) -> Any:
+        import mlx.core as mx
+
+        return mx.distributed.all_gather(x[None], group=self._group)
+
+    def _through_rank_0(self, x: Any, join: Callable[[list[Any]], Any], wider: int) -> Any:
+        """What `join` makes there of the arrays of all ranks, in their order.
+
+        While MLX's ring waits, two threads of each rank go round in circles. They take the cores
+        from those that others wait for, and a sum takes a millisecond where this takes a tenth.
+        """
+        import mlx.core as mx
+
+        if self._meeting is None:
+            self._meeting = self.connections()
+        own = np.array(x.astype(mx.float32))
+        if self.rank == 0:
+            parts = [own, *(_floats(self._meeting[r], own.shape) for r in range(1, self.size))]
+            joined = np.ascontiguousarray(join(parts))
+            for peer in self._meeting.values():
+                peer.sendall(joined.data.cast("B"))
+        else:
+            self._meeting[0].sendall(own.data.cast("B"))
+            joined = _floats(self._meeting[0], (*own.shape[:-1], wider * own.shape[-1]))
+        return mx.array(joined).astype(x.dtype)
 
     def connections(self) -> dict[int, socket.socket]:
         """New connections between rank 0 and each other rank, by the peer's rank; all ranks have to
@@ -115,6 +140,7 @@ class World:
         """The connections that were asked for."""
         for connection in self._connections:
             connection.close()
+        self._connections, self._meeting = [], None
 
     def same(self, job: dict[str, Any]) -> None:
         """Raise DistributedError, naming the keys, unless all ranks give the same values."""
@@ -225,6 +251,24 @@ def _connect(here: World) -> dict[int, socket.socket]:
             else:
                 peer.close()
     return peers
+
+
+def _on_cpu() -> bool:
+    import mlx.core as mx
+
+    return bool(mx.default_device() == mx.Device(mx.cpu))
+
+
+def _floats(peer: socket.socket, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """An array that a peer sends. Raises ConnectionError at the end of the connection."""
+    out = np.empty(shape, np.float32)
+    view = out.data.cast("B")
+    while view:
+        n = peer.recv_into(view)
+        if n == 0:
+            raise ConnectionError("a rank has closed its connection")
+        view = view[n:]
+    return out
 
 
 def _line(peer: socket.socket) -> bytes:
