@@ -243,8 +243,8 @@ def test_a_full_disk_leaves_the_cache_in_memory(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     other = [5] * 300
-    with opened(tmp_path) as prefix, monkeypatch.context() as patch:
-        patch.setattr(disk, "whole", full)
+    with monkeypatch.context() as patch, opened(tmp_path) as prefix:
+        patch.setattr(disk, "whole", full)  # until all is written that waits
         for _ in range(2):
             prefix.keep(other, caches_of(other, False))
             prefix.keep(LONG[:99] + other, caches_of(LONG[:99] + other, False))
