@@ -177,3 +177,16 @@ def test_a_replaced_block_runs_as_itself(runs: list[bool]) -> None:
     model.model.layers[1] = Wrapped(model.model.layers[1])
     assert mx.array_equal(model(tokens, cache=joined(others)), expected)
     assert runs == [True, False]
+
+
+def test_settled_rows_are_those_of_the_model_that_reads_them() -> None:
+    """A model and the one with adapters take turns over the same caches."""
+    one = prepared("mistral")
+    other = copy.deepcopy(one)
+    layer = other.model.layers[1].mlp.down_proj
+    layer.weight = 2 * layer.weight
+    settled, expected = read(one, (20, 9)), read(one, (20, 9))
+    rows = joined(settled, settled=True)
+    for step, model in enumerate((one, other, one, other)):
+        tokens = mx.array([[3 + step], [4]])
+        assert mx.array_equal(model(tokens, cache=rows), model(tokens, cache=joined(expected)))

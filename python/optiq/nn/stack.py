@@ -120,13 +120,11 @@ class Prepared:
 
     def holds(self, blocks: Sequence[Fused], settled: bool) -> bool:
         """Whether these are still the blocks, with the parts that they had; if they are `settled`,
-        nothing is looked at."""
+        those are not looked at."""
         if self.stack is None or self.ext is not native.active():
             return False
-        if settled:
-            return True
         same = len(blocks) == len(self.blocks) and all(map(is_, blocks, self.blocks))
-        return same and bool(self.stack.unchanged())
+        return same and (settled or bool(self.stack.unchanged()))
 
 
 class Together:
