@@ -1,5 +1,5 @@
 // A decoder layer for one new token of each batch entry, on a GPU: one primitive and few launches
-// (csrc/launch/layer.h). There are no gradients, and no CPU: that has block_step.
+// (csrc/launch/layer.h). It has no gradients and does not run on a CPU, where block_step does this.
 #pragma once
 
 #include <array>

@@ -15,6 +15,7 @@ LONGEST = 15  # tokens of a guess
 MOST = 32  # guessed tokens in a step
 LONGER = (4, 8, 16)  # tokens in common, from which on a guess is another class
 PRIOR = ((0.3, 4.0), (0.5, 4.0), (0.7, 4.0), (0.9, 4.0))  # share of right guesses, as so many seen
+SMOOTHING = 0.2  # of seconds, by each new step
 MEMORY = 0.97  # of a class, for each new guess
 
 
@@ -83,6 +84,11 @@ def worthwhile(rows: int, step: float, row: float) -> float:
     A step with so many rows takes `step` seconds, and one more row `row` more.
     """
     return row * rows / step if step > 0 else 1.0
+
+
+def smoothed(before: float, now: float) -> float:
+    """Seconds of steps so far, with those of one more; 0 before the first."""
+    return now if before == 0 else before + SMOOTHING * (now - before)
 
 
 def _kind(same: int) -> int:

@@ -17,12 +17,11 @@ from mlx_lm.models.cache import KVCache
 from ..kv.rows import Caches, cut, joined, ragged
 from ..nn.stack import runs_as_one
 from ..ops import native
-from .guesses import LONGEST, Lookup, worthwhile
+from .guesses import LONGEST, Lookup, smoothed, worthwhile
 
 SLICE = 512  # tokens of a prompt that are read at a time
 ROOM = 1024  # tokens by which caches grow
 FIRST = 0.25  # of a step, what a row more is taken to cost before any was read
-SMOOTHING = 0.2  # of seconds, by each new step
 
 Sampler = Callable[[mx.array], mx.array]  # log-probabilities [1, V] -> tokens [1]
 
@@ -61,9 +60,9 @@ def tokens(
         mx.eval(logits)
         taken = time.perf_counter() - started
         if guess:
-            row = _smoothed(row, max(0.0, taken - step) / len(guess))
+            row = smoothed(row, max(0.0, taken - step) / len(guess))
         else:
-            step = _smoothed(step, taken)
+            step = smoothed(step, taken)
         for i, guessed in enumerate((*guess, None)):
             logprobs = logits[i : i + 1]
             drawn: Any = sampler(logprobs - mx.logsumexp(logprobs, keepdims=True)).item()
@@ -75,7 +74,3 @@ def tokens(
             if token != guessed:
                 break
         cut(caches, begin)
-
-
-def _smoothed(before: float, now: float) -> float:
-    return before + SMOOTHING * (now - before) if before else now

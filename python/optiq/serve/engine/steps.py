@@ -13,7 +13,7 @@ from ...base.text import one_line
 from ...errors import ServeError
 from ...kv.rows import Unbatchable
 from ...ops import metal
-from ...runtime.guesses import LONGEST, MOST, worthwhile
+from ...runtime.guesses import LONGEST, MOST, smoothed, worthwhile
 from .answers import Answer, Answers
 from .model import Measured
 from .request import Reading
@@ -25,7 +25,6 @@ log = logging.getLogger("optiq.serve")
 FAILURES = 3  # of the model, after which an answer is given up
 ALONE = 8  # steps that an answer takes alone after a failure, so that it is known whose it is
 KEEPING = 256  # tokens of a prompt after which what was read of it is kept
-SMOOTHING = 0.2  # of the pace, by each new step
 
 
 class Steps:
@@ -68,7 +67,7 @@ class Steps:
             self._read(part)
         if part:
             taken = (time.perf_counter() - started) / (part.end - part.begin)
-            self._pace = replace(self._pace, token=_smoothed(self._pace.token, taken))
+            self._pace = replace(self._pace, token=smoothed(self._pace.token, taken))
         if keep and self._answers.has(keep[0].ticket):
             self._answers.keep(*keep, reading=True)
         if not step.decode and not step.read:
@@ -79,12 +78,12 @@ class Steps:
         taken = time.perf_counter() - started - self._drafting
         if self._guessed:
             more = max(0.0, taken - self._pace.step) / self._guessed
-            self._row = _smoothed(self._row, more)
+            self._row = smoothed(self._row, more)
             return
-        self._pace, self._paced = replace(self._pace, step=_smoothed(self._pace.step, taken)), rows
+        self._pace, self._paced = replace(self._pace, step=smoothed(self._pace.step, taken)), rows
         counters = self._answers.counters
         counters.step_seconds = self._pace.step
-        counters.overhead_seconds = _smoothed(counters.overhead_seconds, taken - model)
+        counters.overhead_seconds = smoothed(counters.overhead_seconds, taken - model)
 
     def _drafts(self, group: list[Answer]) -> list[list[int]]:
         """What each reads beside its next token: the guesses that are worth their rows."""
@@ -234,7 +233,3 @@ class Steps:
                 self._answers.fail(answer, ServeError(f"the model failed: {one_line(error)}"))
             else:
                 self._answers.read_again(answer)
-
-
-def _smoothed(before: float, now: float) -> float:
-    return now if before == 0 else before + SMOOTHING * (now - before)
