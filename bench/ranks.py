@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ import httpx
 from mlx_lm.utils import load_model, quantize_model, save_model
 
 from bench.memory import SHAPES, write
+from tests.ports import hostfile
 from tests.tiny import EOS, write_tokenizer
 
 START = 300  # seconds for a server to be ready
@@ -49,16 +49,6 @@ def quantized(folder: Path, shape: str) -> Path:
         write_tokenizer(out)
         (out / "config.json").write_text(json.dumps(config))
     return out
-
-
-def hostfile(folder: Path, ranks: int) -> Path:
-    """Free ports on loopback, as mlx.launch writes them."""
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(ranks)]
-    file = folder / "hosts.json"
-    file.write_text(json.dumps([[f"127.0.0.1:{s.getsockname()[1]}"] for s in held]))
-    for s in held:
-        s.close()
-    return file
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from optiq.distributed.ranks import ALONE, World, world
 from optiq.distributed.watch import BEAT, Watch
 from optiq.errors import DistributedError, UsageError
 from optiq.quantize.sensitivity.checkpoint import existing
+from tests.ports import free_ports, hostfile
 from tests.tiny import tiny_folder
 
 # Small batches, so that there are several to divide.
@@ -34,19 +35,9 @@ sys.exit(main())
 """
 
 
-def hosts(count: int, folder: Path) -> Path:
-    """A hostfile of free ports on loopback."""
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    file = folder / "hosts.json"
-    file.write_text(json.dumps([[f"127.0.0.1:{s.getsockname()[1]}"] for s in held]))
-    for s in held:
-        s.close()
-    return file
-
-
 def start(command: Sequence[str], folder: Path, count: int = 2) -> list[subprocess.Popen[str]]:
     """The processes that `mlx.launch -n count` would start."""
-    shared = {**os.environ, "MLX_HOSTFILE": str(hosts(count, folder))}
+    shared = {**os.environ, "MLX_HOSTFILE": str(hostfile(folder, count))}
     shared["TRANSFORMERS_VERBOSITY"] = "error"
     return [
         subprocess.Popen(
@@ -200,7 +191,7 @@ def job(method: str) -> list[str]:
 
 
 def launched_by_mlx(method: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    port = json.loads(hosts(1, folder).read_text())[0][0].split(":")[1]
+    port = str(free_ports(2).start)
     launch = ["-c", "from mlx._distributed_utils.launch import main; main()"]
     return subprocess.run(
         [sys.executable, *launch, "-n", "2", "--starting-port", port, "--", sys.executable,
@@ -212,7 +203,7 @@ def launched_by_mlx(method: str, folder: Path) -> subprocess.CompletedProcess[st
 @pytest.mark.parametrize("method", ["auto", "kl"])
 def test_two_ranks_measure_what_one_does(alone: Path, method: str) -> None:
     done = launched_by_mlx(method, alone)
-    assert done.returncode == 0, done.stderr
+    assert (alone / "out.json").exists(), done.stderr  # mlx.launch says 0 whatever its ranks say
     assert scores(alone / "out.json") == scores(alone / f"{method}.json")
     assert json.loads(done.stdout) == json.loads((alone / "out.json").read_text())  # once
     assert not list(alone.glob("*.checkpoint*"))
@@ -258,7 +249,7 @@ def test_a_failing_rank_is_named(alone: Path) -> None:
 
 def test_a_rank_that_never_starts(tmp_path: Path) -> None:
     code = "from optiq.distributed import ranks as d\nd.JOIN = 2\nwith d.world(): pass"
-    shared = {**os.environ, "MLX_HOSTFILE": str(hosts(2, tmp_path)), "MLX_RANK": "0"}
+    shared = {**os.environ, "MLX_HOSTFILE": str(hostfile(tmp_path, 2)), "MLX_RANK": "0"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=shared, capture_output=True, text=True, timeout=30
     )

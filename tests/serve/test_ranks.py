@@ -21,7 +21,7 @@ from mlx_lm.utils import load_model, quantize_model, save_model
 
 from optiq.distributed.ranks import ALONE
 from optiq.serve.opening import open_model
-from tests.distributed.test_distributed import hosts
+from tests.ports import hostfile
 from tests.serve.ranked import OPTIONS, answers, asked, facts, logits
 from tests.tiny import tiny_folder, write_tokenizer
 
@@ -50,7 +50,7 @@ def mixed(parent: Path, name: str, kind: str, **config: Any) -> Path:
 
 def start(command: list[str], folder: Path, count: int = 2) -> list[subprocess.Popen[str]]:
     """The processes that `mlx.launch -n count` would start."""
-    shared = {**os.environ, "MLX_HOSTFILE": str(hosts(count, folder)), "OPTIQ_NUM_THREADS": "1"}
+    shared = {**os.environ, "MLX_HOSTFILE": str(hostfile(folder, count)), "OPTIQ_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
             [sys.executable, *command], cwd=ROOT, env={**shared, "MLX_RANK": str(rank)},
