@@ -24,10 +24,13 @@ from optiq.lora.layers import put
 from optiq.lora.merging import combined, merge
 from optiq.models.adaptable import adaptable
 from optiq.runtime.loading import load
+from optiq.serve.engine.engine import Engine
 from optiq.serve.engine.request import Request, Sampling
+from optiq.serve.engine.scheduler import Pace
 from optiq.serve.opening import open_model
 from tests.lora.models import mixed_folder
 from tests.lora.test_adapter import random_adapter
+from tests.serve import cases
 from tests.serve.cases import NEVER_ENDS, ask
 from tests.serve.servers import MODEL, Asked, read_options, served
 
@@ -472,6 +475,67 @@ def test_an_activated_adapter_keeps_what_the_model_has_read(
         assert first.ids == expected
     finally:
         engine.close()
+
+
+def test_prompts_and_guesses_are_read_in_the_steps_of_rows_with_any_adapters(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in passes of their own, which take as long as a step even for a few tokens."""
+    monkeypatch.setattr("optiq.serve.engine.steps.worthwhile", lambda *_: 0.0)
+    sampling = Sampling(temperature=0, logit_bias=NEVER_ENDS)
+    asked = [
+        Request(tuple(range(30 + i, 70 + 3 * i)), 60, sampling, top_logprobs=2, adapter=name)
+        for i, name in enumerate((*NAMES[:2], None, "activated"))
+    ]
+    with_all = [
+        ("activated", replace(random_adapter(folders["model"], 0.2, 2), invocation=(50, 51)))
+    ]
+    with_all += [(n, random_adapter(folders["model"], 0.2, i)) for i, n in enumerate(NAMES)]
+
+    def engine_of_all() -> Engine:
+        opened = open_model(str(folders["model"]), read_options({"admin_keys": (KEY,)}))
+        assert opened.adapters is not None
+        for name, adapter in with_all:
+            opened.adapters.mount(name, adapter)
+        return opened.engine
+
+    alone = engine_of_all()
+    assert alone._measured.beside
+    assert alone._measured.drafts
+    alone._measured = replace(alone._measured, drafts=False)
+    alone.start()
+    expected = [ask(alone, request).answer for request in asked]
+    alone.close()
+    assert len(set(map(str, expected))) == len(asked)
+
+    engine = engine_of_all()  # not started: this thread takes the steps
+    steps, sequences = engine._steps, engine._sequences
+    plan, pace = engine._scheduler.plan, Pace(step=1.0, token=0.25)  # slices of eight tokens
+    monkeypatch.setattr(engine._scheduler, "plan", lambda _: plan(pace))
+    told = [cases.Asked(engine, request) for request in asked[:3]]
+    while min(len(engine._answers[t.ticket].generated) for t in told) < 2:
+        steps.take()
+    read, beside = sequences.read, sequences.logits
+    passes: list[tuple[int, int]] = []  # rows that decode beside it, tokens
+
+    def reading(ticket: int, begin: int, tokens: Any) -> None:
+        passes.append((0, len(tokens)))
+        read(ticket, begin, tokens)
+
+    def decoding(tickets: Any, inputs: Any, *reader: Any) -> Any:
+        if reader:
+            passes.append((len(tickets), len(reader[2])))
+        return beside(tickets, inputs, *reader)
+
+    monkeypatch.setattr(sequences, "read", reading)
+    monkeypatch.setattr(sequences, "logits", decoding)
+    told.append(cases.Asked(engine, asked[3]))
+    while engine.stats().running:
+        steps.take()
+    assert [t.result().answer for t in told] == expected
+    assert {rows for rows, _ in passes} == {3}
+    assert [tokens for _, tokens in passes] == [8, 8, 1, 8, 8, 8, 4]  # the 18th is the invocation
+    assert 0 < engine.stats().accepted_tokens < engine.stats().drafted_tokens
 
 
 def test_an_activated_adapter_is_refused_where_it_would_always_work(

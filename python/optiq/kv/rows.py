@@ -88,10 +88,10 @@ class Rows:
     def offset(self) -> mx.array:
         return mx.array([c.offset for c in self.rows])
 
-    def each(self, x: mx.array, mask: Any) -> Iterator[tuple[mx.array, Any, Any]]:
-        """The rows of each cache, with their mask and the cache."""
+    def each(self, x: mx.array, mask: Any) -> Iterator[tuple[int, mx.array, Any, Any]]:
+        """The rows of each cache: the first of them, what they hold, their mask and the cache."""
         for i, cache in enumerate(self.rows):
-            yield x[i : i + 1], mask, cache
+            yield i, x[i : i + 1], mask, cache
 
     def make_mask(self, n: int, **options: Any) -> None:
         if n > 1 or any(c.make_mask(n, **options) is not None for c in self.rows):
@@ -144,15 +144,15 @@ class Ragged(Rows):
         super().__init__(caches)
         self.lengths, self.answers = list(lengths), answers
 
-    def each(self, x: mx.array, mask: Any) -> Iterator[tuple[mx.array, Any, Any]]:
+    def each(self, x: mx.array, mask: Any) -> Iterator[tuple[int, mx.array, Any, Any]]:
         begin = 0
         for cache, n in zip(self.rows, self.lengths, strict=True):
             rows = x[begin : begin + n]
-            begin += n
             if n == 1:
-                yield rows, mask, cache
+                yield begin, rows, mask, cache
             else:
-                yield rows.reshape(1, n, x.shape[-1]), "causal", cache
+                yield begin, rows.reshape(1, n, x.shape[-1]), "causal", cache
+            begin += n
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         raise Unbatchable("this model cannot read several tokens beside others")

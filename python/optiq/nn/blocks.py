@@ -190,8 +190,8 @@ def _attend(
             return h
     if isinstance(parts, Native) and hasattr(cache, "rows"):  # some have to grow or turn over
         each = []
-        for i, (own, m, c) in enumerate(cache.each(x, mask)):
-            with parts.only(i):
+        for row, own, m, c in cache.each(x, mask):
+            with parts.only(row):
                 each.append(_attend(parts, own, m, c, with_mlp))
         return mx.concatenate([h.reshape(-1, *x.shape[1:]) for h in each])
     if _of_records(cache):

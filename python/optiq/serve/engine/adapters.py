@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...errors import AdapterError, RequestError
-from ...kv.rows import Caches, together
+from ...kv.rows import Caches, readable_beside, together
 from ...lora.adapter import Adapter, Base, check_fits
 from ...lora.gathered import Shadow, halved
 from ...lora.layers import LowRank
@@ -62,7 +62,8 @@ class Sum(NamedTuple):
 class Adapters:
     """What is mounted on one model. `mount`, `unmount`, `names` and `take` from any thread.
 
-    `together`: rows that can share a pass; `alike`: rows without an adapter may be among them.
+    `together`: rows that can share a pass; `alike`: rows without an adapter may be among them;
+    `beside`: a prompt can be read in the same pass.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Adapters:
             1,
         )
         self.alike = _alike(model, self._shadow.model, make_caches)
+        self.beside = self.alike and readable_beside(self._shadow.model, make_caches)
         self._named: dict[str, Mounted] = {}
         self._sums: dict[str, Sum] = {}  # the least recently used first
         self._slots: list[Mounted | None] = [None] * slots

@@ -120,7 +120,8 @@ class Engine:
         )
         until = time.monotonic() + request.deadline if request.deadline is not None else np.inf
         text = AnswerText(self._tokenizer, request.stop)
-        drafts = self._measured.drafts and adapter is None
+        shared = adapter is None or (self.adapters is not None and self.adapters.beside)
+        drafts = self._measured.drafts and shared
         lookup = Lookup(request.tokens) if drafts else None
         drafted = Drafted(self._draft, request.tokens) if drafts and self._draft else None
         answer = Answer(

@@ -34,7 +34,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of a step that only decodes, and of one that reads, by token of its slice."""
+    """Seconds of a step that only decodes, and of a pass that reads, by token of its slice.
+
+    What decodes may be in that pass.
+    """
 
     step: float = 0.02
     token: float = 0.001
@@ -80,9 +83,9 @@ class Step:
 class Scheduler:
     """The jobs, and the plan of each step.
 
-    While others decode, a step that reads takes about `slower` times as long as one that does not;
-    else `alone` seconds. With a `grid`, slices end at its multiples and nowhere else but at cuts,
-    whoever else is there.
+    While others decode, a pass that reads takes about `slower` times as long as a step that does
+    not; else `alone` seconds. With a `grid`, slices end at its multiples and nowhere else but at
+    cuts, whoever else is there.
     """
 
     limits: Limits = Limits()

@@ -7,7 +7,7 @@ calls hold the same sequences (see serve/ranks.py).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,7 +75,7 @@ class Sequences:
     def read(self, ticket: int, begin: int, tokens: Sequence[int]) -> None:
         """The tokens from `begin` on, all or some of those that are to be read."""
         sequence = self._open[ticket]
-        model = self._model_of([sequence] if begin >= sequence.adapted else [])
+        model = self._model_of([_adapter(sequence, begin)])
         model(mx.array([list(tokens)]), cache=sequence.caches)
         mx.eval([cache.state for cache in sequence.caches])
         self._has_read(sequence, begin + len(tokens))
@@ -97,8 +97,10 @@ class Sequences:
         caches = [sequence.caches for sequence in group]
         rows = [[token] for each in inputs for token in each]
         lengths = [len(each) for each in inputs]
+        adapters = [s.adapter for s, n in zip(group, lengths, strict=True) for _ in range(n)]
         if reader is not None:
             rows += [[token] for token in tokens]
+            adapters += [_adapter(self._open[reader], begin)] * len(tokens)
             together = ragged(caches, [*lengths, len(tokens)], self._open[reader].caches)
         elif any(n > 1 for n in lengths):
             together = ragged(caches, lengths)
@@ -106,7 +108,7 @@ class Sequences:
             together = caches[0]  # else one node for all blocks is faster, also for one row
         else:
             together = self._together(tuple(tickets), caches)
-        logits = self._model_of(group)(mx.array(rows), cache=together)
+        logits = self._model_of(adapters)(mx.array(rows), cache=together)
         logits = logits[:, -1].astype(mx.float32)
         if self._measured.states:
             mx.eval(logits, [cache.state for each in caches for cache in each])
@@ -170,12 +172,17 @@ class Sequences:
             self._joined[tickets] = joined(caches, settled=True)
         return self._joined[tickets]
 
-    def _model_of(self, group: Iterable[Held]) -> nn.Module:
-        """The model for a group, with the adapters of its rows."""
+    def _model_of(self, rows: Sequence[Mounted | None]) -> nn.Module:
+        """The model for a batch of rows with these adapters."""
         if self.adapters is None:
             return self.model
         in_use = (s.adapter for s in self._open.values() if s.adapter is not None)
-        return self.adapters.model([sequence.adapter for sequence in group], in_use)
+        return self.adapters.model(rows, in_use)
+
+
+def _adapter(sequence: Held, begin: int) -> Mounted | None:
+    """Which works from `begin` on; no slice goes over the token where it begins to work."""
+    return sequence.adapter if begin >= sequence.adapted else None
 
 
 def _grow_by(caches: Caches, tokens: int) -> None:

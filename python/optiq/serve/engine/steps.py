@@ -62,6 +62,7 @@ class Steps:
                 self._decode(groups[0], part)
             else:
                 self._note_step(len(step.decode), started, sum(map(self._decode, groups)))
+                started = time.perf_counter()  # the slice takes a pass of its own
                 self._read(part)
         else:
             self._read(part)
@@ -88,7 +89,7 @@ class Steps:
     def _drafts(self, group: list[Answer]) -> list[list[int]]:
         """What each reads beside its next token: the guesses that are worth their rows."""
         drafts: list[list[int]] = [[] for _ in group]
-        if len(group) != self._paced or any(a.adapter or a.alone for a in group):
+        if len(group) != self._paced or any(a.alone for a in group):
             return drafts
         least, left = worthwhile(len(group), self._pace.step, self._row), MOST
         for i, answer in enumerate(group):
@@ -122,13 +123,14 @@ class Steps:
 
     def _beside(self, groups: list[list[Answer]], part: Slice) -> bool:
         """Whether the slice is read in the step of the only group, whose pace is known."""
+        rows = [*groups[0], self._answers[part.ticket]]
+        adapters = self._sequences.adapters
         return (
             self._measured.beside
             and len(groups) == 1
             and len(groups[0]) == self._paced
-            and all(a.adapter is None and not a.alone for a in groups[0])
-            and self._answers[part.ticket].adapter is None
-            and not self._answers[part.ticket].alone
+            and not any(a.alone for a in rows)
+            and (not any(a.adapter for a in rows) or (adapters is not None and adapters.beside))
         )
 
     def _read(self, part: Slice | None) -> None:
