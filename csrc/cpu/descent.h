@@ -16,12 +16,39 @@
 
 namespace optiq::cpu::OPTIQ_ISA {
 
-struct DescentRows {
-  const Descent& a;
-  static constexpr int kMostRows = 32, kTogether = 8;
-  const int tile_rows; // that share a reading of H; fewer where a thread would have none
+constexpr int kRowsTogether = 8; // of `add_product`
+constexpr size_t kColumnsTogether = 2 * kWide;
 
-  explicit DescentRows(const Descent& a) : a(a), tile_rows(rows_of_a_tile(a.rows)), ones_(a.cols) {
+// y[8, c:] += x[8, depth] @ m[depth, c:], of kColumnsTogether columns.
+inline void add_product(
+    const float* x, size_t ldx, size_t depth, const float* m, float* y, size_t columns, size_t c) {
+  fw low[kRowsTogether], high[kRowsTogether];
+  for (int i = 0; i < kRowsTogether; i++) {
+    low[i] = load<fw>(y + i * columns + c);
+    high[i] = load<fw>(y + i * columns + c + kWide);
+  }
+  for (size_t j = 0; j < depth; j++) {
+    fw m_low = load<fw>(m + j * columns + c), m_high = load<fw>(m + j * columns + c + kWide);
+    for (int i = 0; i < kRowsTogether; i++) {
+      low[i] += x[i * ldx + j] * m_low;
+      high[i] += x[i * ldx + j] * m_high;
+    }
+  }
+  for (int i = 0; i < kRowsTogether; i++) {
+    store(y + i * columns + c, low[i]);
+    store(y + i * columns + c + kWide, high[i]);
+  }
+}
+
+// Takes the steps of some rows at a time; a tile is such rows.
+class RowDescent {
+ public:
+  static constexpr int kMostRows = 32;
+  const Descent& a;
+  const size_t groups;
+
+  explicit RowDescent(const Descent& a)
+      : a(a), groups(a.cols / a.format.group_size), ones_(a.cols) {
     const size_t g = a.format.group_size;
     for (size_t i = 0; i < a.cols; i++) {
       const float* h = a.hessian + i * a.cols + i / g * g;
@@ -31,47 +58,6 @@ struct DescentRows {
       }
       ones_[i] = sum(total);
     }
-  }
-
-  void operator()(int task) {
-    const size_t first = size_t(task) * tile_rows;
-    const int rows = int(first + tile_rows < a.rows ? tile_rows : a.rows - first);
-    const size_t groups = a.cols / a.format.group_size;
-    Tile tile(tile_rows, a.cols, groups);
-    for (int r = 0; r < rows; r++) {
-      read(first + r, r, tile);
-    }
-    // The slope of the start: as if all had just changed from the exact weights.
-    for (size_t k = 0; k < groups; k++) {
-      for (int r = 0; r < rows; r++) {
-        std::memcpy(tile.change[r], &tile.error[r * a.cols + k * a.format.group_size],
-            sizeof(float) * a.format.group_size);
-      }
-      spread(tile, k, rows);
-    }
-    for (int sweep = 0; sweep < a.sweeps; sweep++) {
-      for (size_t k = 0; k < groups; k++) {
-        std::memset(tile.change, 0, sizeof(tile.change));
-        bool changed = false;
-        for (int r = 0; r < rows; r++) {
-          changed |= improve(tile, r, k);
-        }
-        if (changed) {
-          spread(tile, k, rows);
-        }
-      }
-    }
-    for (int r = 0; r < rows; r++) {
-      write(first + r, r, tile);
-    }
-  }
-
- private:
-  Scratch<float> ones_; // per column, the sum of H over the columns of its group
-
-  static int rows_of_a_tile(size_t rows) {
-    const size_t each = rows / num_threads() / kTogether * kTogether;
-    return each < kTogether ? kTogether : each < kMostRows ? int(each) : kMostRows;
   }
 
   struct Tile {
@@ -90,16 +76,31 @@ struct DescentRows {
     float change[kMostRows][kMaxGroup]; // of v in one group
   };
 
-  // A group as it would be with another scale and bias.
-  struct Trial {
-    Trial(float scale, float bias) : scale(scale), bias(bias) {}
-    float scale, bias;
-    float gain = 0; // by how much E falls
-    f32x8 codes[kMaxGroup / 8], change[kMaxGroup / 8], slope[kMaxGroup / 8];
-  };
+  // The slope of the start: as if all had just changed from the exact weights.
+  void start_slope(Tile& tile, int rows) const {
+    for (size_t k = 0; k < groups; k++) {
+      for (int r = 0; r < rows; r++) {
+        std::memcpy(tile.change[r], &tile.error[r * a.cols + k * a.format.group_size],
+            sizeof(float) * a.format.group_size);
+      }
+      spread(tile, k, rows);
+    }
+  }
+
+  void sweep(Tile& tile, int rows) const {
+    for (size_t k = 0; k < groups; k++) {
+      std::memset(tile.change, 0, sizeof(tile.change));
+      bool changed = false;
+      for (int r = 0; r < rows; r++) {
+        changed |= improve(tile, r, k);
+      }
+      if (changed) {
+        spread(tile, k, rows);
+      }
+    }
+  }
 
   void read(size_t row, int r, Tile& tile) const {
-    const size_t groups = a.cols / a.format.group_size;
     for (size_t k = 0; k < groups; k++) {
       tile.scale[r * groups + k] = load_one(a.scales, row * groups + k);
       tile.bias[r * groups + k] = load_one(a.biases, row * groups + k);
@@ -117,7 +118,6 @@ struct DescentRows {
   }
 
   void write(size_t row, int r, const Tile& tile) const {
-    const size_t groups = a.cols / a.format.group_size;
     const Packer pack(a.format.bits);
     uint8_t* out = a.codes + row * (a.cols / 8) * a.format.bits;
     for (size_t i = 0; i < a.cols; i += 8, out += a.format.bits) {
@@ -129,34 +129,28 @@ struct DescentRows {
     }
   }
 
+ private:
+  Scratch<float> ones_; // per column, the sum of H over the columns of its group
+
+  // A group as it would be with another scale and bias.
+  struct Trial {
+    Trial(float scale, float bias) : scale(scale), bias(bias) {}
+    float scale, bias;
+    float gain = 0; // by how much E falls
+    f32x8 codes[kMaxGroup / 8], change[kMaxGroup / 8], slope[kMaxGroup / 8];
+  };
+
   float load_one(const void* base, size_t i) const {
     return load_tail(base, a.type, i, 1)[0];
   }
 
   // slope += change @ H, over the columns of group k, of so many rows and those up to the next 8th.
   void spread(Tile& tile, size_t k, int rows) const {
-    constexpr int kColumns = 2 * kWide; // groups are multiples of 32
     const float* h = a.hessian + k * a.format.group_size * a.cols;
-    for (size_t c = 0; c < a.cols; c += kColumns) {
-      for (int r = 0; r < rows; r += kTogether) {
-        fw low[kTogether], high[kTogether];
-        for (int i = 0; i < kTogether; i++) {
-          const float* slope = &tile.slope[(r + i) * a.cols + c];
-          low[i] = load<fw>(slope);
-          high[i] = load<fw>(slope + kWide);
-        }
-        for (int j = 0; j < a.format.group_size; j++) {
-          fw h_low = load<fw>(h + j * a.cols + c), h_high = load<fw>(h + j * a.cols + c + kWide);
-          for (int i = 0; i < kTogether; i++) {
-            low[i] += tile.change[r + i][j] * h_low;
-            high[i] += tile.change[r + i][j] * h_high;
-          }
-        }
-        for (int i = 0; i < kTogether; i++) {
-          float* slope = &tile.slope[(r + i) * a.cols + c];
-          store(slope, low[i]);
-          store(slope + kWide, high[i]);
-        }
+    for (size_t c = 0; c < a.cols; c += kColumnsTogether) { // groups are multiples of 32
+      for (int r = 0; r < rows; r += kRowsTogether) {
+        add_product(
+            tile.change[r], kMaxGroup, a.format.group_size, h, &tile.slope[r * a.cols], a.cols, c);
       }
     }
   }
@@ -254,9 +248,32 @@ struct DescentRows {
   }
 };
 
-inline void descend(const Descent& a) {
-  DescentRows body(a);
-  parallel_for(int((a.rows + body.tile_rows - 1) / body.tile_rows), body);
+inline int rows_of_a_tile(size_t rows) { // fewer where a thread would have none
+  const size_t each = rows / num_threads() / kRowsTogether * kRowsTogether;
+  return each < kRowsTogether           ? kRowsTogether
+         : each < RowDescent::kMostRows ? int(each)
+                                        : RowDescent::kMostRows;
+}
+
+inline void descend_rows(const Descent& a) {
+  const RowDescent by_rows(a);
+  const size_t of_tile = rows_of_a_tile(a.rows);
+  auto tiles = [&](int task) {
+    const size_t first = size_t(task) * of_tile;
+    const int rows = int(std::min(of_tile, a.rows - first));
+    RowDescent::Tile tile(of_tile, a.cols, by_rows.groups);
+    for (int r = 0; r < rows; r++) {
+      by_rows.read(first + r, r, tile);
+    }
+    by_rows.start_slope(tile, rows);
+    for (int sweep = 0; sweep < a.sweeps; sweep++) {
+      by_rows.sweep(tile, rows);
+    }
+    for (int r = 0; r < rows; r++) {
+      by_rows.write(first + r, r, tile);
+    }
+  };
+  parallel_for(int((a.rows + of_tile - 1) / of_tile), tiles);
 }
 
 } // namespace optiq::cpu::OPTIQ_ISA

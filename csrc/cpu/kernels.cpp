@@ -1,6 +1,6 @@
 // Compiled once per instruction set with OPTIQ_ISA set to its name (see CMakeLists.txt).
 #include "attention.h"
-#include "descent.h"
+#include "descent_together.h"
 #include "elementwise.h"
 #include "gemm.h"
 #include "group_gradient.h"

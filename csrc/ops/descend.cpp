@@ -11,7 +11,8 @@
 namespace optiq {
 
 std::vector<array> descend(const array& w, const array& codes, const array& scales,
-    const array& biases, const array& hessian, int group_size, int bits, int sweeps) {
+    const array& biases, const array& hessian, const std::optional<array>& outputs, int group_size,
+    int bits, int sweeps) {
   require_floating("descend", "w", w);
   AffineFormat format{.bits = bits, .group_size = group_size};
   check_format("descend", "", format);
@@ -36,13 +37,20 @@ std::vector<array> descend(const array& w, const array& codes, const array& scal
     fail("descend", "hessian is ", hessian.shape(), "; it must be ",
         mx::Shape{w.shape(-1), w.shape(-1)});
   }
+  if (outputs && (w.ndim() != 2 || outputs->shape() != mx::Shape{w.shape(0), w.shape(0)})) {
+    fail("descend", "outputs are ", outputs->shape(), " and w is ", w.shape(),
+        "; w must have two axes, and outputs be square with the first of them");
+  }
   if (sweeps < 0) {
     fail("descend", "sweeps is ", sweeps, "; it must be 0 or more");
   }
   auto stream = mx::default_stream(mx::Device::cpu);
+  std::vector<array> inputs = {w, codes, scales, biases, mx::astype(hessian, mx::float32, stream)};
+  if (outputs) {
+    inputs.push_back(mx::astype(*outputs, mx::float32, stream));
+  }
   return array::make_arrays({packed, groups, groups}, {mx::uint32, w.dtype(), w.dtype()},
-      std::make_shared<Descend>(stream, format, sweeps),
-      {w, codes, scales, biases, mx::astype(hessian, mx::float32, stream)});
+      std::make_shared<Descend>(stream, format, sweeps), inputs);
 }
 
 void Descend::eval_cpu(const std::vector<array>& inputs, std::vector<array>& outs) {
@@ -53,6 +61,7 @@ void Descend::eval_cpu(const std::vector<array>& inputs, std::vector<array>& out
   }
   cpu::Descent work{.w = w.data<char>(),
       .hessian = in[4].data<float>(),
+      .outputs = in.size() > 5 ? in[5].data<float>() : nullptr,
       .codes = outs[0].data<uint8_t>(),
       .scales = outs[1].data<char>(),
       .biases = outs[2].data<char>(),

@@ -10,10 +10,12 @@ namespace optiq {
 /**
  * A rounding of w [..., in] (codes, scales and biases as mx.quantize gives them) improved by
  * coordinate descent on the layer's output error; `hessian` [in, in] is the second moment of the
- * layer's inputs. Always on the CPU: the steps of a row follow one another.
+ * layer's inputs. With `outputs` [out, out], that of the gradients at its outputs, the errors of
+ * rows add up. Always on the CPU: the steps of a row follow one another.
  */
 std::vector<mx::array> descend(const mx::array& w, const mx::array& codes, const mx::array& scales,
-    const mx::array& biases, const mx::array& hessian, int group_size, int bits, int sweeps);
+    const mx::array& biases, const mx::array& hessian, const std::optional<mx::array>& outputs,
+    int group_size, int bits, int sweeps);
 
 class Descend : public mx::Primitive {
  public:

@@ -14,7 +14,7 @@ from optiq.models.roles import Module, Role, quantizable
 from optiq.quantize import convert as convert_module
 from optiq.quantize import estimate
 from optiq.quantize.convert import convert
-from optiq.quantize.rounding.rows import ROUNDS
+from optiq.quantize.rounding.descent import TOGETHER_SWEEPS
 from optiq.sources import load, resolve
 from tests.tiny import tiny_folder
 
@@ -50,10 +50,10 @@ def module(role: Role, *shape: int) -> Module:
 
 def test_rows_go_together_where_they_do() -> None:
     together = replace(NOTHING, together=1.0)
-    steps = 64 * 32 * 32 * ROUNDS * estimate._TRIES
+    steps = 64 * 32 * (64 + 32) * TOGETHER_SWEEPS
     for role, shape, seconds in (
         (Role.ATTENTION, (64, 32), steps),
-        (Role.MLP, (32, 64), 64 * steps / 32),  # down
+        (Role.MLP, (32, 64), steps),  # down
         (Role.MLP, (64, 32), 0),  # gate and up: each row alone
         (Role.ATTENTION, (4, 64, 32), 0),  # a weight for each head: also
         (Role.EXPERT, (4, 64, 32), 0),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +15,18 @@ Floats = NDArray[np.float32]
 Group = tuple[Floats, Floats, Floats]  # codes, change of the weight, by how much the error falls
 
 
+# Rows that move at a time where errors add up, each as if the others stayed; far apart, since
+# neighbours share most.
+TOGETHER = 16
+
+
 def descend(
-    w: mx.array, rounded: AffineWeight, hessian: mx.array, *, sweeps: int = 4
+    w: mx.array,
+    rounded: AffineWeight,
+    hessian: mx.array,
+    *,
+    outputs: mx.array | None = None,
+    sweeps: int = 4,
 ) -> AffineWeight:
     """Codes, scales and biases with a smaller output error than those of `rounded`.
 
@@ -23,26 +35,36 @@ def descend(
     and bias are fitted to the group's codes and stored, each code in turn moves to its best grid
     point, and the group is changed only where the error falls (QuantEase, Behdin et al. 2023).
 
+    With `outputs`, the errors of different rows add up: with g the gradient at the layer's outputs,
+    a change D of the weight moves the model by the mean of (g'Dx)^2, which is about
+    `tr(outputs D hessian D')` (YAQA, Tseng et al. 2025, arXiv:2505.22988). The diagonal of
+    `outputs` alone takes each row by itself. With all of it, and the others as they are, the error
+    of a row should undo what the others' do.
+
     Args:
         w: `[..., out, in]` in float32, float16 or bfloat16.
         rounded: Where to start; scales and biases in the dtype of `w`.
         hessian: Symmetric `[in, in]`. Some per cent of its mean diagonal added to the diagonal
             keep what few tokens say from being trusted too much.
+        outputs: Symmetric `[out, out]` with a positive diagonal, the mean of `g g'`; `w` then has
+            two axes.
         sweeps: How often each group is taken.
 
     Returns:
-        The same as `rounded`, in the same format. No row has a larger error than before, but for
-        float32 sums. The work is done on the CPU.
+        The same as `rounded`, in the same format. No row, with `outputs` not their sum, has a
+        larger error than before, but for float32 sums. The work is done on the CPU.
 
     Raises:
         ValueError: Dtypes or shapes that do not fit.
     """
     if ext := native.extension:
         found = ext.descend(
-            w, rounded.codes, rounded.scales, rounded.biases, hessian,
+            w, rounded.codes, rounded.scales, rounded.biases, hessian, outputs,
             rounded.group_size, rounded.bits, sweeps,
         )  # fmt: skip
         return rounded._replace(codes=found[0], scales=found[1], biases=found[2])
+    if outputs is not None:
+        return _descend_together(w, rounded, hessian, outputs, sweeps)
     return _descend(w, rounded, hessian, sweeps)
 
 
@@ -114,3 +136,51 @@ def _descend(w: mx.array, rounded: AffineWeight, hessian: mx.array, sweeps: int)
         scales=mx.array(scales).astype(dtype).reshape(rounded.scales.shape),
         biases=mx.array(biases).astype(dtype).reshape(rounded.biases.shape),
     )
+
+
+def _descend_together(
+    w: mx.array, rounded: AffineWeight, hessian: mx.array, outputs: mx.array, sweeps: int
+) -> AffineWeight:
+    """The same in NumPy where the errors of rows add up.
+
+    Row i costs G_ii (D_i + c_i) H (D_i + c_i)' and what does not depend on it, with c_i = sum over
+    j != i of G_ij D_j / G_ii: the descent of one row, to a target that is moved by -c_i.
+    """
+    rounded.check("rounded")
+    if w.ndim != 2 or outputs.shape != (len(w), len(w)):
+        raise ValueError(
+            f"[descend] outputs are {outputs.shape} and w is {w.shape}; w must have two axes, and "
+            "outputs be square with the first of them"
+        )
+    rows = len(w)
+    turns = max(1, rows // TOGETHER)
+    order = np.concatenate([np.arange(turn, rows, turns) for turn in range(turns)])
+    bounds = [0, *np.cumsum([len(range(turn, rows, turns)) for turn in range(turns)]).tolist()]
+    weight = np.array(w.astype(mx.float32))[order]
+    change = np.array(rounded.dequantized())[order] - weight
+    h = np.array(hessian.astype(mx.float32))
+    g = np.array(outputs.astype(mx.float32))[np.ix_(order, order)]
+    parts = [_rows(rounded, mx.array(order[a:b])) for a, b in pairwise(bounds)]
+    for _ in range(sweeps):
+        for n, (a, b) in enumerate(pairwise(bounds)):
+            own, old = g[a:b, a:b], change[a:b].copy()
+            pull = g[a:b] @ change
+            alone = (own @ old - pull) / np.diag(own)[:, None]
+            # If they do share, steps of this length cannot raise what they cost together.
+            careful = old - pull / np.abs(own).sum(axis=1, keepdims=True)
+            for moved in (alone, careful):
+                target = mx.array(weight[a:b] + moved).astype(w.dtype)
+                part = _descend(target, parts[n], hessian, 1)
+                step = np.array(part.dequantized()) - weight[a:b] - old
+                if np.sum((own @ step + 2 * pull) * (step @ h)) < 0:  # what it costs in all
+                    parts[n], change[a:b] = part, old + step
+                    break
+    arrays = zip(*(part[:3] for part in parts), strict=True)
+    codes, scales, biases = (mx.concatenate(list(of)) for of in arrays)
+    back = mx.array(np.argsort(order))
+    return _rows(rounded._replace(codes=codes, scales=scales, biases=biases), back)
+
+
+def _rows(weight: AffineWeight, rows: mx.array) -> AffineWeight:
+    codes, scales, biases = (array[rows] for array in weight[:3])
+    return weight._replace(codes=codes, scales=scales, biases=biases)

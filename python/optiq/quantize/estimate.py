@@ -30,8 +30,8 @@ from ..ops import metal
 from ..quality.answers import PROMPTS, TOKENS
 from ..sources import LoadedModel
 from .options import Options
+from .rounding.descent import TOGETHER_SWEEPS
 from .rounding.moments import widens
-from .rounding.rows import ROUNDS, TOGETHER
 from .sensitivity.fisher import squares
 
 NARROW = Format("affine", 4, 32)
@@ -40,17 +40,17 @@ _PROBE, _RUNS = 0.5, 10  # seconds for each, and runs, at most
 _LONG_ENOUGH = 0.05  # seconds of a run
 _ROWS = 256  # tokens in a product, as long as a sequence usually is
 _WEIGHTS = 1 << 21  # weights that are rounded in a probe, at most
+_TURN = 64  # rows of them whose errors add up
 
 _BACKWARD = 3.0  # a pass back costs this many passes forward, with what it keeps for them
 _REST = 1.15  # a pass forward over its products and attention alone
 _TOUCHED = 0.8  # norms, sums and activations, in activations of all that layers read and write
 _NATIVE = 0.1  # attention in blocks that run natively, over MLX's
 _PLANS = 3.5  # that are proposed and measured, on average
-_CANDIDATES = 4  # roundings of a layer that are compared
+_CANDIDATES = 3  # roundings of a layer that are compared
 _COMPARED = 8  # formats that are compared in a probe
 _FRESH = 1.6  # comparing a whole weight, in memory that is new each time, over the probe's part
 _GRADIENTS = 1 << 24  # of all sequences, that are there for it
-_TRIES = 1.3  # steps that rows take together, until one lowers the error
 _EXACT = 0.01  # exact scores of what is still open, as a share of those of all
 _ANSWERS = len(PROMPTS) * TOKENS  # tokens in the report, at most; as many of two small models
 _DECODING = 1e10  # bytes a second of the weights that an answer reads
@@ -171,10 +171,11 @@ def probe(modules: list[Module], loaded: LoadedModel, sequences: int) -> Speed:
     mx.eval(start[:3], hessian)
     search = _fastest(lambda: ops.quantize(fewer, fmt, ones)[0]) / fewer.size
     descent = _fastest(lambda: ops.descend(fewer, start, hessian).codes) / (fewer.size * width)
-    few, codes, scales, biases = (array[:TOGETHER] for array in (fewer, *start[:3]))
-    turn = start._replace(codes=codes, scales=scales, biases=biases)
-    taken = _fastest(lambda: ops.descend(few, turn, hessian, sweeps=1).codes)
-    together = product + taken / (few.size * width)
+    few, codes, scales, biases = (array[:_TURN] for array in (fewer, *start[:3]))
+    some = start._replace(codes=codes, scales=scales, biases=biases)
+    both = mx.eye(len(few)) + 0.01
+    taken = _fastest(lambda: ops.descend(few, some, hessian, outputs=both, sweeps=1).codes)
+    together = taken / (few.size * (width + len(few)))
     compare = _comparing(fewer, start, fmt, sequences)
     return Speed(product, experts, elements, attention, search, compare, descent, together)
 
@@ -258,8 +259,8 @@ def _fitting(module: Module, speed: Speed, tokens: int) -> float:
     steps = size * width * (speed.descent + (_CANDIDATES - 1) * speed.product)
     if module.block is not None and len(module.shape) == 2 and not widens(module):
         moments += tokens * out**2
-        turns = ROUNDS * _TRIES * speed.together + speed.product
-        steps += size * (width * turns + _CANDIDATES * out * speed.product)
+        steps += size * (width + out) * TOGETHER_SWEEPS * speed.together
+        steps += size * (width + _CANDIDATES * out) * speed.product  # they are judged
     return steps + moments * speed.product
 
 

@@ -7,8 +7,10 @@ kept; logits are made of them a few rows at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from math import inf, isfinite
 from pathlib import Path
 
@@ -18,6 +20,8 @@ import numpy as np
 from ..base.progress import Progress, tell
 from ..calibration import Sample, token_hash
 from ..errors import UsageError
+from ..formats import DENSE, Format
+from ..models.places import place_at
 from ..models.roles import is_head, quantizable
 from ..nn.accelerate import accelerate
 from ..nn.replay import Replay, Tape
@@ -31,7 +35,7 @@ from .replay.logits import LOGITS_BYTES, Output, divergences
 from .replay.streamed import Drop, Passing, Streamed, keep
 from .rounding.reference import weight_bytes
 from .rounding.render import render_model
-from .rounding.weights import MINMAX, Rounding
+from .rounding.weights import MINMAX, Rounding, round_weight
 
 Refine = Callable[[Plan, Rounding], Rounding]
 
@@ -84,6 +88,23 @@ class Judge:
         small, loaded = self._small, load(self._source)
         student = render_model(loaded, plan, rounding=rounding, blocks=small, lazy=not small)
         return student, keep if small else Passing(student).drop
+
+    def rounded(self, plans: Iterable[Plan], rounding: Rounding) -> Rounding:
+        """`rounding` with what `plans` have in common rounded once, where that fits in memory."""
+        if not self._small:
+            return rounding
+        formats: dict[str, set[Format]] = defaultdict(set)
+        for planned in chain.from_iterable(plan.modules for plan in plans):
+            if planned.format != DENSE:
+                formats[planned.module.path].add(planned.format)
+        model, fitted = load(self._source).model, dict(rounding.fitted)
+        for path, wanted in formats.items():
+            place = place_at(model, path)
+            weight = place.get().weight
+            for fmt in wanted:
+                fitted[path, fmt] = round_weight(weight, fmt, rounding, path)
+            place.set(nn.Module())  # the dense weight is dropped here
+        return replace(rounding, fitted=fitted)
 
     def opened(self, folder: Path) -> tuple[nn.Module, Drop]:
         """An exported model, to be run once, and how it drops its blocks."""
@@ -169,9 +190,11 @@ def decide(
 
         found: dict[str, float] = {}
         with Progress(len(plans), "choosing formats", enabled=progress) as bar:
+            searched = judge.rounded(plans.values(), rounding)
             for name in plans:
-                found[name] = measure(name, rounding)
+                found[name] = measure(name, searched)
                 bar.step(note=f"{name}: {found[name]:.4g}")
+            del searched
         chosen = min(plans, key=lambda name: (found[name], plans[name].nbytes))
         ratio, rank = _trust(candidates, chosen)
         plan, least = plans[chosen], found[chosen]

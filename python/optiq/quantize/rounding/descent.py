@@ -11,10 +11,10 @@ says what each row must keep (GuidedQuant, Kim et al. 2025, weighs tokens so, pe
 A row e that is looked up moves the output by 1/2 (g'e)^2 each time, so an embedding's H is the sum
 of g g'; one that is also the head has the sum of both, for a word that is looked up often is about
 as often likely to come next.
-`ops.descend` makes a rounding good by that measure, and `rows.py` by one in which the errors of
+`ops.descend` makes a rounding good by that measure, and then by one in which the errors of
 different rows add up, with G, the sum of g g' over tokens. Both are shrunk first (moments.py). Then
 every module's candidates are judged by the H and G of sequences that none was fitted to, and the
-best of min/max, the search and both descents is taken.
+best of the search and both descents is taken.
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ from ..replay.backward import survey
 from .fitted import InFiles, Key
 from .moments import ELEMENTS, Moments, moments
 from .reference import in_passes, open_reference
-from .rows import descend_together
 from .weights import MINMAX, Rounded, Rounding
+
+# Over all rows, where their errors add up.
+TOGETHER_SWEEPS = 2
 
 # Bytes of recorded block outputs; of a larger model fewer sequences are used.
 TAPE_BYTES = 4 << 30
@@ -148,10 +150,11 @@ def _candidates(
     found = {
         "descent": ops.descend(w, start, alone),
         "search": start,
-        "minmax": ops.AffineWeight(*ops.quantize(w, fmt), fmt.group_size, fmt.bits),
     }
     if outputs is not None and mx.all(mx.diag(both := outputs.shrunk) > 0):
-        found["together"] = descend_together(w, found["descent"], alone, both)
+        found["together"] = ops.descend(
+            w, found["descent"], alone, outputs=both, sweeps=TOGETHER_SWEEPS
+        )
     return found
 
 
