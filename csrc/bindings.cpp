@@ -11,6 +11,7 @@
 #include "launch/bindings.h"
 #include "ops/decode_layer_bindings.h"
 #include "ops/decoder_block_bindings.h"
+#include "ops/dequantize.h"
 #include "ops/descend.h"
 #include "ops/embedding.h"
 #include "ops/kl_divergence.h"
@@ -71,6 +72,14 @@ NB_MODULE(_ext, m) {
             ids, {w, scales, biases, {.bits = bits, .group_size = group_size}}, s);
       },
       "ids"_a, "w"_a, "scales"_a, "biases"_a, "group_size"_a, "bits"_a, nb::kw_only(),
+      "stream"_a = nb::none());
+  m.def(
+      "dequantize",
+      [](const array& w, const array& scales, const array& biases, int group_size, int bits,
+          mx::StreamOrDevice s) {
+        return optiq::dequantize({w, scales, biases, {.bits = bits, .group_size = group_size}}, s);
+      },
+      "w"_a, "scales"_a, "biases"_a, "group_size"_a, "bits"_a, nb::kw_only(),
       "stream"_a = nb::none());
   m.def("quantize", &optiq::quantize, "w"_a, "importance"_a = nb::none(), "group_size"_a = 64,
       "bits"_a = 4, nb::kw_only(), "stream"_a = nb::none());

@@ -1,5 +1,6 @@
 // Compiled once per instruction set with OPTIQ_ISA set to its name (see CMakeLists.txt).
 #include "attention.h"
+#include "dequantize.h"
 #include "descent_together.h"
 #include "elementwise.h"
 #include "gemm.h"
@@ -100,7 +101,7 @@ void from_f32(const float* in, Float type, void* out, size_t n) {
 } // namespace
 
 extern const Kernels table = {OPTIQ_STRING(OPTIQ_ISA), can_tile, tile, untile, matmul, products,
-    low_rank, sgemm, kl_divergence, head_kl, head_kl_gradient, quantize, descend, group_gradient,
-    rms_norm, heads, attention, quantize_kv, dequantize_kv, gate, to_f32, from_f32};
+    low_rank, sgemm, kl_divergence, head_kl, head_kl_gradient, quantize, dequantize, descend,
+    group_gradient, rms_norm, heads, attention, quantize_kv, dequantize_kv, gate, to_f32, from_f32};
 
 } // namespace optiq::cpu::OPTIQ_ISA

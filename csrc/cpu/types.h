@@ -300,6 +300,7 @@ struct Kernels {
   void (*head_kl)(const HeadKl&);
   void (*head_kl_gradient)(const HeadKlGradient&);
   void (*quantize)(const Quantize&);
+  void (*dequantize)(const Weight&, float* y);
   void (*descend)(const Descent&);
   void (*group_gradient)(const GroupGradient&);
   void (*rms_norm)(const RmsNorm&);

@@ -136,11 +136,11 @@ def _arrays(layer: Any) -> tuple[mx.array, mx.array, mx.array]:
 def dequantized(layer: Any, rows: Any = ...) -> mx.array:
     """The weight that a quantized layer stands for, or these rows of it, in float32."""
     codes, scales = layer["weight"][rows], layer["scales"][rows]
-    biases = layer["biases"][rows].astype(mx.float32) if "biases" in layer else None
-    if biases is not None:
-        scales = scales.astype(mx.float32)
+    if "biases" in layer:
+        biases = layer["biases"][rows]
+        return ops.AffineWeight(codes, scales, biases, layer.group_size, layer.bits).dequantized()
     return mx.dequantize(
-        codes, scales, biases, layer.group_size, layer.bits, mode=layer.mode, dtype=mx.float32
+        codes, scales, None, layer.group_size, layer.bits, mode=layer.mode, dtype=mx.float32
     )
 
 

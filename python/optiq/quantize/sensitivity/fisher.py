@@ -52,7 +52,7 @@ from .kl import head_groups, record
 GRADIENT_BYTES = 1 << 30
 
 # Elements of what the formats change in some rows of a weight, held together.
-CHANGE_ELEMENTS = 1 << 24
+CHANGE_ELEMENTS = 1 << 20
 
 
 @metal.restarts
