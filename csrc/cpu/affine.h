@@ -18,14 +18,22 @@ namespace optiq::cpu::OPTIQ_ISA {
 #if defined(__AVX512F__)
 template <bool EXACT>
 constexpr int kMostRows = EXACT ? 8 : 16;
-#else
+#elif defined(__AVX2__) || defined(__aarch64__)
 template <bool EXACT>
 constexpr int kMostRows = 8;
+#else // vectors are arrays, and code for many rows takes half of the time of the whole build
+template <bool EXACT>
+constexpr int kMostRows = 2;
 #endif
 
 // The number of rows for which code exists and `rows` fit.
 constexpr int padded_rows(int rows) {
   return rows <= 4 ? rows : rows <= 6 ? 6 : rows <= 8 ? 8 : rows <= 12 ? 12 : 16;
+}
+
+// The next smaller one.
+constexpr int fewer_rows(int rows) {
+  return rows <= 4 ? rows - 1 : rows <= 8 ? rows - 2 : rows - 4;
 }
 
 // kWide rows of a weight. The last tile begins early where the rows do not fill it; of a weight
@@ -384,28 +392,12 @@ fw multiply_one(const Tile& tile, const FixedRows& x) {
   }
 }
 
-template <bool EXACT, class Codes>
+template <bool EXACT, class Codes, int ROWS = kMostRows<EXACT>>
 void multiply(int rows, const Tile& tile, Codes& codes, const FixedRows& x, fw* out) {
-  switch (rows) {
-    case 1:
-      return multiply<1, EXACT, Codes>(tile, codes, x, out);
-    case 2:
-      return multiply<2, EXACT, Codes>(tile, codes, x, out);
-    case 3:
-      return multiply<3, EXACT, Codes>(tile, codes, x, out);
-    case 4:
-      return multiply<4, EXACT, Codes>(tile, codes, x, out);
-    case 6:
-      return multiply<6, EXACT, Codes>(tile, codes, x, out);
-    case 8:
-      return multiply<8, EXACT, Codes>(tile, codes, x, out);
-  }
-  if constexpr (kMostRows<EXACT> > 8) {
-    if (rows == 12) {
-      multiply<12, EXACT, Codes>(tile, codes, x, out);
-    } else {
-      multiply<16, EXACT, Codes>(tile, codes, x, out);
-    }
+  if (rows == ROWS) {
+    multiply<ROWS, EXACT, Codes>(tile, codes, x, out);
+  } else if constexpr (ROWS > 1) {
+    multiply<EXACT, Codes, fewer_rows(ROWS)>(rows, tile, codes, x, out);
   }
 }
 
