@@ -101,22 +101,23 @@ def stream(
     Raises UsageError for an empty prompt, or a system message the model's template has no place
     for; KVError for a `prefix` of another model.
     """
-    from mlx_lm.sample_utils import make_sampler
-
     read = prompt_tokens(tokenizer, request)
     caches = prefix.start(model, read) if prefix else make_prompt_cache(model)
     mx.random.seed(request.seed)
-    sampler = make_sampler(
-        temp=request.temperature, top_p=request.top_p, top_k=request.top_k, min_p=request.min_p
-    )
     run = _stepwise if can_step(model, caches) else _through_mlx_lm
-    for piece in run(
-        model, tokenizer, read, prefix.reused if prefix else 0, caches, sampler, request
-    ):
+    for piece in run(model, tokenizer, read, prefix.reused if prefix else 0, caches, request):
         read.append(piece.token)
         yield piece
     if prefix:
         prefix.store(caches, read[: caches[0].offset])
+
+
+def _sampler(request: Request) -> Any:
+    from mlx_lm.sample_utils import make_sampler
+
+    return make_sampler(
+        temp=request.temperature, top_p=request.top_p, top_k=request.top_k, min_p=request.min_p
+    )
 
 
 def _stepwise(
@@ -125,14 +126,14 @@ def _stepwise(
     prompt: list[int],
     reused: int,
     caches: list[Any],
-    sampler: Any,
     request: Request,
 ) -> Iterator[Piece]:
     unread = prompt[reused:]
     text = tokenizer.detokenizer
     started = time.perf_counter()
     reading = 0.0
-    found = tokens(model, unread, caches, sampler, request.max_tokens)
+    sampler = _sampler(request) if request.temperature else None
+    found = tokens(model, unread, caches, request.max_tokens, sampler)
     for made, token in enumerate(found, 1):
         now = time.perf_counter()
         if made == 1:
@@ -156,11 +157,11 @@ def _through_mlx_lm(
     prompt: list[int],
     reused: int,
     caches: list[Any],
-    sampler: Any,
     request: Request,
 ) -> Iterator[Any]:
     from mlx_lm import stream_generate
 
+    sampler = _sampler(request)
     read, unread = list(prompt), prompt[reused:]
     left, before = request.max_tokens, 0
     while True:

@@ -12,7 +12,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.cache import KVCache
+from numpy.typing import NDArray
 
 from ..kv.rows import Caches, cut, joined, ragged
 from ..nn.stack import runs_as_one
@@ -23,6 +25,7 @@ SLICE = 512  # tokens of a prompt that are read at a time
 ROOM = 1024  # tokens by which caches grow
 FIRST = 0.25  # of a step, what a row more is taken to cost before any was read
 
+Floats = NDArray[np.float32]
 Sampler = Callable[[mx.array], mx.array]  # log-probabilities [1, V] -> tokens [1]
 
 
@@ -33,9 +36,15 @@ def can_step(model: nn.Module, caches: Caches) -> bool:
 
 
 def tokens(
-    model: nn.Module, prompt: Sequence[int], caches: Caches, sampler: Sampler, most: int
+    model: nn.Module,
+    prompt: Sequence[int],
+    caches: Caches,
+    most: int,
+    sampler: Sampler | None = None,
 ) -> Iterator[int]:
     """Up to `most` tokens after a prompt, of which `caches` hold what came before it.
+
+    Without a `sampler` they are the likeliest ones.
 
     They are those of mlx-lm's generator with the same sampler, and do not depend on guesses.
     """
@@ -56,17 +65,14 @@ def tokens(
         started = time.perf_counter()
         batch = mx.array([[each] for each in (token, *guess)])
         together = ragged([caches], [1 + len(guess)]) if guess else one
-        logits = model(batch, cache=together)[:, -1]
-        mx.eval(logits)
+        logits = np.asarray(model(batch, cache=together)[:, -1].astype(mx.float32))
         taken = time.perf_counter() - started
         if guess:
             row = smoothed(row, max(0.0, taken - step) / len(guess))
         else:
             step = smoothed(step, taken)
         for i, guessed in enumerate((*guess, None)):
-            logprobs = logits[i : i + 1]
-            drawn: Any = sampler(logprobs - mx.logsumexp(logprobs, keepdims=True)).item()
-            token = int(drawn)
+            token = _drawn(logits[i], sampler)
             lookup.add(token)
             made += 1
             begin += 1
@@ -74,3 +80,12 @@ def tokens(
             if token != guessed:
                 break
         cut(caches, begin)
+
+
+def _drawn(logits: Floats, sampler: Sampler | None) -> int:
+    """A token by its logits `[V]`. In NumPy: MLX's exponentials take a sixth of a token's time."""
+    if sampler is None:
+        return int(logits.argmax())
+    shifted = logits - logits.max()
+    drawn: Any = sampler(mx.array(shifted - np.log(np.exp(shifted).sum()))[None]).item()
+    return int(drawn)
