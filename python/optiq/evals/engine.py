@@ -184,9 +184,8 @@ class Engine:
             token = tokens[-1]
             for _ in range(limit):
                 logits = self.model(mx.array([[token]]), cache=cache)[0, -1]
-                log_p = logits - mx.logsumexp(logits)
-                token = int(np.asarray(mx.argmax(log_p)))
-                if see(index, token, log_p):
+                token = int(np.asarray(logits.astype(mx.float32)).argmax())
+                if see(index, token, logits - mx.logsumexp(logits)):  # computed if it is looked at
                     break
             self.finished()
 
