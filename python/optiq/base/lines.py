@@ -75,11 +75,12 @@ class Log:
         threading.Thread(target=self._beat, name="optiq-progress", daemon=True).start()
 
     def stop(self) -> None:
-        self._stopped.set()
+        with self._lock:  # nothing is printed from here on: the stream may be closed
+            self._stopped.set()
 
     def refresh(self) -> None:
         with self._lock:
-            if self._is_due():
+            if self._is_due() and not self._stopped.is_set():
                 self._print(str(self._shown()))
 
     def say(self, text: str) -> None:

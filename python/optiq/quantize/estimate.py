@@ -220,7 +220,7 @@ def _experts(modules: list[Module], dtype: mx.Dtype) -> float:
     out, width = shapes[0][-2:]
     w = mx.random.normal((4, out, width), key=mx.random.key(3)).astype(dtype)
     x = mx.random.normal((_ROWS // 4, width), key=mx.random.key(4)).astype(dtype)
-    which = mx.arange(_ROWS // 4) // (_ROWS // 16)
+    which = mx.arange(_ROWS // 4, dtype=mx.uint32) // (_ROWS // 16)
     mx.eval(w, x, which)
     return _fastest(lambda: ops.linear(x, w, indices=which)) / (_ROWS // 4 * out * width)
 
