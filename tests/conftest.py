@@ -18,9 +18,12 @@ settings.load_profile("same")
 
 @pytest.fixture(autouse=True, scope="session")
 def short_conversions() -> Iterator[None]:
-    """A conversion measures half a dozen plans, in tests on few tokens each, and asks nothing."""
+    """A conversion measures half a dozen plans, in tests on few tokens each, asks nothing, and
+    probes the machine for a moment only."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("optiq.calibration.texts.SELECTION_TOKENS", 320)
         if find_spec("mlx_lm"):  # the tests of ops also run without (cross/test_aarch64.sh)
             patch.setattr("optiq.quantize.convert.PROMPTS", ())
+            patch.setattr("optiq.quantize.estimate._PROBE", 0.02)
+            patch.setattr("optiq.quantize.estimate._LONG_ENOUGH", 0.002)
         yield
