@@ -14,9 +14,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from optiq.base.checkpoint import check_unfinished
+from optiq.distributed import wire
 from optiq.distributed.ranks import ALONE, World, world
 from optiq.distributed.watch import BEAT, Watch
 from optiq.errors import DistributedError, UsageError
@@ -74,17 +76,50 @@ def test_one_process_of_a_batch_system_is_alone(monkeypatch: pytest.MonkeyPatch)
 
 def test_values_of_all_ranks(tmp_path: Path) -> None:
     code = (
+        "import mlx.core as mx\n"
         "from optiq.distributed.ranks import world\n"
         "with world() as here:\n"
         "    print(here.gather([here.rank, 0.1 + here.rank / 3, 'x' * 5000 * here.rank]))\n"
+        "    arrays = here.bring(mx.arange(2) + here.rank, to=1)\n"
+        "    print(arrays and [array.tolist() for array in arrays])\n"
+        "    print(here.join({n: str(n) for n in here.share([1, 3, 1, 1, 1])}))\n"
         "    here.same({'seed': 1, 'model': here.rank // 2})"
     )
     done = finish(start(["-c", code], tmp_path, count=3))
     for rank, (exit_code, out, err) in enumerate(done):
-        assert eval(out) == [[r, 0.1 + r / 3, "x" * 5000 * r] for r in range(3)]
+        gathered, brought, joined = map(eval, out.splitlines())
+        assert gathered == [[r, 0.1 + r / 3, "x" * 5000 * r] for r in range(3)]
+        assert brought == ([[0, 1], [1, 2], [2, 3]] if rank == 1 else None)
+        assert joined == list("01234")
         assert exit_code == 1
         if rank == 0:
             assert "rank 2 has another model than rank 0" in err
+
+
+def test_arrays_in_a_message(pair: tuple[socket.socket, socket.socket]) -> None:
+    arrays = [
+        mx.arange(6, dtype=mx.uint32).reshape(2, 3),
+        mx.array([1.5, -3e38], dtype=mx.bfloat16),
+        mx.array(True),
+        mx.zeros((0, 4)),
+    ]
+    wire.send(pair[0], {"a": (arrays, None), "b": [0.1, {"c": "d"}]})
+    found = wire.receive(pair[1])
+    assert found["b"] == [0.1, {"c": "d"}]
+    got, nothing = found["a"]
+    assert nothing is None
+    for one, other in zip(got, arrays, strict=True):
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+        assert mx.array_equal(one, other)
+    pair[0].close()
+    with pytest.raises(ConnectionError):
+        wire.receive(pair[1])
+
+
+def test_work_is_divided_by_what_it_costs() -> None:
+    assert World(1, 2).divide([5, 1, 3, 1, 1, 1]) == [0, 1, 1, 1, 0, 1]
+    assert World(1, 2).share([5, 1, 3, 1, 1, 1]) == [1, 2, 3, 5]
+    assert World(1, 3).share([]) == []
 
 
 def test_other_options_on_a_rank_are_refused() -> None:

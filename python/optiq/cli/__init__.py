@@ -42,7 +42,15 @@ COMMANDS = {
     "demo": "fetch a small real model, convert it and compare it with uniform 4-bit",
 }
 
-SHARED = ("sensitivity", "lora", "serve")  # what several processes can do together
+SHARED = (
+    "convert",
+    "sensitivity",
+    "kv",
+    "frontier",
+    "eval",
+    "lora",
+    "serve",
+)  # what several processes can do together
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if launched() and args.command not in SHARED:
             raise UsageError(
-                "runs in one process, not under mlx.launch or mpirun; share the measurement with "
-                "optiq sensitivity MODEL -o FILE, then convert with --scores FILE"
+                f"runs in one process, not under mlx.launch or mpirun; {', '.join(SHARED)} share "
+                "their work"
             )
         module = importlib.import_module(f".{args.command}", __package__)
         with silenced(args.quiet):

@@ -7,8 +7,12 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import options
+
+if TYPE_CHECKING:
+    from ..quantize.convert import Result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,12 +59,12 @@ def _refine_tokens(args: argparse.Namespace) -> int | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..cards.upload import check_upload, upload
+    from ..cards.upload import check_upload
+    from ..distributed.ranks import world
     from ..errors import UsageError
-    from ..quantize.convert import convert
+    from ..quantize.convert import convert_together
     from ..quantize.prepare import CHECKPOINT, SCORES, work_folder
     from ..quantize.rounding import distill
-    from .tables import plan_table, summary
 
     if args.refine_tokens and not args.refine:
         raise UsageError("--refine-tokens is for --refine; add it, or leave both out")
@@ -70,23 +74,29 @@ def run(args: argparse.Namespace) -> int:
     fields = options.measuring(args)
     fields["size"] = args.size
     fields["towers"] = args.towers
-    with options.resumable(work / CHECKPOINT, work / distill.CHECKPOINT):
-        result = convert(
-            args.model,
-            args.out,
-            refine_tokens=_refine_tokens(args),
-            dry_run=args.dry_run,
-            **fields,
-        )
+    with world() as ranks:
+        with options.resumable(work / CHECKPOINT, work / distill.CHECKPOINT):
+            result = convert_together(
+                ranks, args.model, args.out, _refine_tokens(args), args.dry_run, **fields
+            )
+        if ranks.rank == 0:
+            _tell(args, result, work / SCORES)
+    return 0
+
+
+def _tell(args: argparse.Namespace, result: Result, scores: Path) -> None:
+    """Print what was made, and upload it where that is asked for."""
+    from ..cards.upload import upload
+    from .tables import plan_table, summary
+
     if args.json:
         print(json.dumps(result.plan.to_json(), indent=1))
     else:
         print(plan_table(result.plan) + "\n")
-        print(_following(args, work / SCORES) if args.dry_run else summary(result, args.out))
+        print(_following(args, scores) if args.dry_run else summary(result, args.out))
     if args.upload_repo and not args.dry_run:
         url = upload(args.out, args.upload_repo)
         print(f"uploaded   {url}", file=sys.stderr if args.json else sys.stdout)
-    return 0
 
 
 def _following(args: argparse.Namespace, scores: Path) -> str:

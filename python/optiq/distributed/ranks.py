@@ -1,10 +1,12 @@
 """Several processes on one job, as `mlx.launch` starts them: who I am, and what the others found.
 
-The only module that names mx.distributed. Its collectives block for ever when a peer is gone, so
-every rank holds a connection to rank 0 beside them, over which both say twice a second that they
-are alive. A connection that ends, or is silent for SILENCE seconds, means a dead rank; the others
-are told, and every process ends with an error that names it. Only ending the process can free a
-thread that waits in a collective, so work must be on disk as it is done (see --resume).
+What ranks hand to each other goes through rank 0 over connections of their own, since a rank that
+waits there uses no processor. The only module that names mx.distributed. Its collectives block for
+ever when a peer is gone, so every rank holds a connection to rank 0 beside them, over which both
+say twice a second that they are alive. A connection that ends, or is silent for SILENCE seconds,
+means a dead rank; the others are told, and every process ends with an error that names it. Only
+ending the process can free a thread that waits in a collective, so work must be on disk as it is
+done (see --resume).
 """
 
 from __future__ import annotations
@@ -12,11 +14,15 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +32,7 @@ from ..errors import DistributedError
 from .watch import SILENCE, Watch
 
 JOIN = 25.0  # seconds for all ranks to start
+NOTICE = 5.0  # seconds in which a lost rank is noticed, and then to clear up
 
 # Set for each process by mlx.launch (ring, jaccl) and by mpirun.
 _LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
@@ -51,15 +58,73 @@ class World:
         self._meeting: dict[int, socket.socket] | None = None
 
     def gather(self, value: Any) -> list[Any]:
-        """The value (anything JSON can hold) of every rank, in order; waits for all of them."""
+        """The value of every rank, in order; waits for all of them.
+
+        Anything that JSON can hold, with arrays in it; tuples arrive as lists.
+        """
         if self.size == 1:
             return [value]
-        data = json.dumps(value).encode()
-        sizes = self._all(np.array([len(data)], np.int32))[:, 0]
-        padded = np.zeros(sizes.max(), np.uint8)
-        padded[: len(data)] = np.frombuffer(data, np.uint8)
-        rows = self._all(padded)
-        return [json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
+        from . import wire  # here: it loads MLX
+
+        with self._talking():
+            if self.rank != 0:
+                wire.send(self._peer(0), value)
+                found: list[Any] = wire.receive(self._peer(0))
+                return [*found[: self.rank], value, *found[self.rank :]]
+            found = [value, *map(wire.receive, self._others())]
+            for rank, peer in enumerate(self._others(), start=1):
+                wire.send(peer, [*found[:rank], *found[rank + 1 :]])
+            return found
+
+    def bring(self, value: Any, to: int) -> list[Any] | None:
+        """The value of every rank, in order, at the rank `to`; None elsewhere."""
+        if self.size == 1:
+            return [value]
+        from . import wire
+
+        with self._talking():
+            if self.rank == 0:
+                others = [
+                    None if rank == to else wire.receive(self._peer(rank))
+                    for rank in range(1, self.size)
+                ]
+                if to == 0:
+                    return [value, *others]
+                wire.send(self._peer(to), [value, *others])
+            elif self.rank == to:
+                found: list[Any] = wire.receive(self._peer(0))
+                return [*found[:to], value, *found[to + 1 :]]
+            else:
+                wire.send(self._peer(0), value)
+        return None
+
+    def divide(self, costs: Sequence[float]) -> list[int]:
+        """The rank of each of so many pieces of work: the longest first, each to who has least."""
+        loads, found = [0.0] * self.size, [0] * len(costs)
+        for n in sorted(range(len(costs)), key=lambda n: -costs[n]):
+            found[n] = min(range(self.size), key=loads.__getitem__)
+            loads[found[n]] += costs[n]
+        return found
+
+    def share(self, costs: Sequence[float]) -> list[int]:
+        """The numbers of the pieces of work that are this rank's, in order."""
+        return [n for n, rank in enumerate(self.divide(costs)) if rank == self.rank]
+
+    def join(self, own: Mapping[int, Any]) -> list[Any]:
+        """What all ranks made of their shares, in the order of the numbers."""
+        parts = [part.items() for part in self.gather({str(n): found for n, found in own.items()})]
+        found = {int(n): value for part in parts for n, value in part}
+        return [found[n] for n in sorted(found)]
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """The block exchanges values as it goes, so it cannot be run again by one rank alone."""
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            if self.size == 1:
+                raise
+            raise DistributedError(f"this rank has failed ({error})") from error
 
     def sum(self, values: dict[str, Any]) -> dict[str, Any]:
         """The arrays (float32, by the same names on every rank) added up over the ranks."""
@@ -108,17 +173,15 @@ class World:
         """
         import mlx.core as mx
 
-        if self._meeting is None:
-            self._meeting = self.connections()
         own = np.array(x.astype(mx.float32))
         if self.rank == 0:
-            parts = [own, *(_floats(self._meeting[r], own.shape) for r in range(1, self.size))]
+            parts = [own, *(_floats(peer, own.shape) for peer in self._others())]
             joined = np.ascontiguousarray(join(parts))
-            for peer in self._meeting.values():
+            for peer in self._others():
                 peer.sendall(joined.data.cast("B"))
         else:
-            self._meeting[0].sendall(own.data.cast("B"))
-            joined = _floats(self._meeting[0], (*own.shape[:-1], wider * own.shape[-1]))
+            self._peer(0).sendall(own.data.cast("B"))
+            joined = _floats(self._peer(0), (*own.shape[:-1], wider * own.shape[-1]))
         return mx.array(joined).astype(x.dtype)
 
     def connections(self) -> dict[int, socket.socket]:
@@ -153,6 +216,30 @@ class World:
                     "the same model, options and versions"
                 )
 
+    @contextmanager
+    def _talking(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            time.sleep(NOTICE)  # the watch ends this process, and says why
+            raise DistributedError(f"the connection to another rank is lost ({error})") from error
+
+    def _peer(self, rank: int) -> socket.socket:
+        if self._meeting is None:
+            self._meeting = self.connections()
+        return self._meeting[rank]
+
+    def _others(self) -> list[socket.socket]:
+        return [self._peer(rank) for rank in range(1, self.size)]
+
+    def _meet(self, value: Any) -> Any:
+        """What rank 0 says, over the collective."""
+        data = json.dumps(value).encode()
+        sizes = self._all(np.array([len(data)], np.int32))[:, 0]
+        padded = np.zeros(sizes.max(), np.uint8)
+        padded[: len(data)] = np.frombuffer(data, np.uint8)
+        return json.loads(self._all(padded)[0, : sizes[0]].tobytes())
+
     def _all(self, row: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         import mlx.core as mx
 
@@ -168,31 +255,36 @@ def launched() -> bool:
     return not alone and any(name in os.environ for name in _LAUNCHED)
 
 
-def _end(reason: str | None) -> None:
-    """End this process, whatever it waits for."""
+def _end(over: threading.Event, reason: str | None) -> None:
+    """End this process, whatever it waits for; what clears up behind it has NOTICE seconds."""
     if reason is not None:
         message = f"optiq: {reason}; what is measured is kept, go on with --resume"
         sys.stderr.write(f"\n{message}\n")
         sys.stderr.flush()
+    os.kill(os.getpid(), signal.SIGINT)
+    over.wait(NOTICE)
     os._exit(DistributedError.exit_code)
 
 
 @contextmanager
-def world(lost: Callable[[str | None], None] = _end) -> Iterator[World]:
+def world(lost: Callable[[str | None], None] | None = None) -> Iterator[World]:
     """The processes that were launched together, while the block runs; one if none were.
 
     Raises DistributedError when they do not find each other. When a rank dies, fails or is silent
     for too long inside the block, the others call `lost` in a thread of their own, with the reason
-    or, where another rank says it, None. By default they print it and end with exit code 1.
+    or, where another rank says it, None. By default they print it, interrupt the block and end with
+    exit code 1.
     """
     if not launched():
         yield ALONE
         return
     here, peers = _join()
-    with Watch(here.rank, peers, lost) as here.watch:
+    over = threading.Event()
+    with Watch(here.rank, peers, lost or partial(_end, over)) as here.watch:
         try:
             yield here
         finally:
+            over.set()
             here.close()
 
 
@@ -234,14 +326,14 @@ def _connect(here: World) -> dict[int, socket.socket]:
     strangers out.
     """
     if here.rank != 0:
-        meeting = here.gather(None)[0]
+        meeting = here._meet(None)
         peer = socket.create_connection((meeting["host"], meeting["port"]), timeout=SILENCE)
         peer.sendall(f"{meeting['secret']} {here.rank}\n".encode("ascii"))
         return {0: peer}
     host, secret = _own_host(), secrets.token_hex(16)
     peers: dict[int, socket.socket] = {}
     with socket.create_server((host, 0)) as server:
-        here.gather({"host": host, "port": server.getsockname()[1], "secret": secret})
+        here._meet({"host": host, "port": server.getsockname()[1], "secret": secret})
         while len(peers) < here.size - 1:
             peer, _ = server.accept()
             peer.settimeout(SILENCE)

@@ -9,7 +9,7 @@ an interrupted run goes on with `resume=True`, and a failure after measuring cos
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from ..base.memory import Needs, limited
 from ..base.progress import Job, Progress, peak_memory, silenced, tell
 from ..base.text import one_line
 from ..calibration import Calibration, Texts, gather
+from ..distributed.ranks import World, world
 from ..errors import ExportError, UsageError
 from ..nn.accelerate import accelerate
 from ..planning.plan import Baseline, Plan, build, uniform_plan
@@ -104,43 +105,68 @@ def convert(
         dry_run: Stop at the plan; nothing is written but the work folder's scores.
         options: The fields of `Options`, such as `size="5bpw"`.
 
+    The processes that `mlx.launch` starts share the work; each returns the same, and rank 0 writes.
     Raises an OptiqError that says what to change; `out` then does not exist.
     """
+    with world() as ranks:
+        return convert_together(ranks, model, out, refine_tokens, dry_run, **options)
+
+
+def convert_together(
+    ranks: World,
+    model: str | Path,
+    out: str | Path,
+    refine_tokens: int | None,
+    dry_run: bool,
+    **options: Unpack[OptionFields],
+) -> Result:
+    """`convert` on these ranks."""
     chosen = Options.parse(**options)
     out = Path(out).expanduser().resolve()
+    if ranks.rank != 0:
+        chosen = replace(chosen, progress=False)
     with silenced(not chosen.progress), limited(chosen.memory):
-        if not chosen.overwrite or not out.exists():
-            check_target(out)
-            return _convert(str(model), out, out, refine_tokens, dry_run, chosen)
+        if ranks.rank != 0 or not chosen.overwrite or not out.exists():
+            if ranks.rank == 0:
+                check_target(out)
+            return _convert(ranks, str(model), out, out, refine_tokens, dry_run, chosen)
         check_ours(out)
         with replacing(out) as fresh:
-            return _convert(str(model), fresh, out, refine_tokens, dry_run, chosen)
+            return _convert(ranks, str(model), fresh, out, refine_tokens, dry_run, chosen)
 
 
 def _convert(
-    model: str, target: Path, out: Path, refine_tokens: int | None, dry_run: bool, options: Options
+    ranks: World,
+    model: str,
+    target: Path,
+    out: Path,
+    refine_tokens: int | None,
+    dry_run: bool,
+    options: Options,
 ) -> Result:
     """Write the folder `target`, which is to be `out` in the end."""
     started = time.monotonic()
     work = work_folder(out)
-    check_writable(out)
+    if ranks.rank == 0:
+        check_writable(out)
     _check_unfinished(work, refine_tokens, options)
+    ranks.gather(None)  # nobody writes before all have looked
     source = with_towers(resolve(model, revision=options.revision), options.towers)
     with Job() as job, scratch(out) as folder:
         job.phase("reading")
         loaded = load(source)
-        options, texts, needs = affordable(loaded, options)
-        refine = _refine(loaded, texts, work, refine_tokens, options)
+        options, texts, needs = affordable(loaded, options, ranks)
+        refine = _refine(loaded, texts, work, refine_tokens, options, ranks)
         if options.scores is None:
             needed = check_budget(loaded, options.size, options.menu)
             if not dry_run:  # fitted weights lie beside those that are written
                 check_space(out, 2 * needed + (source.towers.nbytes if source.towers else 0))
         expected = estimate(
             loaded, texts, options, needs.total, dry_run=dry_run, refining=bool(refine)
-        )
+        ).shared_by(ranks.size)
         tell(f"estimate: {expected}")
         job.expect(expected.seconds)
-        ready = prepare(loaded, texts, work, options, unrounded=dry_run, folder=folder)
+        ready = prepare(loaded, texts, work, options, unrounded=dry_run, folder=folder, world=ranks)
         del loaded  # its weights are in memory by now
         scores, command = ready.scores, command_line()
         if dry_run:
@@ -148,7 +174,7 @@ def _convert(
             return Result(plan, scores, None, *_took(started, job, needs))
         plan, rounding = ready.best(options.size, command, refine=refine)
         room = needs.total - PROCESS
-        plan, answers = _write(source, plan, target, scores, rounding, texts, work, room)
+        plan, answers = _write(ranks, source, plan, target, scores, rounding, texts, work, room)
         took = _took(started, job, needs)
     remove_work(work, distill.CHECKPOINT)
     return Result(plan, scores, out, *took, answers, expected.seconds)
@@ -160,6 +186,7 @@ def _took(started: float, job: Job, needs: Needs) -> tuple[float, Mapping[str, f
 
 
 def _write(
+    ranks: World,
     source: Source,
     plan: Plan,
     target: Path,
@@ -169,7 +196,17 @@ def _write(
     work: Path,
     room: int,
 ) -> tuple[Plan, list[Answers]]:
-    """Export, measure what was written, and report; returns the plan as measured, and answers."""
+    """Export, measure what was written, and report; returns the plan as measured, and answers.
+
+    Ranks share but the writing.
+    """
+    talks = ranks.gather(plan.dense_nbytes <= room)[0]
+    if ranks.rank != 0:
+        ranks.gather(None)
+        plan = _measured(ranks, source, plan, None, rounding, texts.held_out)
+        answers = _answers(ranks, source, plan, target) if talks else []
+        ranks.gather(None)
+        return plan, answers
     stood = target.is_dir()
     try:
         export(source, plan, target, scores=scores, rounding=rounding)
@@ -177,9 +214,12 @@ def _write(
         kept = f"; the scores are kept, --resume uses them ({work})" if work.exists() else ""
         raise ExportError(f"{error}{kept}") from error
     try:
-        plan, answers = _measured(source, plan, target, texts.held_out, room)
+        ranks.gather(None)  # the others have waited for it to be written
+        plan = _measured(ranks, source, plan, target, rounding, texts.held_out)
+        answers = _answers(ranks, source, plan, target) if talks else []
         write_json(target / "optiq" / "plan.json", plan.to_json())
         report.write(plan, scores, target / "optiq" / "report.html", answers)
+        ranks.gather(None)  # nobody forgets before the result is safe
     except BaseException:  # also Ctrl-C: what is there is whole, or not there
         clear(target, keep=stood)
         raise
@@ -201,7 +241,12 @@ def _check_unfinished(work: Path, refine_tokens: int | None, options: Options) -
 
 
 def _refine(
-    loaded: LoadedModel, texts: Texts, work: Path, tokens: int | None, options: Options
+    loaded: LoadedModel,
+    texts: Texts,
+    work: Path,
+    tokens: int | None,
+    options: Options,
+    ranks: World,
 ) -> Refine | None:
     if tokens:
         text = gather(loaded.tokenizer, options.calibration, "calibration", tokens, options.seed)
@@ -209,7 +254,7 @@ def _refine(
         text = texts.calibration
     else:
         return None
-    return partial(
+    refine = partial(
         distill.refine,
         loaded.source,
         text=text,
@@ -219,31 +264,42 @@ def _refine(
         optional=tokens is None,
         progress=options.progress,
     )
+    return partial(distill.at_rank_0, ranks, refine)
 
 
 def _measured(
-    source: Source, plan: Plan, out: Path, held_out: Calibration, room: int
-) -> tuple[Plan, list[Answers]]:
-    """The plan with the KL of the exported folder, and of stock uniform 4-bit, in it; answers.
+    ranks: World,
+    source: Source,
+    plan: Plan,
+    written: Path | None,
+    rounding: Rounding,
+    held_out: Calibration,
+) -> Plan:
+    """The plan with the KL of what was written, and of stock uniform 4-bit, in it.
 
-    For these whole models are in memory, one at a time: only where the source fits in `room`.
+    Ranks without the folder make the same model of the plan, for their part of the text.
     """
-    baseline = uniform_plan(plan.model, [m.module for m in plan.modules])
-    with Progress(3, "checking") as bar, Judge(source, held_out.sequences) as judge:
+    baseline = _baseline(plan)
+    with Progress(3, "checking") as bar, Judge(source, held_out.sequences, ranks) as judge:
         bar.step()
-        exported = judge.compare("the exported model", *judge.opened(out))
+        model = judge.opened(written) if written else judge.rendered(plan, rounding)
+        exported = judge.compare("the exported model", *model)
+        del model
         bar.step()
         uniform = judge.compare("uniform 4-bit", *judge.rendered(baseline))
     ours = Measured.of(exported, plan.nbytes, plan.bpw)
     stock = Measured.of(uniform, baseline.nbytes, baseline.bpw)
-    samples = _answers(source, baseline, out) if plan.dense_nbytes <= room else []
-    return replace(plan, measured=ours, uniform4=Baseline(baseline.nbytes, stock)), samples
+    return replace(plan, measured=ours, uniform4=Baseline(baseline.nbytes, stock))
 
 
-def _answers(source: Source, baseline: Plan, out: Path) -> list[Answers]:
+def _baseline(plan: Plan) -> Plan:
+    return uniform_plan(plan.model, [m.module for m in plan.modules])
+
+
+def _answers(ranks: World, source: Source, plan: Plan, out: Path) -> list[Answers]:
     """What the source, ours and stock uniform 4-bit answer; a model that cannot talk has none.
 
-    One of them is in memory at a time.
+    For these whole models are in memory, one at a time. Ours is rank 0's, which wrote it.
     """
     tokenizer = load(source).tokenizer
 
@@ -252,18 +308,23 @@ def _answers(source: Source, baseline: Plan, out: Path) -> list[Answers]:
         accelerate(model, exact=False)
         return model
 
-    found: list[list[str]] = []
-    try:
-        for make in (
-            original,
-            lambda: load_native(str(out))[0],
-            lambda: render_model(load(source), baseline),
-        ):
-            model = make()
-            found.append([answer(model, tokenizer, prompt, TOKENS) for prompt in PROMPTS])
+    makers: list[Callable[[], nn.Module]] = [
+        lambda: load_native(str(out))[0],
+        original,
+        lambda: render_model(load(source), _baseline(plan)),
+    ]
+    found: dict[int, list[str] | None] = {}
+    for n in range(len(makers))[ranks.rank :: ranks.size]:
+        try:
+            model = makers[n]()
+            found[n] = [answer(model, tokenizer, prompt, TOKENS) for prompt in PROMPTS]
             del model
-    except Exception as error:  # whatever a template or a cache of a model file raises
-        tell(f"the report has no answers of the models: {one_line(error)}")
+        except Exception as error:  # whatever a template or a cache of a model file raises
+            tell(f"the report has no answers of the models: {one_line(error)}")
+            found[n] = None
+            break
+    each = ranks.join(found)
+    if len(each) < len(makers) or None in each:
         return []
-    by_prompt = zip(PROMPTS, *found, strict=True)
-    return [Answers(prompt, a, b, c, TOKENS) for prompt, a, b, c in by_prompt]
+    ours, dense, uniform = each
+    return [Answers(*of, TOKENS) for of in zip(PROMPTS, dense, ours, uniform, strict=True)]

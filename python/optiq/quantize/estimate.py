@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import Any
 
@@ -63,6 +63,10 @@ class Estimate:
 
     seconds: Mapping[str, float]
     memory: int
+
+    def shared_by(self, ranks: int) -> Estimate:
+        """With the work divided among so many ranks, each as fast as this one."""
+        return replace(self, seconds={phase: s / ranks for phase, s in self.seconds.items()})
 
     def __str__(self) -> str:
         return (

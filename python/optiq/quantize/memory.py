@@ -14,6 +14,7 @@ from math import prod
 from ..base.memory import Needs
 from ..base.progress import tell
 from ..calibration import Sample, Texts
+from ..distributed.ranks import ALONE, World
 from ..errors import UsageError
 from ..formats import DENSE, UNIFORM4
 from ..models.roles import Module, Role, allowed, fixed_bytes, is_head, quantizable
@@ -68,18 +69,20 @@ class Shapes:
         return DENSE.nbytes(module.shape, self.itemsize)
 
 
-def phases(shapes: Shapes, texts: Texts, options: Options, plan: int) -> Mapping[str, Needs]:
+def phases(
+    shapes: Shapes, texts: Texts, options: Options, plan: int, ranks: int = 1
+) -> Mapping[str, Needs]:
     """What each phase holds at most; `plan` are the bytes of the model to be written."""
     calibration = _lengths(texts.calibration.sequences)
     found: dict[str, Needs] = {}
     if options.rounding != "minmax":
         found["measuring columns"] = _passing(shapes, calibration)
     if options.scores is None:
-        found[SCORES] = _scores(shapes, _lengths(texts.scoring.sequences), options)
+        found[SCORES] = _scores(shapes, _lengths(texts.scoring.sequences), options, ranks)
     if texts.selection:
         found["choosing formats"] = _judging(shapes, _lengths(texts.selection), plan)
     if options.rounding not in ("search", "minmax"):
-        found["fitting weights"] = _fitting(shapes, calibration)
+        found["fitting weights"] = _fitting(shapes, calibration, ranks)
     largest = max((prod(m.shape) for m in shapes.modules), default=0)
     found["writing"] = Needs({"process": PROCESS, "a weight": (shapes.itemsize + 2) * largest})
     found["checking"] = _judging(shapes, _lengths(texts.held_out.sequences), plan)
@@ -122,7 +125,7 @@ def _judging(shapes: Shapes, lengths: Sequence[int], plan: int) -> Needs:
     )
 
 
-def _scores(shapes: Shapes, lengths: Sequence[int], options: Options) -> Needs:
+def _scores(shapes: Shapes, lengths: Sequence[int], options: Options, ranks: int) -> Needs:
     _, width = embedding_shape(shapes.modules)
     inside = [m for m in shapes.modules if m.block is not None]
     outputs = 4 * sum(lengths) * width * (len(blocks_of(inside)) + 1)
@@ -136,6 +139,7 @@ def _scores(shapes: Shapes, lengths: Sequence[int], options: Options) -> Needs:
         "weights": max(shapes.block, shapes.outside),
         "gradients": _calls(shapes, sum(lengths)),
         "at work": max(running, (together + 2) * largest + inside_rounded, at_head),
+        **_handed(shapes, sum(lengths), ranks),
     }
     # Exact scores run the model again and again, when the gradients are gone.
     running_model = shapes.dense if shapes.running is None else shapes.running
@@ -145,7 +149,14 @@ def _scores(shapes: Shapes, lengths: Sequence[int], options: Options) -> Needs:
     return max(found, key=lambda needs: needs.total)
 
 
-def _fitting(shapes: Shapes, lengths: Sequence[int]) -> Needs:
+def _handed(shapes: Shapes, tokens: int, ranks: int) -> dict[str, int]:
+    """What a rank holds of the others' blocks, as many of which are divided as there are ranks."""
+    if ranks == 1:
+        return {}
+    return {"of other ranks": _calls(shapes, tokens) + (ranks - 1) * shapes.block}
+
+
+def _fitting(shapes: Shapes, lengths: Sequence[int], ranks: int) -> Needs:
     """Fitted weights go to files as they come."""
     _, width = embedding_shape(shapes.modules)
     outputs = 4 * sum(lengths) * width * (len(blocks_of(shapes.modules)) + 1)
@@ -165,6 +176,7 @@ def _fitting(shapes: Shapes, lengths: Sequence[int]) -> Needs:
                 2 * shapes.outside + _MATRICES * 4 * head**2,
             )
             + 6 * 4 * min(moments.ELEMENTS, largest),
+            **_handed(shapes, tokens, ranks),
         }
     )
 
@@ -223,18 +235,21 @@ def _lengths(samples: Sequence[Sample]) -> list[int]:
     return [len(sample.tokens) for sample in samples] or [0]
 
 
-def affordable(loaded: LoadedModel, options: Options) -> tuple[Options, Texts, Needs]:
+def affordable(
+    loaded: LoadedModel, options: Options, world: World = ALONE
+) -> tuple[Options, Texts, Needs]:
     """The options that keep to --memory, their texts, and what the largest phase takes.
 
     What takes too much is left out, and said: first exact scores, for which the model is held as a
-    whole, then text. Raises UsageError where that is not enough.
+    whole, then text. The ranks of `world` all leave out what is too much for one of them. Raises
+    UsageError where that is not enough.
     """
     limit, shapes = options.memory, shapes_of(loaded, options.reference)
     plan = min(budget_of(loaded, options.size), shapes.dense)
     chosen = options
     while True:
         texts = texts_of(chosen, loaded.tokenizer)
-        phase, needs = peak(phases(shapes, texts, chosen, plan))
+        phase, needs = peak(phases(shapes, texts, chosen, plan, world.size))
         if limit is None or needs.total <= limit:
             break
         tokens = sum(len(sample.tokens) for sample in texts.calibration.sequences)
@@ -247,6 +262,12 @@ def affordable(loaded: LoadedModel, options: Options) -> tuple[Options, Texts, N
                 f"--memory {limit / 1e9:.2f}GB is not enough: {phase} takes {needs}; raise "
                 f"--memory to {needs.total / 1e9:.2f}GB"
             )
+    if world.size > 1:
+        offers = world.gather([chosen.sensitivity, chosen.tokens])
+        method = "fisher" if "fisher" in (of for of, _ in offers) else chosen.sensitivity
+        fewest = min((n for _, n in offers if n), default=None)
+        chosen = replace(chosen, sensitivity=method, tokens=fewest)
+        texts = texts_of(chosen, loaded.tokenizer)
     if limit is not None and chosen != options:
         tell(
             f"to keep to --memory {limit / 1e9:.2f}GB: --sensitivity {chosen.sensitivity}, "

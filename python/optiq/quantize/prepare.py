@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..base.machine import versions
 from ..base.progress import tell
 from ..calibration import (
     CALIBRATION_TOKENS,
@@ -20,6 +21,7 @@ from ..calibration import (
     Texts,
     gather_texts,
 )
+from ..distributed.ranks import ALONE, World
 from ..errors import SensitivityError
 from ..models.roles import quantizable
 from ..nn.accelerate import accelerate
@@ -37,7 +39,7 @@ from .rounding.descent import descend
 from .rounding.reference import in_passes, open_reference
 from .rounding.weights import MINMAX, Rounding
 from .select import Refine, decide
-from .sensitivity.checkpoint import saved_reference
+from .sensitivity.checkpoint import existing, saved_reference
 from .sensitivity.measure import measure
 
 CHECKPOINT = "sensitivity.checkpoint.json"
@@ -49,7 +51,7 @@ class Prepared:
     """A source with its scores; `rounding` is the one that they were measured with.
 
     In `options` what was left open is decided. With `folder` fitted weights are kept there, and not
-    in memory.
+    in memory. `world` are the ranks that share the work.
     """
 
     source: Source
@@ -58,6 +60,7 @@ class Prepared:
     rounding: Rounding
     options: Options
     folder: Path | None = None
+    world: World = ALONE
 
     @property
     def method(self) -> str:
@@ -83,6 +86,7 @@ class Prepared:
             folder=self.folder,
             seed=options.seed,
             progress=options.progress,
+            world=self.world,
         )
         plan, rounding = decide(
             self.source,
@@ -92,6 +96,7 @@ class Prepared:
             fit if self.method == "descent" else None,
             refine=refine,
             progress=options.progress,
+            world=self.world,
         )
         assert plan.selection is not None
         selection = replace(
@@ -110,10 +115,12 @@ def prepare(
     *,
     unrounded: bool = False,
     folder: Path | None = None,
+    world: World = ALONE,
 ) -> Prepared:
     """Read the scores that are given, or measure them with what is known of them in `work`.
 
-    With `unrounded` given scores will only be planned from. `folder` is that of `Prepared`.
+    With `unrounded` given scores will only be planned from. `folder` and `world` are those of
+    `Prepared`.
     `loaded` is used up by a measurement. Raises an OptiqError.
     """
     source, text = loaded.source, texts.calibration
@@ -121,11 +128,11 @@ def prepare(
         found = _given(options.scores, loaded)
         fitting = "descent" if found.rounding == "search" else found.rounding
         options = replace(options, rounding=options.rounding or fitting)
-        how = MINMAX if unrounded else choose_rounding(source, text, options)
+        how = MINMAX if unrounded else choose_rounding(source, text, options, world)
     else:
         if options.resume and options.reference == "auto":  # free memory may have changed since
-            kept = saved_reference(work / CHECKPOINT)
-            options = replace(options, reference=kept or options.reference)
+            kept = filter(None, world.gather(saved_reference(work / CHECKPOINT)))
+            options = replace(options, reference=next(kept, options.reference))
         check_weights(source)
         check_runs(loaded, [s.tokens for s in texts.scoring.sequences])
         if narrow := undivided(quantizable(loaded.model), options.menu):
@@ -135,11 +142,14 @@ def prepare(
                 enabled=options.progress,
             )
         options = replace(options, rounding=options.rounding or "descent")
-        how = choose_rounding(source, text, options)
+        how = choose_rounding(source, text, options, world)
         checkpoint = work / CHECKPOINT
-        found = measure(loaded, texts.scoring, options, rounding=how, checkpoint=checkpoint)
-        found.save(work / SCORES)
-    return Prepared(source, texts, found, how, options, folder)
+        found = measure(
+            loaded, texts.scoring, options, rounding=how, checkpoint=checkpoint, world=world
+        )
+        if world.rank == 0:
+            found.save(work / SCORES)
+    return Prepared(source, texts, found, how, options, folder, world)
 
 
 def texts_of(options: Options, tokenizer: Any) -> Texts:
@@ -154,12 +164,26 @@ def texts_of(options: Options, tokenizer: Any) -> Texts:
     return replace(found, selection=[]) if options.effort == "quick" else found
 
 
-def choose_rounding(source: Source, text: Calibration, options: Options) -> Rounding:
+def choose_rounding(
+    source: Source, text: Calibration, options: Options, world: World = ALONE
+) -> Rounding:
     """The rounding that scores are measured with: min/max, or else the search.
 
     For it the importance of all columns is measured, on the model that scores are measured in: the
-    source's, or that in 4 bits.
+    source's, or that in 4 bits. The ranks of `world` share the work.
+
+    Raises DistributedError for ranks of different jobs.
     """
+    world.same(
+        {
+            "model": source.fingerprint,
+            "calibration": text.sha256,
+            "rounding": options.rounding,
+            "reference": options.reference,
+            "seed": options.seed,
+            "versions": versions(),
+        }
+    )
     if options.rounding == "minmax":
         return MINMAX
     model = load(source).model
@@ -168,7 +192,7 @@ def choose_rounding(source: Source, text: Calibration, options: Options) -> Roun
     running = open_reference(in_passes(options.reference), source, model, modules, MINMAX)
     sequences = [sample.tokens for sample in text.sequences]
     columns = importance.column_squares(
-        model, modules, sequences, drop=running.drop, progress=options.progress
+        model, modules, sequences, drop=running.drop, progress=options.progress, world=world
     )
     return Rounding("search", columns)
 
@@ -180,8 +204,8 @@ def work_folder(out: Path) -> Path:
 
 def remove_work(work: Path, *others: str) -> None:
     """Remove the scores and `others` of ours; anything else in the folder is somebody's."""
-    for name in (CHECKPOINT, SCORES, *others):
-        (work / name).unlink(missing_ok=True)
+    for file in (*existing(work / CHECKPOINT), *(work / name for name in (SCORES, *others))):
+        file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         work.rmdir()
 

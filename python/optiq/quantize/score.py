@@ -62,7 +62,7 @@ def score(model: str, out: Path | None, ranks: World, **options: Unpack[OptionFi
     text = gather(loaded.tokenizer, chosen.calibration, "calibration", tokens, chosen.seed)
     check_weights(source)
     check_runs(loaded, [s.tokens for s in text.sequences])
-    rounding = choose_rounding(source, text, chosen)
+    rounding = choose_rounding(source, text, chosen, ranks)
     scores = measure(loaded, text, chosen, rounding=rounding, checkpoint=checkpoint, world=ranks)
     if out is not None and checkpoint is not None:
         if ranks.rank == 0:

@@ -7,10 +7,8 @@ kept; logits are made of them a few rows at a time.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from math import inf, isfinite
 from pathlib import Path
 
@@ -19,9 +17,8 @@ import numpy as np
 
 from ..base.progress import Progress, tell
 from ..calibration import Sample, token_hash
+from ..distributed.ranks import ALONE, World
 from ..errors import UsageError
-from ..formats import DENSE, Format
-from ..models.places import place_at
 from ..models.roles import is_head, quantizable
 from ..nn.accelerate import accelerate
 from ..nn.replay import Replay, Tape
@@ -34,8 +31,8 @@ from ..sources import Source, load, resolve
 from .replay.logits import LOGITS_BYTES, Output, divergences
 from .replay.streamed import Drop, Passing, Streamed, keep
 from .rounding.reference import weight_bytes
-from .rounding.render import render_model
-from .rounding.weights import MINMAX, Rounding, round_weight
+from .rounding.render import render_model, rounded_together
+from .rounding.weights import MINMAX, Rounding
 
 Refine = Callable[[Plan, Rounding], Rounding]
 
@@ -49,13 +46,16 @@ USUAL_RATIO = (0.5, 2.5)
 class Judge:
     """Measures students of `source` on `sequences`; a context manager.
 
+    The ranks of `world` divide the sequences, and each finds the same for all of them.
     Of the models that run, one block and the head are in memory at a time; all of models that are
     small (`SMALL_BYTES`), whose blocks then run as a whole, which is faster.
     """
 
-    def __init__(self, source: Source, sequences: Sequence[Sample]) -> None:
+    def __init__(self, source: Source, sequences: Sequence[Sample], world: World = ALONE) -> None:
         model = load(source).model
         self.sequences = sequences
+        self._world = world
+        self._own = world.share([len(s.tokens) for s in sequences])
         self._source = source
         self._modules = quantizable(model)
         self._head = next((m.path for m in self._modules if is_head(m)), None)
@@ -75,10 +75,8 @@ class Judge:
 
     @metal.restarts
     def _record(self) -> list[Tape]:
-        texts = [s.tokens for s in self.sequences]
-        return self._teacher.record_together(texts, after=self._drop, thin=True)
+        return self._teacher.record_together(self._texts(), after=self._drop, thin=True)
 
-    @metal.restarts
     def measure(self, plan: Plan, rounding: Rounding = MINMAX) -> Mean:
         """KL of the model that `plan` describes, in nats per token."""
         return self.measure_model(*self.rendered(plan, rounding))
@@ -86,25 +84,18 @@ class Judge:
     def rendered(self, plan: Plan, rounding: Rounding = MINMAX) -> tuple[nn.Module, Drop]:
         """The model that `plan` describes, to be run once, and how it drops its blocks."""
         small, loaded = self._small, load(self._source)
+        if self._world.size > 1:
+            rounding = self.rounded([plan], rounding)
         student = render_model(loaded, plan, rounding=rounding, blocks=small, lazy=not small)
         return student, keep if small else Passing(student).drop
 
     def rounded(self, plans: Iterable[Plan], rounding: Rounding) -> Rounding:
-        """`rounding` with what `plans` have in common rounded once, where that fits in memory."""
-        if not self._small:
-            return rounding
-        formats: dict[str, set[Format]] = defaultdict(set)
-        for planned in chain.from_iterable(plan.modules for plan in plans):
-            if planned.format != DENSE:
-                formats[planned.module.path].add(planned.format)
-        model, fitted = load(self._source).model, dict(rounding.fitted)
-        for path, wanted in formats.items():
-            place = place_at(model, path)
-            weight = place.get().weight
-            for fmt in wanted:
-                fitted[path, fmt] = round_weight(weight, fmt, rounding, path)
-            place.set(nn.Module())  # the dense weight is dropped here
-        return replace(rounding, fitted=fitted)
+        """`rounding` with a small model's weights in it as `plans` need them, each rounded once."""
+        return (
+            rounded_together(self._source, plans, rounding, self._world)
+            if self._small
+            else rounding
+        )
 
     def opened(self, folder: Path) -> tuple[nn.Module, Drop]:
         """An exported model, to be run once, and how it drops its blocks."""
@@ -112,19 +103,32 @@ class Judge:
         accelerate(student, blocks=self._small, exact=False)
         return student, keep if self._small else Passing(student).drop
 
-    @metal.restarts
     def measure_model(self, student: nn.Module, drop: Drop = keep) -> Mean:
         """KL of a student, which is a model of the same architecture; `drop` is its own."""
+        own = dict(zip(self._own, self._totals(student, drop), strict=True))
+        totals = self._world.join(own)
+        return Mean(*mean_per_token(totals, [len(s.tokens) for s in self.sequences]))
+
+    @metal.restarts
+    def _totals(self, student: nn.Module, drop: Drop) -> list[float]:
+        """KL summed over each of this rank's sequences."""
         totals: list[float] = []
         for tape, student_output in zip(self._tapes, self._outputs(student, drop), strict=True):
             teacher = (tape.hidden, None)
             totals += divergences(self._teacher, tape, teacher, [student_output])
         self._drop(None)
-        return Mean(*mean_per_token(totals, [len(s.tokens) for s in self.sequences]))
+        return totals
 
-    @metal.restarts
     def compare(self, name: str, student: nn.Module, drop: Drop = keep) -> Divergence:
         """All that is said of how far a student is from the source, over the next tokens."""
+        columns = (of.tolist() for of in self._columns(name, student, drop))
+        own = dict(zip(self._own, columns, strict=True))
+        table = [np.array(of) for of in self._world.join(own)]
+        return divergence.summary(table, token_hash(self.sequences))
+
+    @metal.restarts
+    def _columns(self, name: str, student: nn.Module, drop: Drop) -> divergence.Table:
+        """`divergence.compare_rows` of each of this rank's sequences."""
         table: divergence.Table = []
         for tape, (hidden, head) in zip(self._tapes, self._outputs(student, drop), strict=True):
             tokens = tape.tokens[0]
@@ -140,15 +144,17 @@ class Judge:
                     parts.append(divergence.compare_rows(name, p, q, following))
             table.append(np.concatenate(parts, axis=1))
         self._drop(None)
-        return divergence.summary(table, token_hash(self.sequences))
+        return table
 
     def _outputs(self, student: nn.Module, drop: Drop) -> list[Output]:
         """What a student's head gets in each sequence, and that head."""
         with Replay(student, self._modules) as replay:
             head = replay.place(self._head).get() if self._head else None
-            texts = [s.tokens for s in self.sequences]
-            runs = replay.record_together(texts, after=drop, thin=True)
+            runs = replay.record_together(self._texts(), after=drop, thin=True)
             return [(run.hidden, head) for run in runs]
+
+    def _texts(self) -> list[list[int]]:
+        return [self.sequences[i].tokens for i in self._own]
 
 
 def decide(
@@ -160,6 +166,7 @@ def decide(
     *,
     refine: Refine | None = None,
     progress: bool = True,
+    world: World = ALONE,
 ) -> tuple[Plan, Rounding]:
     """The plan of least measured KL, and `rounding` or what `fit` makes of it, whichever is better.
 
@@ -178,7 +185,7 @@ def decide(
         rounding = fit(plan) if fit else rounding
         return replace(plan, selection=Selection(chosen, rounding.method)), rounding
     candidates: list[Candidate] = []
-    with Judge(source, sequences) as judge:
+    with Judge(source, sequences, world) as judge:
 
         def measure(name: str, rounding: Rounding) -> float:
             plan = plans[name]

@@ -64,7 +64,7 @@ def test_each_head_is_weighed_by_itself() -> None:
     truth = np.square(np.array(x, np.float64)).mean(axis=(0, 2))
     overall = truth.mean(axis=0)
     weighed = (10 * truth + importance.PRIOR_ROWS * overall) / (10 + importance.PRIOR_ROWS)
-    np.testing.assert_allclose(np.array(meter.mean()), weighed, rtol=1e-4)
+    np.testing.assert_allclose(np.array(importance._mean(meter.of(0, 1))), weighed, rtol=1e-4)
     at = "model.layers.0.self_attn"
     assert found[f"{at}.unembed_out"].shape == (4, 32)
     assert f"{at}.embed_q" not in found

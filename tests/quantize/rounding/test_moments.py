@@ -8,9 +8,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from optiq.distributed.ranks import ALONE
 from optiq.models.roles import is_head, quantizable
 from optiq.nn.accelerate import accelerate
 from optiq.nn.replay import Replay
+from optiq.quantize.replay.shared import Shared
 from optiq.quantize.rounding import moments
 from optiq.quantize.rounding.importance import PRIOR_ROWS
 from optiq.quantize.rounding.moments import Moments
@@ -38,8 +40,8 @@ def test_moments_are_the_weighted_inputs(tmp_path: Path, name: str) -> None:
     accelerate(model, blocks=False)
     matrices = [m for m in modules if len(m.shape) == 2]
     with Replay(model, modules) as replay:
-        tapes = [replay.record(text) for text in texts]
-        found = {m: of for m, *of in moments.moments(replay, tapes, matrices, SEED)}
+        shared = Shared.record(ALONE, replay, texts)
+        found = {m: of for m, *of in moments.moments(replay, shared, matrices, SEED)}
     assert {m.path for m in found} == expected.keys()
     assert any(map(is_head, found))
     for module, (inputs, outputs) in found.items():
@@ -79,8 +81,8 @@ def test_moments_of_experts_are_of_what_is_routed_to_them(
     module = next(m for m in modules if m.path.endswith(f"switch_mlp.{name}"))
     accelerate(model, blocks=False)
     with Replay(model, modules) as replay:
-        tapes = [replay.record(text) for text in texts]
-        each = next(of for _, of, _ in moments.moments(replay, tapes, [module], SEED))
+        shared = Shared.record(ALONE, replay, texts)
+        each = next(of for _, of, _ in moments.moments(replay, shared, [module], SEED))
         assert not isinstance(each, Moments)
         found = list(each)
     truth, rows = brute_experts(source, module, texts)

@@ -50,6 +50,9 @@ def survey(
     return called, ""
 
 
+Called = tuple[Module, list[list[Call]]]  # a module and its calls, by tape
+
+
 class Backward:
     """A backward pass over `tapes` that go together; `keys` draw the labels of each.
 
@@ -70,8 +73,9 @@ class Backward:
             [[None] * len(_floats(out)) for out in tape.outputs] for tape in tapes
         ]
 
-    def calls(self, modules: Sequence[Module]) -> Iterator[tuple[Module, list[list[Call]]]]:
-        """Each of `modules` with its calls and the gradients at their outputs, by tape.
+    def groups(self, modules: Sequence[Module], together: int = 1) -> Iterator[list[Called]]:
+        """The modules of `together` blocks, each with its calls and the gradients at their outputs,
+        by tape.
 
         Blocks come last to first, then what is outside them; heads are left out.
         """
@@ -85,6 +89,8 @@ class Backward:
             shared.append({m.path: calls.get(m.path, []) for m in outside})
         self.after(None)
         waiting: list[dict[str, list[Call]]] = [defaultdict(list) for _ in tapes]
+        group: list[Called] = []
+        over: list[int] = []
         for n in reversed(range(len(replay.order))):
             block = replay.order[n]
             inside = [m for m in modules if m.block == block]
@@ -96,11 +102,15 @@ class Backward:
                 for path, earlier in shared[t].items():
                     shared[t][path] = add_calls(earlier, calls.get(path, []))
             if n == replay.order.index(block):
-                for m in inside:
-                    yield m, [calls.pop(m.path) for calls in waiting]
-                self.after(block)
-        for m in outside:
-            yield m, [calls[m.path] for calls in shared]
+                group += [(m, [calls.pop(m.path) for calls in waiting]) for m in inside]
+                over.append(block)
+                if len(over) == together or n == 0:
+                    yield group
+                    group = []
+                    for done in over:
+                        self.after(done)
+                    over = []
+        yield [(m, [calls[m.path] for calls in shared]) for m in outside]
 
     def _taken(self, t: int, n: int) -> list[mx.array]:
         """The gradients of block call n, which are forgotten."""

@@ -20,7 +20,7 @@ best of the search and both descents is taken.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -32,17 +32,19 @@ import numpy as np
 from ... import ops
 from ...base.progress import Progress
 from ...calibration import Calibration
+from ...distributed.ranks import ALONE, World
 from ...formats import DENSE, NVFP4, Format
 from ...models.roles import Module, quantizable
 from ...models.shapes import embedding_shape
 from ...nn.accelerate import accelerate
 from ...nn.replay import Replay
 from ...ops import metal
-from ...planning.plan import Plan
+from ...planning.plan import Plan, Planned
 from ...sources import Source, load
 from ..replay.backward import survey
-from .fitted import InFiles, Key
-from .moments import ELEMENTS, Moments, moments
+from ..replay.shared import Shared
+from .fitted import InFiles, InMemory
+from .moments import ELEMENTS, Moments, divided, moments
 from .reference import in_passes, open_reference
 from .weights import MINMAX, Rounded, Rounding
 
@@ -51,6 +53,9 @@ TOGETHER_SWEEPS = 2
 
 # Bytes of recorded block outputs; of a larger model fewer sequences are used.
 TAPE_BYTES = 4 << 30
+
+# Of an embedding or a head that are rounded together.
+ROWS = 8192
 
 
 @metal.restarts
@@ -64,22 +69,24 @@ def descend(
     folder: Path | None = None,
     seed: int = 0,
     progress: bool = True,
+    world: World = ALONE,
 ) -> Rounding:
     """`rounding` with the modules of `plan` fitted to the sequences of `text`.
 
     With `folder` they are kept in files there, and not in memory.
 
     Modules in nvfp4 stay as they were, and all where there are fewer than two sequences, or no
-    gradients. `reference` is that of the scores.
+    gradients. `reference` is that of the scores. The ranks of `world` divide sequences and modules,
+    and each returns the same.
     """
     loaded = load(source)
     model, modules = loaded.model, quantizable(loaded.model)
     work = {p.module.path: p for p in plan.modules if p.format not in (DENSE, NVFP4)}
     accelerate(model, blocks=False, exact=False)
     running = open_reference(in_passes(reference), source, model, modules, MINMAX)
-    fitted: dict[Key, Rounded] = {}
-    stored = InFiles(folder) if folder else None
+    store = InFiles(folder) if folder else InMemory()
     with (
+        world.in_step(),
         Replay(model, modules) as replay,
         Progress(len(work), "fitting weights", enabled=progress) as bar,
     ):
@@ -89,26 +96,37 @@ def descend(
             bar.say(f"nothing is fitted: {reason}")
         if reason or len(sequences) < 2:
             return rounding
-        tapes = replay.record_together(sequences, after=running.drop)
+        shared = Shared.record(world, replay, sequences, running.drop)
         running.begin()
         for module, inputs, outputs in moments(
-            replay, tapes, [m for m in modules if m.path in work], seed, running.drop
+            replay, shared, [m for m in modules if m.path in work], seed, running.drop
         ):
             path, fmt = module.path, work[module.path].format
-            weight = running.dense(path).weight.astype(loaded.dtype)
-            _, found = (
-                best(weight, fmt, inputs, outputs)
-                if isinstance(inputs, Moments)
-                else best_of_each(weight, fmt, inputs)
-            )
-            mx.eval(found)
-            if stored is None:
-                fitted[path, fmt] = found
-            else:
-                stored.add((path, fmt), found)
+            if inputs is not None:
+                weight = running.dense(path).weight.astype(loaded.dtype)
+                if not isinstance(inputs, Moments):
+                    ranks = world if divided(module) else ALONE
+                    _, found = best_of_each(weight, fmt, inputs, ranks)
+                elif divided(module) and outputs is None:
+                    _, found = best_of_rows(weight, fmt, inputs, world)
+                else:
+                    _, found = best(weight, fmt, inputs, outputs)
+                mx.eval(found)
+                store.add((path, fmt), found)
             bar.step(note=path)
-    kept = fitted if stored is None else stored
-    return replace(rounding, method="descent", fitted=kept) if kept else rounding
+        if world.size > 1:
+            _share(store, work.values(), world)
+    return replace(rounding, method="descent", fitted=store) if store else rounding
+
+
+def _share(store: InFiles | InMemory, work: Iterable[Planned], world: World) -> None:
+    """Take over what the other ranks have fitted, one module after the other."""
+    for planned in work:
+        key = planned.module.path, planned.format
+        parts = world.gather(store.get(key))
+        if key not in store:
+            for codes, scales, biases in filter(None, parts):
+                store.add(key, (codes, scales, biases))
 
 
 def best(
@@ -125,20 +143,59 @@ def best(
     return name, found[name][:3]
 
 
-def best_of_each(w: mx.array, fmt: Format, moments: Iterable[Moments]) -> tuple[str, Rounded]:
+def best_of_rows(
+    w: mx.array, fmt: Format, inputs: Moments, world: World = ALONE
+) -> tuple[str, Rounded]:
+    """`best` of a long `w`, whose rows the ranks divide: each has its own error."""
+    parts = range(0, w.shape[0], ROWS)
+    moments = [inputs] * len(parts[world.rank :: world.size])
+    name, found = _best_of(w, [slice(n, n + ROWS) for n in parts], fmt, moments, world)
+    return name, _joined(found, mx.concatenate)
+
+
+def best_of_each(
+    w: mx.array, fmt: Format, moments: Iterable[Moments], world: World = ALONE
+) -> tuple[str, Rounded]:
     """`best` of `w` `[experts or heads, out, in]`: what is best for all of them in sum.
 
-    Few tokens judge an expert, too few to choose for it alone.
+    Few tokens judge an expert, too few to choose for it alone. `moments` are those of the experts
+    that are this rank's.
     """
-    errors: dict[str, float] = defaultdict(float)
-    found: dict[str, list[Rounded]] = defaultdict(list)
-    for one, of in zip(w, moments, strict=True):
-        for name, v in _candidates(one, fmt, of).items():
-            errors[name] += _error(one, v, of.judge)
-            found[name].append(v[:3])
-    name = min(errors, key=lambda name: errors[name])
-    codes, scales, biases = (mx.stack(list(parts)) for parts in zip(*found[name], strict=True))
-    return name, (codes, scales, biases)
+    name, found = _best_of(w, range(w.shape[0]), fmt, moments, world)
+    return name, _joined(found, mx.stack)
+
+
+def _best_of(
+    w: mx.array,
+    parts: Sequence[int] | Sequence[slice],
+    fmt: Format,
+    moments: Iterable[Moments],
+    world: World,
+) -> tuple[str, list[Sequence[mx.array]]]:
+    """What is best for all `parts` of `w` in sum, and each of them so rounded.
+
+    Every size-th part is this rank's, and has its moments.
+    """
+    own = range(len(parts))[world.rank :: world.size]
+    errors: dict[int, dict[str, float]] = {}
+    found: dict[int, dict[str, Rounded]] = {}
+    for n, of in zip(own, moments, strict=True):
+        candidates = _candidates(w[parts[n]], fmt, of)
+        errors[n] = {name: _error(w[parts[n]], v, of.judge) for name, v in candidates.items()}
+        found[n] = {name: v[:3] for name, v in candidates.items()}
+    total: dict[str, float] = defaultdict(float)
+    for each in world.join(errors):
+        for name, error in each.items():
+            total[name] += error
+    name = min(total, key=lambda name: total[name])
+    return name, world.join({n: found[n][name] for n in own})
+
+
+def _joined(
+    parts: Sequence[Sequence[mx.array]], join: Callable[[list[mx.array]], mx.array]
+) -> Rounded:
+    codes, scales, biases = (join(list(of)) for of in zip(*parts, strict=True))
+    return codes, scales, biases
 
 
 def _candidates(

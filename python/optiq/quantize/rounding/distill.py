@@ -12,7 +12,7 @@ and 8-bit layers, whose steps are finer than the stored scales.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from math import isfinite
@@ -32,6 +32,7 @@ from ...base.memory import Needs, available_memory
 from ...base.progress import Progress, tell
 from ...base.tensors import write_tensors
 from ...calibration import Calibration
+from ...distributed.ranks import World
 from ...errors import UsageError
 from ...formats import Format
 from ...models.places import place_at
@@ -136,6 +137,27 @@ def refine(
             bar.step(note=f"KL {state.mean(loss):.4g}")
     fitted = {**rounding.fitted, **student.rounded(state.parameters)}
     return replace(rounding, method=f"{rounding.method}, refined", fitted=fitted)
+
+
+def at_rank_0(
+    world: World, refine: Callable[[Plan, Rounding], Rounding], plan: Plan, rounding: Rounding
+) -> Rounding:
+    """What `refine` makes at rank 0, at all ranks: each step follows from the one before, so they
+    cannot share it.
+    """
+    found = refine(plan, rounding) if world.rank == 0 else rounding
+    if world.size == 1:
+        return found
+    changed, method = world.gather([found is not rounding, found.method])[0]
+    if not changed:
+        return rounding
+    fitted = dict(found.fitted)
+    for planned in plan.modules:
+        key = planned.module.path, planned.format
+        if weight := world.gather(found.fitted.get(key) if world.rank == 0 else None)[0]:
+            codes, scales, biases = weight
+            fitted[key] = codes, scales, biases
+    return replace(rounding, method=method, fitted=fitted)
 
 
 def memory(plan: Plan, text: Calibration) -> Needs:

@@ -1,4 +1,6 @@
-"""Fitted weights in files: those of a large model are not held in memory until they are written."""
+"""Fitted weights, in files or not: those of a large model are not held in memory until they are
+written.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,13 @@ from .weights import Rounded
 Key = tuple[str, Format]  # a module's path, and the format that it was fitted to
 
 _PARTS = ("codes", "scales", "biases")
+
+
+class InMemory(dict[Key, Rounded]):
+    """Of a small model."""
+
+    def add(self, key: Key, weight: Rounded) -> None:
+        self[key] = weight
 
 
 class InFiles(Mapping[Key, Rounded]):

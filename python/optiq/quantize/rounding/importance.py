@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...base.progress import Progress
+from ...distributed.ranks import ALONE, World
 from ...models.kinds import Kind, kind_of
 from ...models.places import Wrapper
 from ...models.roles import Module
@@ -26,7 +27,10 @@ from ..replay.streamed import Drop, keep
 PRIOR_ROWS = 16
 
 
-@metal.restarts
+# Of one call: the squares of each column, and the rows.
+Sums = tuple[mx.array, mx.array]
+
+
 def column_squares(
     model: nn.Module,
     modules: Sequence[Module],
@@ -34,13 +38,35 @@ def column_squares(
     *,
     drop: Drop = keep,
     progress: bool = True,
+    world: World = ALONE,
 ) -> dict[str, mx.array]:
     """Mean square of each input column, float32 `[in]`, `[experts, in]` or `[heads, in]`, by path.
 
     Modules whose columns multiply nothing are left out: an embedding that is only looked up, and
     a latent projection that is only run backwards, from the latent to keys. Each block runs on all
-    sequences before the next one; `drop` is told when its weights are needed no more.
+    sequences before the next one; `drop` is told when its weights are needed no more. The ranks of
+    `world` divide the sequences, whose sums are added up in their order.
     """
+    own = world.share([len(tokens) for tokens in sequences])
+    found = _sums(model, modules, [sequences[i] for i in own], drop, progress)
+    of_all = world.join(dict(zip(own, found, strict=True)))
+    means: dict[str, mx.array] = {}
+    for path in of_all[0]:
+        if calls := [call for of in of_all for call in of[path]]:
+            means[path] = _mean(calls)
+            mx.eval(means[path])
+    return means
+
+
+@metal.restarts
+def _sums(
+    model: nn.Module,
+    modules: Sequence[Module],
+    sequences: Sequence[Sequence[int]],
+    drop: Drop,
+    progress: bool,
+) -> list[dict[str, list[Sums]]]:
+    """Of each sequence: by path, the sums of each call."""
     meters: dict[int | None, list[_Meter]] = defaultdict(list)
     with (
         Replay(model, modules) as replay,
@@ -51,7 +77,7 @@ def column_squares(
 
         def metered(block: int | None, t: int) -> list[Any]:
             bar.step(block is not None)
-            return [meter.until(t + 1, len(sequences)) for meter in meters[block]]
+            return [meter.of(t, len(sequences)) for meter in meters[block]]
 
         for m in modules:
             place = replay.place(m.path)
@@ -64,27 +90,35 @@ def column_squares(
         finally:
             for meter in every:
                 replay.place(meter.module.path).set(meter.inner)
-    return {meter.module.path: meter.mean() for meter in every if len(meter.sums) > 1}
+    count = len(sequences)
+    return [{meter.module.path: meter.of(t, count) for meter in every} for t in range(count)]
+
+
+def _mean(calls: Sequence[Sums]) -> mx.array:
+    squares, rows = calls[0]
+    for more, and_rows in calls[1:]:
+        squares, rows = squares + more, rows + and_rows
+    if not rows.ndim:
+        return squares / rows
+    overall = mx.sum(squares, axis=0) / mx.sum(rows)
+    return (squares + PRIOR_ROWS * overall) / (rows + PRIOR_ROWS)[:, None]
 
 
 class _Meter(Wrapper):
     """Sums the squares of what goes into `inner`; the output is never needed but its shape is.
 
-    `sums` are squares and rows after each call, since what a call adds can be evaluated only when
-    the blocks before it are.
+    What a call adds is kept apart, since it can be evaluated only when the blocks before it are.
     """
 
     def __init__(self, inner: nn.Module, module: Module) -> None:
         super().__init__(inner)
-        kind = kind_of(inner)
-        outer = () if kind is Kind.MATRIX else module.shape[:1]
-        first = mx.zeros((*outer, module.shape[-1])), mx.zeros(outer)
-        self.__dict__.update(module=module, kind=kind, sums=[first])
+        self.__dict__.update(module=module, kind=kind_of(inner), calls=[])
 
-    def until(self, done: int, of: int) -> tuple[mx.array, mx.array]:
-        """Squares and rows after the calls of `done` of `of` sequences."""
-        sums: tuple[mx.array, mx.array] = self.sums[(len(self.sums) - 1) * done // of]
-        return sums
+    def of(self, sequence: int, count: int) -> list[Sums]:
+        """The calls of one of `count` sequences."""
+        each = len(self.calls) // count
+        calls: list[Sums] = self.calls[sequence * each : (sequence + 1) * each]
+        return calls
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         if self.kind is Kind.EXPERTS:
@@ -103,28 +137,18 @@ class _Meter(Wrapper):
         return out
 
     def _add(self, x: mx.array) -> None:
-        squares, rows = self.sums[-1]
         each = mx.square(x.reshape(-1, x.shape[-1]).astype(mx.float32))
-        self.sums.append((squares + mx.sum(each, axis=0), rows + each.shape[0]))
+        self.calls.append((mx.sum(each, axis=0), mx.array(float(each.shape[0]))))
 
     def _add_experts(self, x: mx.array, indices: mx.array) -> None:
-        squares, rows = self.sums[-1]
         each, experts, _ = expert_rows(x, indices)
-        squares = squares.at[experts].add(mx.square(each.astype(mx.float32)))
-        self.sums.append((squares, rows.at[experts].add(1.0)))
+        count, columns = self.module.shape[0], self.module.shape[-1]
+        squares = mx.zeros((count, columns)).at[experts].add(mx.square(each.astype(mx.float32)))
+        self.calls.append((squares, mx.zeros(count).at[experts].add(1.0)))
 
     def _add_heads(self, x: mx.array) -> None:
         """Of `x [..., heads or 1, n, in]`."""
-        squares, rows = self.sums[-1]
         each = mx.square(x.reshape(-1, *x.shape[-3:]).astype(mx.float32))
-        squares = squares + mx.sum(each, axis=(0, 2))
-        self.sums.append((squares, rows + each.shape[0] * each.shape[2]))
-
-    def mean(self) -> mx.array:
-        squares: mx.array
-        rows: mx.array
-        squares, rows = self.sums[-1]
-        if not rows.ndim:
-            return squares / rows
-        overall = mx.sum(squares, axis=0) / mx.sum(rows)
-        return (squares + PRIOR_ROWS * overall) / (rows + PRIOR_ROWS)[:, None]
+        heads, columns = self.module.shape[0], self.module.shape[-1]
+        squares = mx.broadcast_to(mx.sum(each, axis=(0, 2)), (heads, columns))
+        self.calls.append((squares, mx.full(heads, float(each.shape[0] * each.shape[2]))))

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
+from math import prod
 
 import mlx.core as mx
 import numpy as np
@@ -26,6 +28,7 @@ from ...nn.replay import Replay, Tape
 from ..replay.backward import Backward
 from ..replay.gradients import Call
 from ..replay.logits import LOGITS_BYTES
+from ..replay.shared import Shared
 from ..replay.streamed import Drop, keep
 from .importance import PRIOR_ROWS
 
@@ -34,6 +37,9 @@ JUDGE_EVERY = 8
 
 # Added to the diagonal of H, as a share of its mean: directions that the tokens do not show.
 DAMPING = 0.01
+
+# What a weight takes for each column, in multiplications of a product on one core.
+_DESCENT, _TOGETHER = 11, 12
 
 # Elements of H, or of a weight's change, that are worked on at a time beside the whole.
 ELEMENTS = 1 << 24
@@ -76,26 +82,32 @@ Numbers = npt.NDArray[np.uint32]
 
 def moments(
     replay: Replay,
-    tapes: Sequence[Tape],
+    shared: Shared,
     modules: Sequence[Module],
     seed: int,
     after: Drop = keep,
-) -> Iterator[tuple[Module, Moments | Iterator[Moments], Moments | None]]:
-    """The moments of each module's inputs, and of the gradients at its outputs.
+) -> Iterator[tuple[Module, Moments | Iterator[Moments] | None, Moments | None]]:
+    """The moments of each module's inputs, and of the gradients at its outputs; None where another
+    rank works on the module.
 
     Of experts, and of weights for each head of attention, there are moments for each, to be taken
     before the next module. Modules that are never called are left out. Rows are taken by
     themselves, without gradients, in these, in gate and up, and in embeddings.
     """
-    every = min(JUDGE_EVERY, len(tapes))
-    judges = [t % every == every - 1 for t in range(len(tapes))]
-    keys = list(mx.random.split(mx.random.key(seed), len(tapes)))
+    count = shared.count
+    every = min(JUDGE_EVERY, count)
+    judges = [t % every == every - 1 for t in range(count)]
+    keys = list(mx.random.split(mx.random.key(seed), count))
     layers = [m for m in modules if m.role is not Role.HEAD]
-    for module, calls in Backward(replay, tapes, keys, after).calls(layers):
-        if all(calls):
+    backward = Backward(replay, shared.tapes, [keys[t] for t in shared.own], after)
+    for module, calls in shared.calls(backward, layers, partial(_cost, shared.tokens), divided):
+        if calls is None:
+            yield module, None, None
+        elif all(calls):
             kind = kind_of(replay.place(module.path).get())
             if kind is Kind.EXPERTS:
-                yield module, _of_experts(judges, calls, module.shape[0]), None
+                own = range(module.shape[0])[shared.world.rank :: shared.world.size]
+                yield module, _of_experts(judges, calls, own), None
                 continue
             if kind is Kind.HEADS:
                 yield module, _of_heads(judges, calls, module.shape[0]), None
@@ -104,14 +116,30 @@ def moments(
             row = _gradients if module.role is Role.EMBEDDING else _inputs
             rows = [[row(call) for call in of] for of in calls]
             if is_head(module):
-                rows = [of + _head_rows(replay, tape) for of, tape in zip(rows, tapes, strict=True)]
+                rows = [
+                    of + more for of, more in zip(rows, _all_head_rows(replay, shared), strict=True)
+                ]
             outputs = None
             if row is _inputs and not widens(module):
                 outputs = _sum(judges, [[_gradients(call) for call in of] for of in calls])
             yield module, _sum(judges, rows), outputs
     for module in modules:
         if module.role is Role.HEAD:
-            yield module, _sum(judges, [_head_rows(replay, tape) for tape in tapes]), None
+            yield module, _sum(judges, _all_head_rows(replay, shared)), None
+
+
+def divided(module: Module) -> bool:
+    """Whether all ranks work on the module, each on rows or experts of its own."""
+    return module.block is None or module.role is Role.EXPERT
+
+
+def _cost(tokens: int, module: Module) -> float:
+    """What the moments and the descents of a module take, in multiplications of a product."""
+    out, width = module.shape[-2:]
+    together = not widens(module)
+    return 2 * tokens * (width**2 + together * out**2) + prod(module.shape) * width * (
+        _DESCENT + together * _TOGETHER
+    )
 
 
 def widens(module: Module) -> bool:
@@ -152,7 +180,7 @@ def _of_head(call: Call, head: int) -> Rows:
 
 
 def _of_experts(
-    judges: Sequence[bool], calls: Sequence[Sequence[Call]], experts: int
+    judges: Sequence[bool], calls: Sequence[Sequence[Call]], experts: range
 ) -> Iterator[Moments]:
     laid_out = [[_expert_rows(call) for call in of] for of in calls]
     layer = _sum(judges, [[rows for rows, _ in of] for of in laid_out])
@@ -164,7 +192,7 @@ def _of_experts(
     )
     prior = layer.shrunk * (PRIOR_ROWS / seen)
     mx.eval(prior)
-    for expert in range(experts):
+    for expert in experts:
         yield _sum(judges, [list(_chosen(of, expert)) for of in laid_out], prior)
 
 
@@ -180,6 +208,12 @@ def _chosen(calls: Sequence[tuple[Rows, Numbers]], expert: int) -> Iterator[Rows
     for (x, weights), experts in calls:
         if len(at := np.flatnonzero(experts == expert)):
             yield x[mx.array(at)], weights[mx.array(at)]
+
+
+def _all_head_rows(replay: Replay, shared: Shared) -> list[list[Rows]]:
+    """`_head_rows` of all sequences."""
+    own = {t: _head_rows(replay, tape) for t, tape in zip(shared.own, shared.tapes, strict=True)}
+    return shared.world.join(own)
 
 
 def _head_rows(replay: Replay, tape: Tape) -> list[Rows]:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import chain
+from math import prod
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ...distributed.ranks import ALONE, World
 from ...formats import DENSE, Format
 from ...models.places import place_at
 from ...nn.accelerate import accelerate, quantized
 from ...planning.plan import Plan
-from ...sources import LoadedModel
+from ...sources import LoadedModel, Source, load
 from .weights import MINMAX, Rounding, round_weight, rounded
 
 
@@ -35,9 +42,7 @@ def render_model(
     Takes over `loaded.model`, whose weights should still be lazy; `blocks` is that of `accelerate`.
     With `lazy` a weight is rounded when it is first used, and not checked.
     """
-    leaves: dict[str, nn.Module] = dict(
-        tree_flatten(loaded.model.leaf_modules(), is_leaf=nn.Module.is_module)
-    )
+    leaves = _leaves(loaded.model)
     for planned in plan.modules:
         if planned.format != DENSE:
             path, fmt = planned.module.path, planned.format
@@ -50,3 +55,34 @@ def render_model(
             place_at(loaded.model, path).set(layer)
     accelerate(loaded.model, blocks=blocks, exact=False)
     return loaded.model
+
+
+def rounded_together(
+    source: Source, plans: Iterable[Plan], rounding: Rounding, world: World = ALONE
+) -> Rounding:
+    """`rounding` with the weights of `plans` in it, each rounded once; the ranks divide them.
+
+    They are all in memory.
+    """
+    formats: dict[str, dict[Format, None]] = defaultdict(dict)
+    sizes: dict[str, int] = {}
+    for planned in chain.from_iterable(plan.modules for plan in plans):
+        path, fmt = planned.module.path, planned.format
+        if fmt != DENSE and (path, fmt) not in rounding.fitted:
+            formats[path][fmt] = None
+            sizes[path] = prod(planned.module.shape)
+    paths, model, own = list(formats), load(source).model, {}
+    for n in world.share([sizes[path] * len(formats[path]) for path in paths]):
+        place = place_at(model, paths[n])
+        weight = place.get().weight
+        own[n] = [round_weight(weight, fmt, rounding, paths[n]) for fmt in formats[paths[n]]]
+        place.set(nn.Module())  # the dense weight is dropped here
+    fitted = dict(rounding.fitted)
+    for path, found in zip(paths, world.join(own), strict=True):
+        for fmt, (codes, scales, biases) in zip(formats[path], found, strict=True):
+            fitted[path, fmt] = codes, scales, biases
+    return replace(rounding, fitted=fitted)
+
+
+def _leaves(model: nn.Module) -> dict[str, nn.Module]:
+    return dict(tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module))

@@ -43,6 +43,7 @@ from ...ops import metal
 from ..replay.backward import Backward, survey
 from ..replay.gradients import Call, looked_up, weight_gradient
 from ..replay.logits import divergences
+from ..replay.shared import Calls, Shared
 from ..rounding.render import render_layer
 from .checkpoint import Totals
 from .job import Job
@@ -57,15 +58,16 @@ CHANGE_ELEMENTS = 1 << 20
 
 @metal.restarts
 def score_by_fisher(job: Job) -> None:
-    """Do this rank's share of the round; a batch is one unit."""
+    """Do the round; a batch is one unit, in which ranks divide sequences and modules."""
     batches = job.batches()
     work = [m for m in job.modules if job.rounded(m)]
     layers = sum(len(job.rounded(m)) for m in work)
-    share, done = job.share([work]), len(job.done())
+    waiting, done = job.waiting([work]), len(job.done())
     with (
+        job.world.in_step(),
         Replay(job.model, job.modules) as replay,
         Progress(
-            (done + len(share)) * layers,
+            (done + len(waiting)) * layers,
             "measuring sensitivity",
             done=done * layers,
             enabled=job.progress,
@@ -74,7 +76,7 @@ def score_by_fisher(job: Job) -> None:
         _, reason = survey(replay, job.sequences[0], work)
         if reason:
             raise SensitivityError(f"no Fisher scores: {reason}; use --sensitivity kl")
-        for b, step in share:
+        for b, step in waiting:
             job.reference.begin()
             job.save((b, step), _Batch(job, replay, batches[b], work, progress).score())
 
@@ -103,38 +105,48 @@ class _Batch:
         progress: Progress,
     ) -> None:
         self.job, self.replay, self.work, self.progress = job, replay, work, progress
-        self.tapes = record(replay, job, indices, job.reference.drop)
+        lengths = [len(job.sequences[i]) for i in indices]
+        own = job.world.share(lengths)
+        tapes = record(replay, job, [indices[n] for n in own], job.reference.drop)
+        self.shared = Shared(job.world, lengths, own, tapes)
         keys = mx.random.split(mx.random.key(job.seed), len(job.sequences))
-        self.keys = [keys[i] for i in indices]
+        self.keys = [keys[indices[n]] for n in own]
         self.totals: Totals = {
             m.path: {str(fmt): [0.0] * len(indices) for fmt in job.rounded(m)} for m in work
         }
 
     def score(self) -> Totals:
-        """The totals of every module of `work`."""
-        drop = self.job.reference.drop
-        backward = Backward(self.replay, self.tapes, self.keys, drop)
-        for m, calls in backward.calls(self.work):
+        """The totals of every module of `work`, when all ranks have their part."""
+        job, drop = self.job, self.job.reference.drop
+        backward = Backward(self.replay, self.shared.tapes, self.keys, drop)
+        for m, calls in self.shared.calls(backward, self.work, self._cost):
             self._score_module(m, calls)
         for m in self.work:
             if m.role is Role.HEAD:
-                self._score_module(m, [[] for _ in self.tapes])
+                self._score_module(m, None)
         drop(None)
-        return self.totals
+        job.share_errors()
+        return _sum(job.world.gather(self.totals))
 
-    def _score_module(self, module: Module, calls: Sequence[list[Call]]) -> None:
-        """Add to `totals` the scores of one module, whose `calls` are given by tape."""
+    def _cost(self, module: Module) -> float:
+        return prod(module.shape) * len(self.job.rounded(module))
+
+    def _score_module(self, module: Module, calls: Calls | None) -> None:
+        """Add to `totals` the scores of one module; `calls` are those of all sequences, if this
+        rank works on it.
+        """
         job = self.job
-        if module.role is not Role.HEAD and not any(calls):
+        if calls is not None and not any(calls):
             raise SensitivityError(
                 f"the model never calls {module.path} as a layer, so it has no Fisher score; "
                 "use --sensitivity kl"
             )
-        dense = job.reference.dense(module.path)
-        if module.role is not Role.HEAD:
-            self._add_smooth_part(module, *looked_up(dense, calls))
-        if is_head(module):
-            self._add_head_part(module, dense)
+        if calls is not None or is_head(module):
+            dense = job.reference.dense(module.path)
+            if calls is not None:
+                self._add_smooth_part(module, *looked_up(dense, calls))
+            if is_head(module):
+                self._add_head_part(module, dense)
         for _ in job.rounded(module):
             self.progress.step(note=module.path)
 
@@ -159,13 +171,29 @@ class _Batch:
                     self.job.note_error(module.path, str(fmt), float(error))
 
     def _add_head_part(self, module: Module, dense: nn.Module) -> None:
+        """Of this rank's sequences."""
         for group in head_groups(self.job.rounded(module), dense):
-            heads = [self.job.render(module, dense, fmt) for fmt in group]
-            for t, tape in enumerate(self.tapes):
+            heads = self.job.render_together(module, dense, group)
+            for t, tape in zip(self.shared.own, self.shared.tapes, strict=True):
                 students = [(tape.hidden, head) for head in heads]
                 found = divergences(self.replay, tape, (tape.hidden, dense), students)
                 for fmt, total in zip(group, found, strict=True):
                     self.totals[module.path][str(fmt)][t] += total
+
+
+def _sum(parts: Sequence[Totals]) -> Totals:
+    """The totals of all ranks added up.
+
+    A score is added by one rank, or by two where it has a smooth part and one of the head; all else
+    is zero, so that the sum is the same to the bit however the ranks divide them.
+    """
+    return {
+        path: {
+            fmt: [sum(each) for each in zip(*(part[path][fmt] for part in parts), strict=True)]
+            for fmt in formats
+        }
+        for path, formats in parts[0].items()
+    }
 
 
 def squares(

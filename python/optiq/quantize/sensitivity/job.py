@@ -1,4 +1,4 @@
-"""What both methods share: the work to do, and how it is cut into units that ranks divide."""
+"""What both methods share: the work to do, and how it is cut into units."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import isfinite
+from typing import Any
 
 import mlx.nn as nn
 
@@ -13,6 +14,7 @@ from ...distributed.ranks import ALONE, World
 from ...errors import SensitivityError
 from ...formats import DENSE, Format
 from ...models.roles import Module
+from ...nn.accelerate import quantized
 from ..rounding.reference import Reference
 from ..rounding.render import render_layer
 from ..rounding.weights import Rounding
@@ -67,6 +69,17 @@ class Job:
             self.note_error(module.path, str(fmt), relative_error(layer, rounded))
         return rounded
 
+    def render_together(
+        self, module: Module, layer: nn.Module, formats: Sequence[Format]
+    ) -> list[nn.Module]:
+        """`render` in each of the formats, which the ranks divide."""
+        own: dict[int, Any] = {}
+        for n in self.world.share([1.0] * len(formats)):
+            made = self.render(module, layer, formats[n])
+            own[n] = made.weight, made.scales, made.get("biases")
+        parts = zip(formats, self.world.join(own), strict=True)
+        return [quantized(layer, w, scales, biases, fmt) for fmt, (w, scales, biases) in parts]
+
     def note_error(self, path: str, fmt: str, error: float) -> None:
         """Keep the relative error of a module's weight in a format."""
         noted = self.checkpoint.units(WEIGHT_ERRORS)
@@ -108,11 +121,17 @@ class Job:
         return [list(group) for _, group in groupby(work, key=lambda m: m.block)]
 
     def share(self, steps: Sequence[Sequence[Module]]) -> list[Unit]:
-        """The units that this rank has to do: every size-th of those that nobody has done.
+        """The units that this rank has to do: every size-th of those that are `waiting`.
 
-        A unit scores the modules of one of `steps` on one batch. Neighbours cost about the same,
-        so all ranks get about as much work. Raises SensitivityError when the checkpoint has units
-        of another measurement.
+        Neighbours cost about the same, so all ranks get about as much work.
+        """
+        return self.waiting(steps)[self.world.rank :: self.world.size]
+
+    def waiting(self, steps: Sequence[Sequence[Module]]) -> list[Unit]:
+        """The units that nobody has done.
+
+        A unit scores the modules of one of `steps` on one batch. Raises SensitivityError when the
+        checkpoint has units of another measurement.
         """
         batches = self.batches()
         units = [(b, s) for b in range(len(batches)) for s in range(len(steps))]
@@ -121,8 +140,7 @@ class Job:
             self.name, {_name((b, s)): (scored[s], len(batches[b])) for b, s in units}
         )
         done = self.checkpoint.units(self.name)
-        waiting = [unit for unit in units if _name(unit) not in done]
-        return waiting[self.world.rank :: self.world.size]
+        return [unit for unit in units if _name(unit) not in done]
 
     def done(self) -> list[Unit]:
         """The units that are done, in order."""
@@ -139,6 +157,12 @@ class Job:
                     )
         self.checkpoint.units(self.name)[_name(unit)] = totals
         self.checkpoint.save()
+
+    def share_errors(self) -> None:
+        """Take over the weight errors that the other ranks have noted."""
+        own = self.checkpoint.units(WEIGHT_ERRORS)
+        for theirs in self.world.gather(own):
+            own.update(theirs)
 
     def collect(self) -> Totals:
         """The totals of all sequences, when every rank has done its share; the same on all."""
