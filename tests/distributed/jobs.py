@@ -1,6 +1,6 @@
 """The jobs that ranks share, on a tiny model; the ranks of the tests run this file.
 
-python -m tests.distributed.jobs MODEL OUT convert
+python -m tests.distributed.jobs MODEL OUT convert eval
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ def convert(model: Path, out: Path, **more: bool) -> None:
     optiq.convert(model, out / "model", formats="3,4,6,8", **TEXT, **more)  # type: ignore[arg-type]
 
 
-JOBS = {"convert": convert}
+def evaluate(model: Path, out: Path) -> None:
+    optiq.evaluate(
+        out / "model", out / "evals", tasks="kl", limit=3, reference=str(model), progress=False
+    )
+
+
+JOBS = {"convert": convert, "eval": evaluate}
 
 
 def main() -> None:

@@ -49,20 +49,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..evals.runner import evaluate
+    from ..distributed.ranks import world
+    from ..evals.runner import evaluate_together
 
     tasks = args.suite or "capability"
     names = ("limit", "full", "data", "reference", "revision", "resume", "restart")
-    try:
-        summary = evaluate(
-            args.model, args.out, tasks=tasks, **{name: getattr(args, name) for name in names}
-        )
-    except KeyboardInterrupt:
-        hint = "; the same command with --resume goes on from here"
-        raise KeyboardInterrupt(hint) from None
-    print(json.dumps(summary.to_json(), indent=1) if args.json else table(summary))
-    if not args.json and (Path(args.model) / "optiq" / "plan.json").exists():
-        print(after(f"optiq card {shlex.quote(args.model)}"))
+    asked = {name: getattr(args, name) for name in names}
+    with world() as ranks:
+        try:
+            summary = evaluate_together(ranks, args.model, args.out, tasks=tasks, **asked)
+        except KeyboardInterrupt:
+            hint = "; the same command with --resume goes on from here"
+            raise KeyboardInterrupt(hint) from None
+    if ranks.rank == 0:
+        print(json.dumps(summary.to_json(), indent=1) if args.json else table(summary))
+        if not args.json and (Path(args.model) / "optiq" / "plan.json").exists():
+            print(after(f"optiq card {shlex.quote(args.model)}"))
     return 0
 
 
