@@ -1,6 +1,6 @@
 """The jobs that ranks share, on a tiny model; the ranks of the tests run this file.
 
-python -m tests.distributed.jobs MODEL OUT convert eval
+python -m tests.distributed.jobs MODEL OUT convert kv frontier eval
 """
 
 from __future__ import annotations
@@ -20,13 +20,22 @@ def convert(model: Path, out: Path, **more: bool) -> None:
     optiq.convert(model, out / "model", formats="3,4,6,8", **TEXT, **more)  # type: ignore[arg-type]
 
 
+def kv(model: Path, out: Path) -> None:
+    optiq.kv_plan(model, out / "kv.json", context=192, samples=2, progress=False)
+
+
+def frontier(model: Path, out: Path) -> None:
+    scores = out / "model" / "optiq" / "sensitivity.json"
+    optiq.frontier(model, out / "frontier", sizes=["5bpw"], scores=scores, **TEXT)  # type: ignore[arg-type]
+
+
 def evaluate(model: Path, out: Path) -> None:
     optiq.evaluate(
         out / "model", out / "evals", tasks="kl", limit=3, reference=str(model), progress=False
     )
 
 
-JOBS = {"convert": convert, "eval": evaluate}
+JOBS = {"convert": convert, "kv": kv, "frontier": frontier, "eval": evaluate}
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import mlx.core as mx
 import pytest
 
 from optiq.cli import main
+from optiq.distributed.ranks import ALONE
 from optiq.errors import BudgetError, CheckpointError, OptiqError, UsageError
 from optiq.models import stock
 from optiq.planning.plan import uniform_plan
@@ -128,7 +129,7 @@ def test_ours_is_what_convert_ships(home: SimpleNamespace, tmp_path: Path) -> No
 def test_interrupted_and_resumed_it_writes_the_same_file(
     home: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    measure, calls = module.divergence.measure, []
+    measure, calls = module.divergence.tables, []
 
     def counted(*args: Any, **options: Any) -> Any:
         if len(calls) == after:
@@ -142,7 +143,7 @@ def test_interrupted_and_resumed_it_writes_the_same_file(
             home.model, tmp_path / "out", sizes=sizes, scores=home.scores, **options, **QUICK
         )
 
-    monkeypatch.setattr(module.divergence, "measure", counted)
+    monkeypatch.setattr(module.divergence, "tables", counted)
     with pytest.raises(KeyboardInterrupt):
         again()
     assert names(tmp_path) == ["out.optiq-work"]
@@ -272,7 +273,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, content: str) -> None:
     path = tmp_path / "points.json"
     path.write_text(content)
     with pytest.raises(OptiqError, match=r"points.json is damaged .*; start anew with --restart"):
-        frontier_files.Finished(path, {}, resume=True)
+        frontier_files.Finished(path, {}, resume=True, world=ALONE)
     assert path.read_text() == content
 
 

@@ -25,19 +25,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..quantize.frontier import POINTS, SIZES, frontier
+    from ..distributed.ranks import world
+    from ..quantize.frontier import POINTS, SIZES, frontier_together
     from ..quantize.frontier_files import HTML
     from ..quantize.prepare import CHECKPOINT, SCORES, work_folder
     from .tables import after, frontier_table
 
     work = work_folder(Path(args.out).expanduser().resolve())
-    with options.resumable(work / POINTS if args.scores else work / CHECKPOINT):
-        found = frontier(
-            args.model,
-            args.out,
-            sizes=SIZES if args.sizes is None else args.sizes.split(","),
-            **options.measuring(args),
-        )
+    sizes = SIZES if args.sizes is None else args.sizes.split(",")
+    left = work / POINTS if args.scores else work / CHECKPOINT
+    with world() as ranks, options.resumable(left):
+        found = frontier_together(ranks, args.model, args.out, sizes, **options.measuring(args))
+    if ranks.rank != 0:
+        return 0
     if args.json:
         print(json.dumps(found.to_json(), indent=1))
     else:

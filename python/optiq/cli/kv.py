@@ -50,13 +50,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..base.progress import silenced
+    from ..distributed.ranks import world
     from ..quantize.kv.files import Files
-    from ..quantize.kv.plan import kv_plan
+    from ..quantize.kv.plan import kv_plan_together
     from .tables import after, kv_table
 
     files = Files(Path(args.out))
-    with options.resumable(files.checkpoint):
-        report = kv_plan(
+    with world() as ranks, silenced(ranks.rank != 0), options.resumable(files.checkpoint):
+        report = kv_plan_together(
+            ranks,
             args.model,
             args.out,
             size=args.size,
@@ -72,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
             restart=args.restart,
             overwrite=args.overwrite,
         )
+    if ranks.rank != 0:
+        return 0
     if args.json:
         print(json.dumps(report.to_json(), indent=1))
     else:

@@ -39,15 +39,27 @@ def measure(
     progress: bool = True,
 ) -> dict[str, Divergence]:
     """How far each candidate is from the reference."""
-    tables: dict[str, Table] = {name: [] for name in candidates}
+    digest = token_hash(sequences)
+    found = tables(reference, candidates, sequences, progress=progress)
+    return {name: summary(table, digest) for name, table in found.items()}
+
+
+def tables(
+    reference: nn.Module,
+    candidates: Mapping[str, nn.Module],
+    sequences: Sequence[Sample],
+    *,
+    progress: bool = False,
+) -> dict[str, Table]:
+    """`columns` of each sequence."""
+    found: dict[str, Table] = {name: [] for name in candidates}
     total = sum(len(s.tokens) for s in sequences)
     with Progress(total, "checking", enabled=progress) as bar:
         for sample in sequences:
             for name, column in columns(reference, candidates, sample.tokens).items():
-                tables[name].append(column)
+                found[name].append(column)
             bar.step(len(sample.tokens))
-    digest = token_hash(sequences)
-    return {name: summary(table, digest) for name, table in tables.items()}
+    return found
 
 
 def check_tokens(

@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.nn as nn
+import numpy as np
 
 from ..base.checkpoint import Identity, check_unfinished
 from ..base.command import command_line
 from ..base.files import check_writable
 from ..base.machine import machine, versions
 from ..base.memory import Needs, available_memory
-from ..base.progress import Progress, tell
+from ..base.progress import Progress, silenced, tell
 from ..calibration import token_hash
+from ..distributed.ranks import World, world
 from ..errors import BudgetError, OptiqError, UsageError
 from ..formats import Format
 from ..models import stock
@@ -89,34 +91,64 @@ def frontier(
     a recipe that does not know the model, is left out with a note. Scores measured for the purpose
     are kept as `out`/sensitivity.json. With `resume`, what an interrupted run has measured is used.
 
+    The processes that `mlx.launch` starts share the work; each returns the same, and rank 0 writes.
     Returns the content of frontier.json. Raises an OptiqError; then `out` is as it was.
     """
+    with world() as ranks:
+        return frontier_together(ranks, model, out, sizes, **options)
+
+
+def frontier_together(
+    ranks: World,
+    model: str | Path,
+    out: str | Path,
+    sizes: Sequence[str | int],
+    **options: Unpack[OptionFields],
+) -> Frontier:
+    """`frontier` on these ranks."""
+    with silenced(ranks.rank != 0):
+        return _frontier(ranks, str(model), Path(out), sizes, **options)
+
+
+def _frontier(
+    ranks: World,
+    model: str,
+    out: Path,
+    sizes: Sequence[str | int],
+    **options: Unpack[OptionFields],
+) -> Frontier:
     chosen = Options.parse(**options)
     chosen.check_no_memory("frontier")
-    out = Path(out).expanduser().resolve()
+    out = out.expanduser().resolve()
     work = work_folder(out)
     wanted = list(dict.fromkeys(Size.parse(str(size).strip()) for size in sizes))
     if not wanted:
         raise UsageError("there is no size to measure; write for example --sizes 4bpw,uniform4")
     measured_here = chosen.scores is None
-    check_replaceable(out, scores=measured_here, overwrite=chosen.overwrite)
-    check_writable(out / JSON)
+    if ranks.rank == 0:
+        check_replaceable(out, scores=measured_here, overwrite=chosen.overwrite)
+        check_writable(out / JSON)
     left = [work / POINTS, *(existing(work / CHECKPOINT) if measured_here else ())]
     check_unfinished(left, resume=chosen.resume, restart=chosen.restart)
-    source = with_towers(resolve(str(model), revision=chosen.revision), chosen.towers)
+    ranks.gather(None)  # nobody writes before all have looked
+    source = with_towers(resolve(model, revision=chosen.revision), chosen.towers)
     loaded = load(source)
     texts = texts_of(chosen, loaded.tokenizer)
     notes: list[str] = []
     if measured_here:
         wanted = _fitting(wanted, partial(check_budget, loaded, menu=chosen.menu), notes)
-    ready = prepare(loaded, texts, work, chosen)
+    ready = prepare(loaded, texts, work, chosen, world=ranks)
     del loaded
     wanted = _fitting(wanted, partial(build, ready.scores, menu=chosen.formats), notes)
     _check_memory(ready, wanted)
-    finished = Finished(work / POINTS, _identity(ready), resume=chosen.resume)
+    identity = _identity(ready)
+    ranks.same({**identity, "sizes": [size.text for size in wanted]})
+    finished = Finished(work / POINTS, identity, resume=chosen.resume, world=ranks)
     points = compare(list(_measure(ready, wanted, finished, notes)))
     result = _described(ready, wanted, notes, points)
-    write(result, ready.scores if measured_here else None, out)
+    if ranks.rank == 0:
+        write(result, ready.scores if measured_here else None, out)
+    ranks.gather(None)  # nobody forgets before the result is safe
     remove_work(work, POINTS)
     return result
 
@@ -183,7 +215,7 @@ def _candidates(ready: Prepared, sizes: Sequence[Size]) -> Iterator[Candidate]:
 
 
 def _point(ready: Prepared, candidate: Candidate) -> Point:
-    """The candidate, measured: beside it only the source is in memory."""
+    """The candidate, measured: beside it only the source is in memory. Ranks divide the text."""
     made = candidate.make()
     formats = Counter(
         str(Format(m.mode, m.bits, m.group_size))
@@ -194,7 +226,11 @@ def _point(ready: Prepared, candidate: Candidate) -> Point:
     for one in (reference, made.model):
         accelerate(one, exact=False)
     name, sequences = candidate.name, ready.texts.held_out.sequences
-    found = divergence.measure(reference, {name: made.model}, sequences, progress=False)[name]
+    own = ready.world.share([len(s.tokens) for s in sequences])
+    table = divergence.tables(reference, {name: made.model}, [sequences[i] for i in own])[name]
+    columns = (of.tolist() for of in table)
+    joined = ready.world.join(dict(zip(own, columns, strict=True)))
+    found = divergence.summary([np.array(of) for of in joined], token_hash(sequences))
     return Point(
         name=name,
         family=candidate.family,

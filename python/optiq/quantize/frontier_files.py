@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 from ..base import checkpoint
 from ..base.checkpoint import Identity, damaged
 from ..base.files import check_absent, whole
+from ..distributed.ranks import World
 from ..errors import ExportError, UsageError
 from ..planning.pareto import KIND, Frontier, Point
 from ..planning.scores import Scores
@@ -69,22 +71,24 @@ class Finished:
     """The points that are measured, by name, on disk at `path` as soon as they are.
 
     `identity` says what they depend on; with `resume` those of an earlier run are taken over, and
-    must have the same.
+    must have the same. Of the ranks of `world` the first reads and writes.
     """
 
-    def __init__(self, path: Path, identity: Identity, *, resume: bool) -> None:
-        self._path, self._identity = path, identity
+    def __init__(self, path: Path, identity: Identity, *, resume: bool, world: World) -> None:
+        self._path, self._identity, self._writes = path, identity, world.rank == 0
         self.points: dict[str, Point] = {}
-        if resume and path.exists():
-            self._read()
+        kept: Any = {}
+        if resume and self._writes and path.exists():
+            kept = checkpoint.read(path, _KIND, identity).get("points")
+        self._take(world.gather(kept)[0])
 
     def add(self, point: Point) -> None:
         self.points[point.name] = point
         points = {name: point.to_json() for name, point in self.points.items()}
-        checkpoint.write(self._path, _KIND, self._identity, {"points": points})
+        if self._writes:
+            checkpoint.write(self._path, _KIND, self._identity, {"points": points})
 
-    def _read(self) -> None:
-        points = checkpoint.read(self._path, _KIND, self._identity).get("points")
+    def _take(self, points: Any) -> None:
         if not isinstance(points, dict):
             raise damaged(self._path, "no points")
         for name, point in points.items():

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ...base.progress import Progress
 from ...calibration import Sample, token_hash
+from ...distributed.ranks import ALONE, World
 from ...kv.config import KVConfig
 from ...kv.model import make_cache
 from ...ops import metal
@@ -33,15 +34,21 @@ def measure_configs(
     contexts: Sequence[Sample],
     *,
     progress: bool = True,
+    world: World = ALONE,
 ) -> dict[str, Divergence]:
-    """The divergence of `model` with each configuration from itself in full precision."""
-    tables: dict[str, Table] = {name: [] for name in configs}
-    total = len(contexts) * (len(configs) + 1)
-    with Progress(total, "checking", enabled=progress) as bar:
-        for sample in contexts:
-            for name, columns in decode(model, configs, sample.tokens).items():
-                tables[name].append(columns)
+    """The divergence of `model` with each configuration from itself in full precision.
+
+    The ranks of `world` divide the contexts.
+    """
+    own = world.share([len(sample.tokens) for sample in contexts])
+    found: dict[int, dict[str, list[list[float]]]] = {}
+    with Progress(len(own) * (len(configs) + 1), "checking", enabled=progress) as bar:
+        for i in own:
+            columns = decode(model, configs, contexts[i].tokens)
+            found[i] = {name: of.tolist() for name, of in columns.items()}
             bar.step(len(configs) + 1)
+    of_all = world.join(found)
+    tables: dict[str, Table] = {name: [np.array(of[name]) for of in of_all] for name in configs}
     digest = token_hash(contexts)
     return {name: summary(table, digest) for name, table in tables.items()}
 

@@ -11,6 +11,7 @@ from ...errors import ExportError, KVError, UsageError
 from ...kv.config import KVConfig
 from ...kv.report import KIND, KVReport
 from ...report import kv as page
+from ..sensitivity.checkpoint import existing
 
 
 class Files:
@@ -23,7 +24,7 @@ class Files:
             for suffix in (".report.json", ".report.html", ".checkpoint.json")
         )
 
-    def check(self, *, resume: bool, restart: bool, overwrite: bool) -> None:
+    def check(self, *, overwrite: bool) -> None:
         """Raise an OptiqError unless all can be written; ours may be there with `overwrite`."""
         if self.out.exists() or self.out.is_symlink():
             try:
@@ -39,7 +40,10 @@ class Files:
                     f"{path} exists and was not made by optiq kv; name another file with -o"
                 )
         check_writable(self.out)
-        check_unfinished([self.checkpoint], resume=resume, restart=restart)
+
+    def check_unfinished(self, *, resume: bool, restart: bool) -> None:
+        """Raise UsageError rather than discard what an earlier run left, unless that is wanted."""
+        check_unfinished(existing(self.checkpoint), resume=resume, restart=restart)
 
     def write(self, config: KVConfig, report: KVReport) -> None:
         """Write all, each whole or not at all and the configuration last; raises ExportError."""
@@ -55,4 +59,8 @@ class Files:
                 f"{self.out} cannot be written ({error.strerror}); free space, then --resume loses "
                 "nothing"
             ) from error
-        self.checkpoint.unlink(missing_ok=True)
+
+    def forget(self) -> None:
+        """Remove the checkpoints."""
+        for file in existing(self.checkpoint):
+            file.unlink(missing_ok=True)

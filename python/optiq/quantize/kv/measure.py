@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from math import exp, isfinite, log
+from itertools import accumulate, groupby
+from math import ceil, exp, isfinite, log
 from statistics import median
 
 import mlx.nn as nn
 
 from ...base.progress import Progress
 from ...calibration import Sample
+from ...distributed.ranks import ALONE, World
 from ...errors import KVError, SensitivityError
 from ...formats import DENSE, Format
 from ...kv.config import KVConfig
@@ -62,14 +63,19 @@ class Scoring:
 
 
 def measure_slots(
-    job: Scoring, checkpoint: Checkpoint, *, progress: bool = True
+    job: Scoring, checkpoint: Checkpoint, *, progress: bool = True, world: World = ALONE
 ) -> tuple[SlotScores, Law]:
     """Scores of all slots in all their formats, and how well the law held where it was checked.
 
     What is done is kept in `checkpoint`, context by context and cache by cache, and not done again.
+    The ranks of `world` divide these.
     """
     wanted = job.wanted()
-    _run(job, wanted, checkpoint, progress)
+    for theirs in world.gather(checkpoint.rounds):
+        checkpoint.add(theirs)
+    _run(job, wanted, checkpoint, progress, world)
+    for theirs in world.gather(checkpoint.rounds):
+        checkpoint.add(theirs)
     done, count = checkpoint.units("kv"), len(job.contexts)
 
     def known(slot: Slot, fmt: Format) -> tuple[float, float | None]:
@@ -85,9 +91,13 @@ def measure_slots(
 
 @metal.restarts
 def _run(
-    job: Scoring, wanted: Mapping[str, Sequence[Format]], checkpoint: Checkpoint, progress: bool
+    job: Scoring,
+    wanted: Mapping[str, Sequence[Format]],
+    checkpoint: Checkpoint,
+    progress: bool,
+    world: World,
 ) -> None:
-    """Do the units (context, cache) that `checkpoint` lacks."""
+    """Do this rank's stretch of the units (context, cache) that `checkpoint` lacks."""
     done = checkpoint.units("kv")
     by_cache = {cache: list(group) for cache, group in groupby(job.slots, key=lambda s: s.cache)}
     scored = {
@@ -101,22 +111,45 @@ def _run(
     step = chunk(job.dense)
     with (
         Decoder(job.model) as decoder,
-        Progress(len(units), "measuring sensitivity", done=len(done), enabled=progress) as bar,
+        Progress(
+            len(done) + ceil((len(units) - len(done)) / world.size),
+            "measuring sensitivity",
+            done=len(done),
+            enabled=progress,
+        ) as bar,
     ):
         if not by_cache.keys() <= decoder.owners.keys():
             raise KVError(
                 f"mlx-lm's {type(job.model).__module__} does not hand its caches to its blocks, so "
                 "they cannot be measured one by one; name the widths yourself, as in --kv 8/4"
             )
-        for c, sample in enumerate(job.contexts):
-            missing = [cache for cache in by_cache if f"{c}/{cache}" not in done]
-            if not missing:
-                continue
-            context = decoder.read(sample.tokens, job.tail, step=step)
-            for cache in missing:
+        missing = [
+            (c, cache)
+            for c in range(len(job.contexts))
+            for cache in by_cache
+            if f"{c}/{cache}" not in done
+        ]
+        probes = {
+            cache: sum(len(wanted[s.name]) for s in group) for cache, group in by_cache.items()
+        }
+        blocks = len(decoder.order)
+        costs = [probes[cache] * (blocks - decoder.owners[cache]) for _, cache in missing]
+        for c, group in groupby(stretch(missing, costs, world), key=lambda unit: unit[0]):
+            context = decoder.read(job.contexts[c].tokens, job.tail, step=step)
+            for _, cache in group:
                 done[f"{c}/{cache}"] = _probe(decoder, context, job.dense, by_cache[cache], wanted)
                 checkpoint.save()
                 bar.step(note=f"cache {cache}, context {c + 1} of {len(job.contexts)}")
+
+
+def stretch(
+    units: Sequence[tuple[int, int]], costs: Sequence[float], world: World
+) -> list[tuple[int, int]]:
+    """This rank's part of `units`, next to each other: most need few contexts to be read."""
+    total = sum(costs)
+    middles = (end - cost / 2 for end, cost in zip(accumulate(costs), costs, strict=True))
+    ranks = (int(world.size * middle / total) for middle in middles)
+    return [unit for unit, rank in zip(units, ranks, strict=True) if rank == world.rank]
 
 
 def _probe(

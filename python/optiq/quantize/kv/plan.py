@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...base.command import command_line
 from ...base.machine import machine, versions
+from ...base.progress import silenced
 from ...calibration import Sample, token_hash
+from ...distributed.ranks import World, world
 from ...errors import UsageError
 from ...kv.config import KVConfig
 from ...kv.model import entries, identity
@@ -66,12 +68,23 @@ def kv_plan(model: str | Path, out: str | Path, **options: Unpack[KVFields]) -> 
         restart: Discard what an interrupted run left.
         overwrite: Replace a configuration that is there already.
 
+    The processes that `mlx.launch` starts share the work; each returns the same, and rank 0 writes.
     Raises an OptiqError; then `out` is as it was.
     """
+    with world() as ranks, silenced(ranks.rank != 0):
+        return kv_plan_together(ranks, model, out, **options)
+
+
+def kv_plan_together(
+    ranks: World, model: str | Path, out: str | Path, **options: Unpack[KVFields]
+) -> KVReport:
+    """`kv_plan` on these ranks."""
     wanted = KVOptions.parse(**options)
     files = Files(Path(out))
-    files.check(resume=wanted.resume, restart=wanted.restart, overwrite=wanted.overwrite)
-    job = _prepare(str(model), wanted)
+    if ranks.rank == 0:
+        files.check(overwrite=wanted.overwrite)
+    files.check_unfinished(resume=wanted.resume, restart=wanted.restart)
+    job = _prepare(str(model), wanted, ranks)
     scores, law = _score(job, files.checkpoint)
     proposals = choose.propose(job.slots, scores, job.budget, wanted.size.text.strip())
     candidates = _measure(job, scores, proposals, job.contexts.selection)
@@ -105,7 +118,10 @@ def kv_plan(model: str | Path, out: str | Path, **options: Unpack[KVFields]) -> 
         versions=versions(),
         machine=machine(),
     )
-    files.write(replace(config, provenance=_provenance(report)), report)
+    if ranks.rank == 0:
+        files.write(replace(config, provenance=_provenance(report)), report)
+    ranks.gather(None)  # nobody forgets before the result is safe
+    files.forget()
     return report
 
 
@@ -123,13 +139,14 @@ class Job:
     length: int
     budget: int
     contexts: Contexts
+    ranks: World
 
     @property
     def tail(self) -> int:
         return min(TAIL, len(self.contexts.scoring[0].tokens) // 4)
 
 
-def _prepare(model: str, options: KVOptions) -> Job:
+def _prepare(model: str, options: KVOptions, ranks: World) -> Job:
     """Load the model and the texts; an OptiqError where the options do not suit them."""
     source = resolve(model, revision=options.revision)
     loaded = load(source, allow_quantized=True)
@@ -151,7 +168,7 @@ def _prepare(model: str, options: KVOptions) -> Job:
         seed=options.seed,
     )
     accelerate(loaded.model, exact=False)
-    return Job(options, loaded, dense, slots, length, budget, contexts)
+    return Job(options, loaded, dense, slots, length, budget, contexts, ranks)
 
 
 def _length(asked: int | None, config: dict[str, Any]) -> int:
@@ -181,8 +198,9 @@ def _score(job: Job, checkpoint: Path) -> tuple[SlotScores, Law]:
         "formats": [str(f) for f in job.options.formats],
         "versions": versions(),
     }
-    done = Checkpoint(checkpoint, how, resume=job.options.resume)
-    return measure_slots(scoring, done, progress=job.options.progress)
+    job.ranks.same({**how, "budget": job.budget})
+    done = Checkpoint(checkpoint, how, resume=job.options.resume, rank=job.ranks.rank)
+    return measure_slots(scoring, done, progress=job.options.progress, world=job.ranks)
 
 
 def _measure(
@@ -193,7 +211,9 @@ def _measure(
 ) -> tuple[KVPoint, ...]:
     """Whole configurations by name, decoded."""
     configs = {name: configured(job.dense, of) for name, of in formats.items()}
-    found = measure_configs(job.loaded.model, configs, contexts, progress=job.options.progress)
+    found = measure_configs(
+        job.loaded.model, configs, contexts, progress=job.options.progress, world=job.ranks
+    )
     return tuple(
         KVPoint(name, choose.size(job.slots, of), choose.predicted(scores, of), found[name])
         for name, of in formats.items()
