@@ -120,7 +120,7 @@ def test_experts_that_few_tokens_reach_take_after_the_others() -> None:
         call = (mx.array(x[:, None], mx.float32), mx.array(chosen)), {}, mx.ones((100, 1, 4))
         calls.append([call])
     rows = [[moments._expert_rows(call) for call in of] for of in calls]
-    *found, unseen = moments._of_experts(judges, calls, experts)
+    *found, unseen = moments._of_experts(judges, calls, range(experts))
 
     def distance(of: mx.array) -> float:
         """Of the correlations from the true ones."""

@@ -62,7 +62,7 @@ def rounded_together(
 ) -> Rounding:
     """`rounding` with the weights of `plans` in it, each rounded once; the ranks divide them.
 
-    They are all in memory.
+    They are all in memory. Nothing is exchanged where all of them are fitted.
     """
     formats: dict[str, dict[Format, None]] = defaultdict(dict)
     sizes: dict[str, int] = {}
@@ -71,6 +71,8 @@ def rounded_together(
         if fmt != DENSE and (path, fmt) not in rounding.fitted:
             formats[path][fmt] = None
             sizes[path] = prod(planned.module.shape)
+    if not formats:
+        return rounding
     paths, model, own = list(formats), load(source).model, {}
     for n in world.share([sizes[path] * len(formats[path]) for path in paths]):
         place = place_at(model, paths[n])
