@@ -9,7 +9,8 @@ SOURCES := $(shell find csrc metal -name '*.cpp' -o -name '*.h' -o -name '*.meta
 
 # A changed kernel, binding or dependency reinstalls the package; Python files are used in place.
 # It is built with the tools and the MLX of the same environment: without one of its own for each
-# build, which takes half a minute, and whose new path would compile everything anew.
+# build, which takes half a minute, and whose new path would compile everything anew. Python
+# compiles the files that it imports: doing it for all of them takes ten seconds.
 $(VENV)/.built: pyproject.toml CMakeLists.txt cmake/embed_metal.cmake $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "optiq needs Python 3.10 or newer; set PYTHON=/path/to/python3"; exit 1; }
@@ -17,8 +18,8 @@ $(VENV)/.built: pyproject.toml CMakeLists.txt cmake/embed_metal.cmake $(SOURCES)
 	  { echo "optiq needs a C++20 compiler; on Debian: apt-get install g++"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/pip install --quiet --group build
-	$(BIN)/pip install --quiet --no-build-isolation --editable . --config-settings=editable.mode=redirect
+	$(BIN)/pip install --quiet --no-compile --group build
+	$(BIN)/pip install --quiet --no-compile --no-build-isolation --editable . --config-settings=editable.mode=redirect
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.built
