@@ -1,7 +1,8 @@
 // Attention over a cache of keys and values in few bits; launches are planned in
 // csrc/launch/attention.cpp. Flash decoding: each threadgroup takes a split of the keys for a tile
 // of query rows, decodes every key and value once for all of them, and keeps an online softmax in
-// float32; a second kernel merges the splits. Prefill is the same with one split.
+// float32; a second kernel merges the splits. Prefill is the same with one split. Few rows go
+// without matrices (attention_vector.metal).
 #include <metal_simdgroup_matrix>
 #include <metal_stdlib>
 
@@ -16,7 +17,7 @@ using namespace metal;
 // The keys of a split are counted from the first one that any row of the tile sees. So the bits of
 // a result do not depend on the padding before it, or on other entries of the batch.
 template <typename X, int DIM, int VALUE_DIM, int K_BITS, int K_GROUP, int V_BITS, int V_GROUP,
-    int SHARE, bool SPLIT>
+    int SHARE, bool EXACT, bool SPLIT>
 [[kernel]] void attention(const device X* queries [[buffer(0)]],
     const device typename Stored<X, K_BITS>::type* k [[buffer(1)]],
     const device typename Stored<X, V_BITS>::type* v [[buffer(2)]],
@@ -26,14 +27,13 @@ template <typename X, int DIM, int VALUE_DIM, int K_BITS, int K_GROUP, int V_BIT
     const device X* recent_v [[buffer(9)]], const device float* sinks [[buffer(10)]],
     device X* y [[buffer(11)]], device float* parts [[buffer(12)]],
     device float2* states [[buffer(13)]], constant AttentionShape& shape [[buffer(14)]],
-    uint3 at [[threadgroup_position_in_grid]], uint3 grid [[threadgroups_per_grid]],
-    uint index [[thread_index_in_threadgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint lane [[thread_index_in_simdgroup]]) {
+    uint3 at [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   constexpr int teams = kSimdgroups / SHARE;
   constexpr int tile_rows = 8 * SHARE;
   constexpr int stride = DIM + 16 / sizeof(X);
   threadgroup X q_tile[tile_rows * stride];
-  threadgroup float tiles[kSimdgroups * kChunk];
+  threadgroup float tiles[kSimdgroups * kBlock];
   const int team = simdgroup / SHARE, member = simdgroup % SHARE;
   const int batch = at.z / shape.kv_heads, kv_head = at.z % shape.kv_heads;
   const int group = shape.heads / shape.kv_heads;
@@ -54,22 +54,13 @@ template <typename X, int DIM, int VALUE_DIM, int K_BITS, int K_GROUP, int V_BIT
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  Tokens<X, K_BITS> keys;
-  keys.stored = k + batch * shape.k_strides[0] + kv_head * shape.k_strides[1];
-  keys.stride = shape.k_strides[2];
-  keys.first = first_k + int64_t(at.z) * shape.first * DIM;
-  keys.recent = recent_k + int64_t(at.z) * shape.recent * DIM;
-  Tokens<X, V_BITS> values;
-  values.stored = v + batch * shape.v_strides[0] + kv_head * shape.v_strides[1];
-  values.stride = shape.v_strides[2];
-  values.first = first_v + int64_t(at.z) * shape.first * VALUE_DIM;
-  values.recent = recent_v + int64_t(at.z) * shape.recent * VALUE_DIM;
-  keys.start = values.start = start;
-  keys.first_end = values.first_end = start + shape.first;
-  keys.recent_from = values.recent_from = shape.keys - shape.recent;
-
+  const Tokens<X, K_BITS, EXACT> keys = tokens_of<X, K_BITS, EXACT>(
+      k, shape.k_strides, first_k, recent_k, DIM, batch, kv_head, start, shape);
+  const Tokens<X, V_BITS, EXACT> values = tokens_of<X, V_BITS, EXACT>(
+      v, shape.v_strides, first_v, recent_v, VALUE_DIM, batch, kv_head, start, shape);
   const int row = row0 + 8 * member + matrix_row(lane);
   const Query query = query_at(shape, batch, kv_head, row);
+  const float scale = shape.scale * kLog2E;
   Softmax softmax = {-INFINITY, 0};
   Matrix out[VALUE_DIM / 8];
 #pragma unroll
@@ -77,13 +68,12 @@ template <typename X, int DIM, int VALUE_DIM, int K_BITS, int K_GROUP, int V_BIT
     out[i].thread_elements()[0] = 0;
     out[i].thread_elements()[1] = 0;
   }
-  threadgroup float* tile = tiles + team * SHARE * kChunk;
+  threadgroup float* tile = tiles + team * SHARE * kBlock;
   for (int tile0 = begin; tile0 < end; tile0 += teams * kTileKeys) { // the same for all teams
     const int key0 = tile0 + team * kTileKeys;
     if (SHARE == 1 && key0 >= end) {
       break; // nobody waits for this simdgroup
     }
-    const int key = key0 + lane;
     Matrix dots[4];
 #pragma unroll
     for (int n = 0; n < 4; n++) {
@@ -91,24 +81,23 @@ template <typename X, int DIM, int VALUE_DIM, int K_BITS, int K_GROUP, int V_BIT
       dots[n].thread_elements()[1] = 0;
     }
     tile_scores<X, K_BITS, K_GROUP, DIM, SHARE>(
-        keys, key, key < end, member, lane, q_tile + 8 * member * stride, stride, tile, dots);
+        keys, key0, end, member, lane, q_tile + 8 * member * stride, stride, tile, dots);
     float most = softmax.most;
 #pragma unroll
     for (int n = 0; n < 8; n++) {
       const int column = key0 + n / 2 * 8 + matrix_column(lane) + n % 2;
-      const float x = column < end ? score(dots[n / 2].thread_elements()[n % 2], shape, query,
-                                         column, seen, added)
-                                   : -INFINITY;
+      const float dot = dots[n / 2].thread_elements()[n % 2] * scale;
+      const float x = column < end ? exponent(dot, shape, query, column, seen, added) : -INFINITY;
       dots[n / 2].thread_elements()[n % 2] = x;
       most = max(most, x);
     }
     most = row_max(most);
-    const float by = exp(softmax.most - removed(most));
+    const float by = fast::exp2(softmax.most - removed(most));
     softmax.most = most;
     softmax.sum *= by; // of this lane's keys alone, until the end
 #pragma unroll
     for (int n = 0; n < 8; n++) {
-      const float p = exp(dots[n / 2].thread_elements()[n % 2] - removed(most));
+      const float p = fast::exp2(dots[n / 2].thread_elements()[n % 2] - removed(most));
       dots[n / 2].thread_elements()[n % 2] = p;
       softmax.sum += p;
     }
@@ -118,7 +107,7 @@ template <typename X, int DIM, int VALUE_DIM, int K_BITS, int K_GROUP, int V_BIT
       out[i].thread_elements()[1] *= by;
     }
     tile_values<X, V_BITS, V_GROUP, VALUE_DIM, SHARE>(
-        values, key, key < end, member, lane, tile, dots, out);
+        values, key0, end, member, lane, tile, dots, out);
   }
   softmax.sum = row_sum(softmax.sum);
 
@@ -153,10 +142,10 @@ template <typename X, int DIM, int VALUE_DIM, int K_BITS, int K_GROUP, int V_BIT
   }
   const int64_t result = int64_t(batch * shape.heads + query.head) * shape.rows + query.index;
   if constexpr (SPLIT) {
-    const int64_t all = int64_t(grid.z) * rows;
-    parts += (at.x * all + result) * VALUE_DIM;
+    const int64_t slot = result * shape.splits + at.x;
+    parts += slot * VALUE_DIM;
     if (matrix_column(lane) == 0) {
-      states[at.x * all + result] = float2(softmax.most, softmax.sum);
+      states[slot] = float2(softmax.most, softmax.sum);
     }
     if (begin >= end) {
       return; // the merge does not look at values of an empty split
@@ -181,18 +170,18 @@ template <typename X, int VALUE_DIM>
 [[kernel]] void attention_merge(const device float* parts [[buffer(0)]],
     const device float2* states [[buffer(1)]], const device float* sinks [[buffer(2)]],
     device X* y [[buffer(3)]], constant AttentionShape& shape [[buffer(4)]],
-    uint row [[threadgroup_position_in_grid]], uint rows [[threadgroups_per_grid]],
-    uint lane [[thread_index_in_simdgroup]]) {
+    uint row [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]]) {
   constexpr int columns = (VALUE_DIM + 31) / 32; // of a lane
   float out[columns] = {};
   Softmax softmax = {-INFINITY, 0};
+  parts += int64_t(row) * shape.splits * VALUE_DIM;
+  states += int64_t(row) * shape.splits;
   for (int split0 = 0; split0 < shape.splits; split0 += 32) {
     const int split = split0 + lane;
-    const float2 state =
-        split < shape.splits ? states[int64_t(split) * rows + row] : float2(-INFINITY, 0.0f);
+    const float2 state = split < shape.splits ? states[split] : float2(-INFINITY, 0.0f);
     const float most = max(softmax.most, simd_max(state.x));
-    const float by = exp(softmax.most - removed(most));
-    const float weight = exp(state.x - removed(most));
+    const float by = fast::exp2(softmax.most - removed(most));
+    const float weight = fast::exp2(state.x - removed(most));
     softmax.most = most;
     softmax.sum = softmax.sum * by + simd_sum(state.y * weight);
 #pragma unroll
@@ -202,7 +191,7 @@ template <typename X, int VALUE_DIM>
     for (int s = 0; s < min(32, shape.splits - split0); s++) {
       const float w = simd_shuffle(weight, ushort(s));
       if (w != 0) { // the values of an empty split were never written
-        const device float* part = parts + (int64_t(split0 + s) * rows + row) * VALUE_DIM;
+        const device float* part = parts + (split0 + s) * VALUE_DIM;
 #pragma unroll
         for (int i = 0; i < columns; i++) {
           const int column = 32 * i + lane;

@@ -5,6 +5,7 @@
 using namespace metal;
 
 #include "affine.h"
+#include "kv_shape.h"
 
 constant constexpr int kDense = 16; // BITS of plain vectors
 
@@ -17,8 +18,8 @@ struct Stored<X, kDense> {
   typedef X type;
 };
 
-// The tokens of one batch entry and head.
-template <typename X, int BITS>
+// The tokens of one batch entry and head. EXACT: some are there in full precision as well.
+template <typename X, int BITS, bool EXACT>
 struct Tokens {
   const device typename Stored<X, BITS>::type* stored;
   int64_t stride;
@@ -27,60 +28,69 @@ struct Tokens {
   int start, first_end, recent_from;
 };
 
-template <typename X, int DIM>
-METAL_FUNC void copy_chunk(const device X* vector, int chunk, threadgroup float* to) {
-#pragma unroll
-  for (int i = 0; i < 32; i++) {
-    if (32 * chunk + i < DIM) {
-      to[i] = float(vector[32 * chunk + i]);
-    }
-  }
+template <typename X, int BITS, bool EXACT>
+METAL_FUNC Tokens<X, BITS, EXACT> tokens_of(const device typename Stored<X, BITS>::type* stored,
+    const constant int64_t* strides, const device X* first, const device X* recent, int dim,
+    int batch, int kv_head, int start, constant AttentionShape& shape) {
+  const int64_t sequence = batch * shape.kv_heads + kv_head;
+  Tokens<X, BITS, EXACT> tokens;
+  tokens.stored = stored + batch * strides[0] + kv_head * strides[1];
+  tokens.stride = strides[2];
+  tokens.first = first + sequence * shape.first * dim;
+  tokens.recent = recent + sequence * shape.recent * dim;
+  tokens.start = start;
+  tokens.first_end = start + shape.first;
+  tokens.recent_from = shape.keys - shape.recent;
+  return tokens;
 }
 
+// Codes `at` ... `at` + 7 of a record, from the first bit on, and their scale and bias; `at` is a
+// multiple of 8.
 template <int BITS, int GROUP, int DIM>
-METAL_FUNC void decode_chunk(
-    const device uint* record, int chunk, thread uint& header, threadgroup float* to) {
+METAL_FUNC float2 load_codes8(const device uint* record, int at, thread uint* words) {
   constexpr int groups = (DIM + GROUP - 1) / GROUP;
-  constexpr int code_words = (DIM * BITS + 31) / 32;
-  uint words[BITS];
-#pragma unroll
-  for (int i = 0; i < BITS; i++) {
-    words[i] = BITS * chunk + i < code_words ? record[groups + BITS * chunk + i] : 0u;
+  const int shift = at * BITS % 32;
+  const device uint* from = record + groups + at * BITS / 32;
+  words[0] = from[0];
+  words[1] = 0;
+  if constexpr (BITS == 8) {
+    words[1] = from[1];
+  } else if constexpr (BITS != 4) {
+    const uint next = shift + 8 * BITS > 32 ? from[1] : 0u;
+    words[0] = words[0] >> shift | (shift == 0 ? 0u : next << (32 - shift));
+    words[1] = next >> shift;
   }
-  const half2 grid = as_type<half2>(header);
+  return float2(as_type<half2>(record[at / GROUP]));
+}
+
+template <typename X>
+METAL_FUNC void copy8(const device X* vector, thread float* to) {
 #pragma unroll
-  for (int eighth = 0; eighth < 4; eighth++) {
-    float values[8];
-    decode8<BITS>(words, eighth, float(grid.x), float(grid.y), values);
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      to[8 * eighth + i] = values[i];
-    }
+  for (int i = 0; i < 8; i++) {
+    to[i] = float(vector[i]);
   }
 }
 
-// Elements 32 * chunk ... + 31 of a token's vector, as far as it goes; zeros if it is not there.
-// `header` is that of the group, kept between chunks of it by the same thread (IN_ORDER).
-template <typename X, int BITS, int GROUP, int DIM, bool IN_ORDER>
-METAL_FUNC void load_chunk(Tokens<X, BITS> tokens, int token, bool there, int chunk,
-    thread uint& header, threadgroup float* to) {
+// Elements `at` ... `at` + 7 of a token's vector; zeros if it is not there.
+template <typename X, int BITS, int GROUP, int DIM, bool EXACT>
+METAL_FUNC void load8(
+    Tokens<X, BITS, EXACT> tokens, int token, bool there, int at, thread float* to) {
   if (!there) {
 #pragma unroll
-    for (int i = 0; i < 32; i++) {
+    for (int i = 0; i < 8; i++) {
       to[i] = 0;
     }
-  } else if (token >= tokens.recent_from) {
-    copy_chunk<X, DIM>(tokens.recent + int64_t(token - tokens.recent_from) * DIM, chunk, to);
-  } else if (token < tokens.first_end) {
-    copy_chunk<X, DIM>(tokens.first + int64_t(token - tokens.start) * DIM, chunk, to);
+  } else if (EXACT && token >= tokens.recent_from) {
+    copy8(tokens.recent + int64_t(token - tokens.recent_from) * DIM + at, to);
+  } else if (EXACT && token < tokens.first_end) {
+    copy8(tokens.first + int64_t(token - tokens.start) * DIM + at, to);
   } else if constexpr (BITS == kDense) {
-    copy_chunk<X, DIM>(tokens.stored + token * tokens.stride, chunk, to);
+    copy8(tokens.stored + token * tokens.stride + at, to);
   } else {
-    const device uint* record = tokens.stored + token * tokens.stride;
-    if (!IN_ORDER || chunk % (GROUP / 32) == 0) {
-      header = record[32 * chunk / GROUP];
-    }
-    decode_chunk<BITS, GROUP, DIM>(record, chunk, header, to);
+    uint words[2];
+    const float2 grid =
+        load_codes8<BITS, GROUP, DIM>(tokens.stored + token * tokens.stride, at, words);
+    decode8<BITS>(words, 0, grid.x, grid.y, to);
   }
 }
 

@@ -75,7 +75,7 @@ POSITIONS = {
     "threadgroup_position_in_grid": _XYZ.format("get_group_id"),
     "threads_per_grid": _XYZ.format("get_global_size"),
     "threads_per_threadgroup": _XYZ.format("get_local_size"),
-    "threadgroups_per_grid": _XYZ.format("get_num_groups"),
+    "threadgroups_per_grid": "32u, 1u, 1u",  # which Mesa's compiler leaves to its driver
     "dispatch_threads_per_threadgroup": _XYZ.format("get_local_size"),
     "thread_index_in_threadgroup": "(uint)get_local_linear_id(), 0, 0",
     "simdgroup_index_in_threadgroup": "get_sub_group_id(), 0, 0",

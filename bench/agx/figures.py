@@ -12,9 +12,9 @@ import mlx.core as mx
 from optiq.formats import DENSE
 from optiq.ops import AffineWeight, native
 from optiq.ops.layer import Layer
-from tests.metal.launcher import METAL, plan_quantized_matmul
+from tests.metal.launcher import METAL, plan_quantized_attention, plan_quantized_matmul
 from tests.msl.build import CACHE
-from tests.msl.mlx_headers import QUANTIZED
+from tests.msl.mlx_headers import QUANTIZED, SDPA_VECTOR
 
 from .compiler import compile_kernel
 
@@ -27,7 +27,10 @@ ROWS = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel, and how many weights a lane decodes in a turn of its main loop, for which rows."""
+    """A kernel, and how many weights a lane decodes in a turn of its main loop, for which rows.
+
+    In attention: elements of keys and of values.
+    """
 
     job: str
     source: Path
@@ -121,10 +124,7 @@ def layer(rows: int) -> list[Kernel]:
 
 def stock(bits: int, rows: int, kind: str = "half") -> Kernel:
     """qmv_fast for one row; qmv_wide, 5 rows at most, for more: then several tiles of rows."""
-    path = CACHE / "mlx_quantized.metal"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or path.read_text() != QUANTIZED:
-        path.write_text(QUANTIZED)
+    path = _kept("mlx_quantized.metal", QUANTIZED)
     name = f"MLX, {bits} bits, {rows} row{'s' * (rows > 1)}"
     name += "" if kind == "half" else f", {kind}"
     if rows == 1:
@@ -134,6 +134,33 @@ def stock(bits: int, rows: int, kind: str = "half") -> Kernel:
     tile = min(rows, 4 if rows % 4 == 0 else 5)
     expression = f"affine_qmv_wide<{kind}, {GROUP}, {bits}, {tile}, 8, false>"
     return Kernel(name, path, expression, (32, 2, 1), 64, tile)
+
+
+def attention(rows: int) -> Kernel:
+    """So many query heads to a key head, of 128 values; keys in 8 bits and values in 4."""
+    k, v = (128, (GROUP, 8)), (128, (GROUP, 4))
+    plan = plan_quantized_attention(
+        (1, 8 * rows, 8, 1, 8192), k, v, [0] * 3, [0] * 3, causal=True, gpu=GPU, tune=""
+    )
+    launch = plan["launches"][0]
+    return Kernel(
+        f"attention, K8 V4, {rows} row{'s' * (rows > 1)}", METAL / launch["source"],
+        launch["instantiation"], tuple(launch["threads"]), 16, rows,
+    )  # fmt: skip
+
+
+def stock_attention() -> Kernel:
+    """Of plain vectors; each query head reads the keys for itself."""
+    path, threads = _kept("mlx_sdpa_vector.metal", SDPA_VECTOR), (1024, 1, 1)
+    return Kernel("MLX, attention, 16 bits", path, "sdpa_vector<half, 128, 128>", threads, 8, 1)
+
+
+def _kept(name: str, text: str) -> Path:
+    path = CACHE / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+    return path
 
 
 def kernels() -> Iterator[Kernel]:
@@ -150,3 +177,5 @@ def kernels() -> Iterator[Kernel]:
     yield ours([4], 1, experts=4)
     for rows in (1, 8):
         yield from layer(rows)
+    yield from map(attention, (1, 2, 3, 4))
+    yield stock_attention()

@@ -16,11 +16,12 @@ namespace {
 using Kind = Argument::Kind;
 
 constexpr int kMaxDim = 256;
-constexpr int kSimdgroups = 4; // as in metal/attention.h
-constexpr int kTileKeys = 32;
-constexpr int kTileBytes = kSimdgroups * kTileKeys * (32 + 4) * 4;
+constexpr int kSimdgroups = 4; // as in metal/softmax.h
+constexpr int kTileKeys = 32;  // and in metal/attention.h
+constexpr int kTileBytes = kSimdgroups * 16 * (64 + 4) * 4;
 constexpr int kThreadgroupMemory = 32 * 1024;
 constexpr int kDecodeRows = 32; // queries up to which the keys are split
+constexpr int kVectorRows = 4;  // of a key head, up to which no matrices are used
 
 [[noreturn]] void fail(const char* function, const std::string& message) {
   throw std::invalid_argument(std::string("[") + function + "] " + message);
@@ -123,10 +124,13 @@ AttentionShape shape_of(const QuantizedAttention& op) {
 // The same with how the keys are split.
 AttentionShape split_shape(const QuantizedAttention& op, const Tuning& t) {
   AttentionShape shape = shape_of(op);
-  int all_rows = op.heads / op.kv_heads * op.rows, tile_rows = 8 * sharing(op, all_rows);
+  int group = op.heads / op.kv_heads, all_rows = group * op.rows;
+  // Without matrices a row has the same bits beside any others, so the splits are those of the
+  // most.
+  int tile_rows = all_rows <= kVectorRows ? kVectorRows / group * group
+                                          : std::min(all_rows, 8 * sharing(op, all_rows));
   int reach = op.window > 0 ? std::min(op.keys, op.window + op.rows - 1) : op.keys;
-  shape.split_keys = op.rows <= kDecodeRows ? split_keys(op, std::min(all_rows, tile_rows), t)
-                                            : std::max(reach, 1);
+  shape.split_keys = op.rows <= kDecodeRows ? split_keys(op, tile_rows, t) : std::max(reach, 1);
   shape.splits = std::max(1, ceil_div(reach, shape.split_keys));
   return shape;
 }
@@ -162,7 +166,7 @@ Plan plan_quantized_attention(const QuantizedAttention& op, const Tuning& t) {
   }
   AttentionShape shape = split_shape(op, t);
   int share = sharing(op, all_rows), tile_rows = 8 * share;
-  bool split = shape.splits > 1;
+  bool split = shape.splits > 1, vector = all_rows <= kVectorRows;
 
   std::string type = metal_name(op.type), value_dim = std::to_string(op.v.dim);
   std::vector<std::string> arguments = {type, std::to_string(op.k.dim), value_dim};
@@ -171,9 +175,15 @@ Plan plan_quantized_attention(const QuantizedAttention& op, const Tuning& t) {
       arguments.push_back(part);
     }
   }
-  arguments.push_back(std::to_string(share));
+  arguments.push_back(std::to_string(vector ? all_rows : share));
+  if (vector) {
+    bool plain = op.rows == 1 && op.mask == QuantizedAttention::Mask::none && op.softcap == 0;
+    arguments.push_back(plain ? "true" : "false");
+  }
+  arguments.push_back(op.first > 0 || op.recent > 0 ? "true" : "false");
   arguments.push_back(split ? "true" : "false");
-  Launch attend = instantiate("attention.metal", "attention", arguments);
+  std::string function = vector ? "attention_vector" : "attention";
+  Launch attend = instantiate((function + ".metal").c_str(), function, arguments);
   attend.arguments = {{Kind::input, 0}, {Kind::input, 1}, {Kind::input, 2}};
   auto optional = optional_inputs(op);
   attend.arguments.insert(attend.arguments.end(), optional.begin(), optional.end());

@@ -1,5 +1,6 @@
-// Launches of attention over a cache of keys and values in few bits (metal/attention.metal), and
-// of the records of such a cache (metal/quantize_kv.metal).
+// Launches of attention over a cache of keys and values in few bits (metal/attention.metal, and
+// metal/attention_vector.metal for few queries), and of the records of such a cache
+// (metal/quantize_kv.metal).
 #pragma once
 
 #include <array>

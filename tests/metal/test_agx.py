@@ -14,7 +14,18 @@ from pathlib import Path
 import pytest
 
 from bench.agx.compiler import built, lower_bfloat
-from bench.agx.figures import BITS, ROWS, Figures, Kernel, layer, measure, ours, stock
+from bench.agx.figures import (
+    BITS,
+    ROWS,
+    Figures,
+    Kernel,
+    attention,
+    layer,
+    measure,
+    ours,
+    stock,
+    stock_attention,
+)
 
 needs_compiler = pytest.mark.skipif(not built(), reason="no build/agx; run: make agx")
 PAGE = Path(__file__).parents[2] / "docs" / "kernels-counted.md"
@@ -27,6 +38,7 @@ KERNELS = [
     ours([4, 6, 8], 1),
     ours([4], 1, experts=4),
     *layer(1),
+    *map(attention, (1, 4)),
 ]
 
 
@@ -39,7 +51,8 @@ def recorded() -> dict[str, list[float]]:
 
 
 def test_the_table_has_every_kernel() -> None:
-    assert {k.job for k in KERNELS} | {stock(4, 1).job} <= set(recorded())
+    others = {stock(4, 1).job, stock_attention().job}
+    assert {k.job for k in KERNELS} | others <= set(recorded())
     assert {len(row) for row in recorded().values()} == {len(fields(Figures))}
 
 

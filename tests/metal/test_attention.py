@@ -3,16 +3,17 @@ float64."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from optiq.formats import Format
+from optiq.formats import DENSE, Format
 from optiq.ops import reference
 from optiq.ops.attention import Exact, packing
-from optiq.ops.attention_cases import ATTENTION, Attention, attention, masks, normal
+from optiq.ops.attention_cases import ATTENTION, WIDTHS, Attention, attention, masks, normal
 from optiq.ops.cases import DTYPES
 from tests.msl.emulator import APPLE, Chip, KernelError, Module, needs_emulator
 from tests.ops.test_quantized_attention import records
@@ -107,8 +108,55 @@ def test_16_bit_types(case: tuple[int, str, int], dtype: str) -> None:
     assert c.part(got) <= 1
 
 
+def queries(rows: int, k: Format, v: Format, dtype: str, mask: str = "causal") -> Attention:
+    return Attention(rows, 70, 80, k, v, mask=mask, dtype=dtype)
+
+
+FORMATS = [(DENSE, Format("affine", 3, 64), "bf16"), (Format("affine", 5, 32), DENSE, "f16")]
+
+
+@pytest.mark.parametrize(
+    ("formats", "counts"), [(FORMATS[0], range(1, 17)), (FORMATS[1], (1, 6, 16))], ids=str
+)
+def test_1_to_16_queries(formats: tuple[Format, Format, str], counts: Sequence[int]) -> None:
+    """Up to 4 go without matrices; up to 8 and up to 16 share tiles in two ways."""
+    masked = ("causal", "window")
+    cases = [queries(rows, *formats, mask) for rows in counts for mask in masked]
+    given = {"tune": "kv_split=128"}
+    compile_together([plan(c.queries(), *c.stored(), **c.arguments(), **given) for c in cases])
+    for case in cases:
+        assert case.part(launched(case)) <= 1, case
+
+
+@pytest.mark.parametrize("kernel", ["attention_vector", "attention"])
+def test_the_cases_have_every_width(kernel: str) -> None:
+    """Of keys and of values, plain ones among them, for both kernels."""
+    widths = set()
+    for c in (*ATTENTION, *(queries(1, *formats) for formats in FORMATS)):
+        launch = plan(c.queries(), *c.stored(), **c.arguments())["launches"][0]
+        if launch["instantiation"].startswith(f"{kernel}<"):
+            widths |= {("k", c.k.bits), ("v", c.v.bits)}
+    assert widths == {(side, bits) for side in "kv" for bits in (*WIDTHS, DENSE.bits)}
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_query_has_the_same_bits_beside_others(group: int) -> None:
+    """As far as they go without matrices; the keys are split, for the last query too."""
+    form, rows, keys = Format("affine", 6, 32), 4 // group, 260
+    given = {"k_format": form, "v_format": form, "scale": 0.125, "mask": "causal",
+             "starts": mx.array([3]), "tune": "kv_split=128"}  # fmt: skip
+    q = normal(1, 2 * group, rows, 64, seed=1)
+    k, v = (records(normal(1, 2, keys, 64, seed=s), form)[0] for s in (2, 3))
+    together, _ = attend(q, k, v, **given)
+    for end in range(1, rows + 1):
+        for begin in range(end):
+            there = keys - rows + end
+            some, _ = attend(q[:, :, begin:end], k[:, :, :there], v[:, :, :there], **given)
+            assert mx.array_equal(some, together[:, :, begin:end]), (begin, end)
+
+
 @pytest.mark.parametrize("value_dim", [64, 128])
-@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("rows", [1, 3, 40])
 def test_exact_vectors_replace_their_records(rows: int, value_dim: int) -> None:
     keys, starts, form = rows + 120, np.array([0, 4]), Format("affine", 4, 32)
     q, k, v = (normal(2, h, n, d, seed=h + n)
@@ -149,7 +197,7 @@ def test_a_cache_with_room_is_read_in_place() -> None:
     assert mx.array_equal(y, launched(LONG))
 
 
-@pytest.mark.parametrize("rows", [1, 33])
+@pytest.mark.parametrize("rows", [1, 4, 33])
 def test_a_padded_row_of_a_batch_has_the_bits_it_has_alone(rows: int) -> None:
     form, lengths = Format("affine", 4, 64), (170, 140, 300)
     given = {"k_format": form, "v_format": form, "scale": 0.125, "mask": "causal",
@@ -184,36 +232,45 @@ def test_any_order_of_execution_gives_the_same_bits(case: Attention) -> None:
     assert mx.array_equal(launched(case), launched(case, shuffle=7))
 
 
-FAULTS = {
+MATRICES = {
     "no barrier before a tile is read": ("sync_tile<SHARE>();\n}", "}"),
     "values written before scores were read": (
-        "const int chunk = at / 32 + member;\n  sync_tile<SHARE>();",
-        "const int chunk = at / 32 + member;",
+        "kBlockWidth + column;\n  sync_tile<SHARE>();", "kBlockWidth + column;",
     ),
     "no barrier before teams meet": (
         "threadgroup_barrier(mem_flags::mem_threadgroup);\n    if (team == 0)", "if (team == 0)",
     ),
-    "words past the last record": ("BITS * chunk + i < code_words", "true"),
-    "keys past the last one": ("key, key < end, member", "key, true, member"),
+    "keys past the last one": ("key, key < end, at, x", "key, true, at, x"),
     "rows past the last query": ("team != 0 || row >= row_end", "team != 0"),
 }  # fmt: skip
+FEW_ROWS = {
+    "no barrier before simdgroups meet": (
+        "threadgroup_barrier(mem_flags::mem_threadgroup);\n    if (simdgroup == 0 && member == 0)",
+        "if (simdgroup == 0 && member == 0)",
+    ),
+    "words past the last record": ("shift + 8 * BITS > 32 ? from[1] : 0u", "from[1]"),
+    "keys past the last one": ("keys, key, there && column", "keys, key, column"),
+    "elements past the last one": ("keys, key, there && column < DIM", "keys, key, there"),
+    "columns past the last one": ("member != 0 || column >= VALUE_DIM", "member != 0"),
+}  # fmt: skip
+FAULTS = [(rows, fault) for rows, faults in ((12, MATRICES), (1, FEW_ROWS)) for fault in faults]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("rows", "fault"), FAULTS)
 def test_a_fault_planted_in_the_kernel_is_reported(
-    fault: str, monkeypatch: pytest.MonkeyPatch
+    rows: int, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right, wrong = FAULTS[fault]
+    right, wrong = (FEW_ROWS if rows == 1 else MATRICES)[fault]
 
     def broken(launch: dict[str, Any], mode: Any, contracts: bool) -> Module:
         text = launch["library_source"]
-        assert right in text
+        assert right in text or "merge" in launch["kernel"]
         return Module(source=text.replace(right, wrong), kernels=[launch["kernel"]], mode=mode)
 
     monkeypatch.setattr("tests.metal.launcher.module", broken)
-    form = Format("affine", 3, 32)
-    q = normal(1, 2, 12 if "barrier" in fault or "written" in fault else 1, 80, seed=0)
-    k, v = (records(normal(1, 2, 150, 80, seed=i), form)[0] for i in (1, 2))
+    form, dim = Format("affine", 3, 32), 64 if "words" in fault else 80
+    q = normal(1, 2, 5 if "past" in fault and rows > 1 else rows, dim, seed=0)
+    k, v = (records(normal(1, 2, 151, dim, seed=i), form)[0] for i in (1, 2))
     options = {"k_format": form, "v_format": form, "scale": 0.1, "tune": "kv_split=128"}
     with pytest.raises(KernelError):
         attend(q, k, v, **options)

@@ -71,12 +71,12 @@ def test_experts() -> None:
 def test_a_decode_step_moves_the_quantized_cache_and_little_else(
     of: attention_counters.Shape, widths: tuple[int, int]
 ) -> None:
-    """Within 5 % of its size; one key head is as good as all of them."""
+    """In whole lines within 6 % of its size; one key head is as good as all of them."""
     shape = replace(of, heads=of.heads // of.kv_heads, kv_heads=1, keys=2304)
     figures = attention_counters.ours(shape, *widths)
     total = figures.read + figures.written
     assert figures.cache == sum(shape.cache(bits) for bits in widths)
-    assert figures.cache <= total <= 1.05 * figures.cache
-    assert figures.lines <= 1.05 * figures.cache
+    assert figures.cache <= total <= 1.06 * figures.cache
+    assert 4 * figures.of_a_load <= 32  # lines, of which a lane to a record would touch 32
     assert total <= attention_counters.stock(shape)
     assert total <= attention_counters.two_products(shape, *widths)

@@ -35,10 +35,15 @@ KERNELS = {
         *(f"quantize_{how}<float, 8, 128>" for how in ("minmax", "search")),
     ],
     "attention.metal": [
-        "attention<half, 80, 80, 3, 32, 8, 64, 1, true>",
-        "attention<bfloat, 128, 64, 16, 32, 5, 64, 4, false>",
-        "attention<float, 96, 256, 6, 64, 16, 32, 2, true>",
+        "attention<half, 80, 80, 3, 32, 8, 64, 1, false, true>",
+        "attention<bfloat, 128, 64, 16, 32, 5, 64, 4, true, false>",
+        "attention<float, 96, 256, 6, 64, 16, 32, 2, false, true>",
         *(f"attention_merge<{t}, 80>" for t in ("half", "bfloat")),
+    ],
+    "attention_vector.metal": [
+        "attention_vector<half, 80, 80, 3, 32, 8, 64, 1, true, false, true>",
+        "attention_vector<bfloat, 128, 64, 16, 32, 5, 64, 4, false, true, false>",
+        "attention_vector<float, 8, 256, 6, 32, 4, 64, 3, true, false, true>",
     ],
     "quantize_kv.metal": ["quantize_kv<bfloat, 3, 32>", "quantize_kv<float, 8, 64>"],
     "low_rank.metal": [f"low_rank_{way}<{t}>" for way in ("down", "up") for t in ("half", "float")],

@@ -115,6 +115,8 @@ LAUNCHES = [
     ("quantize", ("search", F16, 64, 6)),
     ("kl_divergence", ((F16, 0, 0), (BF16, 64, 4))),
     ("quantize_kv", (F16, 80, V4)),
+    ("quantized_attention", (F16, 64, 64, K8, V4, 3)),
+    ("quantized_attention", (F32, 64, 64, K8, V4, 4, "masked", "exact")),
     ("quantized_attention", (F32, 64, 64, K8, V4, 8)),
     ("quantized_attention", (F32, 64, 64, K8, V4, 0)),
     ("gathered_low_rank", (F16,)),

@@ -40,6 +40,8 @@ _BY_BUFFER = [
     "lines_read",
     "lines_read_by_threadgroups",
     "lines_written",
+    "simdgroup_loads",
+    "lines_of_loads",
 ]
 _THREADGROUP = [
     "threadgroup_loads",
@@ -100,6 +102,8 @@ class Counters:
     lines_read: list[int]  # distinct 64-byte lines
     lines_read_by_threadgroups: list[int]  # the same, summed over threadgroups
     lines_written: list[int]
+    simdgroup_loads: list[int]  # once a simdgroup, not once a lane
+    lines_of_loads: list[int]  # distinct 64-byte lines of each of them, added up
     threadgroup_loads: int
     threadgroup_stores: int
     threadgroup_bytes_read: int

@@ -90,6 +90,8 @@ def test_counters(module: Module) -> None:
     assert counters.lines_read[:3] == [8, 0, 1]
     assert counters.lines_read_by_threadgroups[:3] == [8, 0, 2]
     assert counters.lines_written[1] == 8
+    assert counters.simdgroup_loads[:3] == [4, 0, 4]
+    assert counters.lines_of_loads[:3] == [8, 0, 4]
     assert counters.threadgroup_memory == 256
     assert counters.threadgroup_bytes_written == 512
     assert counters.threadgroup_bytes_read >= 512
@@ -106,6 +108,8 @@ def test_lines_show_strides(module: Module) -> None:
     assert y.tolist() == [16 * (i % 8) for i in range(32)]
     assert counters.bytes_read[0] == 128
     assert counters.lines_read[0] == 8  # one for each of the words that it reads
+    assert counters.simdgroup_loads[0] == 1
+    assert counters.lines_of_loads[0] == 8
 
 
 def test_the_fast_build_does_not_claim_to_count() -> None:

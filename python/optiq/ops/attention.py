@@ -12,6 +12,7 @@ group size (head_dim 80 in groups of 32); zeros fill the code stream up to whole
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import partial
 from types import ModuleType
 from typing import NamedTuple
@@ -201,7 +202,9 @@ def quantized_attention(
         return native_attention(ext)
     if native.on_cpu() or not _has_kernel(q, k, v_dim):
         return composed()
-    launch = q.dtype, dim, v_dim, k_format, v_format, _tile(q, k)
+    exact = any(e is not None and e.keys.shape[2] for e in (first, recent))
+    how = compiled_for(q, k, plain=not (isinstance(mask, mx.array) or softcap), exact=exact)
+    launch = q.dtype, dim, v_dim, k_format, v_format, *how
     given = sinks, starts, *(first or ()), *(recent or ()), masking(mask)[1]
     reads = (k, v, *(a for a in given if a is not None))
     keys = max(TIMED_KEYS, 1 << (k.shape[2] - 1).bit_length())  # once for each power of two
@@ -223,10 +226,17 @@ def _has_kernel(q: mx.array, k: mx.array, value_dim: int) -> bool:
 
 
 def _tile(q: mx.array, k: mx.array) -> int:
-    """Queries that share a key head, in tiles as csrc/launch/attention.cpp makes them; 0 for so
-    many tokens that it does not split the keys."""
+    """Queries that share a key head, in tiles as csrc/launch/attention.cpp makes them: up to 4 have
+    kernels of their own; 0 for so many tokens that it does not split the keys."""
     rows = q.shape[2] * q.shape[1] // k.shape[1]
-    return 0 if q.shape[2] > 32 else 8 if rows <= 8 else 16 if rows <= 16 else 32
+    return 0 if q.shape[2] > 32 else next((n for n in (1, 2, 3, 4, 8, 16) if rows <= n), 32)
+
+
+def compiled_for(q: mx.array, k: mx.array, plain: bool, exact: bool) -> tuple[Hashable, ...]:
+    """What else the kernels are compiled for: a tile, and what is to be done in it."""
+    tile = _tile(q, k)
+    words = ("masked",) if 0 < tile <= 4 and not (plain and q.shape[2] == 1) else ()
+    return tile, *words, *(("exact",) if exact else ())
 
 
 def _check(dim: int, fmt: Format) -> None:

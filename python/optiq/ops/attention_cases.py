@@ -116,11 +116,12 @@ class Attention:
     softcap: float = 0.0
     dtype: str = "f32"
     value_dim: int = 0  # `dim` unless given
+    exact: int = 0  # of the last keys and values, that are there in full precision as well
 
     def __str__(self) -> str:
         return (
             f"{self.rows}x{self.keys}x{self.dim}-{self.k}_{self.v}-{self.group}-{self.mask}"
-            f"-{self.dtype}"
+            f"-{self.dtype}{'-exact' * (self.exact > 0)}"
         )
 
     def queries(self) -> mx.array:
@@ -149,6 +150,14 @@ class Attention:
             "softcap": self.softcap,
         }
 
+    def recent(self) -> tuple[mx.array, mx.array] | None:
+        if not self.exact:
+            return None
+        shape, dtype = (2, 2, self.exact), DTYPES[self.dtype]
+        dims = self.dim, self.value_dim or self.dim
+        k, v = (normal(*shape, dim, seed=seed).astype(dtype) for seed, dim in enumerate(dims, 3))
+        return k, v
+
     def truth(self) -> Float64:
         k, v = (
             f64(x)
@@ -161,6 +170,8 @@ class Attention:
                 strict=True,
             )
         )
+        for x, exact in zip((k, v), self.recent() or (), strict=False):
+            x[..., -self.exact :, :] = f64(exact)
         _, mask = masks(self.mask, 2, self.rows, self.keys, self.padding)
         sinks = self._sinks()
         return reference.attention(

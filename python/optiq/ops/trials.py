@@ -104,7 +104,7 @@ def attend(ext: Any, case: Attention) -> float:
     return case.part(
         ext.quantized_attention(
             strided(case.queries()), *case.stored(), *formats, given["scale"], "causal",
-            starts=given["starts"], **options,
+            starts=given["starts"], softcap=case.softcap, recent=case.recent(), **options,
         )
     )  # fmt: skip
 
@@ -168,13 +168,17 @@ def _records(ext: Any, x: mx.Dtype, dim: int, fmt: Format) -> list[float]:
 
 
 def _attentions(
-    ext: Any, q: mx.Dtype, dim: int, value_dim: int, k: Format, v: Format, tile: int
+    ext: Any, q: mx.Dtype, dim: int, value_dim: int, k: Format, v: Format, tile: int, *how: str
 ) -> list[float]:
-    """Few keys and, but for many queries (tile 0), so many that threadgroups share them."""
-    rows = {8: 1, 16: 5, 32: 11, 0: 40}[tile]  # three query heads share a key head
+    """Few keys and, but for many queries (tile 0), so many that threadgroups share them.
+
+    Up to a tile of 4, that many query heads share a key head; else three do.
+    """
+    rows = {8: 2, 16: 5, 32: 11, 0: 40}.get(tile, 1)
     case = Attention(
-        rows, 90, dim, k, v, group=3, mask="starts", padding=20, dtype=_named(q),
-        value_dim=value_dim,
+        rows, 90, dim, k, v, group=tile if 0 < tile <= 4 else 3, mask="starts", padding=20,
+        dtype=_named(q), value_dim=value_dim, softcap=20.0 if "masked" in how else 0.0,
+        exact=7 if "exact" in how else 0,
     )  # fmt: skip
     long = [replace(case, keys=1100, padding=70)] if tile else []
     return [attend(ext, c) for c in [case, *long]]

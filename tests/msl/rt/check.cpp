@@ -125,6 +125,7 @@ static void device_access(u64 offset, u32 bytes, bool writes, bool atomic, void*
       state[i] |= kWritten;
     }
   } else {
+    count_load(buffer, byte, bytes, pc);
     c.loads[buffer]++;
     c.bytes_read[buffer] += bytes;
     if (!written) {

@@ -87,6 +87,7 @@ struct Counters {
   u64 operations[kOperations]; // once a simdgroup, not once a lane
   u64 loads[kBuffers], stores[kBuffers], bytes_read[kBuffers], bytes_written[kBuffers];
   u64 lines_read[kBuffers], lines_read_by_threadgroups[kBuffers], lines_written[kBuffers];
+  u64 simdgroup_loads[kBuffers], lines_of_loads[kBuffers];
   u64 threadgroup_loads, threadgroup_stores, threadgroup_bytes_read, threadgroup_bytes_written;
   double seconds;
   char error[8192];
@@ -171,6 +172,7 @@ void shadow_threadgroup(u32 offset, u32 bytes);
 void begin_threadgroup_checks();
 void settle();
 void check_atomic(void* where, u32 bytes, bool reads, bool writes, void* pc);
+void count_load(u32 buffer, u64 byte, u32 bytes, void* pc);
 #else
 static inline void shadow_threadgroup(u32, u32) {}
 static inline void begin_threadgroup_checks() {}

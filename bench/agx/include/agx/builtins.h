@@ -18,6 +18,7 @@ AGX_PURE float native_recip(float);
 #define __builtin_log2f(x) ::native_log2(x)
 #define __builtin_log10f(x) (::native_log2(x) * 0.30102999566398119521f)
 #define __builtin_powf(x, y) ::native_exp2((y) * ::native_log2(x))
+#define __builtin_tanhf(x) (1.0f - 2.0f / (__builtin_expf(2.0f * (x)) + 1.0f))
 #define __builtin_sqrtf(x) ::native_sqrt(x)
 #define __msl_near(value, x) (value)
 #define __builtin_sinf(x) ::native_sin(x)
