@@ -73,12 +73,27 @@ METAL_FUNC void load_w(const device uint* w, const device S* scales, const devic
   }
 }
 
+// The tile of a part that a threadgroup works on.
+struct Tile {
+  int m0, n0;   // its first row and output
+  int from, to; // columns of x
+};
+
+// Tile `at` of the part, counted split by split, and the rows of group row `y`.
+template <int BM, int BN>
+METAL_FUNC Tile tile_of(const constant QuantizedPart& part, int k, int at, int y) {
+  const int tiles = (part.n + BN - 1) / BN, from = at / tiles * part.columns;
+  return {y * BM, at % tiles * BN, from, min(k, from + part.columns)};
+}
+
 // y[m0 ... + BM, n0 ... + BN] by 4 simdgroups, two by two. Lane l of a simdgroup holds elements
 // [row, col] and [row, col + 1] of each 8x8 matrix, as in MLX's steel/gemm/mma.h.
 template <typename X, typename S, typename Y, int BITS, int BM, int BN, bool TRANSPOSE>
 METAL_FUNC void qmm_tile(const device X* x, const device uint* w, const device S* scales,
-    const device S* biases, device Y* y, const constant QuantizedPart& part, int m, int k, int m0,
-    int n0, int index, int simdgroup, int lane, threadgroup X* x_tile, threadgroup float* w_tile) {
+    const device S* biases, device Y* y, const constant QuantizedPart& part, int m, int k,
+    Tile tile, int index, int simdgroup, int lane, threadgroup X* x_tile,
+    threadgroup float* w_tile) {
+  const int m0 = tile.m0, n0 = tile.n0;
   constexpr int x_stride = kDepth + 16 / sizeof(X);
   constexpr int w_stride = TRANSPOSE ? kDepth + 4 : BN + 4;
   constexpr int tm = BM / 16, tn = BN / 16; // matrices of a simdgroup
@@ -95,7 +110,7 @@ METAL_FUNC void qmm_tile(const device X* x, const device uint* w, const device S
       acc[i][j].thread_elements()[1] = 0;
     }
   }
-  for (int k0 = 0; k0 < k; k0 += kDepth) {
+  for (int k0 = tile.from; k0 < tile.to; k0 += kDepth) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
     load_x<X, BM>(x, m0, m, k0, k, index, x_tile);
     load_w<S, BITS, BN, TRANSPOSE>(w, scales, biases, part, n0, k0, k, index, w_tile);
@@ -147,11 +162,12 @@ METAL_FUNC void qmm_tile(const device X* x, const device uint* w, const device S
 // The same for a width known only at run time.
 template <typename X, typename S, typename Y, int WIDTHS, int BM, int BN, bool TRANSPOSE>
 METAL_FUNC void qmm_any_width(const device X* x, const device uint* w, const device S* scales,
-    const device S* biases, device Y* y, const constant QuantizedPart& part, int m, int k, int m0,
-    int n0, int index, int simdgroup, int lane, threadgroup X* x_tile, threadgroup float* w_tile) {
+    const device S* biases, device Y* y, const constant QuantizedPart& part, int m, int k,
+    Tile tile, int index, int simdgroup, int lane, threadgroup X* x_tile,
+    threadgroup float* w_tile) {
 #define OPTIQ_TILE(BITS)                      \
   qmm_tile<X, S, Y, BITS, BM, BN, TRANSPOSE>( \
-      x, w, scales, biases, y, part, m, k, m0, n0, index, simdgroup, lane, x_tile, w_tile)
+      x, w, scales, biases, y, part, m, k, tile, index, simdgroup, lane, x_tile, w_tile)
   OPTIQ_AT_WIDTH(WIDTHS, part.bits, OPTIQ_TILE)
 #undef OPTIQ_TILE
 }

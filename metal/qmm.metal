@@ -6,47 +6,89 @@
 
 using namespace metal;
 
-// Threads: 128. Grid: x over tiles of BN outputs, y over tiles of BM rows.
-template <typename X, typename S, int WIDTHS, int BM, int BN, bool TRANSPOSE>
+// What is written: y, or the sums of each split, one after the other, which qmm_merge adds.
+template <typename X, typename S, bool SPLIT>
+struct Result {
+  typedef typename Wider<X, S>::type type;
+};
+template <typename X, typename S>
+struct Result<X, S, true> {
+  typedef float type;
+};
+
+// Threads: 128. Grid: x over tiles of BN outputs, split by split, y over tiles of BM rows.
+template <typename X, typename S, int WIDTHS, int BM, int BN, bool TRANSPOSE, bool SPLIT>
 [[kernel]] void qmm(const device X* x [[buffer(0)]], const device uint* w [[buffer(1)]],
     const device S* scales [[buffer(2)]], const device S* biases [[buffer(3)]],
-    device typename Wider<X, S>::type* y [[buffer(4)]],
+    device typename Result<X, S, SPLIT>::type* y [[buffer(4)]],
     constant QuantizedShape& shape [[buffer(5)]], uint3 group [[threadgroup_position_in_grid]],
     uint index [[thread_index_in_threadgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
   threadgroup X x_tile[x_tile_size<X, BM>()];
   threadgroup float w_tile[w_tile_size<BN, TRANSPOSE>()];
-  qmm_any_width<X, S, typename Wider<X, S>::type, WIDTHS, BM, BN, TRANSPOSE>(x, w, scales, biases,
-      y, shape.part[0], shape.m, shape.k, group.y * BM, group.x * BN, index, simdgroup, lane,
-      x_tile, w_tile);
+  const constant QuantizedPart& part = shape.part[0];
+  const Tile tile = tile_of<BM, BN>(part, shape.k, group.x, group.y);
+  y += size_t(tile.from / part.columns) * shape.m * part.n;
+  qmm_any_width<X, S, typename Result<X, S, SPLIT>::type, WIDTHS, BM, BN, TRANSPOSE>(x, w, scales,
+      biases, y, part, shape.m, shape.k, tile, index, simdgroup, lane, x_tile, w_tile);
 }
 
 // Up to four weights of different widths that share x: see qmv_mixed.
-template <typename X, typename S, int WIDTHS, int BM, int BN>
+template <typename X, typename S, int WIDTHS, int BM, int BN, bool SPLIT>
 [[kernel]] void qmm_mixed(const device X* x [[buffer(0)]], const device uint* w0 [[buffer(1)]],
     const device S* scales0 [[buffer(2)]], const device S* biases0 [[buffer(3)]],
     const device uint* w1 [[buffer(4)]], const device S* scales1 [[buffer(5)]],
     const device S* biases1 [[buffer(6)]], const device uint* w2 [[buffer(7)]],
     const device S* scales2 [[buffer(8)]], const device S* biases2 [[buffer(9)]],
     const device uint* w3 [[buffer(10)]], const device S* scales3 [[buffer(11)]],
-    const device S* biases3 [[buffer(12)]], device typename Wider<X, S>::type* y0 [[buffer(13)]],
-    device typename Wider<X, S>::type* y1 [[buffer(14)]],
-    device typename Wider<X, S>::type* y2 [[buffer(15)]],
-    device typename Wider<X, S>::type* y3 [[buffer(16)]],
+    const device S* biases3 [[buffer(12)]],
+    device typename Result<X, S, SPLIT>::type* y0 [[buffer(13)]],
+    device typename Result<X, S, SPLIT>::type* y1 [[buffer(14)]],
+    device typename Result<X, S, SPLIT>::type* y2 [[buffer(15)]],
+    device typename Result<X, S, SPLIT>::type* y3 [[buffer(16)]],
     constant QuantizedShape& shape [[buffer(17)]], uint3 group [[threadgroup_position_in_grid]],
     uint index [[thread_index_in_threadgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  typedef typename Wider<X, S>::type Y;
+  typedef typename Result<X, S, SPLIT>::type Y;
   threadgroup X x_tile[x_tile_size<X, BM>()];
   threadgroup float w_tile[w_tile_size<BN, true>()];
   const int p = find_part(shape, group.x);
-  const int n0 = (int(group.x) - shape.part[p].first_tile) * BN;
+  const constant QuantizedPart& part = shape.part[p];
+  const Tile tile = tile_of<BM, BN>(part, shape.k, int(group.x) - part.first_tile, group.y);
   const device uint* w = p == 0 ? w0 : p == 1 ? w1 : p == 2 ? w2 : w3;
   const device S* scales = p == 0 ? scales0 : p == 1 ? scales1 : p == 2 ? scales2 : scales3;
   const device S* biases = p == 0 ? biases0 : p == 1 ? biases1 : p == 2 ? biases2 : biases3;
   device Y* y = p == 0 ? y0 : p == 1 ? y1 : p == 2 ? y2 : y3;
-  qmm_any_width<X, S, Y, WIDTHS, BM, BN, true>(x, w, scales, biases, y, shape.part[p], shape.m,
-      shape.k, group.y * BM, n0, index, simdgroup, lane, x_tile, w_tile);
+  y += size_t(tile.from / part.columns) * shape.m * part.n;
+  qmm_any_width<X, S, Y, WIDTHS, BM, BN, true>(x, w, scales, biases, y, part, shape.m, shape.k,
+      tile, index, simdgroup, lane, x_tile, w_tile);
+}
+
+// Adds the splits of each part, in order. Grid: x over tiles of 256 outputs, a thread for each, y
+// over rows.
+template <typename X, typename S>
+[[kernel]] void qmm_merge(const device float* sums0 [[buffer(0)]],
+    const device float* sums1 [[buffer(1)]], const device float* sums2 [[buffer(2)]],
+    const device float* sums3 [[buffer(3)]], device typename Wider<X, S>::type* y0 [[buffer(4)]],
+    device typename Wider<X, S>::type* y1 [[buffer(5)]],
+    device typename Wider<X, S>::type* y2 [[buffer(6)]],
+    device typename Wider<X, S>::type* y3 [[buffer(7)]],
+    constant QuantizedShape& shape [[buffer(8)]], uint3 group [[threadgroup_position_in_grid]],
+    uint index [[thread_index_in_threadgroup]]) {
+  const int p = find_part(shape, group.x);
+  const constant QuantizedPart& part = shape.part[p];
+  const int column = (int(group.x) - part.first_tile) * 256 + int(index);
+  if (column >= part.n) {
+    return;
+  }
+  const size_t at = size_t(group.y) * part.n + column;
+  const device float* sums = (p == 0 ? sums0 : p == 1 ? sums1 : p == 2 ? sums2 : sums3) + at;
+  float sum = *sums;
+  for (int from = part.columns; from < shape.k; from += part.columns) {
+    sums += size_t(shape.m) * part.n;
+    sum += *sums;
+  }
+  (p == 0 ? y0 : p == 1 ? y1 : p == 2 ? y2 : y3)[at] = typename Wider<X, S>::type(sum);
 }
 
 // Row i of x uses weight indices[i]; grid y runs over the rows, each a tile of its own. Simple,
@@ -63,12 +105,12 @@ template <typename X, typename S, int WIDTHS, int BM, int BN>
   threadgroup float w_tile[w_tile_size<BN, false>()];
   const constant QuantizedPart& part = shape.part[0];
   const uint expert = indices[group.y];
-  const int n0 = group.x * BN;
+  const Tile tile = {0, int(group.x) * BN, 0, shape.k};
   x += size_t(group.y) * shape.k;
   y += size_t(group.y) * part.n;
   if (expert >= uint(shape.experts)) { // not a crash, and visible in the result
-    if (int(index) < BN && n0 + int(index) < part.n) {
-      y[n0 + index] = Y(NAN);
+    if (int(index) < BN && tile.n0 + int(index) < part.n) {
+      y[tile.n0 + index] = Y(NAN);
     }
     return;
   }
@@ -76,5 +118,5 @@ template <typename X, typename S, int WIDTHS, int BM, int BN>
   scales += size_t(expert) * shape.k * (part.n >> part.group_shift);
   biases += size_t(expert) * shape.k * (part.n >> part.group_shift);
   qmm_any_width<X, S, Y, WIDTHS, BM, BN, false>(
-      x, w, scales, biases, y, part, 1, shape.k, 0, n0, index, simdgroup, lane, x_tile, w_tile);
+      x, w, scales, biases, y, part, 1, shape.k, tile, index, simdgroup, lane, x_tile, w_tile);
 }

@@ -7,12 +7,14 @@
 #endif
 
 // One weight. Its output is cut into tiles of a threadgroup each; `first_tile` is where its
-// tiles begin in the grid that all parts of a launch share, so that nothing is padded.
+// tiles begin in the grid that all parts of a launch share, so that nothing is padded. Where its
+// sums are split, the tiles of a split come after those of the one before.
 struct QuantizedPart {
   int n; // outputs
   int bits;
   int group_shift; // log2 of the group size
   int first_tile;
+  int columns; // of x whose products a threadgroup adds up, all of them unless the sums are split
 };
 
 struct QuantizedShape {

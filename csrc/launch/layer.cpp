@@ -135,7 +135,7 @@ class Planner {
     shape = quantized_shape(weights, a_.batch, inner, tile.outputs());
     launch.threads.x = uint32_t(32 * tile.simdgroups);
     launch.threadgroups = {
-        uint32_t(tiles_of(weights, tile.outputs())), uint32_t(ceil_div(a_.batch, tile.rows))};
+        uint32_t(tiles_of(shape, tile.outputs())), uint32_t(ceil_div(a_.batch, tile.rows))};
     return launch;
   }
 

@@ -22,6 +22,10 @@ int results(int rows, const Tuning& t) {
   return rows <= 3 ? t.results : rows <= 8 ? t.results_wide : std::max(1, t.results_wide / 2);
 }
 
+int tiles_of(const QuantizedPart& part, int inner, int tile) {
+  return ceil_div(part.n, tile) * std::max(1, ceil_div(inner, part.columns));
+}
+
 } // namespace
 
 std::vector<std::string> QmvTile::arguments() const {
@@ -52,8 +56,8 @@ QmvTile qmv_row_tile(const Tuning& t) {
   return {1, t.results, t.k_lanes, t.simdgroups, false};
 }
 
-QuantizedShape quantized_shape(
-    const std::vector<QuantizedWeight>& weights, int rows, int inner, int tile) {
+QuantizedShape quantized_shape(const std::vector<QuantizedWeight>& weights, int rows, int inner,
+    int tile, const std::vector<int>& columns) {
   QuantizedShape shape{};
   shape.m = rows;
   shape.k = inner;
@@ -62,18 +66,16 @@ QuantizedShape quantized_shape(
   for (size_t p = 0; p < weights.size(); p++) {
     const auto& w = weights[p];
     int group_shift = w.format.group_size == 32 ? 5 : w.format.group_size == 64 ? 6 : 7;
-    shape.part[p] = {w.out, w.format.bits, group_shift, tiles};
-    tiles += ceil_div(w.out, tile);
+    shape.part[p] = {w.out, w.format.bits, group_shift, tiles,
+        columns.empty() ? std::max(inner, 1) : columns[p]};
+    tiles += tiles_of(shape.part[p], inner, tile);
   }
   return shape;
 }
 
-int tiles_of(const std::vector<QuantizedWeight>& weights, int tile) {
-  int tiles = 0;
-  for (const auto& w : weights) {
-    tiles += ceil_div(w.out, tile);
-  }
-  return tiles;
+int tiles_of(const QuantizedShape& shape, int tile) {
+  const QuantizedPart& last = shape.part[shape.parts - 1];
+  return last.first_tile + tiles_of(last, shape.k, tile);
 }
 
 } // namespace optiq::launch

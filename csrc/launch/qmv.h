@@ -32,10 +32,12 @@ QmvTile qmv_tile(int rows, const Tuning& tuning, bool norm = false, int sums = 1
 // One row of x for each threadgroup, which is not staged: experts.
 QmvTile qmv_row_tile(const Tuning& tuning);
 
-// What the kernels are told of weights whose tiles lie one after another in a grid, and how many
-// tiles these are.
-QuantizedShape quantized_shape(
-    const std::vector<QuantizedWeight>& weights, int rows, int inner, int tile);
-int tiles_of(const std::vector<QuantizedWeight>& weights, int tile);
+// What the kernels are told of weights whose tiles lie one after another in a grid. `columns` of x
+// are those of a split of each weight's sums, all of them unless given.
+QuantizedShape quantized_shape(const std::vector<QuantizedWeight>& weights, int rows, int inner,
+    int tile, const std::vector<int>& columns = {});
+
+// How many tiles these are.
+int tiles_of(const QuantizedShape& shape, int tile);
 
 } // namespace optiq::launch

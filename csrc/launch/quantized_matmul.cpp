@@ -13,7 +13,10 @@ namespace optiq::launch {
 
 namespace {
 
-constexpr size_t kMaxParts = 4; // slots of qmv_mixed and qmm_mixed
+constexpr size_t kMaxParts = 4;    // slots of qmv_mixed and qmm_mixed
+constexpr int kDepth = 32;         // as in metal/qmm.h: columns that are decoded at a time
+constexpr int kLeastColumns = 256; // of a split
+constexpr int kMergeTile = 256;    // outputs of a threadgroup of qmm_merge
 
 // What one launch does: some of the weights, all with one type of scales.
 struct Batch {
@@ -33,8 +36,17 @@ struct Batch {
     }
     return out;
   }
-  int tiles(int tile) const {
-    return tiles_of(chosen(), tile);
+  std::vector<Argument> outputs() const {
+    std::vector<Argument> out;
+    for (int i : weights) {
+      out.push_back({Argument::Kind::output, i});
+    }
+    return out;
+  }
+  QuantizedShape shape(int tile, const std::vector<int>& columns = {}) const {
+    QuantizedShape out = quantized_shape(chosen(), op.rows, op.inner, tile, columns);
+    out.experts = op.experts;
+    return out;
   }
   // X, S and WIDTHS of the kernels.
   std::vector<std::string> types() const {
@@ -46,8 +58,18 @@ struct Batch {
   }
 };
 
-// Binds the arrays and the shape, and sets the grid's first axis: the tiles of all parts.
-void finish(const Batch& batch, int tile, Launch& out) {
+// An argument for each slot; those that are not used are never touched, but must be bound.
+void bind(const std::vector<Argument>& arguments, size_t slots, Launch& out) {
+  for (size_t p = 0; p < slots; p++) {
+    out.arguments.push_back(
+        p < arguments.size() ? arguments[p] : Argument{Argument::Kind::input, 0});
+  }
+}
+
+// Binds the arrays and the shape, and sets the grid's first axis: the tiles of all parts. `results`
+// are the outputs of the parts, or their sums.
+void finish(const Batch& batch, const QuantizedShape& shape, int tile,
+    const std::vector<Argument>& results, Launch& out) {
   using Kind = Argument::Kind;
   const QuantizedMatmul& op = batch.op;
   size_t slots = batch.size() == 1 ? 1 : kMaxParts;
@@ -60,14 +82,9 @@ void finish(const Batch& batch, int tile, Launch& out) {
   if (op.experts > 0) {
     out.arguments.push_back({Kind::input, int(1 + 3 * op.weights.size())});
   }
-  for (size_t p = 0; p < slots; p++) {
-    out.arguments.push_back(
-        p < batch.size() ? Argument{Kind::output, batch.weights[p]} : Argument{Kind::input, 0});
-  }
-  QuantizedShape shape = quantized_shape(batch.chosen(), op.rows, op.inner, tile);
-  shape.experts = op.experts;
+  bind(results, slots, out);
   out.arguments.push_back(constants(shape));
-  out.threadgroups.x = uint32_t(batch.tiles(tile));
+  out.threadgroups.x = uint32_t(tiles_of(shape, tile));
 }
 
 Launch qmv(const Batch& batch, const Tuning& t) {
@@ -82,21 +99,45 @@ Launch qmv(const Batch& batch, const Tuning& t) {
   arguments.insert(arguments.end(), of_tile.begin(), of_tile.end());
   const char* function = gather ? "qmv_gather" : batch.size() > 1 ? "qmv_mixed" : "qmv";
   Launch out = instantiate("qmv.metal", function, arguments);
-  finish(batch, tile.outputs(), out);
+  finish(batch, batch.shape(tile.outputs()), tile.outputs(), batch.outputs(), out);
   out.threadgroups.y = uint32_t(ceil_div(op.rows, tile.rows));
   out.threads.x = uint32_t(32 * tile.simdgroups);
   return out;
 }
 
-Launch qmm(const Batch& batch, const Tuning& t) {
+// Columns of x whose products a threadgroup adds up: fewer than all where a weight alone gives the
+// GPU too few threadgroups. What is beside it in a launch must not change its bits.
+int columns_of_split(
+    const QuantizedMatmul& op, const QuantizedWeight& w, int row_tiles, const Tuning& t) {
+  int alone = ceil_div(w.out, 32) * row_tiles;
+  int splits = std::min(ceil_div(t.narrow_from, alone), op.inner / kLeastColumns);
+  return splits > 1 ? ceil_div(ceil_div(op.inner, kDepth), splits) * kDepth : std::max(op.inner, 1);
+}
+
+void qmm(const Batch& batch, const Tuning& t, Plan& plan) {
   const QuantizedMatmul& op = batch.op;
-  bool gather = op.experts > 0;
+  bool gather = op.experts > 0, split = false;
   int bm = op.rows > 32 && !gather ? 64 : 32;
   int bn = 64;
   int row_tiles = gather ? op.rows : ceil_div(op.rows, bm);
-  if (op.transpose && int64_t(batch.tiles(bn)) * row_tiles < t.narrow_from) {
-    bn = 32;
+  std::vector<int> columns;
+  if (op.transpose) {
+    if (int64_t(tiles_of(batch.shape(bn), bn)) * row_tiles < t.narrow_from) {
+      bn = 32;
+    }
+    for (const auto& w : batch.chosen()) {
+      columns.push_back(columns_of_split(op, w, row_tiles, t));
+      split |= columns.back() < op.inner;
+    }
   }
+  QuantizedShape shape = batch.shape(bn, columns);
+  std::vector<Argument> sums;
+  for (size_t p = 0; split && p < batch.size(); p++) {
+    sums.push_back({Argument::Kind::temporary, int(plan.temporaries.size())});
+    plan.temporaries.push_back(
+        size_t(4) * ceil_div(op.inner, columns[p]) * op.rows * shape.part[p].n);
+  }
+
   auto arguments = batch.types();
   arguments.push_back(std::to_string(bm));
   arguments.push_back(std::to_string(bn));
@@ -104,11 +145,28 @@ Launch qmm(const Batch& batch, const Tuning& t) {
   if (!gather && batch.size() == 1) {
     arguments.push_back(op.transpose ? "true" : "false");
   }
+  if (!gather) {
+    arguments.push_back(split ? "true" : "false");
+  }
   Launch out = instantiate("qmm.metal", function, arguments);
-  finish(batch, bn, out);
+  finish(batch, shape, bn, split ? sums : batch.outputs(), out);
   out.threadgroups.y = uint32_t(row_tiles);
   out.threads.x = 128;
-  return out;
+  plan.launches.push_back(out);
+  if (split) {
+    QuantizedShape whole = batch.shape(kMergeTile);
+    Launch merge =
+        instantiate("qmm.metal", "qmm_merge", {metal_name(op.x), metal_name(batch[0].scales)});
+    merge.threadgroups = {uint32_t(tiles_of(whole, kMergeTile)), uint32_t(op.rows)};
+    for (size_t p = 0; p < batch.size(); p++) {
+      whole.part[p].columns = columns[p]; // of the sums; a tile has all splits
+    }
+    bind(sums, kMaxParts, merge);
+    bind(batch.outputs(), kMaxParts, merge);
+    merge.arguments.push_back(constants(whole));
+    merge.threads.x = kMergeTile;
+    plan.launches.push_back(merge);
+  }
 }
 
 } // namespace
@@ -148,7 +206,11 @@ Plan plan_quantized_matmul(const QuantizedMatmul& op, const Tuning& t) {
   Plan plan;
   bool few = op.experts > 0 || op.rows < t.qmm_from;
   for (const Batch& batch : batches) {
-    plan.launches.push_back(op.transpose && few ? qmv(batch, t) : qmm(batch, t));
+    if (op.transpose && few) {
+      plan.launches.push_back(qmv(batch, t));
+    } else {
+      qmm(batch, t, plan);
+    }
   }
   return plan;
 }

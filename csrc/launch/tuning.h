@@ -26,7 +26,7 @@ struct Tuning {
   int staged_tile = 32; // outputs of a threadgroup then
   // qmm: more rows.
   int qmm_from = 17;    // rows of x from which it takes over, at most 17
-  int narrow_from = 32; // threadgroups; with fewer of 64 outputs each, they get 32 outputs
+  int narrow_from = 32; // threadgroups; with fewer, they get 32 outputs, not 64, and split the sums
   // Attention over quantized keys and values.
   int kv_split = 0; // keys of a threadgroup; 0: by the bytes that splitting adds
 };

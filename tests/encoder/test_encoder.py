@@ -46,10 +46,10 @@ class Step:
     outputs: Sequence[tuple[tuple[int, ...], Any]]
 
 
-def product_step(rows: int = 4, x: Array | None = None, bits: int = 4) -> Step:
-    case = Product(rows, 37, 128, bits, 64, "f16")
+def product_step(rows: int = 4, x: Array | None = None, bits: int = 4, inner: int = 128) -> Step:
+    case = Product(rows, 37, inner, bits, 64, "f16")
     given = to_numpy(case.activations()) if x is None else x
-    plan = plan_quantized_matmul(rows, 128, [(37, (64, bits))], "float16", "float16")
+    plan = plan_quantized_matmul(rows, inner, [(37, (64, bits))], "float16", "float16")
     return Step(plan, [given, *map(to_numpy, case.quantized())], [((rows, 37), np.float16)])
 
 
@@ -118,6 +118,7 @@ WORK: dict[str, tuple[Callable[[], list[Step]], str]] = {
     "one": (lambda: [product_step()], "."),
     "two types": (lambda: [two_types()], ".."),
     "attention": (lambda: [attention_step()], ".|"),
+    "split sums": (lambda: [product_step(17, inner=512)], ".|"),
     "copied": (lambda: [copied()], ".|"),
     "shifted": (lambda: [shifted()], "."),
     "one after another": (lambda: [narrow([]), records(x=0)], ".|"),

@@ -19,9 +19,10 @@ def test_launches_keep_to_metals_limits(gpu: str) -> None:
         for results in (1, 4):
             tune = f"k_lanes={k_lanes},results={results},results_wide={results},stage_from=1"
             plan = plan_quantized_matmul(rows, 1024, ONE, x, x, gpu=gpu, tune=tune)
-            (launch,) = plan["launches"]
-            assert 32 <= launch["threads"][0] <= 1024
-            assert all(n >= 1 for n in launch["threadgroups"])
+            launch = plan["launches"][0]
+            for each in plan["launches"]:
+                assert 32 <= each["threads"][0] <= 1024
+                assert all(n >= 1 for n in each["threadgroups"])
             if launch["source"] == "qmv.metal" and launch["instantiation"].endswith("true>"):
                 assert compiled_rows(launch) * k_lanes * 9 * 16 <= 32768
 
@@ -46,6 +47,23 @@ def test_qmm_takes_over_where_the_tuning_says() -> None:
         assert plan_quantized_matmul(rows, 64, ONE)["launches"][0]["source"] == expected
     sources = [plan_quantized_matmul(m, 64, ONE, tune="qmm_from=9") for m in (8, 9)]
     assert [p["launches"][0]["source"] for p in sources] == ["qmv.metal", "qmm.metal"]
+
+
+@pytest.mark.parametrize(("gpu", "enough"), [("g13g", 32), ("g15s", 80), ("g14d", 160)])
+def test_a_small_weight_fills_the_gpu(gpu: str, enough: int) -> None:
+    """Where it has columns enough: a threadgroup adds up at least 256 of them."""
+    shapes = product((17, 32, 64, 128, 512), ((64, 576), (192, 576), (576, 1536), (1024, 4096)))
+    for rows, (out, inner) in shapes:
+        plan = plan_quantized_matmul(rows, inner, [(out, (64, 4))], gpu=f"applegpu_{gpu}")
+        across, down, _ = plan["launches"][0]["threadgroups"]
+        tiles = -(-out // 32)
+        assert across * down >= enough or across >= tiles * (inner // 256)
+        assert len(plan["launches"]) == 1 + len(plan["temporaries"])
+        if plan["temporaries"]:
+            assert tiles * down < enough  # else nothing is split
+            assert plan["temporaries"] == [4 * rows * out * across // tiles]
+    (launch,) = plan_quantized_matmul(17, 4096, ONE, tune="narrow_from=0")["launches"]
+    assert launch["instantiation"].endswith("false>")
 
 
 def test_the_environment_overrides_the_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,35 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(gpu: str, bits: int, dtype:
         assert mx.array_equal(y, alone[-1][: y.shape[0]])
 
 
+@pytest.mark.parametrize(
+    ("rows", "inner", "bits", "dtype"),
+    [(17, 800, 3, "bf16"), (40, 576, 4, "f16"), (70, 1152, 8, "f32")],
+)
+def test_split_sums(rows: int, inner: int, bits: int, dtype: str) -> None:
+    """Of a weight too small to fill the GPU; the last split may be short, the last tile, too."""
+    case = Product(rows, 70, inner, bits, 32, dtype)
+    the_plan = plan(case)
+    assert len(the_plan["launches"]) == 2
+    y = multiply(case, the_plan)
+    assert case.part(y) <= 1
+    assert mx.array_equal(multiply(case, the_plan, shuffle=3), y)
+
+
+def test_a_weight_has_the_same_sums_beside_a_large_one() -> None:
+    """One of them is split, the other is not."""
+    cases = [Product(17, out, 512, 4, 64, "f16") for out in (1100, 33)]
+    weights = [(c.out, (c.group_size, c.bits)) for c in cases]
+    dtype = NAMES["f16"]
+    together = plan_quantized_matmul(17, 512, weights, dtype, dtype, True, gpu=CHIPS[0], tune="")
+    assert [len(plan(c)["launches"]) for c in cases] == [1, 2]
+    x = cases[0].activations()
+    inputs = [x, *(a for c in cases for a in c.quantized())]
+    ys, _ = run(together, inputs, [((17, c.out), x.dtype) for c in cases])
+    for case, y in zip(cases, ys, strict=True):
+        (alone,), _ = run(plan(case), [x, *case.quantized()], [((17, case.out), x.dtype)])
+        assert mx.array_equal(y, alone)
+
+
 MIXES = {
     "qkv": [(96, (64, 4)), (32, (64, 6)), (33, (32, 8))],
     "gate and up": [(70, (128, 3)), (70, (64, 4))],

@@ -20,9 +20,12 @@ KERNELS = {
         "qmv_gather<half, half, 380, 4, 8, 2>",
     ],
     "qmm.metal": [
-        "qmm<half, half, 380, 64, 64, true>",
-        "qmm<bfloat, float, 380, 32, 64, false>",
-        "qmm_mixed<bfloat, bfloat, 380, 64, 32>",
+        "qmm<half, half, 380, 64, 64, true, false>",
+        "qmm<half, half, 380, 32, 32, true, true>",
+        "qmm<bfloat, float, 380, 32, 64, false, false>",
+        "qmm_mixed<bfloat, bfloat, 380, 64, 32, false>",
+        "qmm_mixed<half, half, 380, 64, 32, true>",
+        "qmm_merge<half, bfloat>",
         "qmm_gather<half, half, 380, 32, 64>",
     ],
     "kl_divergence.metal": [

@@ -30,6 +30,9 @@ pytestmark = needs_emulator
 class Emulated:
     """The functions of the extension that a trial calls, with the arguments it gives."""
 
+    def __init__(self) -> None:
+        self.launches: set[int] = set()  # of a product
+
     def quantized_matmul(
         self,
         x: mx.array,
@@ -51,6 +54,7 @@ class Emulated:
             transpose,
             experts,
         )
+        self.launches.add(len(plan["launches"]))
         return run(plan, inputs, [((x.shape[0], out), x.dtype)])[0][0]
 
     def mixed_quantized_matmul(self, x: mx.array, parts: list[Any]) -> list[mx.array]:
@@ -132,6 +136,14 @@ def test_the_kernels_pass(op: str, launch: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(trials, "WIDE", 128)
     monkeypatch.setenv("OPTIQ_TUNE", "narrow_from=0")
     assert passes(Emulated(), op, launch)
+
+
+def test_split_sums_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And products that are not split."""
+    monkeypatch.setattr(trials, "WIDE", 128)
+    emulated = Emulated()
+    assert passes(emulated, "quantized_matmul", ("one", F16, 32, (F16, 64, 3)))
+    assert emulated.launches == {1, 2}
 
 
 def test_every_op_is_here() -> None:

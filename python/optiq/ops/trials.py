@@ -140,11 +140,14 @@ def _products(
         return [multiply_experts(ext, cases[0])]
     if how == "not transposed":
         return [multiply(ext, replace(cases[0], out=128), transpose=False)]
-    # Where a weight is wide, the kernel for many rows has wider tiles.
-    wide = [replace(c, out=WIDE, inner=256) for c in cases] if many else []
+    # For many rows sums are split where a weight is small and has columns enough, and tiles are
+    # wider where it is wide.
+    short = [replace(c, inner=256) for c in cases] if many else []
+    wide = [replace(c, out=WIDE) for c in short]
     if how == "several":
-        return [multiply_several(ext, some) for some in (cases, wide) if some]
-    return [multiply(ext, case) for case in (*cases, *wide)]
+        mixed = [replace(c, inner=512) for c in (*wide[:1], *short[1:])]
+        return [multiply_several(ext, some) for some in (cases, short, wide, mixed) if some]
+    return [multiply(ext, case) for case in (*cases, *short, *wide)]
 
 
 def _roundings(ext: Any, how: str, w: mx.Dtype, group_size: int, bits: int) -> list[float]:
