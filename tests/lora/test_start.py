@@ -15,13 +15,14 @@ from optiq import lora
 from optiq.errors import UsageError
 from optiq.lora import closed_form, start
 from optiq.lora.data import Sample
-from optiq.lora.layers import LowRank, put
+from optiq.lora.layers import put
 from optiq.lora.moments import moments
 from optiq.lora.options import Training
 from optiq.models.places import place_at
 from optiq.nn.accelerate import accelerate
 from optiq.sources import load, resolve
 from tests.lora.models import mixed_folder, rows, write_rows
+from tests.lora.test_preferences import ROWS as PAIRS
 from tests.tiny import VOCAB, tiny_folder
 
 
@@ -212,5 +213,8 @@ def test_qera_needs_the_original(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="quantized from"):
         lora.train(folder, data, out, original=other, progress=False, init="qera", iters=1)
     dense = str(tiny_folder(tmp_path, name="dense"))
-    result = lora.train(folder, data, out, original=dense, progress=False, init="qera", iters=1)
-    assert isinstance(next(iter(result.adapter.terms.values())), LowRank)
+    for dpo, init in ((False, "qera"), (True, "zero")):  # unless another one is asked for
+        given = write_rows(tmp_path / "pairs", PAIRS) if dpo else data
+        of = out.with_name(init)
+        result = lora.train(folder, given, of, original=dense, progress=False, iters=1, dpo=dpo)
+        assert result.adapter.made["options"]["init"] == init

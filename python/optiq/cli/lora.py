@@ -68,7 +68,11 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         metavar="HOW",
         help="uniform, sensitivity, bits or a JSON file of ranks by layer, within the budget",
     )
-    parser.add_argument("--init", choices=("zero", "qera", "pissa"), default="zero")
+    parser.add_argument(
+        "--init",
+        choices=("zero", "qera", "pissa"),
+        help="how the matrices begin (default: qera with --original and without --dpo, else zero)",
+    )
     parser.add_argument(
         "--original",
         metavar="MODEL",
@@ -122,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from ..lora.options import default_init
     from ..lora.training import checkpoint_of, train
     from ..report.training import training_page
 
@@ -138,7 +143,7 @@ def _train(args: argparse.Namespace) -> int:
             batch_size=args.batch_size,
             rank=args.rank,
             ranks=args.ranks,
-            init=args.init,
+            init=args.init or default_init(args.original, args.dpo),
             scale=args.scale,
             targets=args.targets,
             learning_rate=args.lr,

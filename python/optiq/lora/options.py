@@ -102,3 +102,9 @@ class Training:
     @property
     def every(self) -> int:
         return max(1, self.iters // 10) if self.eval_every is None else self.eval_every
+
+
+def default_init(original: object, dpo: bool) -> str:
+    """How the matrices begin where nothing is asked for. `dpo` compares with the model as it is, so
+    it begins there."""
+    return "qera" if original is not None and not dpo else "zero"

@@ -34,7 +34,7 @@ from .data import Data, Sample, read
 from .layers import LowRank, joined
 from .likelihood import Likelihood
 from .memory import needs
-from .options import Training
+from .options import Training, default_init
 from .preferences import Pair, Preferences, read_pairs
 from .state import Judged, State, Update, norm_of
 from .tuned import Parameters, Tuned
@@ -82,12 +82,14 @@ def train(
 
     `data` is a folder with train.jsonl and perhaps valid.jsonl, or one file. `original` is the
     model that `model` was quantized from, for init="qera" and, if given, ranks="sensitivity".
-    `fields` are those of `Training`. A run that was interrupted goes on with `resume`, to the same
-    bits; `restart` discards it. Under `mlx.launch` the processes share the passes of each batch.
+    `fields` are those of `Training`; without `init` it is `default_init`. A run that was
+    interrupted goes on with `resume`, to the same bits; `restart` discards it. Under `mlx.launch`
+    the processes share the passes of each batch.
 
     Raises UsageError for what cannot be honoured, SourceError, AdapterError for the data or a loss
     that is not finite, CheckpointError and ExportError.
     """
+    fields.setdefault("init", default_init(original, fields.get("dpo", False)))
     options = Training(**fields)
     folder = Path(out).expanduser().resolve()
     checkpoint = checkpoint_of(folder)
