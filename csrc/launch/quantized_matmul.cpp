@@ -59,7 +59,7 @@ struct Batch {
 };
 
 // An argument for each slot; those that are not used are never touched, but must be bound.
-void bind(const std::vector<Argument>& arguments, size_t slots, Launch& out) {
+void bind_slots(const std::vector<Argument>& arguments, size_t slots, Launch& out) {
   for (size_t p = 0; p < slots; p++) {
     out.arguments.push_back(
         p < arguments.size() ? arguments[p] : Argument{Argument::Kind::input, 0});
@@ -82,7 +82,7 @@ void finish(const Batch& batch, const QuantizedShape& shape, int tile,
   if (op.experts > 0) {
     out.arguments.push_back({Kind::input, int(1 + 3 * op.weights.size())});
   }
-  bind(results, slots, out);
+  bind_slots(results, slots, out);
   out.arguments.push_back(constants(shape));
   out.threadgroups.x = uint32_t(tiles_of(shape, tile));
 }
@@ -161,8 +161,8 @@ void qmm(const Batch& batch, const Tuning& t, Plan& plan) {
     for (size_t p = 0; p < batch.size(); p++) {
       whole.part[p].columns = columns[p]; // of the sums; a tile has all splits
     }
-    bind(sums, kMaxParts, merge);
-    bind(batch.outputs(), kMaxParts, merge);
+    bind_slots(sums, kMaxParts, merge);
+    bind_slots(batch.outputs(), kMaxParts, merge);
     merge.arguments.push_back(constants(whole));
     merge.threads.x = kMergeTile;
     plan.launches.push_back(merge);
