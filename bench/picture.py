@@ -37,11 +37,11 @@ def rows() -> list[tuple[str, float, float, float]]:
     text = (DOCS / "quality.md").read_text(encoding="utf-8")
     table = text.partition("## Sizes and KL")[2].partition("Ratios")[0].partition("Three seeds")[0]
     found = re.findall(r"\| ([^|]+) \| ([\d.]+) \| \**([\d.]+) ± ([\d.]+)\** \|", table)
-    return [(name.strip("* "), float(b), float(kl), float(se)) for name, b, kl, se in found]
+    return [(name.replace("*", ""), float(b), float(kl), float(se)) for name, b, kl, se in found]
 
 
 def kind_of(name: str) -> str | None:
-    if name == "optiq":
+    if name.startswith("optiq"):
         return "plan"
     if name.startswith("stock uniform") and name.endswith("g64"):
         return "uniform"
@@ -49,7 +49,9 @@ def kind_of(name: str) -> str | None:
 
 
 def label(name: str) -> str:
-    return name.removeprefix("stock ").removesuffix(" g64").replace("`", "")
+    return (
+        name.removeprefix("stock ").removesuffix(" g64").removesuffix(" (earlier)").replace("`", "")
+    )
 
 
 def main() -> None:
