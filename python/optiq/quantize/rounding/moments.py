@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from math import inf
 from math import prod
 
 import mlx.core as mx
@@ -258,7 +259,7 @@ def _sum(
         fit = fit + prior
         distance = fit - _with_diagonal(mx.diag(fit), correlations)
     observed = _off_diagonal(distance, scale)
-    share = mx.clip(fitted * variance / mx.where(observed > 0, observed, mx.inf), 0, 1)
+    share = mx.clip(fitted * variance / (observed if observed > 0 else inf), 0, 1)
     return Moments(fit, judging, mx.sqrt(share), correlations)
 
 
@@ -276,14 +277,14 @@ def _squares(of: Sequence[Rows], scale: mx.array) -> mx.array:
     return mx.sum(mx.square(products)) - mx.sum(mx.square(mx.sum(mx.square(x), axis=0)))
 
 
-def _off_diagonal(hessian: mx.array, scale: mx.array) -> mx.array:
+def _off_diagonal(hessian: mx.array, scale: mx.array) -> float:
     """The sum of squares off the diagonal, columns and rows times `scale`."""
-    size = len(scale)
-    step, total = max(1, ELEMENTS // size), mx.array(0.0)
-    for start in range(0, size, step):
+    h, s, total = np.asarray(hessian), np.asarray(scale), 0.0
+    step = max(1, ELEMENTS // len(s))
+    for start in range(0, len(s), step):
         rows = slice(start, start + step)
-        scaled = hessian[rows] * scale[rows, None] * scale
-        scaled = scaled * (1 - mx.eye(len(scaled), size, start))
-        total = total + mx.sum(mx.square(scaled))
-        mx.eval(total)
+        scaled = h[rows] * s
+        scaled *= s[rows, None]
+        diagonal = np.diagonal(scaled, start)
+        total += float(np.vdot(scaled, scaled)) - float(np.vdot(diagonal, diagonal))
     return total
