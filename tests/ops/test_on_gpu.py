@@ -341,7 +341,7 @@ FAULTS: dict[str, tuple[str, tuple[Any, ...], str, Fault]] = {
     "records": ("quantize_kv", (F16, 80, K8), "quantize_kv", lambda out, *a: out ^ 1),
     "a decode step": (
         "quantized_attention",
-        (F32, 64, 64, K8, K8, 8),
+        (F32, 64, 64, K8, K8, 3),
         "quantized_attention",
         lambda y, q, *a, **k: scaled(y) if q.shape[2] == 1 else y,
     ),
