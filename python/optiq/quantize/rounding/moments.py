@@ -15,8 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from math import inf
-from math import prod
+from math import inf, prod
 
 import mlx.core as mx
 import numpy as np
