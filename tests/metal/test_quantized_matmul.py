@@ -104,7 +104,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(gpu: str, bits: int, dtype:
     [(17, 800, 3, "bf16"), (40, 576, 4, "f16"), (70, 1152, 8, "f32")],
 )
 def test_split_sums(rows: int, inner: int, bits: int, dtype: str) -> None:
-    """Of a weight too small to fill the GPU; the last split may be short, the last tile, too."""
+    """Of a weight too small to fill the GPU; the last split and the last tile may be short."""
     case = Product(rows, 70, inner, bits, 32, dtype)
     the_plan = plan(case)
     assert len(the_plan["launches"]) == 2

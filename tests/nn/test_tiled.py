@@ -28,7 +28,7 @@ ROWS = 48  # a multiple of any number of rows that are read at a time
 @pytest.fixture(autouse=True)
 def kernels() -> None:
     if not native.active():
-        pytest.skip("there are no tiles without the extension")
+        pytest.skip("tiles need the native part")
 
 
 def layer(bits: int, group: int, dtype: mx.Dtype = mx.bfloat16, rows: int = ROWS) -> Any:

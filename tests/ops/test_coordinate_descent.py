@@ -60,7 +60,7 @@ def test_no_row_is_worse_and_together_they_are_much_better(
 )
 def test_numpy_takes_the_same_steps(bits: int, group_size: int, dtype: str) -> None:
     if native.extension is None:
-        pytest.skip("there is no native part to compare with")
+        pytest.skip("needs the native part to compare with")
     w, h, exact = layer(9, 256, dtype)
     start = searched(w, h, bits, group_size)
     ours, theirs = ops.descend(w, start, h), coordinate_descent._descend(w, start, h, 4)
@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_named(
     if implementation == "numpy":
         monkeypatch.setattr(native, "extension", None)
     elif native.extension is None:
-        pytest.skip("there is no native part")
+        pytest.skip("needs the native part")
     w, h, _ = layer(4, 64)
     start = searched(w, h, 4, 64)
     arguments = {"w": w, "hessian": h, **start._asdict(), **change}

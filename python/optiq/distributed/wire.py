@@ -36,18 +36,19 @@ def send(peer: socket.socket, value: Any) -> None:
 
 def receive(peer: socket.socket) -> Any:
     """What the peer sends next. Raises OSError where the connection has ended."""
-    (length,) = _LENGTH.unpack(_read(peer, _LENGTH.size).data)
-    tree, specs = json.loads(_read(peer, length).tobytes())
+    (length,) = _LENGTH.unpack(read(peer, _LENGTH.size).data)
+    tree, specs = json.loads(read(peer, length).tobytes())
     arrays = []
     for name, shape in specs:
         dtype = _DTYPES[name]
         size = int(np.prod(shape, dtype=np.int64)) * dtype.size
-        data = mx.array(_read(peer, size)) if size else mx.zeros(0, mx.uint8)
+        data = mx.array(read(peer, size)) if size else mx.zeros(0, mx.uint8)
         arrays.append(data.view(dtype).reshape(shape))
     return _given(tree, arrays)
 
 
-def _read(peer: socket.socket, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def read(peer: socket.socket, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """So many bytes that a peer sends. Raises ConnectionError at the end of the connection."""
     out = np.empty(size, np.uint8)
     view = out.data
     while len(view):

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.nn as nn
-import numpy as np
 
 from ..base.checkpoint import Identity, check_unfinished
 from ..base.command import command_line
@@ -46,6 +45,7 @@ from .preflight import check_budget, with_towers
 from .prepare import CHECKPOINT, Prepared, prepare, remove_work, texts_of, work_folder
 from .rounding.descent import TAPE_BYTES
 from .rounding.render import render_model
+from .select import summary_of_all
 from .sensitivity.checkpoint import existing
 
 if TYPE_CHECKING:
@@ -228,9 +228,7 @@ def _point(ready: Prepared, candidate: Candidate) -> Point:
     name, sequences = candidate.name, ready.texts.held_out.sequences
     own = ready.world.share([len(s.tokens) for s in sequences])
     table = divergence.tables(reference, {name: made.model}, [sequences[i] for i in own])[name]
-    columns = (of.tolist() for of in table)
-    joined = ready.world.join(dict(zip(own, columns, strict=True)))
-    found = divergence.summary([np.array(of) for of in joined], token_hash(sequences))
+    found = summary_of_all(ready.world, own, table, sequences)
     return Point(
         name=name,
         family=candidate.family,

@@ -121,10 +121,8 @@ class Judge:
 
     def compare(self, name: str, student: nn.Module, drop: Drop = keep) -> Divergence:
         """All that is said of how far a student is from the source, over the next tokens."""
-        columns = (of.tolist() for of in self._columns(name, student, drop))
-        own = dict(zip(self._own, columns, strict=True))
-        table = [np.array(of) for of in self._world.join(own)]
-        return divergence.summary(table, token_hash(self.sequences))
+        own = self._columns(name, student, drop)
+        return summary_of_all(self._world, self._own, own, self.sequences)
 
     @metal.restarts
     def _columns(self, name: str, student: nn.Module, drop: Drop) -> divergence.Table:
@@ -155,6 +153,15 @@ class Judge:
 
     def _texts(self) -> list[list[int]]:
         return [self.sequences[i].tokens for i in self._own]
+
+
+def summary_of_all(
+    world: World, own: Sequence[int], table: divergence.Table, sequences: Sequence[Sample]
+) -> Divergence:
+    """The figures of all `sequences`, of which this rank has the `table` of its `own`."""
+    columns = (of.tolist() for of in table)
+    joined = world.join(dict(zip(own, columns, strict=True)))
+    return divergence.summary([np.array(of) for of in joined], token_hash(sequences))
 
 
 def decide(

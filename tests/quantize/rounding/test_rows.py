@@ -52,7 +52,7 @@ def test_rows_undo_what_the_others_do(rows: int, dtype: mx.Dtype) -> None:
 
 def test_numpy_takes_the_same_steps() -> None:
     if native.extension is None:
-        pytest.skip("there is no native part to compare with")
+        pytest.skip("needs the native part to compare with")
     fmt = Format("affine", 4, 64)
     w = mx.random.normal((75, 192), key=mx.random.key(3))
     h, g = moments(192, 16, 0), moments(75, 4, 1)
@@ -71,7 +71,7 @@ def test_outputs_that_do_not_fit_are_named(
     if implementation == "numpy":
         monkeypatch.setattr(native, "extension", None)
     elif native.extension is None:
-        pytest.skip("there is no native part")
+        pytest.skip("needs the native part")
     w, h = mx.random.normal((8, 64)), mx.eye(64)
     start = ops.AffineWeight(*ops.quantize(w, Format("affine", 4, 64)), 64, 4)
     with pytest.raises(ValueError, match="square"):

@@ -42,7 +42,9 @@ def render_model(
     Takes over `loaded.model`, whose weights should still be lazy; `blocks` is that of `accelerate`.
     With `lazy` a weight is rounded when it is first used, and not checked.
     """
-    leaves = _leaves(loaded.model)
+    leaves: dict[str, nn.Module] = dict(
+        tree_flatten(loaded.model.leaf_modules(), is_leaf=nn.Module.is_module)
+    )
     for planned in plan.modules:
         if planned.format != DENSE:
             path, fmt = planned.module.path, planned.format
@@ -84,7 +86,3 @@ def rounded_together(
         for fmt, (codes, scales, biases) in zip(formats[path], found, strict=True):
             fitted[path, fmt] = codes, scales, biases
     return replace(rounding, fitted=fitted)
-
-
-def _leaves(model: nn.Module) -> dict[str, nn.Module]:
-    return dict(tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module))
