@@ -11,7 +11,11 @@ SOURCES := $(shell find csrc metal -name '*.cpp' -o -name '*.h' -o -name '*.meta
 # It is built with the tools and the MLX of the same environment: without one of its own for each
 # build, which takes half a minute, and whose new path would compile everything anew. Python
 # compiles the files that it imports: doing it for all of them takes ten seconds.
-$(VENV)/.built: pyproject.toml CMakeLists.txt cmake/embed_metal.cmake $(SOURCES)
+#
+# The demo needs only the kernels of this processor; tests and wheels have those of all.
+$(VENV)/.native: NATIVE := ON
+$(VENV)/.built: NATIVE := OFF
+$(VENV)/.native $(VENV)/.built: pyproject.toml CMakeLists.txt cmake/embed_metal.cmake $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "optiq needs Python 3.10 or newer; set PYTHON=/path/to/python3"; exit 1; }
 	@command -v $${CXX:-c++} >/dev/null || \
@@ -19,14 +23,15 @@ $(VENV)/.built: pyproject.toml CMakeLists.txt cmake/embed_metal.cmake $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/pip install --quiet --no-compile --group build
-	$(BIN)/pip install --quiet --no-compile --no-build-isolation --editable . --config-settings=editable.mode=redirect
-	@touch $@
+	$(BIN)/pip install --quiet --no-compile --no-build-isolation --editable . --config-settings=editable.mode=redirect \
+	  --config-settings=cmake.define.OPTIQ_NATIVE=$(NATIVE)
+	@touch $(VENV)/.native $@
 
 $(VENV)/.installed: $(VENV)/.built
 	$(BIN)/pip install --quiet --group test --group lint --group bench
 	@touch $@
 
-demo: $(VENV)/.built
+demo: $(VENV)/.native
 	$(BIN)/optiq demo
 
 # A file of tests at a time in each process; `python -m pytest tests/planning` needs none of this.

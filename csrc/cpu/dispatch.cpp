@@ -10,34 +10,44 @@ namespace optiq::cpu {
 namespace scalar {
 extern const Kernels table;
 }
-#if defined(__x86_64__)
 namespace avx2 {
 extern const Kernels table;
 }
 namespace avx512 {
 extern const Kernels table;
 }
-#elif defined(__aarch64__)
 namespace neon {
 extern const Kernels table;
 }
+
+namespace {
+
+#ifdef __x86_64__
+bool runs_avx2() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
 #endif
 
+} // namespace
+
+// CMakeLists.txt says which were compiled.
 std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> usable;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  bool avx2_ok = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                 __builtin_cpu_supports("f16c");
+#ifdef OPTIQ_WITH_AVX512
   // One set of 512-bit kernels, for the processors that also multiply 16-bit integers with it.
-  if (avx2_ok && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+  if (runs_avx2() && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512vnni")) {
     usable.push_back(&avx512::table);
   }
-  if (avx2_ok) {
+#endif
+#ifdef OPTIQ_WITH_AVX2
+  if (runs_avx2()) {
     usable.push_back(&avx2::table);
   }
-#elif defined(__aarch64__)
+#endif
+#ifdef OPTIQ_WITH_NEON
   usable.push_back(&neon::table);
 #endif
   usable.push_back(&scalar::table);
@@ -59,9 +69,8 @@ const Kernels* choose() {
     }
     names += (names.empty() ? "" : ", ") + std::string(one->isa);
   }
-  throw std::invalid_argument("OPTIQ_ISA is '" + std::string(asked) +
-                              "', but this processor runs " + names +
-                              "; set it to one of these, or unset it");
+  throw std::invalid_argument("OPTIQ_ISA is '" + std::string(asked) + "', but optiq can use " +
+                              names + " here; set it to one of these, or unset it");
 }
 
 } // namespace

@@ -110,7 +110,7 @@ def test_an_unusable_instruction_set_is_an_error() -> None:
             timeout=120,
         )
         names = ", ".join(isas())
-        message = f"OPTIQ_ISA is '{other}', but this processor runs {names}; set it to one of these"
+        message = f"OPTIQ_ISA is '{other}', but optiq can use {names} here; set it to one of these"
         assert (got.returncode, got.stdout) == (code, ""), got
         assert message in got.stderr.splitlines()[-1]
 
