@@ -21,6 +21,7 @@
 #include "ops/quantize.h"
 #include "ops/quantized_attention.h"
 #include "ops/quantized_matmul.h"
+#include "ops/rms_norm.h"
 #include "ops/room.h"
 
 namespace nb = nanobind;
@@ -88,6 +89,8 @@ NB_MODULE(_ext, m) {
   m.def("kl_divergence", &optiq::kl_divergence, "h_p"_a, "w_p"_a, "h_q"_a, "w_q"_a, "format_p"_a,
       "format_q"_a, "soft_cap"_a = 0.0f, nb::kw_only(), "stream"_a = nb::none());
   m.def("compare_logits", &optiq::compare_logits, "p"_a, "q"_a, nb::kw_only(),
+      "stream"_a = nb::none());
+  m.def("rms_norm", &optiq::rms_norm, "x"_a, "weight"_a, "eps"_a, nb::kw_only(),
       "stream"_a = nb::none());
   m.def(
       "room",

@@ -93,6 +93,14 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "phi3": {"original_max_position_embeddings": 512},
     "mistral": {"sliding_window": None},
+    "granite": {
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.25,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 8.0,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
     "olmo2": {},
     "gpt2": {"n_ctx": 64, "n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 64}
     | {"layer_norm_epsilon": 1e-5},

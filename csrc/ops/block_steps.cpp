@@ -205,6 +205,7 @@ void StepPrimitive::eval_cpu(const std::vector<array>& inputs, std::vector<array
 // Holds the caches, which are evaluated already. So they are not inputs, and MLX has one node with
 // one output.
 struct Stack {
+  EndsPtr ends; // or null
   std::vector<Step> steps;
   std::vector<array> caches;
 };
@@ -215,17 +216,25 @@ class StackPrimitive : public mx::Primitive {
       : Primitive(stream), stack_(std::make_shared<Stack>(std::move(stack))) {}
 
   void eval_cpu(const std::vector<array>& inputs, std::vector<array>& out) override {
-    array h = row_contiguous(inputs[0], stream());
+    array in = row_contiguous(inputs[0], stream());
     out[0].set_data(mx::allocator::malloc(out[0].nbytes()));
     mx::cpu::get_command_encoder(stream()).dispatch(
-        [stack = stack_, stream = stream(), batch = h.shape(0), rows = h.shape(1),
-            h = h.data<float>(), y = out[0].data<float>()] {
+        [stack = stack_, stream = stream(), batch = in.shape(0), rows = in.shape(1),
+            in = in.data<char>(), y = out[0].data<float>()] {
+          size_t m = size_t(batch) * rows;
+          auto* h = reinterpret_cast<const float*>(in);
+          if (stack->ends) {
+            stack->ends->embed(reinterpret_cast<const int32_t*>(in), m, y);
+            h = y;
+          }
           const array* kv = stack->caches.data();
           for (const Step& step : stack->steps) {
-            bool first = &step == stack->steps.data();
-            take(step, step.attentions(batch, kv, nullptr, stream), true, first ? h : y, batch,
-                rows, true, y);
+            take(step, step.attentions(batch, kv, nullptr, stream), true, h, batch, rows, true, y);
+            h = y;
             kv += 2 * step.places.size();
+          }
+          if (stack->ends) {
+            stack->ends->norm(y, m);
           }
         });
   }
@@ -238,10 +247,10 @@ class StackPrimitive : public mx::Primitive {
   std::shared_ptr<const Stack> stack_;
 };
 
-Step checked(const BlockStep& given, const array& h, bool mlp) {
+Step checked(const BlockStep& given, const mx::Shape& h, bool mlp) {
   const auto& [block, keys, values, places, kv, slots] = given;
   block->attention_over(h, mlp);
-  int batch = h.shape(0), rows = h.shape(1), count = int(places.size());
+  int batch = h[0], rows = h[1], count = int(places.size());
   int all = 0;
   for (const CachePlace& place : places) {
     if (place.rows < 1) {
@@ -251,7 +260,7 @@ Step checked(const BlockStep& given, const array& h, bool mlp) {
   }
   bool ragged = count > 1 || all != rows;
   if (ragged && (rows != 1 || all != batch)) {
-    fail_block(count, " places with ", all, " rows do not fit h ", h.shape());
+    fail_block(count, " places with ", all, " rows do not fit h ", h);
   }
   if (keys.size() != values.size() || (!keys.empty() && int(keys.size()) != count) ||
       (keys.empty() && count > 1)) {
@@ -298,7 +307,8 @@ void append_caches(const BlockStep& given, std::vector<array>& to) {
 
 std::vector<array> block_step(
     const BlockStep& given, const array& h, bool mlp, mx::StreamOrDevice s) {
-  Step step = checked(given, h, mlp);
+  given.block->attention_over(h, mlp);
+  Step step = checked(given, h.shape(), mlp);
   std::vector<array> inputs = {h};
   append_caches(given, inputs);
   std::vector<mx::Shape> shapes;
@@ -313,14 +323,24 @@ std::vector<array> block_step(
       inputs);
 }
 
-array block_stack(const std::vector<BlockStep>& given, const array& h, mx::StreamOrDevice s) {
-  Stack stack;
+array block_stack(const std::vector<BlockStep>& given, const array& in, const EndsPtr& ends,
+    mx::StreamOrDevice s) {
+  Stack stack{ends, {}, {}};
+  mx::Shape shape = in.shape();
+  if (ends && (shape.size() != 2 || !mx::issubdtype(in.dtype(), mx::integer))) {
+    fail_block("tokens are ", shape, " ", in.dtype(), "; they must be [batch, rows] integers");
+  }
+  if (ends) {
+    shape.push_back(ends->width());
+  } else if (in.dtype() != mx::float32) {
+    fail_block("h is ", in.dtype(), "; it must be float32");
+  }
   stack.steps.reserve(given.size());
   for (const BlockStep& each : given) {
     if (each.keys.empty() || each.kv.mask) {
       fail_block("a stack needs caches, and takes no mask");
     }
-    stack.steps.push_back(checked(each, h, true));
+    stack.steps.push_back(checked(each, shape, true));
     append_caches(each, stack.caches);
   }
   for (const array& cache : stack.caches) {
@@ -328,8 +348,9 @@ array block_stack(const std::vector<BlockStep>& given, const array& h, mx::Strea
       fail_block("a stack writes into its caches; each must be evaluated and contiguous");
     }
   }
-  return array(h.shape(), mx::float32,
-      std::make_shared<StackPrimitive>(mx::to_stream(s), std::move(stack)), {h});
+  return array(shape, mx::float32,
+      std::make_shared<StackPrimitive>(mx::to_stream(s), std::move(stack)),
+      {ends ? mx::astype(in, mx::int32, s) : in});
 }
 
 } // namespace optiq

@@ -4,6 +4,7 @@
 
 #include "ops/decoder_block.h"
 #include "ops/key_values.h"
+#include "ops/model_ends.h"
 
 #include <mlx/utils.h>
 
@@ -34,8 +35,10 @@ struct BlockStep {
 std::vector<array> block_step(
     const BlockStep& step, const array& h, bool mlp, mx::StreamOrDevice s = {});
 
-/** Blocks with their MLPs, one after another. When it is evaluated it writes into the caches
- * themselves, whoever holds them; until then they must not be read. */
-array block_stack(const std::vector<BlockStep>& steps, const array& h, mx::StreamOrDevice s = {});
+/** Blocks with their MLPs, one after another, of h [B, L, width]; with `ends`, of tokens [B, L],
+ * and then the norm. When it is evaluated it writes into the caches themselves, whoever holds them;
+ * until then they must not be read. */
+array block_stack(const std::vector<BlockStep>& steps, const array& h, const EndsPtr& ends,
+    mx::StreamOrDevice s = {});
 
 } // namespace optiq

@@ -191,12 +191,18 @@ TermsOfRows DecoderBlock::terms(const std::vector<int>& slots, int batch, int ro
 }
 
 const cpu::AttentionLayer& DecoderBlock::attention_over(const array& h, bool with_mlp) const {
+  if (h.dtype() != mx::float32) {
+    fail_block("h is ", h.dtype(), "; it must be float32");
+  }
+  return attention_over(h.shape(), with_mlp);
+}
+
+const cpu::AttentionLayer& DecoderBlock::attention_over(const mx::Shape& h, bool with_mlp) const {
   if (!attention || (with_mlp && !mlp)) {
     fail_block("the block has no ", attention ? "MLP" : "attention");
   }
-  if (h.ndim() != 3 || h.shape(2) != attention->width() || h.dtype() != mx::float32) {
-    fail_block("h is ", h.shape(), " ", h.dtype(), "; it must be [batch, rows, ",
-        attention->width(), "] float32");
+  if (h.size() != 3 || h[2] != attention->width()) {
+    fail_block("h is ", h, "; it must be [batch, rows, ", attention->width(), "]");
   }
   return *attention;
 }

@@ -81,9 +81,10 @@ class DecoderBlock {
   /** Those of the rows of a step, of which each batch entry has a slot. Without slots none. */
   TermsOfRows terms(const std::vector<int>& slots, int batch, int rows) const;
 
-  /** Throws std::invalid_argument unless h is its input [batch, rows, width] and it has attention
-   * and, if `with_mlp`, an MLP. */
+  /** Throws std::invalid_argument unless h is its input [batch, rows, width], in float32, and it
+   * has attention and, if `with_mlp`, an MLP. */
   const cpu::AttentionLayer& attention_over(const array& h, bool with_mlp = false) const;
+  const cpu::AttentionLayer& attention_over(const mx::Shape& h, bool with_mlp) const;
   AttentionShape shape(int batch, int rows) const;
 
   std::optional<cpu::AttentionLayer> attention;

@@ -43,25 +43,10 @@ class Embedding : public mx::UnaryPrimitive {
     auto in = prepare(inputs, outs, stream());
     out = outs[0];
     cpu::Weight w = AffineWeight{in[1], in[2], in[3], format_}.view();
-    mx::cpu::get_command_encoder(stream()).dispatch([w, ids = in[0].data<int32_t>(),
-                                                        n = in[0].size(), y = out.data<float>()] {
-      std::vector<float> scales(w.groups()), biases(w.groups());
-      for (size_t i = 0; i < n; i++) {
-        float* row = y + i * w.cols;
-        int64_t id = ids[i] < 0 ? ids[i] + int64_t(w.rows) : ids[i];
-        if (id < 0 || id >= w.rows) {
-          std::fill_n(row, w.cols, std::numeric_limits<float>::quiet_NaN());
-          continue;
-        }
-        size_t groups = w.groups(), at = id * groups * cpu::size_of(w.type);
-        for (auto [from, to] : {std::pair(w.scales, &scales), {w.biases, &biases}}) {
-          cpu::kernels().to_f32(static_cast<const char*>(from) + at, w.type, to->data(), groups);
-        }
-        auto* codes = static_cast<const char*>(w.data) + id * w.row_bytes();
-        decode(reinterpret_cast<const uint32_t*>(codes), scales.data(), biases.data(), w.format,
-            groups, row);
-      }
-    });
+    mx::cpu::get_command_encoder(stream()).dispatch(
+        [w, ids = in[0].data<int32_t>(), n = in[0].size(), y = out.data<float>()] {
+          embed_rows(w, ids, n, y);
+        });
   }
   void eval_gpu(const std::vector<array>&, array&) override {
     throw std::runtime_error("[embedding] runs on the CPU");
@@ -73,6 +58,26 @@ class Embedding : public mx::UnaryPrimitive {
 };
 
 } // namespace
+
+void embed_rows(const cpu::Weight& w, const int32_t* ids, size_t n, float* y) {
+  size_t groups = w.groups();
+  std::vector<float> scales(groups), biases(groups);
+  for (size_t i = 0; i < n; i++) {
+    float* row = y + i * w.cols;
+    int64_t id = ids[i] < 0 ? ids[i] + int64_t(w.rows) : ids[i];
+    if (id < 0 || id >= w.rows) {
+      std::fill_n(row, w.cols, std::numeric_limits<float>::quiet_NaN());
+      continue;
+    }
+    size_t at = id * groups * cpu::size_of(w.type);
+    for (auto [from, to] : {std::pair(w.scales, &scales), {w.biases, &biases}}) {
+      cpu::kernels().to_f32(static_cast<const char*>(from) + at, w.type, to->data(), groups);
+    }
+    auto* codes = static_cast<const char*>(w.data) + id * w.row_bytes();
+    decode(reinterpret_cast<const uint32_t*>(codes), scales.data(), biases.data(), w.format, groups,
+        row);
+  }
+}
 
 array embedding(const array& ids, const AffineWeight& w, mx::StreamOrDevice s) {
   mx::Shape of_weight = w.shape(kName), shape = ids.shape();

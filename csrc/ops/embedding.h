@@ -11,4 +11,7 @@ namespace optiq {
 mlx::core::array embedding(
     const mlx::core::array& ids, const AffineWeight& w, mlx::core::StreamOrDevice s = {});
 
+/** The same on the stream's CPU thread, for arrays that are evaluated: y [n, in]. */
+void embed_rows(const cpu::Weight& w, const int32_t* ids, size_t n, float* y);
+
 } // namespace optiq

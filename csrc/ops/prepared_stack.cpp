@@ -60,6 +60,12 @@ struct PreparedBlock {
   AffineFormat k_format, v_format;
 };
 
+// What Python holds, for the same reason as a BlockHandle.
+struct Ends {
+  EndsPtr ends;
+  std::vector<array> arrays; // of which it was made
+};
+
 class PreparedStack {
  public:
   // (block, (parents, keys, children), caches, whether each is rotating, formats of keys and
@@ -86,10 +92,12 @@ class PreparedStack {
     });
   }
 
-  // What the last block gives for so many rows of each sequence. None where a cache has to make
-  // room first, or is held by something else than what gives it, so that it may not be written to.
+  // What the last block gives for so many rows of each sequence, or with `ends`, where x are
+  // tokens, the norm after it. None where a cache has to make room first, or is held by something
+  // else than what gives it, so that it may not be written to.
   std::optional<array> step(const array& x, const std::vector<int>& rows,
-      const std::string& masking, const std::vector<int>& slots, mx::StreamOrDevice s) {
+      const std::string& masking, const std::vector<int>& slots, const Ends& ends,
+      mx::StreamOrDevice s) {
     std::vector<BlockStep> steps;
     for (const PreparedBlock& b : blocks_) {
       BlockStep& step = steps.emplace_back(BlockStep{nb::cast<const BlockHandle&>(b.handle).block,
@@ -111,7 +119,7 @@ class PreparedStack {
         step.places.push_back(*place);
       }
     }
-    array out = block_stack(steps, x, s);
+    array out = block_stack(steps, x, ends.ends, s);
     places_.clear();
     for (BlockStep& step : steps) {
       places_.push_back(std::move(step.places));
@@ -136,11 +144,28 @@ class PreparedStack {
 } // namespace
 
 void bind_prepared_stack(nb::module_& m) {
+  nb::class_<Ends>(m, "ModelEnds")
+      .def(
+          "__init__",
+          [](Ends* self, const array& w, const array& scales, const array& biases, int group_size,
+              int bits, const array& norm, float eps) {
+            AffineWeight embedding{w, scales, biases, {.bits = bits, .group_size = group_size}};
+            new (self)
+                Ends{std::make_shared<ModelEnds>(embedding, norm, eps), {w, scales, biases, norm}};
+          },
+          "w"_a, "scales"_a, "biases"_a, "group_size"_a, "bits"_a, "norm"_a, "eps"_a)
+      .def(
+          "made_of",
+          [](const Ends& ends, const std::vector<array>& arrays) {
+            return std::equal(arrays.begin(), arrays.end(), ends.arrays.begin(), ends.arrays.end(),
+                [](const array& a, const array& b) { return a.id() == b.id(); });
+          },
+          "arrays"_a);
   nb::class_<PreparedStack>(m, "PreparedStack")
       .def(nb::init<const std::vector<PreparedStack::Given>&>(), "blocks"_a)
       .def("unchanged", &PreparedStack::unchanged)
       .def("step", &PreparedStack::step, "x"_a, "rows"_a, "masking"_a,
-          "slots"_a = std::vector<int>{}, nb::kw_only(), "stream"_a = nb::none())
+          "slots"_a = std::vector<int>{}, "ends"_a = Ends{}, nb::kw_only(), "stream"_a = nb::none())
       .def("advance", &PreparedStack::advance);
 }
 

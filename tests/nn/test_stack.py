@@ -25,9 +25,11 @@ def only_native(kernels: None) -> None:
         pytest.skip("blocks run as one in the extension only")
 
 
-def prepared(kind: str, kv: str | None = None) -> Any:
+def prepared(kind: str, kv: str | None = None, bits: int = 0) -> Any:
     mx.random.seed(3)
     model: Any = architectures.construct(kind)
+    if bits:
+        nn.quantize(model, 32, bits)
     model = attach(model, kv) if kv else model
     optiq.accelerate(model)
     route(model)
@@ -78,6 +80,31 @@ def test_a_stack_is_as_its_blocks(kind: str, kv: str | None, runs: list[bool]) -
             assert x.offset == y.offset
     assert runs.count(True) >= 8
     assert not all(runs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "kv", "right"),
+    [("mistral", None, True), ("mistral", "8/4", True), ("granite", None, False)],
+)
+def test_embedding_and_norm_are_in_the_node(
+    kind: str, kv: str | None, right: bool, runs: list[bool]
+) -> None:
+    """Where a model has nothing else there (Granite scales its embedding), and as they are now."""
+    model = prepared(kind, kv, bits=4)
+    one_by_one = copy.deepcopy(model)
+    one_by_one.model._unforeseen = True
+    stacked, alone = read(model, (5, 30)), read(one_by_one, (5, 30))
+    together = joined(stacked)
+    for step in range(8):
+        if step == 4:
+            for each in (model, one_by_one):
+                each.model.embed_tokens.scales = 2 * each.model.embed_tokens.scales
+        tokens = mx.array([[2 + step], [9 - step]])
+        got, expected = model(tokens, cache=together), one_by_one(tokens, cache=joined(alone))
+        assert mx.array_equal(got, expected), step
+        assert model.model._ends.right is right
+    assert runs == [True] * (2 if right else 8)  # its own code ran once for each embedding
+    assert [c.offset for c in stacked[0]] == [c.offset for c in alone[0]]
 
 
 @pytest.mark.parametrize(("kind", "kv"), [("mistral", None), ("mistral", "8/4")])

@@ -71,7 +71,7 @@ class QuantizedEmbedding(Adopting, nn.QuantizedEmbedding):
     def __call__(self, ids: mx.array) -> mx.array:
         ext = native.active()
         if ext is not None and self.mode == "affine":
-            arrays = _arrays(self)
+            arrays = arrays_of(self)
             if not any(map(ext.traced, (ids, *arrays))):
                 rows: mx.array = ext.embedding(ids, *arrays, self.group_size, self.bits)
                 return rows
@@ -115,6 +115,18 @@ class QuantizedMultiLinear(Adopting, mla.QuantizedMultiLinear):  # type: ignore[
         return _product(self, rows, indices=heads, transpose=transpose).reshape(*shape, -1)
 
 
+class RMSNorm(Adopting, nn.RMSNorm):
+    """The norm after the blocks, for the same bits as in one node with them (nn/stack.py)."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        ext, weight = native.active(), self["weight"]
+        if ext is None or x.dtype != mx.float32 or ext.traced(x) or ext.traced(weight):
+            stock: mx.array = super().__call__(x)  # type: ignore[no-untyped-call]
+            return stock
+        out: mx.array = ext.rms_norm(x, weight, self.eps)
+        return out
+
+
 def stock_classes() -> dict[type[nn.Module], type[Adopting]]:
     """Stock class -> native class."""
     return {
@@ -129,7 +141,8 @@ def stock_classes() -> dict[type[nn.Module], type[Adopting]]:
     }
 
 
-def _arrays(layer: Any) -> tuple[mx.array, mx.array, mx.array]:
+def arrays_of(layer: Any) -> tuple[mx.array, mx.array, mx.array]:
+    """Codes, scales and biases of a layer that is quantized affinely."""
     return layer["weight"], layer["scales"], layer["biases"]
 
 
