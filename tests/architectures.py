@@ -97,7 +97,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "embedding_multiplier": 12.0,
         "attention_multiplier": 0.25,
         "residual_multiplier": 0.5,
-        "logits_scaling": 8.0,
+        "logits_scaling": 2.0,
         "attention_bias": False,
         "mlp_bias": False,
     },

@@ -16,24 +16,6 @@ namespace {
 
 constexpr const char* kName = "embedding";
 
-// A row of codes; scales and biases of its groups are floats.
-void decode(const uint32_t* words, const float* scales, const float* biases, AffineFormat format,
-    size_t groups, float* y) {
-  uint64_t mask = (uint64_t(1) << format.bits) - 1, left = 0; // what is read and not used yet
-  int count = 0;                                              // bits of it
-  for (size_t g = 0; g < groups; g++) {
-    for (int i = 0; i < format.group_size; i++) {
-      if (count < format.bits) {
-        left |= uint64_t(*words++) << count;
-        count += 32;
-      }
-      *y++ = scales[g] * float(left & mask) + biases[g];
-      left >>= format.bits;
-      count -= format.bits;
-    }
-  }
-}
-
 class Embedding : public mx::UnaryPrimitive {
  public:
   Embedding(mx::Stream stream, AffineFormat format) : UnaryPrimitive(stream), format_(format) {}
@@ -60,22 +42,15 @@ class Embedding : public mx::UnaryPrimitive {
 } // namespace
 
 void embed_rows(const cpu::Weight& w, const int32_t* ids, size_t n, float* y) {
-  size_t groups = w.groups();
-  std::vector<float> scales(groups), biases(groups);
-  for (size_t i = 0; i < n; i++) {
-    float* row = y + i * w.cols;
+  cpu::Weight row = w;
+  row.rows = 1;
+  for (size_t i = 0; i < n; i++, y += w.cols) {
     int64_t id = ids[i] < 0 ? ids[i] + int64_t(w.rows) : ids[i];
     if (id < 0 || id >= w.rows) {
-      std::fill_n(row, w.cols, std::numeric_limits<float>::quiet_NaN());
-      continue;
+      std::fill_n(y, w.cols, std::numeric_limits<float>::quiet_NaN());
+    } else {
+      cpu::kernels().dequantize(row.expert(id), y);
     }
-    size_t at = id * groups * cpu::size_of(w.type);
-    for (auto [from, to] : {std::pair(w.scales, &scales), {w.biases, &biases}}) {
-      cpu::kernels().to_f32(static_cast<const char*>(from) + at, w.type, to->data(), groups);
-    }
-    auto* codes = static_cast<const char*>(w.data) + id * w.row_bytes();
-    decode(reinterpret_cast<const uint32_t*>(codes), scales.data(), biases.data(), w.format, groups,
-        row);
   }
 }
 
