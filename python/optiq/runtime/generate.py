@@ -104,12 +104,26 @@ def stream(
     read = prompt_tokens(tokenizer, request)
     caches = prefix.start(model, read) if prefix else make_prompt_cache(model)
     mx.random.seed(request.seed)
+    prompt = _Prompt(tuple(read), prefix.reused if prefix else 0, caches)
     run = _stepwise if can_step(model, caches) else _through_mlx_lm
-    for piece in run(model, tokenizer, read, prefix.reused if prefix else 0, caches, request):
+    for piece in run(model, tokenizer, prompt, request):
         read.append(piece.token)
         yield piece
     if prefix:
         prefix.store(caches, read[: caches[0].offset])
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """The tokens of a prompt, of which `caches` hold the first `reused`."""
+
+    tokens: tuple[int, ...]
+    reused: int
+    caches: list[Any]
+
+    @property
+    def unread(self) -> list[int]:
+        return list(self.tokens[self.reused :])
 
 
 def _sampler(request: Request) -> Any:
@@ -121,19 +135,14 @@ def _sampler(request: Request) -> Any:
 
 
 def _stepwise(
-    model: nn.Module,
-    tokenizer: Any,
-    prompt: list[int],
-    reused: int,
-    caches: list[Any],
-    request: Request,
+    model: nn.Module, tokenizer: Any, prompt: _Prompt, request: Request
 ) -> Iterator[Piece]:
-    unread = prompt[reused:]
     text = tokenizer.detokenizer
     started = time.perf_counter()
     reading = 0.0
     sampler = _sampler(request) if request.temperature else None
-    found = tokens(model, unread, caches, request.max_tokens, sampler)
+    unread = prompt.unread
+    found = tokens(model, unread, prompt.caches, request.max_tokens, sampler)
     for made, token in enumerate(found, 1):
         now = time.perf_counter()
         if made == 1:
@@ -152,17 +161,12 @@ def _stepwise(
 
 
 def _through_mlx_lm(
-    model: nn.Module,
-    tokenizer: Any,
-    prompt: list[int],
-    reused: int,
-    caches: list[Any],
-    request: Request,
+    model: nn.Module, tokenizer: Any, prompt: _Prompt, request: Request
 ) -> Iterator[Any]:
     from mlx_lm import stream_generate
 
-    sampler = _sampler(request)
-    read, unread = list(prompt), prompt[reused:]
+    sampler, caches = _sampler(request), prompt.caches
+    read, unread = list(prompt.tokens), prompt.unread
     left, before = request.max_tokens, 0
     while True:
         pieces = stream_generate(
