@@ -50,14 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..base.progress import silenced
     from ..distributed.ranks import world
     from ..quantize.kv.files import Files
     from ..quantize.kv.plan import kv_plan_together
     from .tables import after, kv_table
 
     files = Files(Path(args.out))
-    with world() as ranks, silenced(ranks.rank != 0), options.resumable(files.checkpoint):
+    with world() as ranks, options.resumable(files.checkpoint):
         report = kv_plan_together(
             ranks,
             args.model,

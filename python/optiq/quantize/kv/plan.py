@@ -71,7 +71,7 @@ def kv_plan(model: str | Path, out: str | Path, **options: Unpack[KVFields]) -> 
     The processes that `mlx.launch` starts share the work; each returns the same, and rank 0 writes.
     Raises an OptiqError; then `out` is as it was.
     """
-    with world() as ranks, silenced(ranks.rank != 0):
+    with world() as ranks:
         return kv_plan_together(ranks, model, out, **options)
 
 
@@ -79,12 +79,15 @@ def kv_plan_together(
     ranks: World, model: str | Path, out: str | Path, **options: Unpack[KVFields]
 ) -> KVReport:
     """`kv_plan` on these ranks."""
-    wanted = KVOptions.parse(**options)
-    files = Files(Path(out))
+    with silenced(ranks.rank != 0):
+        return _kv_plan(ranks, str(model), Files(Path(out)), KVOptions.parse(**options))
+
+
+def _kv_plan(ranks: World, model: str, files: Files, wanted: KVOptions) -> KVReport:
     if ranks.rank == 0:
         files.check(overwrite=wanted.overwrite)
     files.check_unfinished(resume=wanted.resume, restart=wanted.restart)
-    job = _prepare(str(model), wanted, ranks)
+    job = _prepare(model, wanted, ranks)
     scores, law = _score(job, files.checkpoint)
     proposals = choose.propose(job.slots, scores, job.budget, wanted.size.text.strip())
     candidates = _measure(job, scores, proposals, job.contexts.selection)
