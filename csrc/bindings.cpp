@@ -21,6 +21,7 @@
 #include "ops/quantize.h"
 #include "ops/quantized_attention.h"
 #include "ops/quantized_matmul.h"
+#include "ops/ranks.h"
 #include "ops/rms_norm.h"
 #include "ops/room.h"
 
@@ -106,6 +107,7 @@ NB_MODULE(_ext, m) {
       "v_format"_a, "scale"_a, "masking"_a = "", "mask"_a = nb::none(), "window"_a = 0,
       "sinks"_a = nb::none(), "softcap"_a = 0.0f, "starts"_a = nb::none(), "first"_a = nb::none(),
       "recent"_a = nb::none(), "value_dim"_a = 0, nb::kw_only(), "stream"_a = nb::none());
+  optiq::bind_ranks(m);
   optiq::bind_decoder_block(m);
   optiq::bind_decode_layer(m);
   optiq::bind_prepared_stack(m);

@@ -1,6 +1,7 @@
 #include "block.h"
 
 #include "memory.h"
+#include "ranks.h"
 
 #include <algorithm>
 #include <cmath>
@@ -36,9 +37,9 @@ void norm(const Norm& n, const float* x, size_t rows, int dims, float* y) {
   kernels().rms_norm({x, nullptr, n.weight, y, rows, dims, n.eps, 1, true});
 }
 
-// y = h + gain * post(x + bias), h null for zeros; x is overwritten.
-void add(const float* h, float* x, const Projection& from, const std::optional<Norm>& post,
-    float gain, size_t rows, float* y) {
+// y = h + gain * post(x + bias), where x + bias is added up over the ranks; x is overwritten.
+void add(const float* h, float* x, const Projection& from, const Ranks* ranks,
+    const std::optional<Norm>& post, float gain, size_t rows, float* y) {
   int dims = from.w.rows;
   if (from.bias) {
     for (size_t r = 0; r < rows; r++) {
@@ -46,6 +47,9 @@ void add(const float* h, float* x, const Projection& from, const std::optional<N
         x[r * dims + i] += from.bias[i];
       }
     }
+  }
+  if (ranks) {
+    ranks->total(x, rows * dims);
   }
   Norm n = post.value_or(Norm{});
   kernels().rms_norm({x, h, n.weight, y, rows, dims, n.eps, gain, post.has_value()});
@@ -160,7 +164,7 @@ void attend(const AttentionLayer& layer, const float* h, int rows, Attention* al
   kernels().attention(all, count);
   float* part = out.get();
   multiply(context.get(), rows, &layer.out, 1, &part, adapters);
-  add(layer.residual ? h : nullptr, part, layer.out, layer.post, layer.gain, rows, y);
+  add(h, part, layer.out, layer.ranks, layer.post, layer.gain, rows, y);
 }
 
 void mlp(const MlpLayer& layer, const float* h, int rows, float* y, Adapters adapters) {
@@ -170,7 +174,9 @@ void mlp(const MlpLayer& layer, const float* h, int rows, float* y, Adapters ada
   most = std::min(most, rows);
   Values normed(layer.in ? most * width : 0);
   Values gate_up(most * 2 * inner), gated(most * inner);
-  Values out(most * width);
+  // Ranks with other rows take other turns, so they add up what they have when all are over.
+  size_t step = layer.ranks ? width : 0;
+  Values out((layer.ranks ? rows : most) * width);
   for (int begin = 0; begin < rows; begin += most) {
     int m = std::min(most, rows - begin);
     const float* x = h + begin * width;
@@ -187,10 +193,14 @@ void mlp(const MlpLayer& layer, const float* h, int rows, float* y, Adapters ada
       g.up_bias = packed ? g.gate_bias + inner : layer.gate_up[1].bias;
     }
     kernels().gate(g);
-    float* part = out.get();
+    float* part = out.get() + begin * step;
     multiply(gated.get(), m, &layer.down, 1, &part, of_rows.after(layer.gate_up.size()));
-    const float* to = layer.residual ? x : nullptr;
-    add(to, part, layer.down, layer.post, layer.gain, m, y + begin * width);
+    if (!layer.ranks) {
+      add(x, part, layer.down, nullptr, layer.post, layer.gain, m, y + begin * width);
+    }
+  }
+  if (layer.ranks) {
+    add(h, out.get(), layer.down, layer.ranks, layer.post, layer.gain, rows, y);
   }
 }
 

@@ -10,6 +10,8 @@
 
 namespace optiq::cpu {
 
+class Ranks;
+
 struct Projection {
   Weight w;
   const float* bias = nullptr; // [w.rows]
@@ -37,8 +39,8 @@ struct AttentionLayer {
   bool whole_norm = false; // q and k norms run over all heads together
   Rope rope;
   const float* sinks = nullptr;
-  bool residual = true; // whether its input is added to what it gives
-  int width() const {   // of the residual stream
+  const Ranks* ranks = nullptr; // that have other heads; the products with `out` are added up
+  int width() const {           // of the residual stream
     return out.w.rows;
   }
 };
@@ -49,7 +51,7 @@ struct MlpLayer {
   std::optional<Norm> in, post;
   Activation activation = Activation::silu;
   float gain = 1;
-  bool residual = true;
+  const Ranks* ranks = nullptr; // that have other rows
 };
 
 // Where the new keys and values of a step go: [batch, head, row, head_dim] by strides.
@@ -78,12 +80,12 @@ struct Adapters {
 OPTIQ_API void project(const AttentionLayer& layer, const float* h, int batch, int rows,
     Positions positions, HeadsOut q, HeadsOut k, HeadsOut v, Adapters adapters = {});
 
-// y = h + post(out(attention)) of `rows` rows of h, without h where there is no `residual`; the
-// `count` attentions, rows after rows, hold everything but y.
+// y = h + post(out(attention)) of `rows` rows of h; the `count` attentions, rows after rows, hold
+// everything but y.
 OPTIQ_API void attend(const AttentionLayer& layer, const float* h, int rows, Attention* a,
     int count, float* y, Adapters adapters = {});
 
-// y = h + post(down(act(gate) * up)) for h[rows, width], likewise; y may be h.
+// y = h + post(down(act(gate) * up)) for h[rows, width]; y may be h.
 OPTIQ_API void mlp(
     const MlpLayer& layer, const float* h, int rows, float* y, Adapters adapters = {});
 

@@ -108,25 +108,6 @@ class AttendPrimitive : public PartPrimitive {
   TermsOfRows terms_;
 };
 
-class FeedForwardPrimitive : public PartPrimitive {
- public:
-  FeedForwardPrimitive(mx::Stream stream, BlockPtr block, TermsOfRows terms)
-      : PartPrimitive(stream, std::move(block)), terms_(std::move(terms)) {}
-
-  void eval_cpu(const std::vector<array>& inputs, std::vector<array>& outputs) override {
-    array &out = outputs[0], h = row_contiguous(inputs[0], stream());
-    out.set_data(mx::allocator::malloc(out.nbytes()));
-    dispatch([terms = terms_, rows = h.shape(0) * h.shape(1), hp = h.data<float>(),
-                 y = out.data<float>()](const DecoderBlock& b) {
-      size_t before = b.attention ? b.attention->qkv.size() + 1 : 0;
-      cpu::mlp(*b.mlp, hp, rows, y, terms.get().after(before));
-    });
-  }
-
- private:
-  TermsOfRows terms_;
-};
-
 } // namespace
 
 std::vector<array> block_project(const BlockPtr& block, const array& h, int offset,
@@ -179,15 +160,6 @@ array block_attend(const BlockPtr& block, const array& h, const array& q,
       std::make_shared<AttendPrimitive>(
           mx::to_stream(s), block, count, layout, mlp, block->terms(slots, batch, rows)),
       std::move(inputs));
-}
-
-array block_feed_forward(
-    const BlockPtr& block, const array& h, const std::vector<int>& slots, mx::StreamOrDevice s) {
-  block->attention_over(h, true);
-  return array(h.shape(), mx::float32,
-      std::make_shared<FeedForwardPrimitive>(
-          mx::to_stream(s), block, block->terms(slots, h.shape(0), h.shape(1))),
-      {h});
 }
 
 } // namespace optiq

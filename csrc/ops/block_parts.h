@@ -21,8 +21,4 @@ array block_attend(const BlockPtr& block, const array& h, const array& q,
     const std::vector<array>& keys, const std::vector<array>& values, const KeyValues& kv, bool mlp,
     const std::vector<int>& slots, mx::StreamOrDevice s = {});
 
-/** What the MLP makes of h [B, L, width]. */
-array block_feed_forward(const BlockPtr& block, const array& h, const std::vector<int>& slots,
-    mx::StreamOrDevice s = {});
-
 } // namespace optiq

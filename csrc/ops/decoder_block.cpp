@@ -70,7 +70,7 @@ std::optional<cpu::Norm> DecoderBlock::norm(const char* name, const Norm& n, int
 void DecoderBlock::set_attention(const std::vector<Matrix>& qkv, const Matrix& out, int heads,
     int kv_heads, float scale, const Norm& in, const Norm& q, const Norm& k, const Norm& v,
     const Norm& post, bool whole_norm, const std::optional<Rope>& rope,
-    const std::optional<array>& sinks, float softcap, float gain, bool residual) {
+    const std::optional<array>& sinks, float softcap, float gain) {
   cpu::AttentionLayer layer;
   layer.out = projection("the output projection", out);
   layer.heads = heads;
@@ -100,7 +100,7 @@ void DecoderBlock::set_attention(const std::vector<Matrix>& qkv, const Matrix& o
   layer.scale = scale;
   layer.softcap = softcap;
   layer.gain = gain;
-  layer.residual = residual;
+  layer.ranks = ranks_.get();
   layer.in = norm("the input norm", in, layer.width());
   layer.post = norm("the output norm", post, layer.width());
   layer.q = norm("the query norm", q, whole_norm ? heads * dim : dim);
@@ -122,7 +122,7 @@ void DecoderBlock::set_attention(const std::vector<Matrix>& qkv, const Matrix& o
 }
 
 void DecoderBlock::set_mlp(const std::vector<Matrix>& gate_up, const Matrix& down,
-    const std::string& activation, const Norm& in, const Norm& post, float gain, bool residual) {
+    const std::string& activation, const Norm& in, const Norm& post, float gain) {
   cpu::MlpLayer layer;
   layer.down = projection("the down projection", down);
   int inner = layer.down.w.cols, width = layer.down.w.rows;
@@ -146,7 +146,7 @@ void DecoderBlock::set_mlp(const std::vector<Matrix>& gate_up, const Matrix& dow
   layer.in = norm("the input norm", in, width);
   layer.post = norm("the output norm", post, width);
   layer.gain = gain;
-  layer.residual = residual;
+  layer.ranks = ranks_.get();
   if (attention && attention->width() != width) {
     fail_block("attention has ", attention->width(), " values, the MLP ", width);
   }

@@ -13,6 +13,7 @@
 #include "ops/key_values.h"
 #include "ops/low_rank.h"
 #include "ops/matmul.h"
+#include "ops/ranks.h"
 #include "ops/tiled_weight.h"
 
 namespace optiq {
@@ -55,8 +56,9 @@ class Given {
 
 class DecoderBlock {
  public:
-  /** `exact`: its products are as exact as of floats, else they read x in 16 bits (cpu/fixed.h). */
-  explicit DecoderBlock(bool exact) : exact_(exact) {}
+  /** `exact`: its products are as exact as of floats, else they read x in 16 bits (cpu/fixed.h).
+   * `ranks` have its other heads and rows of the MLP. */
+  DecoderBlock(bool exact, RanksPtr ranks) : exact_(exact), ranks_(std::move(ranks)) {}
 
   // (w, scales, biases, group size, bits, bias, tiles): dense without scales. Of a tiled weight
   // only the tiles are read and kept.
@@ -65,14 +67,13 @@ class DecoderBlock {
   using Norm = std::optional<std::tuple<std::optional<array>, float>>; // (weight, eps)
   using Rope = std::tuple<int, bool, std::vector<double>, double>;     // dims, traditional, ...
 
-  /** Without `residual` a half gives what it adds to its input, not the sum. Throws
-   * std::invalid_argument where shapes, dtypes or formats do not belong together. */
+  /** Throws std::invalid_argument where shapes, dtypes or formats do not belong together. */
   void set_attention(const std::vector<Matrix>& qkv, const Matrix& out, int heads, int kv_heads,
       float scale, const Norm& in, const Norm& q, const Norm& k, const Norm& v, const Norm& post,
       bool whole_norm, const std::optional<Rope>& rope, const std::optional<array>& sinks,
-      float softcap, float gain, bool residual);
+      float softcap, float gain);
   void set_mlp(const std::vector<Matrix>& gate_up, const Matrix& down,
-      const std::string& activation, const Norm& in, const Norm& post, float gain, bool residual);
+      const std::string& activation, const Norm& in, const Norm& post, float gain);
 
   /** Low-rank terms beside its projections, in this order: queries, keys, values, output, gate, up,
    * down; one for matrices in one. Null where there are none. */
@@ -98,6 +99,7 @@ class DecoderBlock {
   std::optional<cpu::Norm> norm(const char* name, const Norm& n, int size);
 
   bool exact_;
+  RanksPtr ranks_;
   std::vector<array> kept_;
   std::vector<TiledPtr> tiled_;
   std::vector<TermsPtr> terms_;

@@ -24,13 +24,6 @@ struct Terms {
 
 using Slots = std::vector<int>;
 
-// f(block, ...) as f(handle, ...).
-template <class R, class... Args>
-auto with_handle(R (*f)(const BlockPtr&, Args...)) {
-  return
-      [f](const BlockHandle& h, Args... args) { return f(h.block, std::forward<Args>(args)...); };
-}
-
 using MaybeArray = std::optional<array>;
 using MaybePair = std::optional<KeyValues::Pair>;
 
@@ -93,18 +86,18 @@ void bind_decoder_block(nb::module_& m) {
   nb::class_<BlockHandle>(m, "DecoderBlock")
       .def(
           "__init__",
-          [](BlockHandle* self, bool exact) {
-            new (self) BlockHandle{std::make_shared<DecoderBlock>(exact), {}};
+          [](BlockHandle* self, bool exact, const std::optional<RanksHandle>& ranks) {
+            new (self) BlockHandle{
+                std::make_shared<DecoderBlock>(exact, ranks ? ranks->ranks : nullptr), {}};
           },
-          "exact"_a = true)
+          "exact"_a = true, "ranks"_a = nb::none())
       .def("set_attention", method(&DecoderBlock::set_attention), nb::kw_only(), "qkv"_a, "out"_a,
           "heads"_a, "kv_heads"_a, "scale"_a, "norm"_a = nb::none(), "q_norm"_a = nb::none(),
           "k_norm"_a = nb::none(), "v_norm"_a = nb::none(), "post_norm"_a = nb::none(),
           "whole_norm"_a = false, "rope"_a = nb::none(), "sinks"_a = nb::none(), "softcap"_a = 0.0f,
-          "gain"_a = 1.0f, "residual"_a = true)
+          "gain"_a = 1.0f)
       .def("set_mlp", method(&DecoderBlock::set_mlp), nb::kw_only(), "gate_up"_a, "down"_a,
-          "activation"_a, "norm"_a = nb::none(), "post_norm"_a = nb::none(), "gain"_a = 1.0f,
-          "residual"_a = true)
+          "activation"_a, "norm"_a = nb::none(), "post_norm"_a = nb::none(), "gain"_a = 1.0f)
       .def(
           "set_terms",
           [](BlockHandle& h, const std::vector<std::optional<Terms>>& terms) {
@@ -118,8 +111,13 @@ void bind_decoder_block(nb::module_& m) {
       .def("watch", &BlockHandle::watch, "children"_a)
       .def("unchanged", &BlockHandle::unchanged, "parents"_a, "keys"_a, "children"_a);
   m.def("traced", [](const array& a) { return a.is_tracer(); }, "a"_a);
-  m.def("block_project", with_handle(&block_project), "block"_a, "h"_a, "offset"_a = 0,
-      "offsets"_a = nb::none(), "slots"_a = Slots{}, nb::kw_only(), "stream"_a = nb::none());
+  m.def(
+      "block_project",
+      [](const BlockHandle& h, const array& x, int offset, const MaybeArray& offsets,
+          const Slots& slots,
+          mx::StreamOrDevice s) { return block_project(h.block, x, offset, offsets, slots, s); },
+      "block"_a, "h"_a, "offset"_a = 0, "offsets"_a = nb::none(), "slots"_a = Slots{},
+      nb::kw_only(), "stream"_a = nb::none());
   m.def(
       "block_attend",
       [](const BlockHandle& h, const array& x, const array& q, const std::vector<array>& keys,
@@ -134,8 +132,6 @@ void bind_decoder_block(nb::module_& m) {
       "mlp"_a = false, "k_format"_a = AffineFormat{}, "v_format"_a = AffineFormat{}, "window"_a = 0,
       "starts"_a = nb::none(), "first"_a = nb::none(), "recent"_a = nb::none(), "slots"_a = Slots{},
       nb::kw_only(), "stream"_a = nb::none());
-  m.def("block_feed_forward", with_handle(&block_feed_forward), "block"_a, "h"_a,
-      "slots"_a = Slots{}, nb::kw_only(), "stream"_a = nb::none());
   using Places = std::vector<std::tuple<int, int, int, int>>;
   auto at = [](const Places& places) {
     std::vector<CachePlace> out;

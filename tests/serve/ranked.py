@@ -20,6 +20,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from optiq.distributed.ranks import World, world
 from optiq.nn.blocks import Fused
 from optiq.nn.shard import shard
+from optiq.nn.stack import runs_as_one
 from optiq.serve.engine.request import Request, Sampling
 from optiq.serve.opening import Opened, Ranks, open_model, open_share
 from optiq.serve.options import Options
@@ -71,6 +72,7 @@ def facts(sequences: Any) -> dict[str, Any]:
     """What tells whether a rank has its share alone, and how it computes."""
     return {
         "fused": sum(isinstance(block, Fused) for block in sequences.model.layers),
+        "as one": runs_as_one(sequences.model),
         "kv": [size for size, _ in sequences._measured.windows],
         "drafts": sequences._measured.drafts,
     }

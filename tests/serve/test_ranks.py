@@ -22,7 +22,7 @@ from mlx_lm.utils import load_model, quantize_model, save_model
 from optiq.distributed.ranks import ALONE
 from optiq.serve.opening import open_model
 from tests.ports import hostfile
-from tests.serve.ranked import OPTIONS, answers, asked, facts, logits
+from tests.serve.ranked import OPTIONS, answers, facts, logits
 from tests.tiny import tiny_folder, write_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -98,23 +98,19 @@ def compare(folder: Path, found: Found, case: str) -> None:
     ranks = [rank[case] for rank in found]
     assert all(rank["logits"] == ranks[0]["logits"] for rank in ranks)
     np.testing.assert_allclose(ranks[0]["logits"], logits(folder / name, ALONE), atol=1e-4)
-    if name == "gemma3_text":  # its shares are not fused, so its caches hold float32
-        assert all(
-            len(got[0]) == request.max_tokens
-            for got, request in zip(ranks[0]["answers"], [*asked(), asked()[0]], strict=True)
-        )
-        return
     opened = open_model(folder / name, OPTIONS, kv=kv or None)
     engine: Any = opened.engine
     alone = facts(engine._sequences)
     parts = zip(*(rank["kv"] for rank in ranks), strict=True)
     assert [sum(sizes) for sizes in parts] == alone["kv"]
-    assert all(rank["fused"] == alone["fused"] for rank in ranks)
-    assert all(rank["drafts"] == alone["drafts"] for rank in ranks)
+    for fact in ("fused", "as one", "drafts"):
+        assert all(rank[fact] == alone[fact] for rank in ranks)
     answers_alone = answers(opened)
+    # Sums of ranks differ in the last bits, which caches in float16 round; its answers move most.
+    allowed = 5e-3 if name == "gemma3_text" else 1e-3
     for got, expected in zip(ranks[0]["answers"], answers_alone, strict=True):
         assert got[0] == expected[0]
-        np.testing.assert_allclose(got[1], expected[1], atol=1e-3)
+        np.testing.assert_allclose(got[1], expected[1], atol=allowed)
     # What was cached of the others depends on who came first.
     assert ranks[0]["answers"][-1][2] == answers_alone[-1][2]
 

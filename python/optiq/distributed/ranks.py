@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +145,6 @@ class World:
         rows are beside it. (The ring adds the parts of an array in different orders.)"""
         if self.size == 1:
             return x
-        if _on_cpu():
-            return self._through_rank_0(x, lambda parts: sum(parts[1:], start=parts[0]), 1)
         each = self._all_of(x)
         return sum((each[rank] for rank in range(1, self.size)), start=each[0])
 
@@ -155,8 +152,6 @@ class World:
         """The arrays of all ranks, one after the other along the last axis."""
         if self.size == 1:
             return x
-        if _on_cpu():
-            return self._through_rank_0(x, lambda parts: np.concatenate(parts, -1), self.size)
         import mlx.core as mx
 
         return mx.moveaxis(self._all_of(x), 0, -2).reshape(*x.shape[:-1], -1)
@@ -165,25 +160,6 @@ class World:
         import mlx.core as mx
 
         return mx.distributed.all_gather(x[None], group=self._group)
-
-    def _through_rank_0(self, x: Any, join: Callable[[list[Any]], Any], wider: int) -> Any:
-        """What `join` makes there of the arrays of all ranks, in their order.
-
-        While MLX's ring waits, two threads of each rank go round in circles. They take the cores
-        from those that others wait for, and a sum takes a millisecond where this takes a tenth.
-        """
-        import mlx.core as mx
-
-        own = np.array(x.astype(mx.float32))
-        if self.rank == 0:
-            parts = [own, *(_floats(peer, own.shape) for peer in self._others())]
-            joined = np.ascontiguousarray(join(parts))
-            for peer in self._others():
-                peer.sendall(joined.data.cast("B"))
-        else:
-            self._peer(0).sendall(own.data.cast("B"))
-            joined = _floats(self._peer(0), (*own.shape[:-1], wider * own.shape[-1]))
-        return mx.array(joined).astype(x.dtype)
 
     def connections(self) -> dict[int, socket.socket]:
         """New connections between rank 0 and each other rank, by the peer's rank; all ranks have to
@@ -344,19 +320,6 @@ def _connect(here: World) -> dict[int, socket.socket]:
             else:
                 peer.close()
     return peers
-
-
-def _on_cpu() -> bool:
-    import mlx.core as mx
-
-    return bool(mx.default_device() == mx.Device(mx.cpu))
-
-
-def _floats(peer: socket.socket, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """An array that a peer sends. Raises ConnectionError at the end of the connection."""
-    from . import wire  # here: it loads MLX
-
-    return wire.read(peer, 4 * prod(shape)).view(np.float32).reshape(shape)
 
 
 def _line(peer: socket.socket) -> bytes:

@@ -141,7 +141,7 @@ def _fuse_blocks(model: nn.Module, report: Accelerated) -> None:
             report.left[path] = str(reason)
             continue
         kind: tuple[Any, ...] = (type(block), anatomy)
-        if description.ranks:
+        if description.meeting:
             if not native.on_cpu():
                 report.left[path] = "its ranks meet between its halves"
                 continue

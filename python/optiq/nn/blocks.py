@@ -32,7 +32,7 @@ from ..ops import metal, native
 from .adapted import Adapted
 from .launched import Launched
 from .layers import Adopting
-from .parts import PLAIN, Composed, Native, Place, ranks_of
+from .parts import PLAIN, Composed, Native, Place
 from .sharded import Summed
 
 Cache = Any
@@ -59,7 +59,7 @@ def fuse(block: nn.Module, anatomy: Block) -> nn.Module:
         mixin = FusedSharing if anatomy.shares else Fused
         _fused_classes[cls] = type(f"Fused{cls.__name__}", (mixin, cls), {})
     fused: nn.Module = _fused_classes[cls].adopt(block)  # type: ignore[attr-defined]
-    fused.__dict__["_runner"] = Runner(anatomy, sharded=ranks_of(block, anatomy) is not None)
+    fused.__dict__["_runner"] = Runner(anatomy)
     return fused
 
 
@@ -80,9 +80,6 @@ class Fused(Adopting):
         if parts is None or _foreign(parts, cache):
             out: mx.array = super().__call__(x, mask, cache)
             return out
-        if isinstance(parts, Native) and parts.ranks:
-            h = mx.add(x, parts.ranks.total(_attend(parts, x, mask, cache, with_mlp=False)))
-            return mx.add(h, parts.ranks.total(parts.feed_forward(h)))
         h = _attend(parts, x, mask, cache, runner.with_mlp)
         return h if runner.with_mlp else runner.feed_forward(self, h)
 
@@ -127,13 +124,10 @@ def _foreign(parts: Native | Composed, cache: Cache) -> bool:
 
 
 class Runner:
-    """The anatomy of a block, and its parts made ready when they are first used.
+    """The anatomy of a block, and its parts made ready when they are first used."""
 
-    Between the halves of a `sharded` block its ranks add up what they have.
-    """
-
-    def __init__(self, anatomy: Block, sharded: bool = False) -> None:
-        self.anatomy, self.sharded = anatomy, sharded
+    def __init__(self, anatomy: Block) -> None:
+        self.anatomy = anatomy
         self.with_mlp = anatomy.mlp is not None
         self._parts: Native | Composed | None = None
         self._ext: Any = None
@@ -141,10 +135,10 @@ class Runner:
         self._intact: Callable[..., bool] = intact
 
     def __deepcopy__(self, memo: Any) -> Runner:
-        return Runner(self.anatomy, self.sharded)
+        return Runner(self.anatomy)
 
     def __reduce__(self) -> Any:
-        return Runner, (self.anatomy, self.sharded)
+        return Runner, (self.anatomy,)
 
     def parts(self, block: nn.Module, x: mx.array) -> Native | Composed | None:
         """None where the original has to run: around foreign layers, and for traced inputs."""

@@ -22,7 +22,7 @@ from ..ops import AffineWeight
 from ..ops.attention import capped_attention, masking, packing
 from .adapted import Adapted
 from .layers import Linear, QuantizedLinear
-from .sharded import Ranks, Summed
+from .sharded import Meeting, Summed
 from .tiled import tiles_of
 
 Mask = Any  # None, "causal" or an array that broadcasts to [batch, heads, rows, keys]
@@ -45,12 +45,6 @@ def module_at(block: nn.Module, path: str) -> Any:
     for key in path.split("."):
         at = at[key]
     return at
-
-
-def ranks_of(block: nn.Module, anatomy: Block) -> Ranks | None:
-    """The ranks that share the block, None where it is whole."""
-    out = module_at(block, anatomy.attention.out)
-    return out.ranks if isinstance(out, Summed) else None
 
 
 def matrix(block: nn.Module, path: str) -> tuple[Any, ...]:
@@ -87,9 +81,10 @@ class Description:
     def __init__(self, block: nn.Module, anatomy: Block) -> None:
         a, m, norms = anatomy.attention, anatomy.mlp, anatomy.norms
         self.plus_one, self.saturates = norms.plus_one, anatomy.saturates
-        self.ranks = ranks_of(block, anatomy)
-        if self.ranks and (norms.attention_post or norms.mlp_post or anatomy.shares):
-            raise Unknown("what its ranks have is added up before a norm, so it runs by its layers")
+        out = module_at(block, a.out)
+        self.meeting: Meeting | None = out.meeting if isinstance(out, Summed) else None
+        if self.meeting and anatomy.shares:
+            raise Unknown("its ranks meet in it, so it runs by its layers")
         self.attention: dict[str, Any] = {
             "qkv": [matrix(block, p) for p in a.qkv],
             "out": matrix(block, a.out),
@@ -146,16 +141,14 @@ class Native:
     def __init__(self, ext: ModuleType, block: nn.Module, anatomy: Block) -> None:
         d = Description(block, anatomy)
         self.ext = ext
-        self.block = ext.DecoderBlock(d.exact)
+        self.block = ext.DecoderBlock(d.exact, d.meeting and d.meeting.native)
         if d.plus_one:
             d.add_one()
         r = d.rope
         rope = (r.dims, r.traditional, list(r.frequencies), r.magnitude) if r else None
-        self.ranks = d.ranks  # each half gives a part of a sum, which is then added to its input
-        residual = d.ranks is None
-        self.block.set_attention(**d.attention, rope=rope, residual=residual)
+        self.block.set_attention(**d.attention, rope=rope)
         if d.mlp is not None:
-            self.block.set_mlp(**d.mlp, residual=residual)
+            self.block.set_mlp(**d.mlp)
         self._step = ext.block_step
         adapted = [a for a in d.adapted if a is not None]
         self._selection = adapted[0].selection if adapted else None
@@ -222,11 +215,6 @@ class Native:
         )
         return out
 
-    def feed_forward(self, h: mx.array) -> mx.array:
-        """The second half of the block."""
-        out: mx.array = self.ext.block_feed_forward(self.block, h, self.slots)
-        return out
-
     def attend_each(
         self, x: mx.array, q: mx.array, keys: Sequence[mx.array], values: Sequence[mx.array]
     ) -> mx.array:
@@ -246,7 +234,7 @@ class Composed:
         self.d = Description(block, anatomy)
         if any(self.d.adapted):
             raise Unknown("an adapter lies beside its projections")
-        if self.d.ranks:
+        if self.d.meeting:
             raise Unknown("its ranks meet between its halves")
         if rope := self.d.rope:
             self.wavelengths = mx.array([1 / f if f else mx.inf for f in rope.frequencies])

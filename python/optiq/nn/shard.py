@@ -22,7 +22,7 @@ from ..models.blocks import Attention, Mlp, Unknown, describe, set_heads
 from ..models.places import place_at
 from ..models.roles import Role, role_of
 from ..models.roles import blocks as blocks_of
-from .sharded import Ranks, ShardedEmbedding, ShardedHead, Summed
+from .sharded import Meeting, Ranks, ShardedEmbedding, ShardedHead, Summed
 
 _ALIGNMENT = 8  # rows of an MLP that is not quantized
 
@@ -43,10 +43,11 @@ def shard(model: nn.Module, ranks: Ranks, name: str) -> None:
     a time. Raises DistributedError for a model that cannot be divided so."""
     if ranks.size == 1:
         return
+    meeting = Meeting(ranks)
     blocks = blocks_of(model)
     for path, block in blocks.items():
         try:
-            _shard_block(block, ranks)
+            _shard_block(block, meeting)
         except Unknown as reason:
             raise DistributedError(
                 f"{name} cannot be divided among {ranks.size} ranks: {path}: {reason}; serve it "
@@ -56,7 +57,7 @@ def shard(model: nn.Module, ranks: Ranks, name: str) -> None:
     leaves: dict[str, Any] = dict(tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module))
     for path, layer in leaves.items():
         if not any(path.startswith(f"{block}.") for block in blocks):
-            _shard_vocabulary(model, path, layer, ranks)
+            _shard_vocabulary(model, path, layer, meeting)
 
 
 def shares(total: int, unit: int, ranks: int) -> list[Span]:
@@ -73,24 +74,24 @@ def shares(total: int, unit: int, ranks: int) -> list[Span]:
     return [Span(*ends) for ends in pairwise(ends)]
 
 
-def _shard_block(block: nn.Module, ranks: Ranks) -> None:
+def _shard_block(block: nn.Module, meeting: Meeting) -> None:
     anatomy = describe(block)
     if anatomy.mlp is None:
         raise Unknown("its experts are not divided among ranks")
     if anatomy.attention.whole_norm:
         raise Unknown("its norm runs over all query heads together")
-    _shard_attention(block, anatomy.attention, ranks)
-    _shard_mlp(block, anatomy.mlp, ranks)
+    _shard_attention(block, anatomy.attention, meeting)
+    _shard_mlp(block, anatomy.mlp, meeting)
 
 
-def _shard_attention(block: nn.Module, a: Attention, ranks: Ranks) -> None:
+def _shard_attention(block: nn.Module, a: Attention, meeting: Meeting) -> None:
     out = place_at(block, a.out).get()
     columns = _columns(out)
     head = columns // a.heads
     together = a.heads // a.kv_heads  # query heads of a key head
     width = together * head
     unit = _group(out) // gcd(_group(out), width)  # key heads
-    own = _own_share(a.kv_heads, unit, ranks, "key heads")
+    own = _own_share(a.kv_heads, unit, meeting, "key heads")
     count = own.end - own.begin
     if len(a.qkv) == 1:
         keys, values = a.heads * head, (a.heads + a.kv_heads) * head
@@ -99,7 +100,7 @@ def _shard_attention(block: nn.Module, a: Attention, ranks: Ranks) -> None:
         parts = [[own.times(width)], *([own.times(head)] for _ in a.qkv[1:])]
     for path, spans in zip(a.qkv, parts, strict=True):
         _keep(block, path, _rows(place_at(block, path).get(), spans))
-    _keep(block, a.out, Summed(_inputs(out, own.times(width), ranks), ranks))
+    _keep(block, a.out, Summed(_inputs(out, own.times(width), meeting), meeting))
     set_heads(block, count * together, count)
     if a.sinks:
         heads, place = own.times(together), place_at(block, a.sinks)
@@ -107,41 +108,41 @@ def _shard_attention(block: nn.Module, a: Attention, ranks: Ranks) -> None:
         place.parent[place.key] = mx.contiguous(sinks[heads.begin : heads.end])
 
 
-def _shard_mlp(block: nn.Module, m: Mlp, ranks: Ranks) -> None:
+def _shard_mlp(block: nn.Module, m: Mlp, meeting: Meeting) -> None:
     down = place_at(block, m.down).get()
     inner = _columns(down)
-    own = _own_share(inner, max(_group(down), _ALIGNMENT), ranks, "rows of the MLP")
+    own = _own_share(inner, max(_group(down), _ALIGNMENT), meeting, "rows of the MLP")
     for path in m.gate_up:
         spans = [own] if len(m.gate_up) == 2 else [own, own.times(1, inner)]
         _keep(block, path, _rows(place_at(block, path).get(), spans))
-    _keep(block, m.down, Summed(_inputs(down, own, ranks), ranks))
+    _keep(block, m.down, Summed(_inputs(down, own, meeting), meeting))
 
 
-def _own_share(total: int, unit: int, ranks: Ranks, of: str) -> Span:
-    spans = shares(total, unit, ranks.size)
+def _own_share(total: int, unit: int, meeting: Meeting, of: str) -> Span:
+    spans = shares(total, unit, meeting.size)
     if not spans:
         parts = -(-total // unit)
         raise Unknown(
             f"its {total} {of} can only be divided by {unit}, in {parts} part{'s'[: parts != 1]}, "
-            f"not among {ranks.size} ranks"
+            f"not among {meeting.size} ranks"
         )
-    return spans[ranks.rank]
+    return spans[meeting.rank]
 
 
-def _shard_vocabulary(model: nn.Module, path: str, layer: Any, ranks: Ranks) -> None:
+def _shard_vocabulary(model: nn.Module, path: str, layer: Any, meeting: Meeting) -> None:
     """If the layer is an embedding or the output head."""
     embeds = hasattr(layer, "as_linear")
     if not embeds and role_of(path) is not Role.HEAD:
         return
     vocabulary = layer.weight.shape[0]
-    most = -(-vocabulary // ranks.size)
-    own = Span(min(ranks.rank * most, vocabulary), min((ranks.rank + 1) * most, vocabulary))
+    most = -(-vocabulary // meeting.size)
+    own = Span(min(meeting.rank * most, vocabulary), min((meeting.rank + 1) * most, vocabulary))
     kept = _rows(layer, [own])
     mx.eval(kept.parameters())
     if embeds:
-        _keep(model, path, ShardedEmbedding(kept, own.begin, vocabulary, ranks))
+        _keep(model, path, ShardedEmbedding(kept, own.begin, vocabulary, meeting))
     else:
-        _keep(model, path, ShardedHead(kept, vocabulary, ranks))
+        _keep(model, path, ShardedHead(kept, vocabulary, meeting))
 
 
 def _keep(parent: nn.Module, path: str, module: nn.Module) -> None:
@@ -166,13 +167,13 @@ def _rows(layer: Any, spans: list[Span]) -> nn.Module:
     )
 
 
-def _inputs(layer: Any, span: Span, ranks: Ranks) -> nn.Module:
+def _inputs(layer: Any, span: Span, meeting: Meeting) -> nn.Module:
     """The layer with these of its inputs; only rank 0 adds the bias."""
     columns = _columns(layer)
 
     def part(x: mx.array) -> mx.array:
         if x.ndim == 1:
-            return x if ranks.rank == 0 else mx.zeros_like(x)
+            return x if meeting.rank == 0 else mx.zeros_like(x)
         begin, end = (n * x.shape[1] // columns for n in (span.begin, span.end))
         return mx.contiguous(x[:, begin:end])
 

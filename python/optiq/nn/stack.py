@@ -51,11 +51,6 @@ def stackable(blocks: Sequence[nn.Module]) -> bool:
     )
 
 
-def one_node(blocks: Sequence[nn.Module]) -> bool:
-    """Whether they can run as one: they are not divided among ranks, which meet between them."""
-    return stackable(blocks) and not any(b.runner.sharded for b in blocks)
-
-
 def runs_as_one(model: nn.Module) -> bool:
     """Whether steps over `optiq.kv.rows` are one node."""
     found = [m for m in model.modules() if isinstance(m, Stacked)]
@@ -69,7 +64,7 @@ class Stacked(Adopting):
     def as_one(self) -> bool:
         """Whether its blocks can run as one node."""
         blocks = self["layers"]
-        if not one_node(blocks) or self.__dict__.get("_unforeseen"):
+        if not stackable(blocks) or self.__dict__.get("_unforeseen"):
             return False
         x = mx.zeros((1, 1, 1))
         return all(isinstance(b.runner.parts(b, x), Native) for b in blocks)
@@ -156,7 +151,7 @@ class Prepared:
         self.stack: Any = None  # where the blocks have to run one by one
         self.unmasked = False  # a row sees all of its cache
         given, x = [], mx.zeros((1, 1, 1))
-        if not one_node(blocks) or not all(hasattr(c, "rows") for c in caches):
+        if not stackable(blocks) or not all(hasattr(c, "rows") for c in caches):
             return
         for block, cache in zip(blocks, caches, strict=True):
             parts = block.runner.parts(block, x)
