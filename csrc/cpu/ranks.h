@@ -9,9 +9,9 @@
 
 namespace optiq::cpu {
 
-// All ranks make the same calls in the same order. Parts go through rank 0, which adds them up in
-// the order of the ranks, so that all have the same bits. Both calls throw std::runtime_error where
-// a connection has ended.
+// All ranks make the same calls in the same order. Parts of more than two go through rank 0, which
+// adds them up in the order of the ranks, so that all have the same bits. Both calls throw
+// std::runtime_error where a connection has ended.
 class OPTIQ_API Ranks {
  public:
   // The connections of rank 0 are those to each other rank, in their order; another rank has one,
