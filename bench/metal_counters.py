@@ -84,8 +84,9 @@ def stock(case: Product) -> Figures:
     m, n, k, bits = case.rows, case.out, case.inner, case.bits
     limit = 13 if max(k, n) <= 2048 else 15 if max(k, n) <= 4096 else 13
     template = f"half, {GROUP}, {bits}"
-    if m == 1:  # every shape here is a multiple of what qmv_fast asks for
-        return _stock(f"affine_qmv_fast<{template}, false>", case, (1, n // 8, 1), (32, 2, 1), 2)
+    if m == 1:
+        kernel = "affine_qmv" if n % 8 or k % 512 else "affine_qmv_fast"
+        return _stock(f"{kernel}<{template}, false>", case, (1, -(-n // 8), 1), (32, 2, 1), 2)
     if m < limit:
         tiles = -(-m // 5)
         per_tile = -(-m // tiles)

@@ -79,7 +79,8 @@ def run_arrays(
     """The plan's outputs, and what its launches counted together.
 
     A temporary is written by the first launch that has it, and read by the later ones. `held`: what
-    an output holds before, if launches add to it.
+    an output holds before, if launches add to it. Constants are not counted: a GPU has them in
+    registers before a kernel starts.
     """
     results = [held.get(i, np.zeros(*output)) for i, output in enumerate(outputs)]
     temporaries: dict[int, np.ndarray] = {}
@@ -113,6 +114,9 @@ def run_arrays(
         )
         for (where, index), array in zip(written, out, strict=True):
             where[index] = array
+        for i, argument in enumerate(launch["arguments"]):
+            if argument["kind"] == "constants":
+                counters = counters.without(i)
         total = counters if total is None else total + counters
     assert total is not None, "a plan without launches"
     return results, total

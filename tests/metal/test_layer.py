@@ -7,6 +7,8 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
+from bench.layer_counters import ours, stock
+from optiq.formats import Format
 from optiq.ops.layer_cases import LAYERS, W4, W8, LayerCase
 from tests.msl.emulator import needs_emulator
 
@@ -15,11 +17,17 @@ from .launcher import compile_together, native_layer, plan_layer, run_layer, str
 pytestmark = needs_emulator
 
 BATCHES = {rows: LayerCase(f"{rows} rows", batch=rows, head_norms=True) for rows in (1, 9, 16)}
+W3_64, W4_64, W6_64, W8_64 = (Format("affine", bits, 64) for bits in (3, 4, 6, 8))
+LLAMA = LayerCase(
+    "llama", (W4_64, W6_64, W8_64), W3_64, (W4_64, W4_64), W8_64, keys=200, width=512, hidden=1024,
+    dim=64, heads=24, kv_heads=8,
+)  # fmt: skip
+SHAPES = [LLAMA, replace(LLAMA, name="gemma3", head_norms=True, post_norms=True, gelu=True)]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_together() -> None:
-    compile_together([plan_layer(case) for case in (*LAYERS, *BATCHES.values())])
+    compile_together([plan_layer(case) for case in (*LAYERS, *BATCHES.values(), *SHAPES)])
 
 
 @pytest.mark.parametrize("case", LAYERS, ids=str)
@@ -38,6 +46,15 @@ def bytes_handed_on(case: LayerCase) -> int:
     vectors = columns + 2 * case.width * (2 if case.post_norms else 1)
     stored = sum(c.shape[-1] * c.itemsize for c in case.caches)
     return case.batch * (vectors * case.h.itemsize + layer.kv_heads * stored)
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_a_layer_reads_no_more_lines_than_stock(case: LayerCase) -> None:
+    """And writes no more, in fewer launches."""
+    a, b = ours(case), stock(case)
+    assert a.lines <= b.lines
+    assert a.written <= b.written
+    assert a.dispatches <= b.dispatches // 2
 
 
 @pytest.mark.parametrize(("keys", "launches"), [(200, 6), (3000, 7)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn
 
 _BUFFERS = 31
@@ -122,6 +122,18 @@ class Counters:
     def simdgroup_operations(self) -> int:
         """All simdgroup functions, barriers apart."""
         return sum(n for name, n in self.operations.items() if name != "barrier")
+
+    def without(self, buffer: int) -> Counters:
+        """As if nothing had asked for this buffer."""
+        lists = ((name, getattr(self, name)) for name in _BY_BUFFER)
+        return replace(
+            self,
+            **{
+                name: [*of[:buffer], 0, *of[buffer + 1 :]]
+                for name, of in lists
+                if isinstance(of, list)
+            },
+        )
 
     def __add__(self, other: Counters) -> Counters:
         return Counters(
