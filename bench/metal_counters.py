@@ -141,6 +141,39 @@ def experts(rows: int, of: int, width: int, bits: int) -> tuple[Figures, Figures
     return here, gather(counters, [0], [1, 2], 3, [6])
 
 
+def sorted_experts(each: int, of: int, width: int, bits: int) -> tuple[Figures, Figures]:
+    """Ours and stock for as many rows to each of several weights [width, width], in their order.
+
+    Both first look where each weight's rows begin; of stock that is a dispatch and no bytes.
+    """
+    rows = each * of
+    case = Product(rows, width * of, width, bits, GROUP, "f16")
+    x = case.activations()
+    weight = [a.reshape(of, width, -1) for a in case.quantized()]
+    which = np.repeat(np.arange(of, dtype=np.uint32), each)
+    plan = plan_quantized_matmul(
+        rows, width, [(width, (GROUP, bits))], experts=of, sorted=True, gpu=GPU
+    )
+    _, counters = run(plan, [x, *weight, mx.array(which)], [((rows, width), x.dtype)])
+    here = gather(counters, [1], [2, 3], 0, [5])
+    here.other = counters.bytes_read[4]
+    here.lines += 64 * counters.lines_read_by_threadgroups[4]
+
+    arguments: dict[int, Any] = {0: to_numpy(x)}
+    arguments |= {1 + i: to_numpy(a) for i, a in enumerate(weight)}
+    arguments |= {4: np.arange(0, rows, each, dtype=np.int32), 5: Out((rows, width), np.float16)}
+    arguments |= {6 + i: np.int32(n) for i, n in enumerate((rows, width, width, of))}
+    kernel = _module(f"affine_gather_qmm_rhs<half, {GROUP}, {bits}, 16, 32, 32, 1, 2, true>")
+    for name in ("align_N", "align_K"):
+        kernel.constant(name, True)
+    grid = (width // 32, rows // 16 + of, 1)
+    _, counters = kernel("k", arguments, grid=grid, threads=(32, 2, 1))
+    there = gather(counters, [1], [2, 3], 0, [5]) + Figures(1)
+    there.other = counters.bytes_read[4]
+    there.lines += 64 * counters.lines_read_by_threadgroups[4]
+    return here, there
+
+
 @cache
 def _module(kernel: str) -> Module:
     return Module(source=QUANTIZED, kernels={"k": kernel}, include=[INCLUDE])
@@ -233,6 +266,9 @@ def others() -> Iterator[str]:
         case = Product(rows, 512, 1024, 4, GROUP, "f16")
         yield row(f"x @ w, {count(rows)}", ours([case], False), stock_not_transposed(case))
     yield row("8 rows to 4 experts", *experts(8, 4, 512, 4))
+    for each in (4, 16, 40, 100):
+        name = f"{4 * each} rows to 4 experts, sorted"
+        yield row(name, *sorted_experts(each, 4, 512, 4))
 
 
 def main() -> None:

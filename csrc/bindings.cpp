@@ -47,14 +47,15 @@ NB_MODULE(_ext, m) {
   m.def(
       "quantized_matmul",
       [](const array& x, const array& w, const array& scales, const array& biases, bool transpose,
-          int group_size, int bits, const std::optional<array>& indices, bool exact,
-          mx::StreamOrDevice s) {
+          int group_size, int bits, const std::optional<array>& indices, bool sorted_indices,
+          bool exact, mx::StreamOrDevice s) {
         AffineFormat format{.bits = bits, .group_size = group_size};
         return optiq::quantized_matmul(
-            x, {w, scales, biases, format}, transpose, indices, exact, s);
+            x, {w, scales, biases, format}, transpose, indices, sorted_indices, exact, s);
       },
       "x"_a, "w"_a, "scales"_a, "biases"_a, "transpose"_a = true, "group_size"_a = 64, "bits"_a = 4,
-      nb::kw_only(), "indices"_a = nb::none(), "exact"_a = true, "stream"_a = nb::none());
+      nb::kw_only(), "indices"_a = nb::none(), "sorted_indices"_a = false, "exact"_a = true,
+      "stream"_a = nb::none());
   m.def(
       "mixed_quantized_matmul",
       [](const array& x, const std::vector<std::tuple<array, array, array, int, int>>& parts,

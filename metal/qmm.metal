@@ -91,6 +91,83 @@ template <typename X, typename S>
   (p == 0 ? y0 : p == 1 ? y1 : p == 2 ? y2 : y3)[at] = typename Wider<X, S>::type(sum);
 }
 
+// The first row of each expert where the indices ascend, then of those that name no expert, and the
+// end of all. Threads: 128. Grid: x over these, a thread for each.
+template <typename I>
+[[kernel]] void expert_rows(const device I* indices [[buffer(0)]], device int* first [[buffer(1)]],
+    constant QuantizedShape& shape [[buffer(2)]], uint expert [[thread_position_in_grid]]) {
+  if (int(expert) > shape.experts + 1) {
+    return;
+  }
+  int from = int(expert) > shape.experts ? shape.m : 0, to = shape.m;
+  while (from < to) {
+    const int middle = (from + to) / 2;
+    if (indices[middle] < expert) {
+      from = middle + 1;
+    } else {
+      to = middle;
+    }
+  }
+  first[expert] = from;
+}
+
+// Rows of x, up to `to`, that use one weight.
+struct ExpertRows {
+  int expert, from, to;
+};
+
+// Those of tile `at`, where the rows of each expert are cut into tiles of BM; none if there are
+// fewer tiles. The lanes of a simdgroup take an expert each.
+template <int BM>
+METAL_FUNC ExpertRows expert_tile(const device int* first, int experts, int m, int at, int lane) {
+  for (int e = 0, before = 0; e <= experts; e += 32) {
+    const int mine = min(e + lane, experts + 1);
+    const int from = first[mine], to = first[min(mine + 1, experts + 1)];
+    const int tiles = max(0, to - from + BM - 1) / BM; // also if indices do not ascend
+    const int upto = before + simd_prefix_inclusive_sum(tiles);
+    const ushort owner = ushort(simd_sum(int(upto <= at)));
+    if (owner < 32) {
+      const int skipped = at - simd_shuffle(upto - tiles, owner);
+      return {e + owner, simd_shuffle(from, owner) + skipped * BM, simd_shuffle(to, owner)};
+    }
+    before = simd_shuffle(upto, 31);
+  }
+  return {experts, m, m};
+}
+
+// Many rows of x in the order of their experts. Threads: 128. Grid: x over tiles of BN outputs, y
+// over tiles of rows, as many as there may be.
+template <typename X, typename S, int WIDTHS, int BM, int BN>
+[[kernel]] void qmm_experts(const device X* x [[buffer(0)]], const device uint* w [[buffer(1)]],
+    const device S* scales [[buffer(2)]], const device S* biases [[buffer(3)]],
+    const device int* first [[buffer(4)]], device typename Wider<X, S>::type* y [[buffer(5)]],
+    constant QuantizedShape& shape [[buffer(6)]], uint3 group [[threadgroup_position_in_grid]],
+    uint index [[thread_index_in_threadgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  typedef typename Wider<X, S>::type Y;
+  threadgroup X x_tile[x_tile_size<X, BM>()];
+  threadgroup float w_tile[w_tile_size<BN, true>()];
+  const constant QuantizedPart& part = shape.part[0];
+  const ExpertRows rows = expert_tile<BM>(first, shape.experts, shape.m, group.y, lane);
+  const Tile tile = {rows.from, int(group.x) * BN, 0, shape.k};
+  if (rows.expert >= shape.experts) { // not a crash, and visible in the result
+    const int end = min(rows.to, rows.from + BM);
+    for (int i = int(index); i < BN * (end - rows.from); i += 128) {
+      const int n = tile.n0 + i % BN;
+      if (n < part.n) {
+        y[size_t(rows.from + i / BN) * part.n + n] = Y(NAN);
+      }
+    }
+    return;
+  }
+  const size_t at = size_t(rows.expert) * part.n;
+  w += at * (shape.k / 32 * part.bits);
+  scales += at * (shape.k >> part.group_shift);
+  biases += at * (shape.k >> part.group_shift);
+  qmm_any_width<X, S, Y, WIDTHS, BM, BN, true>(x, w, scales, biases, y, part, rows.to, shape.k,
+      tile, index, simdgroup, lane, x_tile, w_tile);
+}
+
 // Row i of x uses weight indices[i]; grid y runs over the rows, each a tile of its own. Simple,
 // and only used where qmv_gather is not: for gradients.
 template <typename X, typename S, int WIDTHS, int BM, int BN>

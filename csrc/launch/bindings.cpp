@@ -114,8 +114,8 @@ void bind(nb::module_& m) {
       "plan_quantized_matmul",
       [](int rows, int inner, const std::vector<Weight>& weights, const std::string& x,
           const std::variant<std::string, std::vector<std::string>>& scales, bool transpose,
-          int experts, const std::string& gpu, std::optional<std::string> tune) {
-        QuantizedMatmul op{rows, inner, float_named(x), {}, transpose, experts};
+          int experts, bool sorted, const std::string& gpu, std::optional<std::string> tune) {
+        QuantizedMatmul op{rows, inner, float_named(x), {}, transpose, experts, sorted};
         for (size_t i = 0; i < weights.size(); i++) {
           const auto& [out, format] = weights[i];
           const auto* one = std::get_if<std::string>(&scales);
@@ -126,8 +126,8 @@ void bind(nb::module_& m) {
         return to_python(plan_quantized_matmul(op, tune ? tuning(chip, *tune) : tuning(chip)));
       },
       "rows"_a, "inner"_a, "weights"_a, "x"_a = "float16", "scales"_a = "float16",
-      "transpose"_a = true, "experts"_a = 0, nb::kw_only(), "gpu"_a = "applegpu_g15s",
-      "tune"_a = nb::none());
+      "transpose"_a = true, "experts"_a = 0, "sorted"_a = false, nb::kw_only(),
+      "gpu"_a = "applegpu_g15s", "tune"_a = nb::none());
   m.def(
       "plan_row_contiguous",
       [](const std::vector<int>& shape, const std::vector<int64_t>& strides, size_t itemsize) {

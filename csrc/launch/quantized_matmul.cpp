@@ -17,6 +17,7 @@ constexpr size_t kMaxParts = 4;    // slots of qmv_mixed and qmm_mixed
 constexpr int kDepth = 32;         // as in metal/qmm.h: columns that are decoded at a time
 constexpr int kLeastColumns = 256; // of a split
 constexpr int kMergeTile = 256;    // outputs of a threadgroup of qmm_merge
+constexpr int kFirstRows = 128;    // threads of expert_rows
 
 // What one launch does: some of the weights, all with one type of scales.
 struct Batch {
@@ -169,6 +170,36 @@ void qmm(const Batch& batch, const Tuning& t, Plan& plan) {
   }
 }
 
+// Experts whose rows lie together: each has tiles of its own, so that a tile decodes one weight.
+void qmm_experts(const Batch& batch, Plan& plan) {
+  const QuantizedMatmul& op = batch.op;
+  int each = ceil_div(op.rows, op.experts); // rows of an expert, on average
+  int bm = each <= 16 ? 16 : each <= 32 ? 32 : 64, bn = 64;
+  int groups = op.experts + 1; // the last: rows that name no expert
+  Argument first{Argument::Kind::temporary, int(plan.temporaries.size())};
+  plan.temporaries.push_back(sizeof(int) * (groups + 1));
+  QuantizedShape shape = batch.shape(bn);
+  Launch rows = instantiate("qmm.metal", "expert_rows", {"uint"});
+  rows.arguments = {{Argument::Kind::input, 4}, first, constants(shape)};
+  rows.threadgroups.x = uint32_t(ceil_div(groups + 1, kFirstRows));
+  rows.threads.x = kFirstRows;
+  plan.launches.push_back(rows);
+
+  auto arguments = batch.types();
+  arguments.push_back(std::to_string(bm));
+  arguments.push_back(std::to_string(bn));
+  Launch out = instantiate("qmm.metal", "qmm_experts", arguments);
+  for (int i = 0; i < 4; i++) {
+    out.arguments.push_back({Argument::Kind::input, i});
+  }
+  out.arguments.insert(out.arguments.end(), {first, batch.outputs()[0], constants(shape)});
+  // As many tiles as there are if every group that has rows ends with a tile of one row.
+  int64_t most = op.rows + int64_t(std::min(groups, op.rows)) * (bm - 1);
+  out.threadgroups = {uint32_t(tiles_of(shape, bn)), uint32_t(most / bm)};
+  out.threads.x = 128;
+  plan.launches.push_back(out);
+}
+
 } // namespace
 
 Plan plan_quantized_matmul(const QuantizedMatmul& op, const Tuning& t) {
@@ -204,9 +235,11 @@ Plan plan_quantized_matmul(const QuantizedMatmul& op, const Tuning& t) {
     batch->weights.push_back(int(i));
   }
   Plan plan;
-  bool few = op.experts > 0 || op.rows < t.qmm_from;
+  bool many = op.rows >= t.qmm_from, together = op.sorted && op.experts > 0 && op.transpose && many;
   for (const Batch& batch : batches) {
-    if (op.transpose && few) {
+    if (together) {
+      qmm_experts(batch, plan);
+    } else if (op.transpose && (op.experts > 0 || !many)) {
       plan.launches.push_back(qmv(batch, t));
     } else {
       qmm(batch, t, plan);

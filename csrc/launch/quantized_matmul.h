@@ -23,7 +23,8 @@ struct QuantizedMatmul {
   Float x = Float::f32;
   std::vector<QuantizedWeight> weights; // that share x; four of one type of scales go in a launch
   bool transpose = true;                // false: x @ dequantize(w), of one weight
-  int experts = 0; // of one weight, stacked: row i uses the one that indices[i] names
+  int experts = 0;     // of one weight, stacked: row i uses the one that indices[i] names
+  bool sorted = false; // the indices ascend
 };
 
 // Inputs: x, then codes, scales and biases of each weight, then indices if there are experts.

@@ -109,8 +109,8 @@ std::vector<array> MixedQuantizedMatmul::vjp(const std::vector<array>& primals,
   }
   std::optional<array> dx;
   for (size_t i = 0; i < formats_.size(); i++) {
-    auto term =
-        quantized_matmul(cotangents[i], part(primals, i), false, std::nullopt, exact_, stream());
+    auto term = quantized_matmul(
+        cotangents[i], part(primals, i), false, std::nullopt, false, exact_, stream());
     dx = dx ? mx::add(*dx, term, stream()) : term;
   }
   return {mx::astype(*dx, primals[0].dtype(), stream())};

@@ -18,7 +18,7 @@ constexpr const char* kName = "quantized_matmul";
 } // namespace
 
 array quantized_matmul(const array& x, const AffineWeight& w, bool transpose,
-    const std::optional<array>& indices, bool exact, mx::StreamOrDevice s) {
+    const std::optional<array>& indices, bool sorted, bool exact, mx::StreamOrDevice s) {
   require_floating(kName, "x", x);
   auto shape = matmul_shape(kName, x, w.shape(kName), transpose, indices);
   std::vector<array> inputs = {x, w.codes, w.scales, w.biases};
@@ -26,7 +26,7 @@ array quantized_matmul(const array& x, const AffineWeight& w, bool transpose,
     inputs.push_back(*indices);
   }
   return array(std::move(shape), mx::promote_types(x.dtype(), w.scales.dtype()),
-      std::make_shared<QuantizedMatmul>(mx::to_stream(s), transpose, w.format, exact),
+      std::make_shared<QuantizedMatmul>(mx::to_stream(s), transpose, w.format, sorted, exact),
       std::move(inputs));
 }
 
@@ -54,6 +54,7 @@ void QuantizedMatmul::eval_gpu(const std::vector<array>& inputs, array& out) {
   op.weights = {{columns, format_, float_type(scales.dtype())}};
   op.transpose = transpose_;
   op.experts = inputs.size() == 5 ? scales.shape(0) : 0;
+  op.sorted = sorted_;
   metal::run(launch::plan_quantized_matmul(op, metal::tuning(stream())), inputs, {out}, stream());
 }
 
@@ -63,7 +64,7 @@ array QuantizedMatmul::apply(const std::vector<array>& inputs, const array& x, b
     indices = inputs[4];
   }
   return quantized_matmul(
-      x, {inputs[1], inputs[2], inputs[3], format_}, transpose, indices, exact_, stream());
+      x, {inputs[1], inputs[2], inputs[3], format_}, transpose, indices, sorted_, exact_, stream());
 }
 
 std::vector<array> QuantizedMatmul::jvp(const std::vector<array>& primals,
@@ -112,7 +113,8 @@ std::pair<std::vector<array>, std::vector<int>> QuantizedMatmul::vmap(
 
 bool QuantizedMatmul::is_equivalent(const mx::Primitive& other) const {
   auto& o = static_cast<const QuantizedMatmul&>(other);
-  return transpose_ == o.transpose_ && format_ == o.format_ && exact_ == o.exact_;
+  return transpose_ == o.transpose_ && format_ == o.format_ && sorted_ == o.sorted_ &&
+         exact_ == o.exact_;
 }
 
 std::vector<mx::Shape> QuantizedMatmul::output_shapes(const std::vector<array>& inputs) {

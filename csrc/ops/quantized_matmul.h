@@ -8,15 +8,20 @@
 
 namespace optiq {
 
-/** x @ dequantize(w).T (or x @ dequantize(w)) for affine codes, accumulated in float32. Unless
- * `exact`, the CPU reads x of float32 as 16-bit fixed point (cpu/fixed.h). */
+/** x @ dequantize(w).T (or x @ dequantize(w)) for affine codes, accumulated in float32. `sorted`:
+ * the indices ascend, which a GPU makes use of. Unless `exact`, the CPU reads x of float32 as
+ * 16-bit fixed point (cpu/fixed.h). */
 mx::array quantized_matmul(const mx::array& x, const AffineWeight& w, bool transpose,
-    const std::optional<mx::array>& indices, bool exact, mx::StreamOrDevice s = {});
+    const std::optional<mx::array>& indices, bool sorted, bool exact, mx::StreamOrDevice s = {});
 
 class QuantizedMatmul : public mx::UnaryPrimitive {
  public:
-  QuantizedMatmul(mx::Stream stream, bool transpose, AffineFormat format, bool exact)
-      : UnaryPrimitive(stream), transpose_(transpose), format_(format), exact_(exact) {}
+  QuantizedMatmul(mx::Stream stream, bool transpose, AffineFormat format, bool sorted, bool exact)
+      : UnaryPrimitive(stream),
+        transpose_(transpose),
+        format_(format),
+        sorted_(sorted),
+        exact_(exact) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override;
   void eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) override;
@@ -32,6 +37,7 @@ class QuantizedMatmul : public mx::UnaryPrimitive {
 
   bool transpose_;
   AffineFormat format_;
+  bool sorted_;
   bool exact_;
 };
 

@@ -95,6 +95,15 @@ def shifted() -> Step:
     return product_step(x=np.concatenate([np.full(7, 9, x.dtype), x.ravel()])[7:].reshape(4, 128))
 
 
+def sorted_experts() -> Step:
+    """Where each expert's rows begin, and a launch that reads that."""
+    case = Product(24, 3 * 37, 128, 4, 64, "f16")
+    weight = [to_numpy(a).reshape(3, 37, -1) for a in case.quantized()]
+    which = np.repeat(np.arange(3, dtype=np.uint32), [5, 0, 19])
+    plan = plan_quantized_matmul(24, 128, [(37, (64, 4))], experts=3, sorted=True)
+    return Step(plan, [to_numpy(case.activations()), *weight, which], [((24, 37), np.float16)])
+
+
 def records(rows: int = 4, x: Array | int | None = None) -> Step:
     assert native.extension is not None
     fmt = Format("affine", 4, 32)
@@ -119,6 +128,7 @@ WORK: dict[str, tuple[Callable[[], list[Step]], str]] = {
     "two types": (lambda: [two_types()], ".."),
     "attention": (lambda: [attention_step()], ".|"),
     "split sums": (lambda: [product_step(17, inner=512)], ".|"),
+    "sorted experts": (lambda: [sorted_experts()], ".|"),
     "copied": (lambda: [copied()], ".|"),
     "shifted": (lambda: [shifted()], "."),
     "one after another": (lambda: [narrow([]), records(x=0)], ".|"),

@@ -7,7 +7,15 @@ from dataclasses import replace
 import pytest
 
 from bench import attention_counters
-from bench.metal_counters import MIXES, Figures, experts, ours, stock, stock_not_transposed
+from bench.metal_counters import (
+    MIXES,
+    Figures,
+    experts,
+    ours,
+    sorted_experts,
+    stock,
+    stock_not_transposed,
+)
 from optiq.ops.cases import Product
 from tests.msl.emulator import needs_emulator
 
@@ -64,6 +72,13 @@ def test_not_transposed(rows: int) -> None:
 
 def test_experts() -> None:
     assert_no_more(*experts(4, 3, 512, 4))
+
+
+@pytest.mark.parametrize("each", [6, 40])
+def test_sorted_experts_read_their_weights_once(each: int) -> None:
+    a, b = sorted_experts(each, 3, 128, 4)
+    assert_no_more(a, b)
+    assert a.codes == 3 * 128 * 128 // 2
 
 
 @pytest.mark.parametrize("widths", attention_counters.WIDTHS, ids=str)

@@ -190,6 +190,56 @@ def test_experts(bits: int, transpose: bool) -> None:
             assert mx.isnan(y[i]).all()
 
 
+# Rows of each expert; the last of them do not exist. More experts than a simdgroup has lanes.
+SORTED = {
+    "tiles of 16": (3, "bf16", (1, 0, 33, 16, 0, 5, 2), 0),
+    "tiles of 32": (4, "f16", (70, 0, 3, 32), 3),
+    "tiles of 64": (8, "f32", (1, 64, 0, 130), 66),
+    "many experts": (4, "f16", (0,) * 31 + (2, 1) + (0,) * 30 + (20, 3), 1),
+}
+
+
+@pytest.mark.parametrize("name", SORTED)
+def test_sorted_experts(name: str) -> None:
+    """Each row against float64, and the same bits in any order of execution."""
+    bits, dtype, counts, nowhere = SORTED[name]
+    experts, rows, out, inner = len(counts), sum(counts) + nowhere, 72, 96
+    rng = np.random.default_rng(bits)
+    w = mx.array(rng.standard_normal((experts, out, inner), dtype=np.float32))
+    x = mx.array(rng.standard_normal((rows, inner), dtype=np.float32)).astype(DTYPES[dtype])
+    which = np.repeat(np.arange(experts + 1, dtype=np.uint32), [*counts, nowhere])
+    which[rows - nowhere :] += np.arange(nowhere, dtype=np.uint32)
+    weight = mx.quantize(w.astype(DTYPES[dtype]), 32, bits)
+    the_plan = plan_quantized_matmul(
+        rows, inner, [(out, (32, bits))], NAMES[dtype], NAMES[dtype], experts=experts, sorted=True
+    )
+    kernels = [launch["kernel"] for launch in the_plan["launches"]]
+    assert kernels[0] == "expert_rows_uint"
+    assert kernels[1].startswith("qmm_experts")
+    inputs, outputs = [x, *weight, mx.array(which)], [((rows, out), x.dtype)]
+    (y,), _ = run(the_plan, inputs, outputs)
+    full = reference.dequantize(np.array(weight[0]), *map(f64, weight[1:]), 32, bits)
+    held = rows - nowhere
+    for expert in np.flatnonzero(counts):
+        own = np.flatnonzero(which == expert)
+        assert_product(y[mx.array(own)], f64(x)[own], full[expert], dtype)
+    assert mx.isnan(y[held:]).all()
+    (again,), _ = run(the_plan, inputs, outputs, shuffle=2)
+    assert mx.array_equal(again[:held], y[:held])
+
+
+def test_experts_that_are_not_sorted_read_nothing_beyond_their_arrays() -> None:
+    """What is computed then is not said."""
+    rng = np.random.default_rng(0)
+    weight = mx.quantize(mx.array(rng.standard_normal((5, 64, 96), dtype=np.float32)), 32, 4)
+    x = mx.array(rng.standard_normal((40, 96), dtype=np.float32))
+    which = mx.array(rng.integers(0, 7, 40).astype(np.uint32))
+    the_plan = plan_quantized_matmul(
+        40, 96, [(64, (32, 4))], "float32", "float32", experts=5, sorted=True
+    )
+    run(the_plan, [x, *weight, which], [((40, 64), x.dtype)])
+
+
 @pytest.mark.parametrize(
     "case", [Product(1, 4096, 4096, 4, 64, "f16"), Product(8, 2048, 4096, 3)], ids=str
 )

@@ -12,10 +12,11 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 from optiq.kv.model import attach
 from optiq.models.roles import blocks
-from optiq.nn.accelerate import accelerate
+from optiq.nn.accelerate import Accelerated, accelerate
 from optiq.ops import native
 from tests.nn.test_accelerate import FUSED, TOKENS, divisible, leaves, same, stock
 from tests.ops.test_on_gpu import HOW, Extension, Fault, broken, on_device
@@ -47,7 +48,7 @@ def decode(model: nn.Module, prompt: int = 20) -> mx.array:
 def test_logits_are_those_of_the_stock_model(tmp_path: Path, name: str, kernels: Extension) -> None:
     expected, model = quantized(tmp_path, name), quantized(tmp_path, name)
     report = accelerate(model)
-    swapped = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+    swapped = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
     assert report.swapped == [p for p, m in leaves(expected).items() if type(m) in swapped]
     assert same(model(TOKENS), expected(TOKENS), "quantized")
     assert same(decode(model), decode(expected), "quantized")
@@ -103,8 +104,8 @@ def test_dtypes_stay(tmp_path: Path, dtype: mx.Dtype, kernels: Extension) -> Non
     assert cache[0].keys.dtype == dtype
 
 
-def test_dense_layers_and_experts_stay(tmp_path: Path, kernels: Extension) -> None:
-    why = "on a GPU stock MLX runs dense layers and experts"
+def test_dense_layers_stay(tmp_path: Path, kernels: Extension) -> None:
+    why = "on a GPU stock MLX runs dense layers and those of heads"
     model = stock(tmp_path, "llama")
     report = accelerate(model)
     assert (report.swapped, report.fused) == ([], {})
@@ -113,11 +114,56 @@ def test_dense_layers_and_experts_stay(tmp_path: Path, kernels: Extension) -> No
     assert {report.left[p] for p in blocks(model)} == {
         "no quantized projections share an input, so a GPU gains nothing"
     }
-    report = accelerate(quantized(tmp_path, "qwen3_moe"))
-    experts = [p for p in report.left if "switch_mlp" in p]
-    assert len(experts) == 6
-    assert {report.left[p] for p in experts} == {why}
+
+
+def experts(report: Accelerated) -> list[str]:
+    return [path for path in report.swapped if "switch_mlp" in path]
+
+
+def test_experts_of_a_prompt(tmp_path: Path, kernels: Extension) -> None:
+    """They are ours where mlx-lm sorts them, from 64 rows on. Those of a token are stock."""
+    expected, model = (quantized(tmp_path, "qwen3_moe") for _ in range(2))
+    report = accelerate(model)
+    assert len(experts(report)) == 6
     assert set(report.fused.values()) == {"attention"}
+    model(TOKENS)  # new in an answer: products with as many rows for each expert
+    sorted_rows: list[int] = []
+
+    def noted(y: mx.array, x: mx.array, *args: Any, **how: Any) -> mx.array:
+        if how.get("sorted_indices"):
+            sorted_rows.append(len(x))
+        return y
+
+    kernels.faults["quantized_matmul"] = noted
+    assert same(model(TOKENS), expected(TOKENS), "quantized")
+    assert sorted_rows == [2 * TOKENS.size] * 6
+    assert same(decode(model), decode(expected), "quantized")
+    assert len(sorted_rows) == 6  # of a prompt of 20 tokens there are 40
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(("up_to", "swapped"), [(0, 0), (128, 6)], ids=["all", "in an answer"])
+def test_experts_that_fail_are_stock_with_one_warning(
+    tmp_path: Path, how: str, up_to: int, swapped: int, kernels: Extension
+) -> None:
+    """All of them, or those with more rows than are tried before the first token."""
+
+    def fault(y: mx.array, x: mx.array, *args: Any, **given: Any) -> mx.array:
+        return broken(how)(y) if given.get("sorted_indices") and len(x) > up_to else y
+
+    expected, model = (quantized(tmp_path, "qwen3_moe") for _ in range(2))
+    kernels.faults["quantized_matmul"] = fault
+    prompt = mx.concatenate([TOKENS, TOKENS], axis=1)
+
+    def answer() -> mx.array:
+        assert len(experts(accelerate(model))) == swapped
+        return model(prompt)
+
+    with pytest.warns(RuntimeWarning, match="quantized_matmul is left alone") as warned:
+        got = answer()
+    assert len(warned) == 1
+    assert same(got, expected(prompt), "quantized")
+    assert same(silently(decode, model), decode(expected), "quantized")
 
 
 @pytest.mark.parametrize("how", ["another GPU", "switched off", "no extension"])

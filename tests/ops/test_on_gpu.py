@@ -292,7 +292,13 @@ FAULTS: dict[str, tuple[str, tuple[Any, ...], str, Fault]] = {
         "quantized_matmul",
         ("experts", F32, 2, FOUR),
         "quantized_matmul",
-        lambda y, *a, indices=None: y if indices is None else y[::-1],
+        lambda y, *a, indices=None, **k: y if indices is None else y[::-1],
+    ),
+    "the last of many experts": (
+        "quantized_matmul",
+        ("sorted experts", F32, 64, FOUR),
+        "quantized_matmul",
+        lambda y, *a, sorted_indices=False, **k: y.at[-1].add(1) if sorted_indices else y,
     ),
     "several": (
         "quantized_matmul",
@@ -392,17 +398,25 @@ def test_trials_notice(fault: str) -> None:
 
 
 def test_many_rows(on: Any) -> None:
-    """Of a plain product they have kernels; without transposing, of experts and under a gradient
-    they stay with stock MLX, as nothing does."""
+    """There are kernels for a plain product and for sorted experts. Without transposing, of experts
+    in disorder and under a gradient stock MLX computes them, and of nothing."""
     extension = on()
     w, x = weight(), activations(2, 17, 128)
     experts = [mx.stack([a, a]) for a in w[:3]]
     ops.quantized_matmul(activations(17, 64), *w[:3], transpose=False)
-    ops.quantized_matmul(x[0], *experts, indices=mx.zeros(17, dtype=mx.uint32))
+    which = {"indices": mx.zeros(17, dtype=mx.uint32)}
+    ops.quantized_matmul(x[0], *experts, **which)
+    in_order = which | {"sorted_indices": True}
+    mx.grad(lambda x: ops.quantized_matmul(x, *experts, **in_order).sum())(x[0])
     mx.grad(lambda x: ops.quantized_matmul(x, *w[:3]).sum())(x)
     mx.grad(lambda x: ops.mixed_quantized_matmul(x, [w, w])[1].sum())(x)
     ops.quantized_matmul(x[:, :0], *w[:3])
     assert not extension.calls
+    for _ in range(2):  # with a trial and a contest, then without
+        extension.calls.clear()
+        got = ops.quantized_matmul(x[0], *experts, **in_order)
+    assert extension.calls == {"quantized_matmul": 1}
+    assert close([got], [mx.quantized_matmul(x[0], *w[:3])])
     for rows in (34, 16):
         for _ in range(2):  # with trials, then without
             extension.calls.clear()

@@ -77,7 +77,9 @@ def run(gpu: bool) -> Iterator[Line | Speed]:
     yield line("quantized_matmul", trials.multiply, cases.QUANTIZED, cpu=cpu)
     yield line("quantized_matmul, not transposed", trials.multiply, some, transpose=False)
     yield line("mixed_quantized_matmul", trials.multiply_mixed, some, cpu=cpu)
-    yield line("quantized_matmul of experts", trials.multiply_experts, some, cpu=cpu)
+    experts = trials.multiply_experts
+    yield line("quantized_matmul of experts", experts, some, cpu=cpu)
+    yield line("quantized_matmul of sorted experts", experts, some, cpu=cpu, sorted_indices=True)
     yield line("quantize, min/max", trials.round_minmax, cases.ROUNDINGS)
     yield line("quantize, search", trials.round_by_search, cases.ROUNDINGS)
     yield line("kl_divergence", trials.compare, cases.PAIRS, cpu=cpu)

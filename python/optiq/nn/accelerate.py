@@ -73,7 +73,8 @@ def accelerate(
     the memory for them is taken then.
 
     On a Metal GPU quantized linear layers and embeddings are swapped, and blocks in which they
-    share an input run with one launch for it; all else stays stock. What an answer launches, token
+    share an input run with one launch for it. Quantized experts are swapped for the prompts in
+    which their rows are sorted. All else stays stock. What an answer launches, token
     by token, is compiled and compared here, before the first token; a layer or block whose kernels
     fail is left as it is, with one warning. One that is slower than stock MLX on this chip is left
     without a warning (optiq.ops.contest), unless OPTIQ_METAL=1. On other GPUs nothing is swapped.
@@ -219,7 +220,8 @@ def quantized(
 
 
 def _refusal(module: nn.Module, seen: dict[Any, str]) -> str:
-    """Why the Metal kernels do not compute the product of this layer at one row."""
+    """Why the Metal kernels do not compute the product of this layer at one row, or of experts at
+    many."""
     if native.on_cpu():
         return ""
     weight = AffineWeight(
@@ -227,7 +229,8 @@ def _refusal(module: nn.Module, seen: dict[Any, str]) -> str:
     )
     kind = weight.scales.dtype, weight.group_size, weight.bits, tuple(weight.scales.shape)
     if kind not in seen:
-        seen[kind] = matmul.refusal(weight.scales.dtype, weight)
+        refusal = matmul.refusal_sorted if weight.scales.ndim == 3 else matmul.refusal
+        seen[kind] = refusal(weight.scales.dtype, weight)
     return seen[kind]
 
 
@@ -276,8 +279,8 @@ def _unsupported(module: nn.Module) -> str:
     if not native.on_cpu():
         if metal.enabled() is None:
             return "the default device is a GPU, where stock MLX runs it"
-        if not isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
-            return "on a GPU stock MLX runs dense layers and experts"
+        if kind_of(module) is Kind.HEADS or not hasattr(module, "bits"):
+            return "on a GPU stock MLX runs dense layers and those of heads"
     if not hasattr(module, "bits"):
         return ""
     if module.mode == "nvfp4" and native.on_cpu() and getattr(module, "global_scale", None) is None:

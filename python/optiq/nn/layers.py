@@ -93,8 +93,10 @@ class SwitchLinear(Adopting, switch_layers.SwitchLinear):  # type: ignore[misc]
 
 class QuantizedSwitchLinear(Adopting, switch_layers.QuantizedSwitchLinear):  # type: ignore[misc]
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        if not (sorted_indices or native.on_cpu()):  # stock MLX needs no row for each index
+            return super().__call__(x, indices)  # type: ignore[no-any-return]
         rows, experts, shape = expert_rows(x, indices)
-        y = _product(self, rows, indices=experts).reshape(*shape, -1)
+        y = _product(self, rows, indices=experts, ordered=sorted_indices).reshape(*shape, -1)
         return _expert_bias(self, y, indices)
 
 
@@ -158,7 +160,11 @@ def dequantized(layer: Any, rows: Any = ...) -> mx.array:
 
 
 def _product(
-    layer: Any, x: mx.array, indices: mx.array | None = None, transpose: bool = True
+    layer: Any,
+    x: mx.array,
+    indices: mx.array | None = None,
+    transpose: bool = True,
+    ordered: bool = False,
 ) -> mx.array:
     if layer.mode == "nvfp4":
         return _nvfp4_product(layer, x, indices)
@@ -171,6 +177,7 @@ def _product(
         group_size=layer.group_size,
         bits=layer.bits,
         indices=indices,
+        sorted_indices=ordered,
         exact=layer.exact,
     )
 

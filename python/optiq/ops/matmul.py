@@ -59,6 +59,7 @@ def quantized_matmul(
     bits: int = 4,
     *,
     indices: mx.array | None = None,
+    sorted_indices: bool = False,
     exact: bool = True,
 ) -> mx.array:
     """`x @ dequantize(w).T` for affine codes, accumulated in float32.
@@ -72,6 +73,7 @@ def quantized_matmul(
         group_size: 32, 64 or 128.
         bits: 2, 3, 4, 5, 6 or 8.
         indices: uint32 `[rows]`; row `i` of a two-dimensional `x` uses weight `indices[i]`.
+        sorted_indices: The indices ascend, so that a GPU may read each weight once.
         exact: `False` lets the CPU read an `x` of float32 as 16-bit fixed point, each group by its
             largest value. That is faster, and what it does with 16-bit activations in any case.
 
@@ -93,11 +95,21 @@ def quantized_matmul(
         how: dict[str, Any] = {"transpose": transpose, "group_size": group_size, "bits": bits}
         if indices is None:
             return mx.quantized_matmul(x, *weight, **how)
+        how["sorted_indices"] = sorted_indices
         return mx.gather_qmm(x[:, None, :], *weight, rhs_indices=indices, **how).squeeze(-2)
 
     if ext := native.active():
         return native_product(ext)
     rows = _rows(x)
+    if transpose and indices is not None and sorted_indices and rows > GPU_ROWS and not _traced(x):
+        ordered = _Sorted(AffineWeight(w, scales, biases, group_size, bits))
+        return metal.run(
+            OP,
+            ordered.launch(x.dtype, rows),
+            lambda ext: ordered.ours(ext, x, indices),
+            stock,
+            lambda: ordered.refusal(x.dtype, rows),
+        )
     plain = transpose and indices is None
     if not rows or (rows > GPU_ROWS and (not plain or _traced(x))):
         return stock()
@@ -165,6 +177,50 @@ class _Together(NamedTuple):
         return metal.refusal(OP, launch, dtype, self.ours, self.one_by_one, sample)
 
 
+class _Sorted(NamedTuple):
+    """The products of rows with the experts of a weight, which lie in ascending order."""
+
+    weight: AffineWeight
+
+    def ours(self, ext: ModuleType, x: mx.array, indices: mx.array | None = None) -> mx.array:
+        """Without indices all experts get as many rows."""
+        out: mx.array = ext.quantized_matmul(
+            x, *self.weight[:3], True, *self.weight[3:],
+            indices=self._even(x) if indices is None else indices, sorted_indices=True,
+        )  # fmt: skip
+        return out
+
+    def stock(self, x: mx.array) -> mx.array:
+        size, bits = self.weight[3:]
+        return mx.gather_qmm(
+            x[:, None, :], *self.weight[:3], rhs_indices=self._even(x), group_size=size, bits=bits,
+            sorted_indices=True,
+        ).squeeze(-2)  # fmt: skip
+
+    def launch(self, x: mx.Dtype, rows: int) -> tuple[Hashable, ...]:
+        """Kernels have tiles of as many rows as an expert has on average."""
+        w = self.weight
+        tile = max(GPU_ROWS, self._each(rows))
+        return "sorted experts", x, tile, (w.scales.dtype, w.group_size, w.bits)
+
+    def refusal(self, dtype: mx.Dtype, rows: int) -> str:
+        """Timed once for each power of two of rows that an expert has."""
+        experts, out, groups = self.weight.scales.shape
+        rows, inner = self._each(rows) * experts, groups * self.weight.group_size
+        sample = Sample(f"{rows} x {inner} x {experts}x{out}", (rows, inner), self.weight[:3])
+        launch = self.launch(dtype, rows)
+        return metal.refusal(OP, launch, dtype, self.ours, self.stock, sample)
+
+    def _each(self, rows: int) -> int:
+        """Of an expert on average, as a power of two, and no more than a tile has."""
+        each = -(-rows // self.weight.scales.shape[0])
+        return min(1 << (each - 1).bit_length(), MANY)
+
+    def _even(self, x: mx.array) -> mx.array:
+        rows = len(x)
+        return (mx.arange(rows) * self.weight.scales.shape[0] // rows).astype(mx.uint32)
+
+
 def refusal_together(dtype: mx.Dtype, parts: Sequence[AffineWeight]) -> str:
     """Why a Metal GPU has no launch for these products of one row, or nothing."""
     return _Together(parts).refusal(dtype, 1)
@@ -184,6 +240,12 @@ def refusal(dtype: mx.Dtype, weight: AffineWeight) -> str:
     inner = weight.scales.shape[-1] * weight.group_size
     sample = _sample(1, inner, [weight.scales.shape[:-1]], weight[:3])
     return metal.refusal(OP, single(dtype, 1, weight), dtype, native_product, stock, sample)
+
+
+def refusal_sorted(dtype: mx.Dtype, weight: AffineWeight) -> str:
+    """Why a Metal GPU leaves the products of many rows with these experts to stock MLX, or
+    nothing."""
+    return _Sorted(weight).refusal(dtype, FEW * weight.scales.shape[0])
 
 
 def single(x: mx.Dtype, rows: int, part: AffineWeight) -> tuple[Hashable, ...]:

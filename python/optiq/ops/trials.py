@@ -59,14 +59,18 @@ def multiply_several(ext: Any, cases: Sequence[Product], cpu: bool = False) -> f
     return float(np.max(parts))  # NaN if one is, unlike max()
 
 
-def multiply_experts(ext: Any, case: Product, cpu: bool = False) -> float:
-    """Two experts in turn, the first of them twice the weight."""
+def multiply_experts(
+    ext: Any, case: Product, cpu: bool = False, sorted_indices: bool = False
+) -> float:
+    """Two of three experts in turn, or one after the other; the first of them twice the weight."""
     codes, scales, biases = case.quantized()
-    stacked = [mx.stack([codes, codes]), *(mx.stack([2 * a, a]) for a in (scales, biases))]
-    which = 1 - mx.arange(case.rows, dtype=mx.uint32) % 2
+    stacked = [mx.stack([codes] * 3), *(mx.stack([2 * a, a, a]) for a in (scales, biases))]
+    which = 2 - 2 * (mx.arange(case.rows, dtype=mx.uint32) % 2)
+    which = mx.sort(which) if sorted_indices else which
     y = ext.quantized_matmul(
-        strided(case.activations()), *stacked, True, case.group_size, case.bits, indices=which
-    )
+        strided(case.activations()), *stacked, True, case.group_size, case.bits,
+        indices=which, sorted_indices=sorted_indices,
+    )  # fmt: skip
     y = mx.where(which[:, None] == 0, y / 2, y)
     return case.part(y, fixed=cpu and not _floats(y))
 
@@ -131,6 +135,10 @@ def _products(
     ext: Any, how: str, x: mx.Dtype, rows: int, *weights: tuple[mx.Dtype, int, int]
 ) -> list[float]:
     """Each weight: dtype of its scales, group size, bits. Some columns are a lane's second ones."""
+    if how == "sorted experts":  # rows of a tile, of which each of two has one and a bit
+        ((scales, group_size, bits),) = weights
+        case = Product(3 * rows - 4, 72, 256, bits, group_size, _named(x), _named(scales))
+        return [multiply_experts(ext, case, sorted_indices=True)]
     many = rows > 16
     cases = [
         Product(rows - 3 * many, 64 + 8 * i, 1152, bits, group_size, _named(x), _named(scales))
