@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc metal -name '*.cpp' -o -name '*.h' -o -name '*.metal')
 
-.PHONY: demo test families ranks schedules agx attacks fuzz test-clients bench lint format clean wheel-macos wheel-linux test-aarch64 evidence
+.PHONY: demo test families ranks schedules agx air attacks fuzz test-clients bench lint format clean wheel-macos wheel-linux test-aarch64 evidence
 
 # A changed kernel, binding or dependency reinstalls the package; Python files are used in place.
 # It is built with the tools and the MLX of the same environment: without one of its own for each
@@ -52,6 +52,16 @@ agx:
 	@test "$$(id -u)" = 0 && command -v apt-get >/dev/null || \
 	  { echo "make agx needs root and apt-get (Debian): it makes a Debian tree in build/agx"; exit 1; }
 	sh bench/agx/build.sh build/agx
+
+# MLX's kernels as Apple's compiler made them, from its wheel for macOS, on the emulator.
+AIR := build/air
+air: $(VENV)/.installed
+	test -f $(AIR)/mlx/lib/mlx.metallib || { \
+	  mlx=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("mlx"))') && \
+	  $(BIN)/pip download --quiet --no-deps --only-binary=:all: --platform macosx_14_0_arm64 \
+	    --dest $(AIR)/wheel "mlx-metal==$$mlx" && \
+	  $(BIN)/python -m zipfile -e $(AIR)/wheel/mlx_metal-*.whl $(AIR) && rm -r $(AIR)/wheel; }
+	$(BIN)/python -m pytest -m air tests/msl
 
 # The Metal kernels in 16 orders of execution, each on an emulated chip of its own, all faults planted
 # in their encoder, and more launches that fail in the middle of an answer.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 
 import mlx.core as mx
@@ -42,6 +43,7 @@ def _compiled_together() -> None:
     compile_together([plan(case) for case in QUANTIZED])
     compile_together([plan(case, False) for case in QUANTIZED])
     compile_together([plan(case, gpu=gpu) for case in OTHER_CHIPS for gpu in CHIPS[1:]])
+    compile_together([sorted_plan(*case) for case in SORTED.values()])
 
 
 @pytest.mark.parametrize("case", QUANTIZED, ids=str)
@@ -199,6 +201,14 @@ SORTED = {
 }
 
 
+def sorted_plan(bits: int, dtype: str, counts: Sequence[int], nowhere: int) -> Plan:
+    rows, kind = sum(counts) + nowhere, NAMES[dtype]
+    experts = len(counts)
+    return plan_quantized_matmul(
+        rows, 96, [(72, (32, bits))], kind, kind, experts=experts, sorted=True
+    )
+
+
 @pytest.mark.parametrize("name", SORTED)
 def test_sorted_experts(name: str) -> None:
     """Each row against float64, and the same bits in any order of execution."""
@@ -210,9 +220,7 @@ def test_sorted_experts(name: str) -> None:
     which = np.repeat(np.arange(experts + 1, dtype=np.uint32), [*counts, nowhere])
     which[rows - nowhere :] += np.arange(nowhere, dtype=np.uint32)
     weight = mx.quantize(w.astype(DTYPES[dtype]), 32, bits)
-    the_plan = plan_quantized_matmul(
-        rows, inner, [(out, (32, bits))], NAMES[dtype], NAMES[dtype], experts=experts, sorted=True
-    )
+    the_plan = sorted_plan(*SORTED[name])
     kernels = [launch["kernel"] for launch in the_plan["launches"]]
     assert kernels[0] == "expert_rows_uint"
     assert kernels[1].startswith("qmm_experts")

@@ -177,18 +177,24 @@ def _compile(
     if done.returncode:
         raise CompileError("\n".join(compiler_errors(done.stderr)) or done.stderr[:4000])
     seconds["compile"] = time.perf_counter() - started
-    runtime = build_runtime(mode)
-    started = time.perf_counter()
-    command = [os.environ.get("CXX", "c++"), "-shared", "-fPIC", str(code), str(runtime)]
+    beside = []
     if unit.constants:
         definitions = CACHE / f"{key}.c"
         _write(definitions, _constant_definitions(unit))
-        command += ["-x", "c", str(definitions), "-x", "none"]
-    part = CACHE / f"{key}.so.{os.getpid()}"
-    _run([*command, "-Wl,-z,defs,-Bsymbolic", "-lm", "-o", str(part)])
-    part.rename(CACHE / f"{key}.so")
-    code.unlink()
+        beside = ["-x", "c", str(definitions), "-x", "none"]
+    started = time.perf_counter()
+    link(code, CACHE / f"{key}.so", mode, beside)
     seconds["link"] = time.perf_counter() - started
+
+
+def link(code: Path, library: Path, mode: str, beside: Sequence[str] = ()) -> None:
+    """An object file, which goes, with the runtime."""
+    command = [os.environ.get("CXX", "c++"), "-shared", "-fPIC", str(code)]
+    part = library.with_name(f"{library.name}.{os.getpid()}")
+    last = ["-Wl,-z,defs,-Bsymbolic", "-lm", "-o", str(part)]
+    _run([*command, str(build_runtime(mode)), *beside, *last])
+    part.rename(library)
+    code.unlink()
 
 
 def _constant_definitions(unit: Unit) -> str:

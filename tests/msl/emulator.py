@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from .build import CACHE, ROOT, CompileError, _key, _write, build, unavailable
+from .build import CACHE, ROOT, Built, CompileError, _key, _write, build, unavailable
 from .counters import Counters, RawCounters
 from .launcher import Parameter
 from .symbols import readable
@@ -151,8 +151,17 @@ class Module:
             raise TypeError("Module takes a path or a source")
         file = _stored(source) if source is not None else _found(Path(path or ""))
         wanted = dict(kernels) if isinstance(kernels, Mapping) else kernels
-        self.mode, self.chip = mode, chip
-        self.built = build(file, wanted, mode, include, define, contract=chip.contracts)
+        self._open(build(file, wanted, mode, include, define, contract=chip.contracts), mode, chip)
+
+    @classmethod
+    def of(cls, built: Built, mode: str = "check", chip: Chip = APPLE) -> Module:
+        """What was compiled elsewhere."""
+        module = cls.__new__(cls)
+        module._open(built, mode, chip)
+        return module
+
+    def _open(self, built: Built, mode: str, chip: Chip) -> None:
+        self.built, self.mode, self.chip = built, mode, chip
         self.kernels = tuple(self.built.kernels)
         self._library = ctypes.CDLL(str(self.built.library), mode=ctypes.RTLD_LOCAL)
         self._library.msl_launch.argtypes = (

@@ -141,8 +141,9 @@ def test_experts_of_a_prompt(tmp_path: Path, kernels: Extension) -> None:
     assert len(sorted_rows) == 6  # of a prompt of 20 tokens there are 40
 
 
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize(("up_to", "swapped"), [(0, 0), (128, 6)], ids=["all", "in an answer"])
+@pytest.mark.parametrize(
+    ("how", "up_to", "swapped"), [("raises in eval", 0, 0), *((how, 128, 6) for how in HOW)]
+)
 def test_experts_that_fail_are_stock_with_one_warning(
     tmp_path: Path, how: str, up_to: int, swapped: int, kernels: Extension
 ) -> None:
@@ -156,14 +157,14 @@ def test_experts_that_fail_are_stock_with_one_warning(
     prompt = mx.concatenate([TOKENS, TOKENS], axis=1)
 
     def answer() -> mx.array:
-        assert len(experts(accelerate(model))) == swapped
+        assert len(experts(accelerate(model, blocks=False))) == swapped
         return model(prompt)
 
     with pytest.warns(RuntimeWarning, match="quantized_matmul is left alone") as warned:
         got = answer()
     assert len(warned) == 1
-    assert same(got, expected(prompt), "quantized")
-    assert same(silently(decode, model), decode(expected), "quantized")
+    again = silently(lambda model: model(prompt), model)
+    assert all(same(logits, expected(prompt), "quantized") for logits in (got, again))
 
 
 @pytest.mark.parametrize("how", ["another GPU", "switched off", "no extension"])
