@@ -266,7 +266,7 @@ def others() -> Iterator[str]:
         case = Product(rows, 512, 1024, 4, GROUP, "f16")
         yield row(f"x @ w, {count(rows)}", ours([case], False), stock_not_transposed(case))
     yield row("8 rows to 4 experts", *experts(8, 4, 512, 4))
-    for each in (4, 16, 40, 100):
+    for each in (8, 16, 40, 100):
         name = f"{4 * each} rows to 4 experts, sorted"
         yield row(name, *sorted_experts(each, 4, 512, 4))
 
