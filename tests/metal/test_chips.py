@@ -12,12 +12,13 @@ import pytest
 from optiq.formats import DENSE, Format
 from optiq.ops.attention_cases import Attention
 from optiq.ops.cases import SMALL_PAIRS, Product
+from optiq.ops.layer_cases import LAYERS, LayerCase
 from tests.msl.emulator import APPLE, Chip, needs_emulator
 
-from .launcher import compile_together, run
+from .launcher import compile_together, native_layer, run, run_layer
 from .test_attention import launched
 from .test_kl_divergence import compared
-from .test_quantized_matmul import multiply, plan
+from .test_quantized_matmul import SORTED, multiply, plan
 
 pytestmark = needs_emulator
 
@@ -95,16 +96,28 @@ def test_the_kl_is_right_on_each_chip(case: object, chip: Chip) -> None:
     assert case.part(compared(case.sides(), case.soft_cap, chip=chip)) <= 1  # type: ignore[attr-defined]
 
 
+LAYER_KINDS = ("llama", "qwen2, records", "phi3, 2 rows", "gemma4")
 WORK: dict[str, Callable[..., object]] = {
     **{str(c): lambda c=c, **how: [multiply(c, plan(c), **how)] for c in (*PRODUCTS[:2], *WIDE)},
     **{str(c): lambda c=c, **how: [launched(c, **how)] for c in ATTENTION},
     **{str(c): lambda c=c, **how: compared(c.sides(), c.soft_cap, **how) for c in PAIRS},
 }
+# In one order these are run where they are tested.
+LONG: dict[str, Callable[..., object]] = {
+    **{str(c): lambda c=c, **how: [c.multiply(**how)] for c in SORTED},
+    **{str(c): lambda c=c, **how: layer(c, **how) for c in LAYERS if c.name in LAYER_KINDS},
+}
+
+
+def layer(case: LayerCase, **how: Any) -> list[mx.array]:
+    return run_layer(native_layer(case), case.h, *case.caches, case.place, **how)[0]
 
 
 @pytest.mark.parametrize("seed", SCHEDULES)
-@pytest.mark.parametrize("work", WORK)
+@pytest.mark.parametrize(
+    "work", [*WORK, *(pytest.param(work, marks=pytest.mark.schedules) for work in LONG)]
+)
 def test_any_schedule_gives_the_same_bits(work: str, seed: int) -> None:
-    chip = Chip(seed)
-    first, other = WORK[work](chip=chip), WORK[work](chip=chip, shuffle=seed)
+    chip, run_it = Chip(seed), (WORK | LONG)[work]
+    first, other = run_it(chip=chip), run_it(chip=chip, shuffle=seed)
     assert all(mx.array_equal(a, b, equal_nan=True) for a, b in zip(first, other, strict=True))  # type: ignore[call-overload]

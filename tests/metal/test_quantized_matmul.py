@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -43,7 +44,7 @@ def _compiled_together() -> None:
     compile_together([plan(case) for case in QUANTIZED])
     compile_together([plan(case, False) for case in QUANTIZED])
     compile_together([plan(case, gpu=gpu) for case in OTHER_CHIPS for gpu in CHIPS[1:]])
-    compile_together([sorted_plan(*case) for case in SORTED.values()])
+    compile_together([case.plan() for case in SORTED])
 
 
 @pytest.mark.parametrize("case", QUANTIZED, ids=str)
@@ -192,48 +193,67 @@ def test_experts(bits: int, transpose: bool) -> None:
             assert mx.isnan(y[i]).all()
 
 
-# Rows of each expert; the last of them do not exist. More experts than a simdgroup has lanes.
-SORTED = {
-    "tiles of 16": (3, "bf16", (1, 0, 33, 16, 0, 5, 2), 0),
-    "tiles of 32": (4, "f16", (70, 0, 3, 32), 3),
-    "tiles of 64": (8, "f32", (1, 64, 0, 130), 66),
-    "many experts": (4, "f16", (0,) * 31 + (2, 1) + (0,) * 30 + (20, 3), 1),
-}
+@dataclass(frozen=True)
+class Sorted:
+    """Rows of each expert, and then some that name none. A weight is [72, 96]."""
+
+    name: str
+    bits: int
+    dtype: str
+    counts: tuple[int, ...]
+    nowhere: int = 0
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def indices(self) -> np.ndarray:
+        experts = len(self.counts)
+        held = np.repeat(np.arange(experts), self.counts)
+        return np.concatenate([held, experts + np.arange(self.nowhere)]).astype(np.uint32)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """x, then codes, scales and biases."""
+        rng, dtype = np.random.default_rng(self.bits), DTYPES[self.dtype]
+        shapes = (len(self.indices), 96), (len(self.counts), 72, 96)
+        x, w = (mx.array(rng.standard_normal(s, dtype=np.float32)).astype(dtype) for s in shapes)
+        return [x, *mx.quantize(w, 32, self.bits)]
+
+    def plan(self) -> Plan:
+        kind, experts = NAMES[self.dtype], len(self.counts)
+        return plan_quantized_matmul(
+            len(self.indices), 96, [(72, (32, self.bits))], kind, kind, experts=experts, sorted=True
+        )
+
+    def multiply(self, **how: Any) -> mx.array:
+        x, *weight = self.arrays
+        inputs = [x, *weight, mx.array(self.indices)]
+        return run(self.plan(), inputs, [((x.shape[0], 72), x.dtype)], **how)[0][0]
 
 
-def sorted_plan(bits: int, dtype: str, counts: Sequence[int], nowhere: int) -> Plan:
-    rows, kind = sum(counts) + nowhere, NAMES[dtype]
-    experts = len(counts)
-    return plan_quantized_matmul(
-        rows, 96, [(72, (32, bits))], kind, kind, experts=experts, sorted=True
-    )
+SORTED = [
+    Sorted("tiles of 16", 3, "bf16", (1, 0, 33, 16, 0, 5, 2)),
+    Sorted("tiles of 32", 4, "f16", (70, 0, 3, 32), 3),
+    Sorted("tiles of 64", 8, "f32", (1, 64, 0, 130), 66),
+    Sorted("more experts than lanes", 4, "f16", (0,) * 31 + (2, 1) + (0,) * 30 + (20, 3), 1),
+]
 
 
-@pytest.mark.parametrize("name", SORTED)
-def test_sorted_experts(name: str) -> None:
+@pytest.mark.parametrize("case", SORTED, ids=str)
+def test_sorted_experts(case: Sorted) -> None:
     """Each row against float64, and the same bits in any order of execution."""
-    bits, dtype, counts, nowhere = SORTED[name]
-    experts, rows, out, inner = len(counts), sum(counts) + nowhere, 72, 96
-    rng = np.random.default_rng(bits)
-    w = mx.array(rng.standard_normal((experts, out, inner), dtype=np.float32))
-    x = mx.array(rng.standard_normal((rows, inner), dtype=np.float32)).astype(DTYPES[dtype])
-    which = np.repeat(np.arange(experts + 1, dtype=np.uint32), [*counts, nowhere])
-    which[rows - nowhere :] += np.arange(nowhere, dtype=np.uint32)
-    weight = mx.quantize(w.astype(DTYPES[dtype]), 32, bits)
-    the_plan = sorted_plan(*SORTED[name])
-    kernels = [launch["kernel"] for launch in the_plan["launches"]]
+    kernels = [launch["kernel"] for launch in case.plan()["launches"]]
     assert kernels[0] == "expert_rows_uint"
     assert kernels[1].startswith("qmm_experts")
-    inputs, outputs = [x, *weight, mx.array(which)], [((rows, out), x.dtype)]
-    (y,), _ = run(the_plan, inputs, outputs)
-    full = reference.dequantize(np.array(weight[0]), *map(f64, weight[1:]), 32, bits)
-    held = rows - nowhere
-    for expert in np.flatnonzero(counts):
-        own = np.flatnonzero(which == expert)
-        assert_product(y[mx.array(own)], f64(x)[own], full[expert], dtype)
+    y, held = case.multiply(), sum(case.counts)
+    x, codes, scales, biases = case.arrays
+    full = reference.dequantize(np.array(codes), f64(scales), f64(biases), 32, case.bits)
+    for expert in np.flatnonzero(case.counts):
+        own = np.flatnonzero(case.indices == expert)
+        assert_product(y[mx.array(own)], f64(x)[own], full[expert], case.dtype)
     assert mx.isnan(y[held:]).all()
-    (again,), _ = run(the_plan, inputs, outputs, shuffle=2)
-    assert mx.array_equal(again[:held], y[:held])
+    assert mx.array_equal(case.multiply(shuffle=2), y, equal_nan=True)
 
 
 def test_experts_that_are_not_sorted_read_nothing_beyond_their_arrays() -> None:
