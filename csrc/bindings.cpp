@@ -24,6 +24,7 @@
 #include "ops/ranks.h"
 #include "ops/rms_norm.h"
 #include "ops/room.h"
+#include "ops/training.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -93,6 +94,14 @@ NB_MODULE(_ext, m) {
   m.def("compare_logits", &optiq::compare_logits, "p"_a, "q"_a, nb::kw_only(),
       "stream"_a = nb::none());
   m.def("rms_norm", &optiq::rms_norm, "x"_a, "weight"_a, "eps"_a, nb::kw_only(),
+      "stream"_a = nb::none());
+  m.def("gated", &optiq::gated, "gate"_a, "up"_a, "activation"_a, nb::kw_only(),
+      "stream"_a = nb::none());
+  m.def("cross_entropy", &optiq::cross_entropy, "logits"_a, "labels"_a, nb::kw_only(),
+      "stream"_a = nb::none());
+  m.def("causal_softmax", &optiq::causal_softmax, "scores"_a, "scale"_a, "queries"_a,
+      "window"_a = 0, nb::kw_only(), "stream"_a = nb::none());
+  m.def("low_rank_term", &optiq::low_rank_term, "x"_a, "a"_a, "b"_a, "scale"_a, nb::kw_only(),
       "stream"_a = nb::none());
   m.def(
       "room",

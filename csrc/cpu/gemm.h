@@ -64,29 +64,55 @@ OPTIQ_INLINE void micro_kernel_edge(int rows, const float* a, size_t lda, const 
   }
 }
 
-// Values W[row, col..col+8) of a weight as floats; lanes past the last column are zero.
+// Values of a weight as floats; lanes past the last column are zero.
 template <int BITS>
 struct Reader {
   const Weight& w;
 
+  // W[row, col..col+8)
   OPTIQ_INLINE f32x8 operator()(int row, int col) const {
-    const char* p = static_cast<const char*>(w.data) + row * w.row_bytes();
     if constexpr (BITS == 0) {
+      const char* p = static_cast<const char*>(w.data) + row * w.row_bytes();
       return col + 8 <= w.cols ? load_float(p, w.type, col)
                                : load_tail(p, w.type, col, w.cols - col);
     } else {
-      const uint8_t* codes = reinterpret_cast<const uint8_t*>(p) + col / 8 * BITS;
-      uint8_t last[8] = {};
-      if (row == w.rows - 1 && col + 16 > w.cols) { // decoding would read past the end
-        std::memcpy(last, codes, BITS);
-        codes = last;
+      size_t g = group(row, col);
+      return codes(row, col) * scalar(w.scales, g) + scalar(w.biases, g);
+    }
+  }
+
+  // The same of kPanel columns, of which the first `cols` are there; they are in one group.
+  OPTIQ_INLINE void panel_row(int row, int col, int cols, float* out) const {
+    float scale = 1, bias = 0;
+    if constexpr (BITS != 0) {
+      size_t g = group(row, col);
+      scale = scalar(w.scales, g), bias = scalar(w.biases, g);
+    }
+    for (int j = 0; j < kPanel; j += 8) {
+      f32x8 v{};
+      if (j < cols) {
+        if constexpr (BITS == 0) {
+          v = (*this)(row, col + j);
+        } else {
+          v = codes(row, col + j) * scale + bias;
+        }
       }
-      size_t g = size_t(row) * w.groups() + col / w.format.group_size;
-      return decode_codes<BITS>(codes) * splat(scalar(w.scales, g)) + splat(scalar(w.biases, g));
+      store(out + j, v);
     }
   }
 
  private:
+  OPTIQ_INLINE f32x8 codes(int row, int col) const {
+    const char* p = static_cast<const char*>(w.data) + row * w.row_bytes();
+    const uint8_t* codes = reinterpret_cast<const uint8_t*>(p) + col / 8 * BITS;
+    bool last = row == w.rows - 1 && col + 16 > w.cols; // decoding would read past the end
+    return last ? decode_last_codes<BITS>(codes) : decode_codes<BITS>(codes);
+  }
+
+  OPTIQ_INLINE size_t group(int row, int col) const {
+    return size_t(row) * w.groups() + col / w.format.group_size;
+  }
+
   OPTIQ_INLINE float scalar(const void* p, size_t i) const {
     switch (w.type) {
       case Float::f32:
@@ -94,7 +120,7 @@ struct Reader {
       case Float::bf16:
         return bf16_to_f32(static_cast<const uint16_t*>(p)[i]);
       default:
-        return load_tail(p, w.type, i, 1)[0];
+        return f16_to_f32(static_cast<const uint16_t*>(p)[i]);
     }
   }
 };
@@ -127,9 +153,7 @@ struct PackColumns {
 
   void operator()(int n0, int cols, int k0, int depth, float* panel) const {
     for (int k = 0; k < depth; k++) {
-      for (int j = 0; j < kPanel; j += 8) {
-        store(panel + k * kPanel + j, j < cols ? read(k0 + k, n0 + j) : f32x8{});
-      }
+      read.panel_row(k0 + k, n0, cols, panel + k * kPanel);
     }
   }
 };

@@ -307,6 +307,15 @@ OPTIQ_INLINE f32x8 load_f16(const void* p) {
 #endif
 }
 
+OPTIQ_INLINE float f16_to_f32(uint16_t h) {
+#if defined(__F16C__)
+  return _cvtsh_ss(h);
+#else
+  uint16_t halves[8] = {h};
+  return load_f16(halves)[0];
+#endif
+}
+
 // Each lane from the float16 in its low half.
 OPTIQ_INLINE fw from_f16(uw halves) {
 #if defined(__AVX512F__)

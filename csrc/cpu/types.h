@@ -284,6 +284,54 @@ struct Gate {
   Activation activation;
 };
 
+// The gradients at gate and up of y = activation(gate) * up, n values of each.
+struct GateGradient {
+  const float *gate, *up, *d_y;
+  float *d_gate, *d_up;
+  size_t n;
+  Activation activation;
+};
+
+// Per row of logits[rows, vocab]: lse = log(sum(exp(logits))), and loss = lse - logits[label].
+// Where a logit is not finite both are NaN, and where there is no such label the loss is.
+struct CrossEntropy {
+  const float* logits;
+  const int32_t* labels;
+  float *loss, *lse;
+  size_t rows, vocab;
+};
+struct CrossEntropyGradient {
+  const float* logits;
+  const int32_t* labels;
+  const float *lse, *d_loss;
+  float* d_logits;
+  size_t rows, vocab;
+};
+
+// y[rows, keys] = softmax(scale * x) of what each query sees, zeros elsewhere: row r is query
+// r % queries, and belongs to one of the last `queries` keys. It sees the keys up to its own, of
+// them the last `window` unless that is 0. The scale is positive.
+struct CausalSoftmax {
+  const float* x;
+  float* y;
+  size_t rows, queries, keys, window;
+  float scale;
+};
+
+// y[m, out] = scale * x[m, in] @ a[in, rank] @ b[rank, out], of any rank.
+struct LowRankTerm {
+  const float *x, *a, *b;
+  float* y;
+  int m, in, rank, out;
+  float scale;
+};
+struct LowRankTermGradient {
+  const float *x, *a, *b, *d_y;
+  float *d_x, *d_a, *d_b;
+  int m, in, rank, out;
+  float scale;
+};
+
 // One set of kernels per instruction set, compiled from the same source.
 struct Kernels {
   const char* isa;
@@ -309,6 +357,13 @@ struct Kernels {
   void (*quantize_kv)(const Records&);
   void (*dequantize_kv)(const Records&);
   void (*gate)(const Gate&);
+  void (*gate_gradient)(const GateGradient&);
+  void (*cross_entropy)(const CrossEntropy&);
+  void (*cross_entropy_gradient)(const CrossEntropyGradient&);
+  void (*causal_softmax)(const CausalSoftmax&);
+  void (*causal_softmax_gradient)(const CausalSoftmax&, const float* d_y);
+  void (*low_rank_term)(const LowRankTerm&);
+  void (*low_rank_term_gradient)(const LowRankTermGradient&);
   void (*to_f32)(const void* in, Float type, float* out, size_t n);
   void (*from_f32)(const float* in, Float type, void* out, size_t n);
 };

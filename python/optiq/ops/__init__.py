@@ -10,18 +10,23 @@ from .kl import Comparison, compare_logits, kl_divergence, kl_from_logits
 from .low_rank import LowRankTerms, gathered_low_rank
 from .matmul import linear, mixed_quantized_matmul, quantized_matmul
 from .rounding import quantize
+from .training import causal_attention, cross_entropy, gated, low_rank_term
 
 __all__ = [
     "AffineWeight",
     "Comparison",
     "LowRankTerms",
+    "causal_attention",
     "compare_logits",
+    "cross_entropy",
     "dequantize_kv",
     "descend",
+    "gated",
     "gathered_low_rank",
     "kl_divergence",
     "kl_from_logits",
     "linear",
+    "low_rank_term",
     "mixed_quantized_matmul",
     "quantize",
     "quantize_kv",

@@ -60,6 +60,12 @@ def kl_from_logits(p: Any, q: Any) -> Float64:
     return np.asarray(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1))
 
 
+def cross_entropy(logits: Any, labels: Any) -> Float64:
+    """-log softmax(logits)[label] over the last axis."""
+    log_p = _log_softmax(np.asarray(logits, dtype=np.float64))
+    return -np.take_along_axis(log_p, np.asarray(labels)[..., None], axis=-1)[..., 0]
+
+
 def kl_divergence(
     h_p: Any, w_p: Any, h_q: Any, w_q: Any, soft_cap: float | None = None
 ) -> tuple[Float64, NDArray[np.bool_], Float64, Float64]:

@@ -1,0 +1,109 @@
+"""What a training step computes beside its products: natively on a CPU, with gradients.
+
+MLX computes exponentials and reductions one value at a time on x86, in one thread; here they take
+as long as the memory does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..formats import DENSE
+from . import native
+from .attention import quantized_attention
+
+ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": nn.gelu_approx}
+
+
+def gated(gate: mx.array, up: mx.array, activation: str) -> mx.array:
+    """`activation(gate) * up`; activation is "silu" or "gelu_tanh"."""
+    y: mx.array
+    if (ext := native.active()) and gate.dtype == up.dtype == mx.float32:
+        y = ext.gated(gate, up, activation)
+        return y
+    y = ACTIVATIONS[activation](gate) * up
+    return y
+
+
+def cross_entropy(logits: mx.array, labels: mx.array) -> mx.array:
+    """-log softmax(logits)[label] in nats, of each row.
+
+    Args:
+        logits: `[..., vocab]` in float32, float16 or bfloat16.
+        labels: Integers `[...]`.
+
+    Returns:
+        `[...]` in float32; not finite where a logit is not finite.
+    """
+    if ext := native.active():
+        losses: mx.array = ext.cross_entropy(logits, labels)
+        return losses
+    logits = logits.astype(mx.float32)
+    chosen = mx.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    return mx.logsumexp(logits, axis=-1) - chosen
+
+
+def low_rank_term(x: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
+    """`scale * x @ a @ b` for x `[..., in]`, a `[in, rank]` and b `[rank, out]` of one dtype."""
+    if (ext := native.active()) and x.dtype == a.dtype == b.dtype == mx.float32:
+        y: mx.array = ext.low_rank_term(x, a, b, scale)
+        return y
+    return scale * ((x @ a) @ b)
+
+
+def causal_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    window: int | None = None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """Attention of one sequence over itself, with gradients.
+
+    Args:
+        q: `[B, heads, L, dim]`.
+        k, v: `[B, kv_heads, L, dim]`, heads a multiple of kv_heads.
+        scale: Of the scores.
+        window: How many tokens a query sees at most, itself included.
+        sinks: `[heads]`, one more score per head whose value is nothing; with them stock MLX runs.
+
+    Returns:
+        `[B, heads, L, dim]`.
+    """
+    ext = native.active()
+    floats = q.dtype == k.dtype == v.dtype == mx.float32
+    alike = v.shape[-1] == q.shape[-1] and q.shape[-1] % 8 == 0
+    if ext is None or not (floats and alike) or sinks is not None:
+        mask: mx.array | str = "causal"
+        if window is not None and window < q.shape[2]:
+            at = mx.arange(q.shape[2])
+            mask = (at <= at[:, None]) & (at > at[:, None] - window)
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
+
+    def whole(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        """With all weights at once: of this the gradient is made."""
+        grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])  # heads of one key head
+        scores = grouped @ k.swapaxes(-1, -2)
+        weights: mx.array = ext.causal_softmax(scores, scale, q.shape[2], window or 0)
+        out: mx.array = (weights @ v).reshape(q.shape)
+        return out
+
+    @mx.custom_function
+    def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return quantized_attention(
+            q, k, v, k_format=DENSE, v_format=DENSE, scale=scale, mask="causal", window=window
+        )
+
+    @attend.vjp
+    def gradients(
+        primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array
+    ) -> tuple[mx.array, ...]:
+        return tuple(mx.vjp(whole, list(primals), [cotangent])[1])
+
+    y: Any = attend(q, k, v)
+    return y  # type: ignore[no-any-return]

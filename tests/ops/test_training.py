@@ -1,0 +1,151 @@
+"""Ops of a training step and their gradients, against float64: natively, and on mx.*."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from optiq import ops
+from optiq.ops import native, reference
+
+Array = NDArray[np.float32]
+TINY = 1e-3
+
+
+@pytest.fixture(params=["native", "pure"], autouse=True)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "pure":
+        monkeypatch.setattr(native, "extension", None)
+    elif not native.active():
+        pytest.skip("no native kernels here")
+    return str(request.param)
+
+
+def drawn(*shape: int, seed: int = 0, by: float = 1.0) -> Array:
+    return (by * np.random.default_rng([seed, *shape]).normal(size=shape)).astype(np.float32)
+
+
+def check(
+    op: Callable[..., mx.array], truth: Callable[..., Any], *inputs: Array, error: float
+) -> None:
+    """Values, and gradients of a random sum of them along random directions, against the slope of
+    the float64 truth there."""
+    expected = np.asarray(truth(*inputs))
+    weights = drawn(*expected.shape, seed=1)
+    (got,), slopes = mx.vjp(lambda *a: [op(*a)], [mx.array(a) for a in inputs], [mx.array(weights)])
+    np.testing.assert_allclose(np.array(got), expected, rtol=error, atol=error * scale(expected))
+    for i, slope in enumerate(slopes):
+        assert slope.shape == inputs[i].shape
+        for seed in range(3):
+            along = drawn(*inputs[i].shape, seed=seed).astype(np.float64)
+            step = 1e-5
+            ends = []
+            for sign in (1, -1):
+                at: list[Any] = list(inputs)
+                at[i] = at[i] + sign * step * along
+                ends.append(float(np.sum(weights * truth(*at))))
+            found = float(np.sum(np.array(slope, np.float64) * along))
+            size = np.sqrt(np.sum(np.array(slope, np.float64) ** 2)) + TINY
+            assert found == pytest.approx((ends[0] - ends[1]) / (2 * step), abs=10 * error * size)
+
+
+def scale(a: Any) -> float:
+    return float(np.abs(a).max()) + TINY
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 1536)])
+def test_gated(activation: str, shape: tuple[int, ...]) -> None:
+    gate, up = drawn(*shape, seed=2, by=4), drawn(*shape, seed=3)
+    gate.flat[0] = -100
+    check(
+        lambda g, u: ops.gated(g, u, activation),
+        lambda g, u: reference.gated(g, u, activation),
+        gate, up, error=2e-5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (3, 7), (5, 1000), (2, 49_152)])
+def test_cross_entropy(rows: int, vocabulary: int) -> None:
+    labels = np.random.default_rng(0).integers(0, vocabulary, rows)
+    check(
+        lambda x: ops.cross_entropy(x, mx.array(labels)),
+        lambda x: reference.cross_entropy(x, labels),
+        drawn(rows, vocabulary, by=4), error=2e-5,
+    )  # fmt: skip
+
+
+def test_cross_entropy_of_leading_axes_and_sixteen_bits() -> None:
+    logits = mx.array(drawn(2, 3, 50)).astype(mx.bfloat16)
+    labels = np.arange(6).reshape(2, 3)
+    got = ops.cross_entropy(logits, mx.array(labels))
+    assert got.dtype == mx.float32
+    truth = reference.cross_entropy(np.array(logits.astype(mx.float32)), labels)
+    np.testing.assert_allclose(np.array(got), truth, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("place", [0, 17, 40])
+def test_a_logit_that_is_not_finite_is_seen(bad: float, place: int) -> None:
+    logits = drawn(2, 41)
+    logits[0, place] = bad
+    value, slope = mx.value_and_grad(lambda x: ops.cross_entropy(x, mx.array([3, 4])).sum())(
+        mx.array(logits)
+    )
+    assert not np.isfinite(value.item())
+    assert not np.isfinite(np.array(slope[0])).all()
+    assert np.isfinite(np.array(slope[1])).all()
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8, 17])
+@pytest.mark.parametrize(
+    ("rows", "width", "out"), [((1,), 48, 40), ((2, 3), 37, 11), ((70,), 64, 200)]
+)
+def test_low_rank_term(rows: tuple[int, ...], width: int, out: int, rank: int) -> None:
+    check(
+        lambda x, a, b: ops.low_rank_term(x, a, b, 2.0),
+        lambda x, a, b: 2.0 * (x @ a @ b),
+        drawn(*rows, width), drawn(width, rank), drawn(rank, out), error=2e-5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize(("length", "heads", "kv_heads"), [(1, 2, 1), (9, 6, 2), (33, 3, 3)])
+def test_causal_attention(length: int, heads: int, kv_heads: int, window: int | None) -> None:
+    at = np.arange(length)
+    mask = (at <= at[:, None]) & (at > at[:, None] - (window or length))
+    q, k, v = (drawn(2, n, length, 16, seed=n) for n in (heads, kv_heads, kv_heads))
+    check(
+        lambda q, k, v: ops.causal_attention(q, k, v, scale=0.3, window=window),
+        lambda q, k, v: reference.attention(q, k, v, 0.3, mask),
+        q, k, v, error=2e-5,
+    )  # fmt: skip
+
+
+def test_causal_attention_with_sinks() -> None:
+    q, k, v, sinks = drawn(1, 4, 5, 8), drawn(1, 2, 5, 8), drawn(1, 2, 5, 8, seed=1), drawn(4)
+    got = ops.causal_attention(*map(mx.array, (q, k, v)), scale=1.0, sinks=mx.array(sinks))
+    truth = reference.attention(q, k, v, 1.0, "causal", sinks)
+    np.testing.assert_allclose(np.array(got), truth, atol=1e-5)
+
+
+def test_wrong_input(kernels: str) -> None:
+    if kernels == "pure":
+        pytest.skip("MLX's own messages")
+    x = mx.zeros((2, 3))
+    with pytest.raises(ValueError, match=r"gate is \(2,3\) and up \(2,4\)"):
+        ops.gated(x, mx.zeros((2, 4)), "silu")
+    with pytest.raises(ValueError, match="activation is 'relu'"):
+        ops.gated(x, x, "relu")
+    with pytest.raises(ValueError, match="labels"):
+        ops.cross_entropy(x, mx.zeros((3,), mx.int32))
+    with pytest.raises(ValueError, match="integers"):
+        ops.cross_entropy(x, mx.zeros((2,)))
+    with pytest.raises(ValueError, match="low_rank_term"):
+        ops.low_rank_term(x, mx.zeros((4, 1)), mx.zeros((1, 2)), 1.0)
+    assert np.isnan(ops.cross_entropy(x, mx.array([0, 3])).tolist()[1])  # no such label
