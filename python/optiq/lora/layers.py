@@ -10,6 +10,7 @@ import mlx.nn as nn
 
 from ..models.places import place_at
 from ..nn.layers import dequantized
+from ..ops import low_rank_term
 
 
 class LowRank(NamedTuple):
@@ -41,10 +42,10 @@ class LoRALinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         y: mx.array = self.linear(x)
         x = x.astype(self.lora_a.dtype)
-        z = (x @ self.lora_a) @ self.lora_b
+        z = low_rank_term(x, self.lora_a, self.lora_b, self.scale)
         if self._minus is not None:
-            z = z - (x @ self._minus.a) @ self._minus.b
-        return y + (self.scale * z).astype(y.dtype)
+            z = z - low_rank_term(x, *self._minus, self.scale)
+        return y + z.astype(y.dtype)
 
 
 class DoRALinear(LoRALinear):

@@ -15,12 +15,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..kv import route
 from ..kv.records import Handle
-from ..ops import native
+from ..ops import causal_attention, native
 from .data import Sample
 
 # Of the largest logit, packed against alone: the products of the CPU take activations as 16-bit
@@ -109,22 +108,12 @@ class Segments:
         if self._now is None:
             raise TypeError("a block reads the keys and values of another")
         (keys, values), self._now = self._now, None
+        window = mask.size if isinstance(mask, Window) else None
         out, start = [], 0
         for end in self.ends:
             at = slice(start, end)
-            of_one: Any = "causal"
-            if isinstance(mask, Window) and end - start > mask.size:
-                of_one = create_causal_mask(end - start, window_size=mask.size)
-            out.append(
-                mx.fast.scaled_dot_product_attention(
-                    q[:, :, at],
-                    keys[:, :, at],
-                    values[:, :, at],
-                    scale=scale,
-                    mask=of_one,
-                    sinks=sinks,
-                )
-            )
+            of_one = q[:, :, at], keys[:, :, at], values[:, :, at]
+            out.append(causal_attention(*of_one, scale=scale, window=window, sinks=sinks))
             start = end
         return mx.concatenate(out, axis=2)
 

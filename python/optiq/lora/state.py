@@ -24,6 +24,7 @@ from .options import Training
 from .tuned import Parameters
 
 FLOOR = 0.1  # of the learning rate, at the end
+ALL = "all"  # parameters, to the optimizer
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,23 @@ def learning_rate(options: Training, step: int) -> float:
     return options.learning_rate * (FLOOR + (1 - FLOOR) * 0.5 * (1 + cos(pi * done)))
 
 
+def joined(values: Parameters) -> mx.array:
+    """All as one vector, in an order that does not depend on the run: MLX takes as long for each of
+    many small arrays as for one."""
+    return mx.concatenate([values[name].reshape(-1) for name in sorted(values)])
+
+
+def parted(vector: mx.array, like: Parameters) -> Parameters:
+    """The reverse, with the names and shapes of `like`."""
+    names = sorted(like)
+    ends = np.cumsum([like[name].size for name in names])[:-1].tolist()
+    parts = mx.split(vector, ends)
+    return {name: a.reshape(like[name].shape) for name, a in zip(names, parts, strict=True)}
+
+
 def norm_of(gradients: Parameters) -> float:
-    """Of all gradients as one vector, added up in an order that does not depend on the run."""
-    squares = mx.stack([mx.sum(mx.square(gradients[name])) for name in sorted(gradients)])
-    return float(np.asarray(mx.sqrt(mx.sum(squares))))
+    """Of all gradients as one vector."""
+    return float(np.linalg.norm(np.asarray(joined(gradients))))
 
 
 class State:
@@ -81,7 +95,7 @@ class State:
         self._adam = optimizers.AdamW(
             options.learning_rate, weight_decay=options.weight_decay, bias_correction=True
         )
-        self._adam.init(start)
+        self._adam.init({ALL: joined(start)})
 
     @property
     def step(self) -> int:
@@ -98,8 +112,9 @@ class State:
         factor = min(1.0, self.options.clip / norm) if norm > 0 else 1.0
         rate = learning_rate(self.options, self.step)
         self._adam.learning_rate = rate
-        clipped = {name: g * factor for name, g in gradients.items()}
-        self.parameters = self._adam.apply_gradients(clipped, self.parameters)
+        clipped, now = {ALL: joined(gradients) * factor}, {ALL: joined(self.parameters)}
+        moved = self._adam.apply_gradients(clipped, now)[ALL]
+        self.parameters = parted(moved, self.parameters)
         mx.eval(self.parameters, self._adam.state)
         self.updates.append(Update(self.step + 1, loss, tokens, rate, norm))
 
@@ -157,7 +172,7 @@ class State:
             notes = json.loads(metadata["notes"])
             state = cls(options, parts["now"], parts["minus"], notes)
             state.best = parts["best"]
-            state._adam.state = parts["adam"]
+            state._adam.state = parts["adam"] | {ALL: parts["adam"][ALL]}
             state.updates = [Update(**u) for u in json.loads(metadata["updates"])]
             state.judged = [Judged(**j) for j in json.loads(metadata["judged"])]
             state.worse = int(metadata["worse"])

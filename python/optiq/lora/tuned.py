@@ -13,7 +13,9 @@ from mlx.nn.utils import checkpoint as recomputed
 from ..errors import AdapterError
 from ..models.adaptable import adaptable, head
 from ..models.places import place_at
+from ..nn.gated import gate
 from ..nn.replay import ALL, Replay, Tape
+from ..ops import cross_entropy
 from .data import Sample
 from .layers import LowRank, put
 from .packing import Pack, pack, packable, segments
@@ -39,6 +41,7 @@ class Tuned:
         minus: Mapping[str, LowRank] | None = None,
         recompute: bool,
     ) -> None:
+        gate(model)
         self.alone = packable(model)
         self._model = model
         self._head = head(model)
@@ -79,7 +82,7 @@ class Tuned:
     def losses(self, packed: Pack) -> mx.array:
         """-log p of each token to learn [n], not computed yet."""
         ids = mx.array([packed.tokens])
-        caches = segments(self._model, packed.ends) if len(packed.samples) > 1 else None
+        caches = None if self.alone else segments(self._model, packed.ends)
         run = self._replay.run(ids, (), ALL, caches)
         outputs = [run.outputs[n] for n in range(len(run.outputs))]
         tape = Tape(ids, outputs, run.hidden, run.logits.shape[-1])
@@ -89,11 +92,11 @@ class Tuned:
         top = place_at(self._model, self._head.path).get() if self._head else nn.Module()
 
         def part(rows: mx.array, labels: mx.array) -> mx.array:
-            logits = self._replay.logits(tape, rows).astype(mx.float32)
-            chosen = mx.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-            return mx.logsumexp(logits, axis=-1) - chosen
+            return cross_entropy(self._replay.logits(tape, rows), labels)
 
         step = max(1, LOGITS_BYTES // (4 * tape.vocabulary))
+        if rows.shape[0] <= step:
+            return part(rows, labels)
         found = []
         for i in range(0, rows.shape[0], step):
             of_part = partial(part, labels=labels[i : i + step])  # indices have no gradient

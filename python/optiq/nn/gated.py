@@ -1,0 +1,76 @@
+"""Gated MLPs whose activation is one native op with a gradient, layer by layer around it."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import ops
+from ..models.adaptable import weight_shape
+from ..models.blocks import Mlp, Unknown, describe
+from ..models.places import place_at
+from ..models.roles import blocks as blocks_of
+from ..ops import native
+from ..ops.contest import error_of
+from .layers import Adopting
+
+_gated_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+class Gated(Adopting):
+    """Mixed into the class of the original MLP, which keeps its children."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        anatomy: Mlp = self.__dict__["_anatomy"]
+        paths = (*anatomy.gate_up, anatomy.down)
+        *gate_up, down = (self[path.rpartition(".")[2]] for path in paths)
+        of_each = [layer(x) for layer in gate_up]
+        gate, up = of_each if len(of_each) == 2 else mx.split(of_each[0], 2, axis=-1)
+        y: mx.array = down(ops.gated(gate, up, anatomy.activation))
+        return y
+
+
+def gate(model: nn.Module) -> None:
+    """Let the plain gated MLPs of described blocks use the native activation, in place.
+
+    Each kind is first compared with the original on random input, and left where they disagree.
+    """
+    if not native.active():
+        return
+    agree: dict[tuple[type, str], bool] = {}
+    for path, block in blocks_of(model).items():
+        anatomy = None
+        with suppress(Unknown):
+            anatomy = describe(block).mlp
+        if anatomy is None:
+            continue
+        place = place_at(model, f"{path}.{anatomy.down.rpartition('.')[0]}")
+        original = place.get()
+        if isinstance(original, Gated):
+            continue
+        gated, kind = _gated(original, anatomy), (type(original), anatomy.activation)
+        if kind not in agree:
+            agree[kind] = _agree(original, gated, anatomy)
+        if agree[kind]:
+            place.set(gated)
+
+
+def _gated(mlp: nn.Module, anatomy: Mlp) -> nn.Module:
+    cls = type(mlp)
+    if cls not in _gated_classes:
+        _gated_classes[cls] = type(f"Gated{cls.__name__}", (Gated, cls), {})
+    made: nn.Module = _gated_classes[cls].adopt(mlp)  # type: ignore[attr-defined]
+    made.__dict__["_anatomy"] = anatomy
+    return made
+
+
+def _agree(original: nn.Module, gated: nn.Module, anatomy: Mlp) -> bool:
+    width = weight_shape(original[anatomy.gate_up[0].rpartition(".")[2]])[-1]
+    x = mx.random.normal((1, 3, width), key=mx.random.key(0))
+    try:
+        expected = original(x)
+        return not error_of(gated(x), expected, expected)
+    except Exception:  # whatever a foreign layer raises
+        return False
