@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,27 @@ def test_loss_and_gradients_are_those_of_stock_layers(
     assert found.keys() == flat.keys()
     for name, slope in flat.items():
         assert mx.abs(found[name] - slope).max() <= 0.02 * mx.abs(slope).max(), name
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_logits_in_parts_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recompute: bool
+) -> None:
+    model, batch = opened(mixed_folder(tmp_path)), samples(20, 9, 14)
+    tuned = Tuned(model, random_terms(model), 2.0, recompute=recompute)
+    found = []
+    with tuned:
+        (together,) = tuned.packs(batch, 64)
+        for rows in (1000, 4, 1):
+            monkeypatch.setattr("optiq.lora.tuned.LOGITS_BYTES", 4 * VOCAB * rows)
+            weigh = mx.arange(len(together.learned)) % 3  # each token counts by its own weight
+            of = partial(lambda w: mx.sum(w * tuned.losses(together)), weigh)
+            found.append(tuned.loss_and_gradients(tuned.parameters(), of))
+    (loss, slopes), *others = found
+    for value, gradients in others:
+        assert value == pytest.approx(loss, rel=1e-5)
+        for name, slope in slopes.items():
+            assert mx.abs(gradients[name] - slope).max() <= 2e-3 * mx.abs(slope).max(), name
 
 
 def test_gradients_are_those_of_finite_differences(

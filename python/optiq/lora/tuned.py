@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.nn.utils import checkpoint as recomputed
 
 from ..errors import AdapterError
 from ..models.adaptable import adaptable, head
@@ -89,19 +87,12 @@ class Tuned:
         targets = mx.array(packed.learned)
         rows = run.hidden[0, targets - 1]
         labels = ids[0, targets]
-        top = place_at(self._model, self._head.path).get() if self._head else nn.Module()
 
         def part(rows: mx.array, labels: mx.array) -> mx.array:
             return cross_entropy(self._replay.logits(tape, rows), labels)
 
         step = max(1, LOGITS_BYTES // (4 * tape.vocabulary))
-        if rows.shape[0] <= step:
-            return part(rows, labels)
-        found = []
-        for i in range(0, rows.shape[0], step):
-            of_part = partial(part, labels=labels[i : i + step])  # indices have no gradient
-            found.append(recomputed(top, of_part)(rows[i : i + step]))
-        return mx.concatenate(found)
+        return part(rows, labels) if len(targets) <= step else _in_parts(part, rows, labels, step)
 
     def summed(self, packed: Pack) -> mx.array:
         """The sum of `losses`."""
@@ -127,3 +118,31 @@ class Tuned:
         self.set(parameters)
         found: Any = value.item()
         return float(found), gradients
+
+
+def _in_parts(
+    of: Callable[[mx.array, mx.array], mx.array], rows: mx.array, labels: mx.array, step: int
+) -> mx.array:
+    """`of(rows, labels)`, whose values belong to a row each, `step` rows at a time. The gradient
+    computes each part again. A part waits for the one before it, or all would exist at once."""
+
+    def parts(make: Callable[[mx.array, slice], mx.array], rows: mx.array) -> mx.array:
+        found: list[mx.array] = []
+        for i in range(0, rows.shape[0], step):
+            at = slice(i, i + step)
+            found.append(make(mx.depends([rows[at]], found[-1:])[0] if found else rows[at], at))
+        return mx.concatenate(found)
+
+    @mx.custom_function
+    def whole(rows: mx.array) -> mx.array:
+        return parts(lambda x, at: of(x, labels[at]), rows)
+
+    @whole.vjp
+    def gradient(rows: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+        def of_part(x: mx.array, at: slice) -> mx.array:
+            return mx.vjp(lambda x: of(x, labels[at]), [x], [cotangent[at]])[1][0]
+
+        return parts(of_part, rows)
+
+    found: Any = whole(rows)
+    return found  # type: ignore[no-any-return]
