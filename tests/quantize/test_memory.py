@@ -10,10 +10,12 @@ import pytest
 from optiq.base import memory as base
 from optiq.calibration import Texts
 from optiq.errors import UsageError
-from optiq.models.roles import Module, Role
+from optiq.formats import DENSE
+from optiq.models.roles import Module, Role, allowed
 from optiq.quantize import memory
 from optiq.quantize.memory import SCORES, Shapes, affordable, peak, phases, shapes_of
 from optiq.quantize.options import Options
+from optiq.quantize.replay.logits import LOGITS_BYTES
 from optiq.sources import load, resolve
 from tests.quantize.sensitivity.cases import calibration
 from tests.tiny import tiny_folder
@@ -64,6 +66,39 @@ def test_a_llama_of_8_billion_weights_takes_6_gb() -> None:
     assert 5e9 < needs.total < 6e9
 
 
+def small() -> Shapes:
+    """A model that is mostly its embedding, which is its head."""
+    modules = [Module("e", Role.EMBEDDING, "e", (49152, 576), None, tied=True)]
+    for i in range(4):
+        for name, shape in {"g": (1536, 576), "u": (1536, 576), "d": (576, 1536)}.items():
+            modules.append(Module(f"{i}.{name}", Role.MLP, f"{i}.{name}", shape, i))
+    return Shapes(modules, 2, 0)
+
+
+def test_at_the_head_there_are_its_formats_and_no_gradients() -> None:
+    shapes, options = small(), Options.parse(effort="quick")
+    head = shapes.modules[0]
+    formats = [f for f in allowed(head, options.menu) if f != DENSE]
+    logits = 3 * min(LOGITS_BYTES, 4 * 256 * 49152)
+    parts = phases(shapes, texts(1024), options, 10**8)[SCORES].parts
+    assert parts["at work"] == sum(f.nbytes(head.shape, 2) for f in formats) + logits
+    assert "gradients" not in parts
+
+
+def test_of_an_embedding_some_rows_are_fitted_at_a_time() -> None:
+    options = Options.parse(effort="quick")
+    parts = phases(small(), texts(1024), options, 10**8)["fitting weights"].parts
+    rows = 6 * 4 * 8192 * 576
+    assert parts["a block or head at work"] == 2 * 2 * 49152 * 576 + 4 * 4 * 576**2 + rows
+
+
+def test_the_process_is_as_large_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load(resolve(str(tiny_folder(tmp_path))))
+    for held in (0, 10**10):
+        monkeypatch.setattr(memory, "held_memory", lambda held=held: held)
+        assert shapes_of(loaded).process == max(memory.PROCESS, held + memory.LATER)
+
+
 def test_more_of_anything_takes_more() -> None:
     shapes, options = llama(), Options.parse(effort="quick")
     before = peak(phases(shapes, texts(1024), options, 10**9))[1].total
@@ -76,6 +111,7 @@ def test_what_does_not_fit_is_left_out_or_refused(
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(memory, "tell", said.append)
+    monkeypatch.setattr(memory, "held_memory", lambda: 0)
     loaded = load(resolve(str(tiny_folder(tmp_path, hidden_size=256, num_hidden_layers=8))))
     options = Options.parse(tokens=4096, held_out_tokens=640)
     asked, found, needs = affordable(loaded, options)
@@ -93,7 +129,7 @@ def test_what_does_not_fit_is_left_out_or_refused(
 
 
 def test_within_a_limit_no_more_is_available() -> None:
-    free, held = base.available_memory(), base._held()
+    free, held = base.available_memory(), base.held_memory()
     with base.limited(held + 10**8):
         assert base.available_memory() == pytest.approx(10**8, abs=5e7)
         with base.limited(None):  # says nothing

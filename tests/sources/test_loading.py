@@ -16,6 +16,7 @@ from mlx_lm.utils import load_model, quantize_model, save_model
 
 from optiq.errors import SourceError
 from optiq.sources import check_finite, load, resolve
+from optiq.sources.loading import CHECKED
 from tests.families.table import family_folder
 from tests.tiny import BOS, EOS, KINDS, tiny_folder, write_tokenizer
 
@@ -313,3 +314,15 @@ def test_a_weight_that_is_not_finite_is_named(value: float, dtype: mx.Dtype) -> 
 
 def test_packed_codes_are_always_finite() -> None:
     check_finite("w", mx.full((4,), 2**32 - 1, dtype=mx.uint32))
+
+
+def test_a_weight_is_checked_in_less_memory_than_it_takes() -> None:
+    weight = mx.zeros((6 * CHECKED,), mx.bfloat16)
+    mx.eval(weight)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    check_finite("w", weight)
+    assert mx.get_peak_memory() - before < weight.nbytes // 2
+    weight[-1] = mx.nan
+    with pytest.raises(SourceError, match="the weight w holds NaN"):
+        check_finite("w", weight)

@@ -21,7 +21,7 @@ def available_memory() -> int:
     Within `limited`, no more than what is left of that limit.
     """
     free = _free_memory()
-    return free if _limit is None else max(0, min(free, _limit - _held()))
+    return free if _limit is None else max(0, min(free, _limit - held_memory()))
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def limited(nbytes: int | None) -> Iterator[None]:
         _limit = before
 
 
-def _held() -> int:
+def held_memory() -> int:
     """Bytes that this process has in memory."""
     file = Path("/proc/self/statm")
     if not file.exists():

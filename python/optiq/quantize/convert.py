@@ -37,7 +37,7 @@ from ..runtime.loading import load as load_native
 from ..sources import LoadedModel, Source, load, resolve
 from .estimate import estimate
 from .export import check_ours, check_target, clear, export, replacing
-from .memory import PROCESS, affordable
+from .memory import affordable
 from .options import Options
 from .preflight import check_budget, with_towers
 from .prepare import CHECKPOINT, SCORES, prepare, remove_work, work_folder
@@ -173,7 +173,7 @@ def _convert(
             plan = build(scores, options.size, options.formats, seed=options.seed, command=command)
             return Result(plan, scores, None, *_took(started, job, needs))
         plan, rounding = ready.best(options.size, command, refine=refine)
-        room = needs.total - PROCESS
+        room = needs.total - needs.parts["process"]
         plan, answers = _write(ranks, source, plan, target, scores, rounding, texts, work, room)
         took = _took(started, job, needs)
     remove_work(work, distill.CHECKPOINT)

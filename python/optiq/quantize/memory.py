@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from ..base.memory import Needs
+from ..base.memory import Needs, held_memory
 from ..base.progress import tell
 from ..calibration import Sample, Texts
 from ..distributed.ranks import ALONE, World
@@ -27,16 +27,18 @@ from .replay.logits import LOGITS_BYTES
 from .rounding import descent, moments
 from .rounding.reference import choose
 from .select import SMALL_BYTES
-from .sensitivity import fisher
+from .sensitivity import fisher, kl
 
-PROCESS = 400_000_000  # bytes of Python, MLX, mlx-lm and a tokenizer
+PROCESS = 240_000_000  # bytes of Python, MLX, mlx-lm and a small tokenizer
+LATER = 140_000_000  # of it, what comes after the start: modules, what allocators keep
 
 SCORES = "measuring sensitivity"
 LEAST_TOKENS = 512  # of calibration text that --memory leaves
 
 _MATRICES = 4  # H or G of the sequences that fit and that judge; shrunk; its diagonal
 _ROUNDINGS = 3  # of a layer of experts that are compared
-_COPIES = 3  # of a block's activations, or of logits, that a run holds at a time
+_COPIES = 3  # of a block's activations that a run holds at a time
+_LOGITS = 3  # the teacher's, a student's and the next one's
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Shapes:
     heads: int = 32
     experts: int = 8  # that a token goes to
     running: int | None = None  # bytes of what exact scores run; None: of the whole model
+    process: int = PROCESS
 
     @property
     def dense(self) -> int:
@@ -84,7 +87,9 @@ def phases(
     if options.rounding not in ("search", "minmax"):
         found["fitting weights"] = _fitting(shapes, calibration, ranks)
     largest = max((prod(m.shape) for m in shapes.modules), default=0)
-    found["writing"] = Needs({"process": PROCESS, "a weight": (shapes.itemsize + 2) * largest})
+    found["writing"] = Needs(
+        {"process": shapes.process, "a weight": (shapes.itemsize + 2) * largest}
+    )
     found["checking"] = _judging(shapes, _lengths(texts.held_out.sequences), plan)
     return found
 
@@ -99,7 +104,7 @@ def _passing(shapes: Shapes, lengths: Sequence[int]) -> Needs:
     _, width = embedding_shape(shapes.modules)
     return Needs(
         {
-            "process": PROCESS,
+            "process": shapes.process,
             "weights": max(shapes.block, shapes.outside),
             "block outputs": 4 * 2 * sum(lengths) * width,
             "at work": _running(shapes, max(lengths)),
@@ -117,7 +122,7 @@ def _judging(shapes: Shapes, lengths: Sequence[int], plan: int) -> Needs:
         weights += shapes.outside
     return Needs(
         {
-            "process": PROCESS,
+            "process": shapes.process,
             "weights": weights,
             "block outputs": 4 * 4 * sum(lengths) * width,
             "at work": max(_running(shapes, max(lengths)), _logits(shapes, max(lengths))),
@@ -133,19 +138,22 @@ def _scores(shapes: Shapes, lengths: Sequence[int], options: Options, ranks: int
     together = min(len(lengths), max(1, fisher.GRADIENT_BYTES // largest))
     running = _running(shapes, max(lengths))
     head = max((_rounded(shapes, m, options) for m in shapes.modules if is_head(m)), default=0)
-    at_head = head + _logits(shapes, max(lengths))
+    logits = _logits(shapes, max(lengths))
     inside_rounded = max((_rounded(shapes, m, options) for m in inside), default=0)
+    at_block = max(running, (together + 2) * largest + inside_rounded)
     passing = {
         "weights": max(shapes.block, shapes.outside),
-        "gradients": _calls(shapes, sum(lengths)),
-        "at work": max(running, (together + 2) * largest + inside_rounded, at_head),
+        # At the head there are none of the blocks' gradients.
+        "at work": max(_calls(shapes, sum(lengths)) + at_block, head + logits),
         **_handed(shapes, sum(lengths), ranks),
     }
     # Exact scores run the model again and again, when the gradients are gone.
     running_model = shapes.dense if shapes.running is None else shapes.running
-    exact = {"weights": running_model, "at work": max(running, at_head)}
+    exact = {"weights": running_model, "at work": head + max(running, logits)}
     methods = {"fisher": [passing], "kl": [exact]}.get(options.sensitivity, [passing, exact])
-    found = (Needs({"process": PROCESS, "block outputs": outputs, **parts}) for parts in methods)
+    found = (
+        Needs({"process": shapes.process, "block outputs": outputs, **parts}) for parts in methods
+    )
     return max(found, key=lambda needs: needs.total)
 
 
@@ -165,20 +173,30 @@ def _fitting(shapes: Shapes, lengths: Sequence[int], ranks: int) -> Needs:
     inside = max(
         (_in_turn(shapes, of, tokens) for of in blocks_of(shapes.modules).values()), default=0
     )
-    largest = max((max(prod(m.shape), m.shape[-1] ** 2) for m in shapes.modules), default=0)
+    largest = max(
+        (max(prod(m.shape), m.shape[-1] ** 2) for m in shapes.modules if m.block is not None),
+        default=0,
+    )
+    rows = max((m.shape[0] for m in shapes.modules if m.block is None), default=0)
     return Needs(
         {
-            "process": PROCESS,
+            "process": shapes.process,
             "block outputs": min(descent.TAPE_BYTES, outputs),
             "gradients": 4 * tokens * 2 * width,
             "a block or head at work": max(
-                shapes.block + max(inside, _running(shapes, max(lengths))),
-                2 * shapes.outside + _MATRICES * 4 * head**2,
-            )
-            + 6 * 4 * min(moments.ELEMENTS, largest),
+                shapes.block + max(inside, _running(shapes, max(lengths))) + _changed(largest),
+                2 * shapes.outside
+                + _MATRICES * 4 * head**2
+                + _changed(min(rows, descent.ROWS) * head),
+            ),
             **_handed(shapes, tokens, ranks),
         }
     )
+
+
+def _changed(elements: int) -> int:
+    """What a descent changes of a weight with so many elements, and how much that moves."""
+    return 6 * 4 * min(moments.ELEMENTS, elements)
 
 
 def _in_turn(shapes: Shapes, block: Sequence[Module], tokens: int) -> int:
@@ -216,18 +234,17 @@ def _running(shapes: Shapes, longest: int) -> int:
 
 
 def _logits(shapes: Shapes, longest: int) -> int:
-    """Of two models, with copies."""
     vocabulary, _ = embedding_shape(shapes.modules)
-    return 2 * _COPIES * min(LOGITS_BYTES, 4 * longest * vocabulary)
+    return _LOGITS * min(LOGITS_BYTES, 4 * longest * vocabulary)
 
 
 def _rounded(shapes: Shapes, module: Module, options: Options) -> int:
-    """A module in all formats of the menu, or a head in the widest."""
+    """A module in all formats of the menu, or a head in those that are held together."""
     sizes = [
         f.nbytes(module.shape, shapes.itemsize) for f in allowed(module, options.menu) if f != DENSE
     ]
     if is_head(module):
-        return max(sizes, default=0)
+        return sum(sorted(sizes)[-max(1, kl.HEAD_BYTES // shapes.nbytes(module)) :])
     return sum(sizes) + shapes.itemsize * prod(module.shape)
 
 
@@ -285,6 +302,7 @@ def shapes_of(loaded: LoadedModel, reference: str = "auto") -> Shapes:
         fixed_bytes(loaded.model, modules),
         getattr(args, "num_attention_heads", Shapes.heads),
         getattr(args, "num_experts_per_tok", None) or 1,
+        process=max(PROCESS, held_memory() + LATER),
     )
     if choose(reference, found.dense)[0] == "bf16":
         return found

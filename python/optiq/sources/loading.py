@@ -28,6 +28,8 @@ from .tokens import check_tokens, refusal
 from .towers import Towers
 
 # The end of the name of what packed weights have beside them, in any of the usual formats.
+CHECKED = 1 << 22  # numbers of a weight that are checked at a time
+
 _SCALES = re.compile(
     r"(scales?|scale_inv|biases|qweight|qzeros|g_idx|packed|blocks|absmax|quant_map|SCB|W_q"
     r"|quant_state[\w.]*)$"
@@ -207,8 +209,15 @@ def quantization(path: Path) -> str | None:
 
 
 def check_finite(name: str, array: mx.array) -> None:
-    """Raise SourceError if the weight `name` holds a NaN or an infinity."""
-    if mx.issubdtype(array.dtype, mx.floating) and not mx.all(mx.isfinite(array)).item():
+    """Raise SourceError if the weight `name` holds a NaN or an infinity.
+
+    Some numbers at a time: asking a whole weight takes more memory than the weight.
+    """
+    if not mx.issubdtype(array.dtype, mx.floating):
+        return
+    flat = array.reshape(-1)
+    parts = (flat[start : start + CHECKED] for start in range(0, flat.size, CHECKED))
+    if not all(mx.all(mx.isfinite(part)).item() for part in parts):
         raise SourceError(
             f"the weight {name} holds NaN or infinite values; "
             "the file is damaged or was saved badly: get it again"
