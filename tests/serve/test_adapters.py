@@ -17,6 +17,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from optiq.errors import AdapterError
+from optiq.kv.prefix import Key
 from optiq.lora import peft
 from optiq.lora.adapter import write
 from optiq.lora.gathered import Shadow, halved
@@ -24,7 +25,9 @@ from optiq.lora.layers import put
 from optiq.lora.merging import combined, merge
 from optiq.models.adaptable import adaptable
 from optiq.runtime.loading import load
+from optiq.serve.engine.adapters import Adapters
 from optiq.serve.engine.engine import Engine
+from optiq.serve.engine.prefix import PrefixCache
 from optiq.serve.engine.request import Request, Sampling
 from optiq.serve.engine.scheduler import Pace
 from optiq.serve.opening import open_model
@@ -107,6 +110,30 @@ def test_more_adapters_than_places_take_turns(
         wanted = [(name, prompt) for prompt in PROMPTS for name in (*NAMES, None)]
         said = list(pool.map(lambda one: say(asked, *one), wanted))
     assert said == [alone[one] for one in wanted]
+
+
+def test_the_least_recently_used_gives_its_place_and_one_in_use_never(
+    folders: dict[str, Path],
+) -> None:
+    model, _ = load(str(folders["model"]))
+    adapters = Adapters(
+        model, None, lambda: make_prompt_cache(model), slots=2, nbytes=1 << 20,
+        prefix=lambda _: PrefixCache(Key(""), 0),
+    )  # fmt: skip
+    a, b, c = (adapters.mount(name, random_adapter(folders["model"], 0.2, i))
+               for i, name in enumerate(NAMES))  # fmt: skip
+
+    def beside() -> set[str]:
+        return {m.name for m in (a, b, c) if m.slot is not None}
+
+    adapters.model([a, b], ())
+    assert beside() == {"a", "b"}
+    adapters.model([b, a], ())
+    adapters.model([c], ())  # b was used less recently than a
+    assert beside() == {"a", "c"}
+    adapters.model([b], in_use=(a,))  # a is the oldest, but an answer that waits has it
+    assert beside() == {"a", "b"}
+    assert len({a.slot, b.slot}) == 2
 
 
 def test_mounting_never_changes_an_answer_that_runs(
