@@ -28,6 +28,7 @@ from ..models.roles import blocks as blocks_of
 from ..ops import AffineWeight, matmul, metal, native
 from .blocks import Fused, fuse, launchable
 from .check import disagreement
+from .gated import gate
 from .layers import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -60,8 +61,9 @@ def accelerate(
 
     With `blocks`, decoder blocks of a known kind also run as a whole. Where the layers of a block
     are replaced, tapped or differentiated later, it runs layer by layer again; if that is all that
-    you do, pass `blocks=False`. A kind of block is first compared with the original on random
-    input, and left alone if the two disagree.
+    you do, pass `blocks=False`, for which gated MLPs have a native activation with a gradient. A
+    kind of block or MLP is first compared with the original on random input, and left alone if the
+    two disagree.
 
     On the CPU products with weights in few bits are as exact as those of float32. Without `exact`
     they read activations as 16-bit fixed point, each group by its largest value: 1.05 to 1.4 times
@@ -105,7 +107,9 @@ def accelerate(
         place_at(model, path).set(module)
     if native.on_cpu():
         model.apply(_exact)
-    if blocks and (native.on_cpu() or metal.enabled()):
+    if not blocks:
+        gate(model)
+    elif native.on_cpu() or metal.enabled():
         _fuse_blocks(model, report)
     if repack:
         _repack(model)
