@@ -5,8 +5,8 @@
 Each program runs in a process of its own, one after the other in each round; the ratios are those
 within a round, with quartiles. LLAMA_BENCH is the program of that name in llama.cpp; GGUF should
 have the bytes of MODEL. A prompt is read as generators read it, and as LLAMA_BENCH does: logits are
-made for its last token only. --busy keeps another process busy on the first processor. --stock reads a
-prompt of 16 tokens and writes 8: on x86 it takes a second for each.
+made for its last token only. --busy keeps another process busy on the first processor. --stock
+reads a prompt of 16 tokens and writes 8: on x86 it takes a second for each.
 """
 
 from __future__ import annotations
