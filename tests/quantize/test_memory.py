@@ -63,7 +63,7 @@ def test_outputs_of_all_blocks_are_recorded_but_fitted_weights_are_in_files() ->
 def test_a_llama_of_8_billion_weights_takes_6_gb() -> None:
     phase, needs = peak(phases(llama(), texts(1024), Options.parse(effort="quick"), 4_520_000_000))
     assert phase == "fitting weights"  # H of 14,336 columns
-    assert 5e9 < needs.total < 6e9
+    assert 5.5e9 < needs.total < 6.5e9
 
 
 def small() -> Shapes:
@@ -89,7 +89,7 @@ def test_of_an_embedding_some_rows_are_fitted_at_a_time() -> None:
     options = Options.parse(effort="quick")
     parts = phases(small(), texts(1024), options, 10**8)["fitting weights"].parts
     rows = 6 * 4 * 8192 * 576
-    assert parts["a block or head at work"] == 2 * 2 * 49152 * 576 + 4 * 4 * 576**2 + rows
+    assert parts["a block or head at work"] == 2 * 2 * 49152 * 576 + 5 * 4 * 576**2 + rows
 
 
 def test_the_process_is_as_large_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

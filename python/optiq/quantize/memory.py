@@ -35,7 +35,7 @@ LATER = 140_000_000  # of it, what comes after the start: modules, what allocato
 SCORES = "measuring sensitivity"
 LEAST_TOKENS = 512  # of calibration text that --memory leaves
 
-_MATRICES = 4  # H or G of the sequences that fit and that judge; shrunk; its diagonal
+_MATRICES = 5  # H or G of the sequences that fit and that judge; shrunk, in three parts
 _ROUNDINGS = 3  # of a layer of experts that are compared
 _COPIES = 3  # of a block's activations that a run holds at a time
 _LOGITS = 3  # the teacher's, a student's and the next one's
