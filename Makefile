@@ -43,9 +43,9 @@ test: $(VENV)/.installed
 families: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m families tests
 
-# Servers of two and three ranks, of which one is stuck.
+# Servers of two and three ranks, of which one is stuck; ranks that are lost in other jobs.
 ranks: $(VENV)/.installed
-	$(BIN)/python -m pytest -m ranks tests/serve
+	$(BIN)/python -m pytest -m ranks tests/serve tests/distributed
 
 # Mesa's compiler for Apple's M1 and M2 GPUs, from Debian's source package, for python -m bench.agx.
 agx:

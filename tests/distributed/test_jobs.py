@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(folder: Path, out: str, names: Sequence[str]) -> list[subprocess.Popen[str]]:
-    (folder / out).mkdir()
+    (folder / out).mkdir(exist_ok=True)
     command = ["-m", "tests.distributed.jobs", str(folder / "source"), str(folder / out), *names]
     shared = {**os.environ, "MLX_HOSTFILE": str(hostfile(folder / out, 2))}
     shared["TRANSFORMERS_VERBOSITY"] = "error"
@@ -73,6 +74,9 @@ def without(data: Any) -> Any:
 
 
 def same(found: Path, expected: Path) -> None:
+    if expected.is_file():
+        assert content(found) == content(expected)
+        return
     files = [p.relative_to(expected) for p in expected.rglob("*") if p.is_file()]
     files = [name for name in files if name.suffix != ".html"]
     assert files
@@ -102,3 +106,32 @@ def test_a_dead_rank_is_named_and_one_process_goes_on(folder: Path) -> None:
 
     jobs.convert(folder / "source", folder / "killed", resume=True)
     same(folder / "killed" / "model", folder / "alone" / "model")
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("name", "made", "left", "lines"),
+    [
+        ("kv", "kv.json", "kv.checkpoint.json", 0),
+        ("frontier", "frontier", "frontier.optiq-work/frontier.checkpoint.json", 0),
+        ("eval", "evals", "evals/kl.jsonl", 2),  # the first is not a record
+    ],
+)
+def test_what_a_dead_rank_leaves_is_used(
+    folder: Path, name: str, made: str, left: str, lines: int
+) -> None:
+    out, alone = folder / f"killed-{name}", folder / "alone"
+    shutil.copytree(alone / "model", out / "model")
+    processes = start(folder, out.name, [name, "--killed-after", left, str(lines)])
+    (code, err), (killed, _) = finish(processes)
+    assert (code, killed) == (1, -signal.SIGKILL)
+    assert err == "\noptiq: rank 1 died; what is measured is kept, go on with --resume\n"
+    kept = out / left
+    assert kept.read_bytes().count(b"\n") >= lines
+    if name != "eval":  # whose records are what it makes
+        assert not (out / made).exists()
+    written = kept.read_bytes()
+    jobs.JOBS[name](folder / "source", out, resume=True)
+    same(out / made, alone / made)
+    assert kept.exists() == (name == "eval")
+    assert name != "eval" or kept.read_bytes().startswith(written)
