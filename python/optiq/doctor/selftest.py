@@ -77,9 +77,7 @@ def run(gpu: bool) -> Iterator[Line | Speed]:
     yield line("quantized_matmul", trials.multiply, cases.QUANTIZED, cpu=cpu)
     yield line("quantized_matmul, not transposed", trials.multiply, some, transpose=False)
     yield line("mixed_quantized_matmul", trials.multiply_mixed, some, cpu=cpu)
-    experts = trials.multiply_experts
-    yield line("quantized_matmul of experts", experts, some, cpu=cpu)
-    yield line("quantized_matmul of sorted experts", experts, some, cpu=cpu, sorted_indices=True)
+    yield line("quantized_matmul of experts", trials.multiply_experts, some, cpu=cpu)
     yield line("quantize, min/max", trials.round_minmax, cases.ROUNDINGS)
     yield line("quantize, search", trials.round_by_search, cases.ROUNDINGS)
     yield line("kl_divergence", trials.compare, cases.PAIRS, cpu=cpu)
@@ -87,6 +85,8 @@ def run(gpu: bool) -> Iterator[Line | Speed]:
     yield line("quantized_attention", trials.attend, attention_cases.LONG_ATTENTION)
     yield line("gathered_low_rank", trials.add_terms, cases.TERMS)
     if gpu:
+        experts = trials.multiply_experts
+        yield line("quantized_matmul of sorted experts", experts, some, sorted_indices=True)
         yield line("decode_layer", trials.decode, layer_cases.LAYERS)
     yield from _speeds(extension, stream)
 
