@@ -21,6 +21,7 @@ import mlx.core as mx, numpy as np
 from optiq import ops
 from optiq.ops import native, reference
 from optiq.ops.cases import Product, f64
+from tests.ops import test_training as training
 from tests.ops.test_matmul import assert_product
 for case in [Product(m, 50, 384, b, g, d) for m in (1, 5, 40) for d in ("f32", "f16", "bf16")
              for b, g in ((0, 64), (3, 128), (4, 64), (4, 32), (8, 64))]:
@@ -47,6 +48,10 @@ assert mx.allclose(ops.linear(x, w, indices=i)[3], x[3] @ w[2].T, atol=1e-4)
 codes = mx.quantize(w, 64, 4)
 w2 = mx.dequantize(codes[0][2], codes[1][2], codes[2][2], 64, 4)
 assert_product(ops.quantized_matmul(x, *codes, indices=i)[3:4], f64(x[3:4]), f64(w2), "f32", 64)
+training.test_gated("gelu_tanh", (3, 70))
+training.test_cross_entropy(3, 1000)
+training.test_low_rank_term((5,), 64, 40, 3)
+training.test_causal_attention(9, 6, 2, 4)
 print(native.extension.isa() if native.extension else "fallback")
 """
 
