@@ -219,7 +219,7 @@ def test_a_model_that_is_read_block_by_block_is_measured_the_same(
         monkeypatch.setattr(selection, "SMALL_BYTES", limit)
         with Judge(source, TEXT) as judge:
             found.append([judge.measure(uniform(source, bits)).mean for bits in (3, 6)])
-    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert found[1] == pytest.approx(found[0], rel=3e-4)
 
 
 def test_without_text_the_first_plan_is_taken(source: Source) -> None:

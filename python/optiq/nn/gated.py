@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import suppress
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .. import ops
-from ..models.adaptable import weight_shape
 from ..models.blocks import Mlp, Unknown, describe
 from ..models.places import place_at
 from ..models.roles import blocks as blocks_of
 from ..ops import native
 from ..ops.contest import error_of
-from .layers import Adopting
+from .layers import Adopting, Linear
+
+WIDTH, INNER = 16, 32  # of the layers with which two MLPs are compared
 
 _gated_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
@@ -67,10 +69,28 @@ def _gated(mlp: nn.Module, anatomy: Mlp) -> nn.Module:
 
 
 def _agree(original: nn.Module, gated: nn.Module, anatomy: Mlp) -> bool:
-    width = weight_shape(original[anatomy.gate_up[0].rpartition(".")[2]])[-1]
-    x = mx.random.normal((1, 3, width), key=mx.random.key(0))
+    """With small layers in the place of theirs, so that no weight is read."""
+    *gate_up, down = (path.rpartition(".")[2] for path in (*anatomy.gate_up, anatomy.down))
+    shapes = dict.fromkeys(gate_up, (INNER * (3 - len(gate_up)), WIDTH)) | {down: (WIDTH, INNER)}
+    x, *weights = (
+        mx.random.normal(shape, key=mx.random.key(i))
+        for i, shape in enumerate(((1, 3, WIDTH), *shapes.values()))
+    )
+    small = dict(zip(shapes, map(_linear, weights), strict=True))
     try:
-        expected = original(x)
-        return not error_of(gated(x), expected, expected)
+        expected, got = (_with(module, small)(x) for module in (original, gated))
+        return not error_of(got, expected, expected)
     except Exception:  # whatever a foreign layer raises
         return False
+
+
+def _linear(weight: mx.array) -> nn.Module:
+    layer = Linear.empty()
+    layer.weight = weight
+    return layer
+
+
+def _with(module: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
+    made = copy.copy(module)
+    dict.update(made, layers)
+    return made
