@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -32,6 +33,8 @@ from .scheduler import Limits, Scheduler
 from .sequences import Prefixes, Sequences
 from .steps import Steps
 from .text import AnswerText
+
+SWITCH_SECONDS = 0.0005  # after which a thread gives the interpreter to one that waits for it
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,9 @@ class Engine:
         # would wait for that: 0.03 to 0.1 s with a tokenizer of transformers.
         gc.collect()
         gc.freeze()
+        # By default another thread goes on for 5 ms while the engine waits for the interpreter: up
+        # to half a step, several times in each.
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_SECONDS))
         self._thread.start()
         atexit.register(self.close)  # a thread that is inside MLX when Python exits aborts
 
