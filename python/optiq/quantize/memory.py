@@ -30,7 +30,7 @@ from .select import SMALL_BYTES
 from .sensitivity import fisher, kl
 
 PROCESS = 240_000_000  # bytes of Python, MLX, mlx-lm and a small tokenizer
-LATER = 140_000_000  # of it, what comes after the start: modules, what allocators keep
+LATER = 160_000_000  # of it, what comes after the start: modules, what allocators keep
 
 SCORES = "measuring sensitivity"
 LEAST_TOKENS = 512  # of calibration text that --memory leaves
