@@ -3,6 +3,7 @@
 #include <mlx/ops.h>
 
 #include "ops/affine_weight.h"
+#include "ops/training.h"
 
 namespace optiq {
 
@@ -139,10 +140,7 @@ void DecoderBlock::set_mlp(const std::vector<Matrix>& gate_up, const Matrix& dow
       (gate_up.size() == 2 && layer.gate_up[0].w.rows != inner)) {
     fail_block("gate and up projections have ", rows, " rows for a down projection of ", inner);
   }
-  if (activation != "silu" && activation != "gelu_tanh") {
-    fail_block("activation is '", activation, "'; it must be 'silu' or 'gelu_tanh'");
-  }
-  layer.activation = activation == "silu" ? cpu::Activation::silu : cpu::Activation::gelu_tanh;
+  layer.activation = activation_of("decoder_block", activation);
   layer.in = norm("the input norm", in, width);
   layer.post = norm("the output norm", post, width);
   layer.gain = gain;

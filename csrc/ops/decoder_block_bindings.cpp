@@ -52,8 +52,7 @@ void bind_decoder_block(nb::module_& m) {
       .def(
           "stands_for",
           [](const TiledHandle& t, const std::vector<array>& arrays) {
-            return std::equal(arrays.begin(), arrays.end(), t.arrays.begin(), t.arrays.end(),
-                [](const array& a, const array& b) { return a.id() == b.id(); });
+            return same(arrays, t.arrays);
           },
           "arrays"_a);
   m.def(

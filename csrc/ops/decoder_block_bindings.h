@@ -1,10 +1,19 @@
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
 #include <nanobind/nanobind.h>
 
 #include "ops/decoder_block.h"
 
 namespace optiq {
+
+// Whether these are the same arrays, not equal ones.
+inline bool same(const std::vector<array>& a, const std::vector<array>& b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+      [](const array& x, const array& y) { return x.id() == y.id(); });
+}
 
 // What Python holds. A scheduled step keeps the block itself: were it the Python object, whoever
 // drops it last would need the interpreter's lock, which the thread that waits for it may hold.

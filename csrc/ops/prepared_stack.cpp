@@ -157,8 +157,7 @@ void bind_prepared_stack(nb::module_& m) {
       .def(
           "made_of",
           [](const Ends& ends, const std::vector<array>& arrays) {
-            return std::equal(arrays.begin(), arrays.end(), ends.arrays.begin(), ends.arrays.end(),
-                [](const array& a, const array& b) { return a.id() == b.id(); });
+            return same(arrays, ends.arrays);
           },
           "arrays"_a);
   nb::class_<PreparedStack>(m, "PreparedStack")

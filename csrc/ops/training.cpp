@@ -17,8 +17,8 @@ namespace {
 using Arrays = std::vector<array>;
 using cpu::kernels;
 
-// A primitive on the CPU that is what its kernel does: `run` is given contiguous inputs and room
-// for the outputs, and returns the work. `gradient` gives that at the first inputs.
+// A primitive on the CPU. `run` takes contiguous inputs and room for the outputs, and returns the
+// work to do. `gradient` returns the gradients at the first inputs.
 class Kernel : public mx::Primitive {
  public:
   using Run = std::function<std::function<void()>(const Arrays& in, Arrays& out)>;
@@ -69,19 +69,19 @@ array floats(const array& a, mx::Stream s) {
   return mx::astype(a, mx::float32, s);
 }
 
-cpu::Activation activation_of(const std::string& name) {
+} // namespace
+
+cpu::Activation activation_of(const char* op, const std::string& name) {
   if (name != "silu" && name != "gelu_tanh") {
-    fail("gated", "activation is '", name, "'; it must be silu or gelu_tanh");
+    fail(op, "activation is '", name, "'; it must be 'silu' or 'gelu_tanh'");
   }
   return name == "silu" ? cpu::Activation::silu : cpu::Activation::gelu_tanh;
 }
 
-} // namespace
-
 array gated(
     const array& gate, const array& up, const std::string& activation, mx::StreamOrDevice where) {
   auto s = mx::to_stream(where);
-  auto kind = activation_of(activation);
+  auto kind = activation_of("gated", activation);
   require_floating("gated", "gate", gate);
   require_floating("gated", "up", up);
   if (gate.shape() != up.shape()) {

@@ -8,6 +8,9 @@
 
 namespace optiq {
 
+/** Throws std::invalid_argument unless it is "silu" or "gelu_tanh". */
+cpu::Activation activation_of(const char* op, const std::string& name);
+
 /** activation(gate) * up, in float32; activation is silu or gelu_tanh. */
 mx::array gated(const mx::array& gate, const mx::array& up, const std::string& activation,
     mx::StreamOrDevice s = {});

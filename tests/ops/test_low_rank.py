@@ -35,15 +35,6 @@ def half(a: mx.array, b: mx.array, scale: float) -> Pair:
     return halves({"a": (np.asarray(a), np.asarray(b))}, scale)["a"]
 
 
-@pytest.fixture(params=["native", "pure"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "pure":
-        monkeypatch.setattr(native, "extension", None)
-    elif not native.active():
-        pytest.skip("no native kernels here")
-    return str(request.param)
-
-
 @pytest.mark.parametrize(("shape", "rows"), [*product(SHAPES, (1, 7, 24))])
 def test_it_is_that_of_float64(kernels: str, shape: tuple[int, int], rows: int) -> None:
     width, out = shape

@@ -11,19 +11,12 @@ import pytest
 from numpy.typing import NDArray
 
 from optiq import ops
-from optiq.ops import native, reference
+from optiq.ops import reference
 
 Array = NDArray[np.float32]
 TINY = 1e-3
 
-
-@pytest.fixture(params=["native", "pure"], autouse=True)
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "pure":
-        monkeypatch.setattr(native, "extension", None)
-    elif not native.active():
-        pytest.skip("no native kernels here")
-    return str(request.param)
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def drawn(*shape: int, seed: int = 0, by: float = 1.0) -> Array:

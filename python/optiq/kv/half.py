@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
+from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
 from ..models.roles import blocks
 from ..nn.blocks import Fused
@@ -57,6 +57,12 @@ def halvable(model: nn.Module) -> bool:
     """Whether float16 costs no more time than float32: where fused blocks read it as it is."""
     found = blocks(model).values()
     return native.on_cpu() and bool(found) and all(isinstance(b, Fused) for b in found)
+
+
+def empty_caches(model: nn.Module) -> list[Any]:
+    """Caches of `model`, those of stock classes as ones of float16 where it is `halvable`."""
+    caches: list[Any] = make_prompt_cache(model)
+    return halved(caches) if halvable(model) else caches
 
 
 def halved(caches: list[Any]) -> list[Any]:

@@ -172,7 +172,9 @@ class State:
             notes = json.loads(metadata["notes"])
             state = cls(options, parts["now"], parts["minus"], notes)
             state.best = parts["best"]
-            state._adam.state = parts["adam"] | {ALL: parts["adam"][ALL]}
+            if ALL not in parts["adam"]:  # an earlier build had a part for each parameter
+                raise KeyError(ALL)
+            state._adam.state = parts["adam"]
             state.updates = [Update(**u) for u in json.loads(metadata["updates"])]
             state.judged = [Judged(**j) for j in json.loads(metadata["judged"])]
             state.worse = int(metadata["worse"])

@@ -197,8 +197,8 @@ class Together:
         return self._h
 
     def whole(self, ends: Any, tokens: mx.array) -> mx.array | None:
-        """What the model gives for a token of each row, its `ends` and blocks in one node. None
-        where they cannot run so, or there are no ends."""
+        """What the model gives for a token of each row, with its `ends` and blocks in one node.
+        None where they cannot run as one, or where it has no `ends`."""
         ext = native.active()
         if ext is None or ends is None or ext.traced(tokens) or tokens.shape[1:] != (1,):
             return None

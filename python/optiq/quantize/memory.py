@@ -143,7 +143,7 @@ def _scores(shapes: Shapes, lengths: Sequence[int], options: Options, ranks: int
     at_block = max(running, (together + 2) * largest + inside_rounded)
     passing = {
         "weights": max(shapes.block, shapes.outside),
-        # At the head there are none of the blocks' gradients.
+        # The head comes before the blocks, so no gradients of theirs are held then.
         "at work": max(_calls(shapes, sum(lengths)) + at_block, head + logits),
         **_handed(shapes, sum(lengths), ranks),
     }

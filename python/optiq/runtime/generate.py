@@ -17,7 +17,7 @@ from ..base.files import check_writable
 from ..base.text import one_line
 from ..errors import UsageError
 from ..kv import KVConfig
-from ..kv.half import halvable, halved
+from ..kv.half import empty_caches
 from ..kv.model import digest
 from ..kv.prefix import Key, PrefixFile
 from ..lora.adapter import Adapter
@@ -103,7 +103,7 @@ def stream(
     for; KVError for a `prefix` of another model.
     """
     read = prompt_tokens(tokenizer, request)
-    caches = prefix.start(model, read) if prefix else _empty(model)
+    caches = prefix.start(model, read) if prefix else empty_caches(model)
     mx.random.seed(request.seed)
     prompt = _Prompt(tuple(read), prefix.reused if prefix else 0, caches)
     run = _stepwise if can_step(model, caches) else _through_mlx_lm
@@ -112,11 +112,6 @@ def stream(
         yield piece
     if prefix:
         prefix.store(caches, read[: caches[0].offset])
-
-
-def _empty(model: nn.Module) -> list[Any]:
-    caches: list[Any] = make_prompt_cache(model)
-    return halved(caches) if halvable(model) else caches
 
 
 @dataclass(frozen=True)

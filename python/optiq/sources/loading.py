@@ -27,9 +27,9 @@ from .safetensors import read_header
 from .tokens import check_tokens, refusal
 from .towers import Towers
 
-# The end of the name of what packed weights have beside them, in any of the usual formats.
 CHECKED = 1 << 22  # numbers of a weight that are checked at a time
 
+# The end of the name of what packed weights have beside them, in any of the usual formats.
 _SCALES = re.compile(
     r"(scales?|scale_inv|biases|qweight|qzeros|g_idx|packed|blocks|absmax|quant_map|SCB|W_q"
     r"|quant_state[\w.]*)$"

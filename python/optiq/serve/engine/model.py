@@ -5,19 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache
 
 from ...base.memory import available_memory
 from ...base.notice import notice
 from ...base.text import one_line
 from ...errors import ServeError
 from ...kv import route
-from ...kv.half import halvable, halved
+from ...kv.half import empty_caches
 from ...kv.rows import Caches, can_forget, cuttable, readable_beside, together
 from ...ops import metal
 
@@ -102,12 +103,7 @@ def _measure(model: nn.Module, running: int, context: int | None) -> Measured:
     parameters: Any = tree_flatten(model.parameters())
     weights = sum(x.nbytes for _, x in parameters)
 
-    half = halvable(model)
-
-    def make() -> Caches:
-        caches: Caches = make_prompt_cache(model)
-        return halved(caches) if half else caches
-
+    make = partial(empty_caches, model)
     shared = _together(model, max(2, running), make)  # one alone reads guesses as others' rows
     caches = make()
     prompt = mx.zeros((1, TRIED), dtype=mx.int32)
