@@ -4,7 +4,9 @@
 // costs tr(G D H D') (YAQA, Tseng et al. 2025, arXiv:2505.22988). With the other rows as they are,
 // row i costs G_ii (D_i + c_i) H (D_i + c_i)' and what does not depend on it, with
 // c_i = sum over j != i of G_ij D_j / G_ii: its error should undo what the others' do. That is the
-// descent of one row (descent.h) to a target that is moved by -c_i.
+// descent of one row (descent.h) to a target that is moved by -c_i. Only slopes are needed for it,
+// and what steps do to them is kept up to date, so that H is read once in a round: a wide H does
+// not fit a cache.
 #pragma once
 
 #include <cmath>
@@ -21,29 +23,30 @@ class TogetherDescent {
       : a(a),
         by_rows(a),
         turns(a.rows < kAtOnce ? 1 : a.rows / kAtOnce),
-        most((a.rows / turns + kRowsTogether) / kRowsTogether * kRowsTogether),
-        change(a.rows * a.cols),
-        shares(most * a.rows),
-        pull(most * a.cols),
-        moved(most * a.cols),
+        most(whole_tiles(a.rows / turns + 1)),
+        slope(a.rows * a.cols),
+        pull(whole_tiles(a.rows) * a.cols),
+        shares(whole_tiles(a.rows) * most),
         step(most * a.cols),
         bend(most * a.cols) {
-    auto start = [&](int i) {
-      Tile tile(1, a.cols, by_rows.groups);
-      by_rows.read(i, 0, tile);
-      std::memcpy(&change[i * a.cols], &tile.error[0], sizeof(float) * a.cols);
-    };
-    parallel_for(int(a.rows), start);
+    std::memset(&pull[0], 0, sizeof(float) * whole_tiles(a.rows) * a.cols);
+    std::memset(&shares[0], 0, sizeof(float) * whole_tiles(a.rows) * most);
+    start_slope();
+    for (size_t turn = 0; turn < turns; turn++) { // as if all had just changed
+      const size_t n = gather(turn);
+      for (size_t i = 0; i < n; i++) {
+        std::memcpy(&bend[i * a.cols], &slope[row(turn, i) * a.cols], sizeof(float) * a.cols);
+      }
+      spread(n);
+    }
   }
 
   void round() {
     for (size_t turn = 0; turn < turns; turn++) {
-      const size_t n = (a.rows - turn + turns - 1) / turns;
-      gather(turn, n);
+      const size_t n = gather(turn);
       // If rows of one turn do share, careful steps cannot raise what they cost together.
       for (bool careful : {false, true}) {
-        aim(turn, n, careful);
-        auto tiles = take_steps(turn, n);
+        auto tiles = take_steps(turn, n, careful);
         if (cost(turn, n) < 0) {
           keep(turn, n, tiles);
           break;
@@ -61,73 +64,92 @@ class TogetherDescent {
 
   const Descent& a;
   const RowDescent by_rows;
-  const size_t turns, most; // rows of a turn, at most, filled up to whole tiles
-  Scratch<float> change;    // [rows, cols], D
-  // Of the rows of a turn: G [most, rows], G D, where they are to go, the change of D and that
-  // times H, [most, cols].
-  Scratch<float> shares, pull, moved, step, bend;
+  const size_t turns, most;   // rows of a turn, at most, filled up to whole tiles
+  Scratch<float> slope, pull; // [rows, cols], D H and G D H
+  // Of the rows of a turn: G [rows, most], the change of D and that times H, [most, cols].
+  Scratch<float> shares, step, bend;
+
+  static size_t whole_tiles(size_t rows) {
+    return (rows + kRowsTogether - 1) / kRowsTogether * kRowsTogether;
+  }
 
   size_t row(size_t turn, size_t i) const {
     return turn + i * turns;
   }
 
-  void gather(size_t turn, size_t n) {
-    std::memset(&shares[0], 0, sizeof(float) * most * a.rows);
-    std::memset(&pull[0], 0, sizeof(float) * most * a.cols);
-    for (size_t i = 0; i < n; i++) {
-      std::memcpy(&shares[i * a.rows], a.outputs + row(turn, i) * a.rows, sizeof(float) * a.rows);
+  void start_slope() {
+    const size_t of_tile = rows_of_a_tile(a.rows);
+    auto tiles = [&](int task) {
+      const size_t first = size_t(task) * of_tile;
+      const int rows = int(std::min(of_tile, a.rows - first));
+      Tile tile(of_tile, a.cols, by_rows.groups);
+      for (int r = 0; r < rows; r++) {
+        by_rows.read(first + r, r, tile);
+      }
+      by_rows.start_slope(tile, rows);
+      std::memcpy(&slope[first * a.cols], &tile.slope[0], sizeof(float) * rows * a.cols);
+    };
+    parallel_for(int((a.rows + of_tile - 1) / of_tile), tiles);
+  }
+
+  // How many rows the turn has.
+  size_t gather(size_t turn) {
+    const size_t n = (a.rows - turn + turns - 1) / turns;
+    for (size_t i = 0; i < a.rows; i++) {
+      for (size_t j = 0; j < n; j++) {
+        shares[i * most + j] = a.outputs[i * a.rows + row(turn, j)];
+      }
     }
+    return n;
+  }
+
+  // Where the rows of a turn change, all are pulled.
+  void spread(size_t n) {
     auto columns = [&](int part) {
-      for (size_t i = 0; i < n; i += kRowsTogether) {
-        add_product(&shares[i * a.rows], a.rows, a.rows, &change[0], &pull[i * a.cols], a.cols,
+      for (size_t i = 0; i < a.rows; i += kRowsTogether) {
+        add_product(&shares[i * most], most, n, &bend[0], &pull[i * a.cols], a.cols,
             part * kColumnsTogether);
       }
     };
     parallel_for(int(a.cols / kColumnsTogether), columns);
   }
 
-  // Where each row should be: at -c_i, or a shorter step on the way.
-  void aim(size_t turn, size_t n, bool careful) {
-    for (size_t i = 0; i < n; i++) {
-      const float* own = &shares[i * a.rows];
-      float* out = &moved[i * a.cols];
-      float all = 0;
-      for (size_t j = 0; j < n; j++) {
-        all += std::fabs(own[row(turn, j)]);
-      }
-      const float by = 1 / (careful ? all : own[row(turn, i)]);
-      for (size_t c = 0; c < a.cols; c++) {
-        out[c] = -pull[i * a.cols + c] * by;
-      }
-      for (size_t j = 0; j < n; j++) {
-        const float share = careful ? float(i == j) : own[row(turn, j)] * by;
-        const float* old = &change[row(turn, j) * a.cols];
-        for (size_t c = 0; share != 0 && c < a.cols; c++) {
-          out[c] += share * old[c];
-        }
+  // The slope of row i where its descent starts: to its target, or a shorter step on the way.
+  void aim(size_t turn, size_t n, size_t i, bool careful, float* out) const {
+    const float* own = &shares[row(turn, i) * most];
+    float all = 0;
+    for (size_t j = 0; j < n; j++) {
+      all += std::fabs(own[j]);
+    }
+    const float by = 1 / (careful ? all : own[i]);
+    for (size_t c = 0; c < a.cols; c++) {
+      out[c] = pull[row(turn, i) * a.cols + c] * by;
+    }
+    for (size_t j = 0; j < n && !careful; j++) {
+      const float share = j == i ? 0 : own[j] * by;
+      const float* other = &slope[row(turn, j) * a.cols];
+      for (size_t c = 0; share != 0 && c < a.cols; c++) {
+        out[c] -= share * other[c];
       }
     }
   }
 
-  Tiles take_steps(size_t turn, size_t n) {
+  Tiles take_steps(size_t turn, size_t n, bool careful) {
     Tiles tiles((n + kRowsTogether - 1) / kRowsTogether);
     auto each = [&](int task) {
       const size_t first = size_t(task) * kRowsTogether, size = kRowsTogether * a.cols;
       const int rows = int(std::min<size_t>(kRowsTogether, n - first));
       auto& tile = *(tiles[task] = std::make_unique<Tile>(kRowsTogether, a.cols, by_rows.groups));
-      float *steps = &step[first * a.cols], *bends = &bend[first * a.cols];
       for (int r = 0; r < rows; r++) {
         by_rows.read(row(turn, first + r), r, tile);
+        aim(turn, n, first + r, careful, &tile.slope[r * a.cols]);
       }
-      for (size_t i = 0; i < rows * a.cols; i++) {
-        tile.error[i] -= moved[first * a.cols + i];
-      }
-      by_rows.start_slope(tile, rows);
-      std::memcpy(steps, &tile.error[0], sizeof(float) * size);
+      std::memset(&tile.error[0], 0, sizeof(float) * size); // of which the changes are kept
+      float* bends = &bend[first * a.cols];
       std::memcpy(bends, &tile.slope[0], sizeof(float) * size);
       by_rows.sweep(tile, rows);
+      std::memcpy(&step[first * a.cols], &tile.error[0], sizeof(float) * size);
       for (size_t i = 0; i < size; i++) {
-        steps[i] = tile.error[i] - steps[i];
         bends[i] = tile.slope[i] - bends[i];
       }
     };
@@ -135,16 +157,19 @@ class TogetherDescent {
     return tiles;
   }
 
-  // tr(G D H D') after these steps, over that before: sum (G_own step + 2 pull) * (step H).
+  // tr(G D H D') after these steps, over that before: sum (G_own step + 2 G D) H step'.
   double cost(size_t turn, size_t n) const {
     double total = 0;
     for (size_t i = 0; i < n; i++) {
+      const float* own = &shares[row(turn, i) * most];
       for (size_t c = 0; c < a.cols; c += kWide) {
-        fw by = 2 * load<fw>(&pull[i * a.cols + c]);
+        fw by{};
         for (size_t j = 0; j < n; j++) {
-          by += shares[i * a.rows + row(turn, j)] * load<fw>(&step[j * a.cols + c]);
+          by += own[j] * load<fw>(&step[j * a.cols + c]);
         }
-        total += sum(by * load<fw>(&bend[i * a.cols + c]));
+        total +=
+            sum(by * load<fw>(&bend[i * a.cols + c]) +
+                2 * load<fw>(&pull[row(turn, i) * a.cols + c]) * load<fw>(&step[i * a.cols + c]));
       }
     }
     return total;
@@ -154,9 +179,10 @@ class TogetherDescent {
     for (size_t i = 0; i < n; i++) {
       by_rows.write(row(turn, i), int(i % kRowsTogether), *tiles[i / kRowsTogether]);
       for (size_t c = 0; c < a.cols; c++) {
-        change[row(turn, i) * a.cols + c] += step[i * a.cols + c];
+        slope[row(turn, i) * a.cols + c] += bend[i * a.cols + c];
       }
     }
+    spread(n);
   }
 };
 
