@@ -332,7 +332,7 @@ def test_the_method_and_the_reference_are_told_in_words(small: Pair) -> None:
     methods = {
         "kl": "One module at a time was rounded",
         "fisher": "one backward pass over the calibration text",
-        "auto": "for experts, for routers and for modules whose choice was open",
+        "auto": "for experts and for routers that KL was measured",
     }
     references = {"bf16": "stayed unquantized", "uniform4": "ran in uniform 4-bit"}
     for method, words in methods.items():

@@ -159,8 +159,7 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
         "--sensitivity",
         choices=("auto", "kl", "fisher"),
         help="kl: measure every module in every format (exact, slow); fisher: estimate all from "
-        "one backward pass; auto (the default): estimate, but measure experts, routers and modules "
-        "whose choice at --size is still open",
+        "one backward pass; auto (the default): measure experts and routers, estimate the rest",
     )
     parser.add_argument(
         "--reference",

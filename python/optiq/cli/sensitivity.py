@@ -15,8 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", required=True, help="file to write, such as scores.json")
     parser.add_argument(
         "--size",
-        help="with --sensitivity auto, the size at which the plan must be settled (default: "
-        "uniform4); the scores serve plans of any size",
+        help="end before measuring where no plan can be so small; the scores serve all sizes",
     )
     options.add_measuring(parser)
     options.add_json(parser)

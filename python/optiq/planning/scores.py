@@ -140,21 +140,6 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Settled:
-    """What the method "auto" measured exactly, for the plan at `size` to be settled.
-
-    `share` is the part of the work of exact scores that was spent; `contested` modules are still
-    uncertain, with `gain_left` nats per token to gain (both None where no plan was small enough).
-    """
-
-    size: str
-    modules: int
-    share: float
-    contested: int | None
-    gain_left: float | None
-
-
-@dataclass(frozen=True)
 class Memory:
     """Bytes: `stated` before the work, and the `peak` that MLX counted."""
 
@@ -176,7 +161,6 @@ class Scores:
     versions: Mapping[str, str]
     seconds: float | None = None
     memory: Memory | None = None
-    auto: Settled | None = None
 
     def to_json(self) -> Json:
         """The contents of sensitivity.json."""
@@ -185,7 +169,6 @@ class Scores:
             "kind": KIND,
             "model": self.model.to_json(),
             "method": self.method,
-            **({"auto": asdict(self.auto)} if self.auto else {}),
             "metric": "nats per token",
             "reference": self.reference,
             "rounding": self.rounding,
@@ -212,7 +195,6 @@ class Scores:
             versions=data["versions"],
             seconds=data["seconds"],
             memory=Memory(**data["memory"]) if data.get("memory") else None,
-            auto=Settled(**data["auto"]) if data.get("auto") else None,
         )
 
     def save(self, path: Path) -> None:
@@ -285,11 +267,10 @@ def _check(data: Any, name: str) -> None:
         raise SensitivityError(f"{name} has no modules; {FIX}")
     for i, row in enumerate(data["modules"]):
         _check_module(row, f"{name}, module {i}")
-    for part, kind in (("auto", Settled), ("memory", Memory)):
-        try:
-            kind(**(data.get(part) or dict.fromkeys(kind.__dataclass_fields__)))
-        except TypeError as error:
-            raise SensitivityError(f"{name} has a malformed {part} ({error}); {FIX}") from error
+    try:
+        Memory(**(data.get("memory") or dict.fromkeys(Memory.__dataclass_fields__)))
+    except TypeError as error:
+        raise SensitivityError(f"{name} has a malformed memory ({error}); {FIX}") from error
 
 
 def _check_module(row: Any, name: str) -> None:

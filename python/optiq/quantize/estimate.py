@@ -30,6 +30,7 @@ from ..ops import metal
 from ..quality.answers import PROMPTS, TOKENS
 from ..sources import LoadedModel
 from .options import Options
+from .prepare import metered
 from .rounding.descent import TOGETHER_SWEEPS
 from .rounding.moments import widens
 from .sensitivity.fisher import squares
@@ -51,7 +52,6 @@ _CANDIDATES = 3  # roundings of a layer that are compared
 _COMPARED = 8  # formats that are compared in a probe
 _FRESH = 1.6  # comparing a whole weight, in memory that is new each time, over the probe's part
 _GRADIENTS = 1 << 24  # of all sequences, that are there for it
-_EXACT = 0.01  # exact scores of what is still open, as a share of those of all
 _ANSWERS = len(PROMPTS) * TOKENS  # tokens in the report, at most; as many of two small models
 _DECODING = 1e10  # bytes a second of the weights that an answer reads
 _READING = 1e9  # bytes a second of a model that is opened once more, from the disk's cache
@@ -133,10 +133,10 @@ def estimate(
         fisher = formats * (speed.search + speed.compare) + head * scoring * speed.product
         fisher += _BACKWARD * scored
         scores = {"kl": exact, "fisher": fisher}.get(
-            options.sensitivity, fisher + open * scored / 2 + _EXACT * exact
+            options.sensitivity, fisher + open * scored / 2
         )
     if options.rounding != "minmax":
-        scores += calibrated  # the importance of columns
+        scores += run(metered(texts, options).sequences)  # the importance of columns
     seconds = {"measuring sensitivity": loading + scores}
     if not dry_run:
         judging = loading + weights * speed.search + run(texts.selection, native=True)

@@ -22,12 +22,13 @@ from ..models.shapes import blocks_of, dense_bytes, embedding_shape, widest_bloc
 from ..sources import LoadedModel
 from .options import Options
 from .preflight import budget_of
-from .prepare import texts_of
+from .prepare import metered, texts_of
 from .replay.logits import LOGITS_BYTES
 from .rounding import descent, moments
 from .rounding.reference import choose
 from .select import SMALL_BYTES
 from .sensitivity import fisher, kl
+from .sensitivity.rounds import exact
 
 PROCESS = 240_000_000  # bytes of Python, MLX, mlx-lm and a small tokenizer
 LATER = 160_000_000  # of it, what comes after the start: modules, what allocators keep
@@ -79,7 +80,7 @@ def phases(
     calibration = _lengths(texts.calibration.sequences)
     found: dict[str, Needs] = {}
     if options.rounding != "minmax":
-        found["measuring columns"] = _passing(shapes, calibration)
+        found["measuring columns"] = _passing(shapes, _lengths(metered(texts, options).sequences))
     if options.scores is None:
         found[SCORES] = _scores(shapes, _lengths(texts.scoring.sequences), options, ranks)
     if texts.selection:
@@ -148,9 +149,11 @@ def _scores(shapes: Shapes, lengths: Sequence[int], options: Options, ranks: int
         **_handed(shapes, sum(lengths), ranks),
     }
     # Exact scores run the model again and again, when the gradients are gone.
-    running_model = shapes.dense if shapes.running is None else shapes.running
-    exact = {"weights": running_model, "at work": head + max(running, logits)}
-    methods = {"fisher": [passing], "kl": [exact]}.get(options.sensitivity, [passing, exact])
+    weights = shapes.dense if shapes.running is None else shapes.running
+    running_model = {"weights": weights, "at work": head + max(running, logits)}
+    methods = [passing] if options.sensitivity != "kl" else []
+    if exact(shapes.modules, options.sensitivity):
+        methods.append(running_model)
     found = (
         Needs({"process": shapes.process, "block outputs": outputs, **parts}) for parts in methods
     )
@@ -270,7 +273,8 @@ def affordable(
         if limit is None or needs.total <= limit:
             break
         tokens = sum(len(sample.tokens) for sample in texts.calibration.sequences)
-        if phase == SCORES and chosen.scores is None and chosen.sensitivity == "auto":
+        routed = chosen.sensitivity == "auto" and exact(shapes.modules, "auto")
+        if phase == SCORES and chosen.scores is None and routed:
             chosen = replace(chosen, sensitivity="fisher")
         elif tokens // 2 >= LEAST_TOKENS:
             chosen = replace(chosen, tokens=tokens // 2)

@@ -54,8 +54,8 @@ class Options:
             the text; `convert` refines). Options that are given stand.
         memory: Bytes to take at most, such as "10GB"; None is what is free.
         formats: The menu, such as "3,4,5,6,8,bf16"; None is the usual one, or all that has scores.
-        sensitivity: "kl" (exact, slow), "fisher" (one backward pass), or "auto": fisher, but kl
-            for experts, routers and modules whose choice at `size` is open.
+        sensitivity: "kl" (exact, slow), "fisher" (one backward pass), or "auto": kl for experts
+            and routers, fisher for the rest.
         reference: What scores are measured in: "bf16", "uniform4" (for models that do not fit
             memory) or "auto".
         rounding: "descent" (fitted to what each layer's output loses), "search" (the best scales

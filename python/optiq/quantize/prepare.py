@@ -123,12 +123,14 @@ def prepare(
     `Prepared`.
     `loaded` is used up by a measurement. Raises an OptiqError.
     """
-    source, text = loaded.source, texts.calibration
+    source = loaded.source
     if options.scores is not None:
         found = _given(options.scores, loaded)
         fitting = "descent" if found.rounding == "search" else found.rounding
         options = replace(options, rounding=options.rounding or fitting)
-        how = MINMAX if unrounded else choose_rounding(source, text, options, world)
+        how = MINMAX
+        if not unrounded:
+            how = choose_rounding(source, metered(texts, options), options, world)
     else:
         if options.resume and options.reference == "auto":  # free memory may have changed since
             kept = filter(None, world.gather(saved_reference(work / CHECKPOINT)))
@@ -142,7 +144,7 @@ def prepare(
                 enabled=options.progress,
             )
         options = replace(options, rounding=options.rounding or "descent")
-        how = choose_rounding(source, text, options, world)
+        how = choose_rounding(source, metered(texts, options), options, world)
         checkpoint = work / CHECKPOINT
         found = measure(
             loaded, texts.scoring, options, rounding=how, checkpoint=checkpoint, world=world
@@ -162,6 +164,13 @@ def texts_of(options: Options, tokenizer: Any) -> Texts:
         options.held_out_tokens or HELD_OUT_TOKENS,
     )
     return replace(found, selection=[]) if options.effort == "quick" else found
+
+
+def metered(texts: Texts, options: Options) -> Calibration:
+    """The text that gives the importance of columns: all of it where weights are rounded by that
+    alone, and otherwise as much as gives the scores.
+    """
+    return texts.calibration if options.rounding == "search" else texts.scoring
 
 
 def choose_rounding(

@@ -23,8 +23,8 @@ _METHODS = {
     "divergence that rounding one module to one format causes (Fisher information times squared "
     "rounding error).",
     "auto": "Each score estimates, from one backward pass over the calibration text, the KL "
-    "divergence that rounding one module to one format causes; for experts, for routers and for "
-    "modules whose choice was open, that KL was measured with the one module rounded.",
+    "divergence that rounding one module to one format causes; for experts and for routers that KL "
+    "was measured with the one module rounded.",
 }
 _REFERENCES = {
     "bf16": "All other modules stayed unquantized.",

@@ -175,7 +175,9 @@ def test_the_reference_of_the_checkpoint_is_kept(
 
     def run(memory: int, **options: Any) -> Any:
         monkeypatch.setattr(reference, "available_memory", lambda: memory)
-        return measure(source, menu=MENU[1:3], calibration=TEXT, checkpoint=kept, **options)
+        return measure(
+            source, method="kl", menu=MENU[1:2], calibration=TEXT, checkpoint=kept, **options
+        )
 
     for before, now, chosen in ((1 << 40, 1 << 16, "bf16"), (1 << 16, 1 << 40, "uniform4")):
         first = run(before)
@@ -208,14 +210,17 @@ def test_options_are_chosen_and_explained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("optiq.base.lines.EVERY", 0)  # what is said is printed at once
-    for name in ("llama tied", "qwen3_moe"):
-        source = tiny_source(tmp_path, name)
-        for memory, chosen in ((1 << 40, "bf16"), (1 << 16, "uniform4")):
-            monkeypatch.setattr(reference, "available_memory", lambda memory=memory: memory)
-            found = measure(source, menu=MENU[1:3], calibration=TEXT)
-            assert (found["method"], found["reference"]) == ("auto", chosen)
-            said = capsys.readouterr().err
-            assert (f"reference {chosen}: " in said) is (chosen == "uniform4")  # what is unusual
+    dense, routed = (tiny_source(tmp_path, name) for name in ("llama tied", "qwen3_moe"))
+    for source, memory, chosen in (
+        (dense, 1 << 16, "bf16"),  # its blocks are read one by one
+        (routed, 1 << 40, "bf16"),
+        (routed, 1 << 16, "uniform4"),
+    ):
+        monkeypatch.setattr(reference, "available_memory", lambda memory=memory: memory)
+        found = measure(source, menu=MENU[1:3], calibration=TEXT)
+        assert (found["method"], found["reference"]) == ("auto", chosen)
+        said = capsys.readouterr().err
+        assert (f"reference {chosen}: " in said) is (chosen == "uniform4")  # what is unusual
     with pytest.raises(UsageError, match="reference 'x'"):
         measure(source, menu=MENU, calibration=TEXT, reference="x")
     with pytest.raises(UsageError, match="method 'x'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from ...base.machine import machine, versions
 from ...base.progress import tell
 from ...calibration import Calibration
 from ...distributed.ranks import ALONE, World
-from ...models.roles import allowed, quantizable
+from ...models.roles import Module, allowed, quantizable
 from ...nn.accelerate import accelerate
 from ...planning.scores import Memory, Scores, TextInfo
 from ...sources import LoadedModel
@@ -23,7 +24,7 @@ from ..rounding.weights import MINMAX, Rounding
 from .checkpoint import Checkpoint, saved_reference
 from .job import Job
 from .memory import estimate
-from .rounds import Rounds, measure_auto, smooth
+from .rounds import Rounds, exact, measure_auto
 
 KEPT = "as in the checkpoint"
 
@@ -54,7 +55,7 @@ def measure(
     described = describe_model(loaded, modules)
     progress = options.progress and world.rank == 0
     nbytes = weight_bytes(model)
-    reference, why = _reference(options, nbytes, checkpoint, world)
+    reference, why = _reference(options, modules, nbytes, checkpoint, world)
     shared = f", shared by {world.size} ranks" if world.size > 1 else ""
     if (reference, shared) != ("bf16", "") or why == KEPT:
         tell(f"reference {reference}: {why}{shared}", enabled=progress)
@@ -68,7 +69,7 @@ def measure(
         "seed": options.seed,
         "versions": versions(),
     }
-    world.same({**identity, "size": options.size.text})
+    world.same(identity)
     state = Checkpoint(checkpoint, identity, resume=options.resume, rank=world.rank)
     for theirs in world.gather(state.rounds):
         state.add(theirs)
@@ -86,8 +87,8 @@ def measure(
         world=world,
     )
     method = options.sensitivity
-    estimated = [m for m in modules if method == "fisher" or (method == "auto" and smooth(m))]
-    passing = method == "fisher"
+    estimated = [m for m in modules if not exact([m], method)]
+    passing = not exact(modules, method)
     needs = estimate(job, nbytes, described.itemsize, estimated, passing=passing)
     tell(f"memory: {needs}", enabled=progress)
     mx.reset_peak_memory()
@@ -103,21 +104,23 @@ def measure(
         machine=machine(),
         versions=versions(),
     )
-    settled = None
     if method == "auto":
-        settled = measure_auto(rounds, found, options.size)
+        measure_auto(rounds)
     else:
         rounds.run(method, job.formats)
     return replace(
         rounds.fill(found),
         seconds=round(time.monotonic() - started, 1),
         memory=Memory(needs.total, mx.get_peak_memory()),
-        auto=settled,
     )
 
 
 def _reference(
-    options: Options, nbytes: int, checkpoint: Path | None, world: World
+    options: Options,
+    modules: Sequence[Module],
+    nbytes: int,
+    checkpoint: Path | None,
+    world: World,
 ) -> tuple[str, str]:
     """The reference that all ranks use, and why; that of the checkpoint that is resumed, if any.
 
@@ -128,7 +131,7 @@ def _reference(
         kept = saved_reference(checkpoint)
     if kept:
         offer = kept, KEPT
-    elif options.reference == "auto" and options.sensitivity == "fisher":
+    elif options.reference == "auto" and not exact(modules, options.sensitivity):
         offer = "bf16", "its blocks are read one by one"
     else:
         offer = choose(options.reference, nbytes)

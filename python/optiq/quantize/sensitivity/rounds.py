@@ -1,27 +1,17 @@
-"""A measurement as rounds, each by one method; in `auto` one decides what comes next."""
+"""A measurement as rounds, each of some modules by one method."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
-from math import fsum
 
-from ...base.progress import tell
-from ...errors import BudgetError
 from ...formats import DENSE, Format
 from ...models.roles import Module, Role
-from ...planning.contested import Contest, contests
-from ...planning.scores import Score, Scored, Scores, Settled
-from ...planning.size import Size
+from ...planning.scores import Score, Scored, Scores
 from ...quality.statistics import mean_per_token
 from .fisher import scorable, score_by_fisher
 from .job import Job
-from .kl import runs, score_by_kl
-
-# What `auto` may spend on contested modules: a share of the block runs that exact scores of all
-# that it estimates would take.
-EXACT_SHARE = 0.02
+from .kl import score_by_kl
 
 _METHODS = {"kl": score_by_kl, "fisher": score_by_fisher}
 
@@ -39,13 +29,9 @@ class Rounds:
         }
         self._count = 0
 
-    def run(self, method: str, formats: Formats, at: Size | None = None) -> None:
-        """Score these formats of these modules; the scores replace those of earlier rounds.
-
-        `at` is the size that the work depends on, if it does.
-        """
-        name = " ".join([str(self._count), method, *([f"at {at}"] if at else [])])
-        job = replace(self.job, formats=dict(formats), name=name)
+    def run(self, method: str, formats: Formats) -> None:
+        """Score these formats of these modules."""
+        job = replace(self.job, formats=dict(formats), name=f"{self._count} {method}")
         self._count += 1
         if not job.blocks():
             return
@@ -70,11 +56,6 @@ class Rounds:
         )
         return replace(scores, modules=tuple(modules))
 
-    def cost(self, formats: Formats) -> int:
-        """Block runs on one sequence that exact scores take."""
-        job = replace(self.job, formats=dict(formats))
-        return sum(runs(job, m) for m in job.modules)
-
     def of(self, choose: Callable[[Module], bool]) -> Formats:
         """All formats of the modules that are chosen."""
         return {m.path: self.job.formats[m.path] for m in self.job.modules if choose(m)}
@@ -85,53 +66,14 @@ def smooth(module: Module) -> bool:
     return module.role not in (Role.EXPERT, Role.ROUTER)
 
 
-def measure_auto(rounds: Rounds, scores: Scores, size: Size) -> Settled:
-    """Estimate what is smooth, measure the rest, then measure what is still open at `size`.
+def exact(modules: Iterable[Module], method: str) -> bool:
+    """Whether `method` measures some of the modules, for which the model runs as a whole."""
+    return method == "kl" or (method == "auto" and not all(map(smooth, modules)))
 
-    `scores` is all that is known but the modules.
-    """
-    job = rounds.job
-    called = scorable(job)
+
+def measure_auto(rounds: Rounds) -> None:
+    """Estimate what is smooth and measure the rest."""
+    called = scorable(rounds.job)
     estimated = rounds.of(lambda m: smooth(m) and m.path in called)
     rounds.run("fisher", estimated)
     rounds.run("kl", rounds.of(lambda m: m.path not in estimated))
-    full = rounds.cost(rounds.of(lambda m: smooth(m) and m.role is not Role.HEAD))
-    say = partial(tell, enabled=job.progress)
-    spent, measured = 0, set[str]()
-    while True:
-        try:
-            found = contests(rounds.fill(scores), size)
-        except BudgetError as error:
-            say(f"no module is measured exactly, because there is no plan yet: {error}")
-            return Settled(size.text, 0, 0.0, None, None)
-        work, cost = _affordable(rounds, found, EXACT_SHARE * full - spent)
-        # One rank decides for all: on unlike machines the last bit of a sum may differ.
-        decision = [work, cost, len(found), fsum(contest.gain for contest in found)]
-        work, cost, contested, gain = job.world.gather(decision)[0]
-        if not work:
-            break
-        chosen = {path: tuple(map(Format.parse, names)) for path, names in work.items()}
-        rounds.run("kl", chosen, size)
-        spent += cost
-        measured |= work.keys()
-    share = spent / full if full else 0.0
-    if contested:
-        say(
-            f"{len(measured)} of {len(job.modules)} modules are measured exactly, the others "
-            f"estimated; the formats of {contested} are still open, worth at most {gain:.2g} nats "
-            "(--sensitivity kl measures all)"
-        )
-    return Settled(size.text, len(measured), share, contested, gain)
-
-
-def _affordable(
-    rounds: Rounds, found: list[Contest], limit: float
-) -> tuple[dict[str, list[str]], int]:
-    """The formats to measure within `limit` block runs, most nats a run first, and their runs."""
-    costs = {c.path: rounds.cost({c.path: c.formats}) for c in found}
-    work, spent = {}, 0
-    for contest in sorted(found, key=lambda c: c.gain / costs[c.path], reverse=True):
-        if spent + costs[contest.path] <= limit:
-            spent += costs[contest.path]
-            work[contest.path] = [str(fmt) for fmt in contest.formats]
-    return work, spent
