@@ -88,7 +88,7 @@ NB_MODULE(_ext, m) {
   m.def("quantize", &optiq::quantize, "w"_a, "importance"_a = nb::none(), "group_size"_a = 64,
       "bits"_a = 4, nb::kw_only(), "stream"_a = nb::none());
   m.def("descend", &optiq::descend, "w"_a, "codes"_a, "scales"_a, "biases"_a, "hessian"_a,
-      "outputs"_a.none(), "group_size"_a, "bits"_a, "sweeps"_a);
+      "samples"_a.none(), "outputs"_a.none(), "group_size"_a, "bits"_a, "sweeps"_a);
   m.def("kl_divergence", &optiq::kl_divergence, "h_p"_a, "w_p"_a, "h_q"_a, "w_q"_a, "format_p"_a,
       "format_q"_a, "soft_cap"_a = 0.0f, nb::kw_only(), "stream"_a = nb::none());
   m.def("compare_logits", &optiq::compare_logits, "p"_a, "q"_a, nb::kw_only(),

@@ -6,96 +6,66 @@
 // al. 2023, section 3). Groups are taken in turn: scale and bias are fitted to the group's codes (a
 // quadratic in two unknowns) and stored, each code in turn moves to its best grid point, and the
 // group changes only if E falls, once with the new scale and bias and once with the old ones. So
-// E never rises. What a change does to the slope H (v - w) of all columns is added up for a tile of
-// rows at once, as a matrix product.
+// E never rises. What a change does to the slope H (v - w) is added up for a tile of rows at once,
+// as a matrix product (hessian.h).
 #pragma once
 
 #include "decode.h"
+#include "hessian.h"
 #include "quantize_group.h"
 #include "widths.h"
 
 namespace optiq::cpu::OPTIQ_ISA {
-
-constexpr int kRowsTogether = 8; // of `add_product`
-constexpr size_t kColumnsTogether = 2 * kWide;
-
-// y[8, c:] += x[8, depth] @ m[depth, c:], of kColumnsTogether columns.
-inline void add_product(
-    const float* x, size_t ldx, size_t depth, const float* m, float* y, size_t columns, size_t c) {
-  fw low[kRowsTogether], high[kRowsTogether];
-  for (int i = 0; i < kRowsTogether; i++) {
-    low[i] = load<fw>(y + i * columns + c);
-    high[i] = load<fw>(y + i * columns + c + kWide);
-  }
-  for (size_t j = 0; j < depth; j++) {
-    fw m_low = load<fw>(m + j * columns + c), m_high = load<fw>(m + j * columns + c + kWide);
-    for (int i = 0; i < kRowsTogether; i++) {
-      low[i] += x[i * ldx + j] * m_low;
-      high[i] += x[i * ldx + j] * m_high;
-    }
-  }
-  for (int i = 0; i < kRowsTogether; i++) {
-    store(y + i * columns + c, low[i]);
-    store(y + i * columns + c + kWide, high[i]);
-  }
-}
 
 // Takes the steps of some rows at a time; a tile is such rows.
 class RowDescent {
  public:
   static constexpr int kMostRows = 32;
   const Descent& a;
+  const Hessian h;
   const size_t groups;
 
-  explicit RowDescent(const Descent& a)
-      : a(a), groups(a.cols / a.format.group_size), ones_(a.cols) {
-    const size_t g = a.format.group_size;
-    for (size_t i = 0; i < a.cols; i++) {
-      const float* h = a.hessian + i * a.cols + i / g * g;
-      f32x8 total{};
-      for (size_t j = 0; j < g; j += 8) {
-        total += load<f32x8>(h + j);
-      }
-      ones_[i] = sum(total);
-    }
-  }
+  explicit RowDescent(const Descent& a) : a(a), h(a), groups(a.cols / h.group) {}
 
   struct Tile {
-    Tile(size_t rows, size_t cols, size_t groups)
-        : codes(rows * cols),
-          error(rows * cols),
-          slope(rows * cols),
-          scale(rows * groups),
-          bias(rows * groups) {
-      std::memset(&error[0], 0, rows * cols * sizeof(float));
-      std::memset(&slope[0], 0, rows * cols * sizeof(float));
+    Tile(size_t rows, const RowDescent& of)
+        : codes(rows * of.a.cols),
+          error(rows * of.a.cols),
+          reach(rows * of.h.width),
+          scale(rows * of.groups),
+          bias(rows * of.groups) {
+      std::memset(&error[0], 0, rows * of.a.cols * sizeof(float));
+      std::memset(&reach[0], 0, rows * of.h.width * sizeof(float));
       std::memset(change, 0, sizeof(change));
+      std::memset(slope, 0, sizeof(slope));
     }
-    Scratch<float> codes, error, slope; // [rows, cols]: codes, v - w and H (v - w)
-    Scratch<float> scale, bias;         // [rows, groups]
-    float change[kMostRows][kMaxGroup]; // of v in one group
+    Scratch<float> codes, error; // [rows, cols]: codes and v - w
+    Scratch<float> reach;        // [rows, h.width]: (v - w) times H or the samples
+    Scratch<float> scale, bias;  // [rows, groups]
+    // Of one group: the change of v and the slope (v - w) H.
+    float change[kMostRows][kMaxGroup], slope[kMostRows][kMaxGroup];
   };
 
-  // The slope of the start: as if all had just changed from the exact weights.
-  void start_slope(Tile& tile, int rows) const {
+  // The reach of the start: as if all had just changed from the exact weights.
+  void start(Tile& tile, int rows) const {
     for (size_t k = 0; k < groups; k++) {
       for (int r = 0; r < rows; r++) {
-        std::memcpy(tile.change[r], &tile.error[r * a.cols + k * a.format.group_size],
-            sizeof(float) * a.format.group_size);
+        std::memcpy(tile.change[r], &tile.error[r * a.cols + k * h.group], sizeof(float) * h.group);
       }
-      spread(tile, k, rows);
+      h.spread(tile.change[0], k, &tile.reach[0], rows);
     }
   }
 
   void sweep(Tile& tile, int rows) const {
     for (size_t k = 0; k < groups; k++) {
       std::memset(tile.change, 0, sizeof(tile.change));
+      h.slope(&tile.reach[0], &tile.error[0], k, tile.slope[0], rows);
       bool changed = false;
       for (int r = 0; r < rows; r++) {
         changed |= improve(tile, r, k);
       }
       if (changed) {
-        spread(tile, k, rows);
+        h.spread(tile.change[0], k, &tile.reach[0], rows);
       }
     }
   }
@@ -130,8 +100,6 @@ class RowDescent {
   }
 
  private:
-  Scratch<float> ones_; // per column, the sum of H over the columns of its group
-
   // A group as it would be with another scale and bias.
   struct Trial {
     Trial(float scale, float bias) : scale(scale), bias(bias) {}
@@ -144,41 +112,30 @@ class RowDescent {
     return load_tail(base, a.type, i, 1)[0];
   }
 
-  // slope += change @ H, over the columns of group k, of so many rows and those up to the next 8th.
-  void spread(Tile& tile, size_t k, int rows) const {
-    const float* h = a.hessian + k * a.format.group_size * a.cols;
-    for (size_t c = 0; c < a.cols; c += kColumnsTogether) { // groups are multiples of 32
-      for (int r = 0; r < rows; r += kRowsTogether) {
-        add_product(
-            tile.change[r], kMaxGroup, a.format.group_size, h, &tile.slope[r * a.cols], a.cols, c);
-      }
-    }
-  }
-
   bool improve(Tile& tile, int r, size_t k) const {
-    const size_t g = a.format.group_size, at = r * (a.cols / g) + k, start = r * a.cols + k * g;
+    const size_t g = h.group, at = r * groups + k, start = r * a.cols + k * g;
     const int vectors = int(g / 8);
-    const float* block = a.hessian + k * g * a.cols + k * g;
+    const float *block = h.block(k), *ones = h.ones(k), *slope = tile.slope[r];
     f32x8 by_codes[kMaxGroup / 8] = {}; // H q
     for (size_t j = 0; j < g; j++) {
       const float q = tile.codes[start + j];
       for (int i = 0; i < vectors; i++) {
-        by_codes[i] += q * load<f32x8>(block + j * a.cols + 8 * i);
+        by_codes[i] += q * load<f32x8>(block + j * g + 8 * i);
       }
     }
     f32x8 qhq{}, qh1{}, one_h1{}, q_slope{}, one_slope{};
     for (int i = 0; i < vectors; i++) {
       f32x8 q = load<f32x8>(&tile.codes[start + 8 * i]);
-      f32x8 y = load<f32x8>(&tile.slope[start + 8 * i]);
+      f32x8 y = load<f32x8>(slope + 8 * i);
       qhq += q * by_codes[i];
       qh1 += by_codes[i];
-      one_h1 += load<f32x8>(&ones_[k * g + 8 * i]);
+      one_h1 += load<f32x8>(ones + 8 * i);
       q_slope += q * y;
       one_slope += y;
     }
     const float scale = tile.scale[at], bias = tile.bias[at];
     Trial best(scale, bias);
-    move_codes(tile, start, k, by_codes, 0, 0, best);
+    move_codes(tile, r, k, by_codes, 0, 0, best);
     const double A = sum(qhq), B = sum(qh1), C = sum(one_h1), determinant = A * C - B * B;
     if (determinant > 1e-9 * A * C) {
       // The bias is fitted to the scale as it is stored.
@@ -186,7 +143,7 @@ class RowDescent {
       Trial trial(stored(a.type, float(scale + step)), 0);
       step = double(trial.scale) - scale;
       trial.bias = stored(a.type, float(bias - (sum(one_slope) + B * step) / C));
-      move_codes(tile, start, k, by_codes, trial.scale - scale, trial.bias - bias, trial);
+      move_codes(tile, r, k, by_codes, trial.scale - scale, trial.bias - bias, trial);
       if (trial.gain > best.gain) {
         best = trial;
       }
@@ -205,24 +162,24 @@ class RowDescent {
   }
 
   // Scale and bias change by so much; then every code in turn moves to its best grid point.
-  void move_codes(const Tile& tile, size_t start, size_t k, const f32x8* by_codes, float by_scale,
+  void move_codes(const Tile& tile, int r, size_t k, const f32x8* by_codes, float by_scale,
       float by_bias, Trial& t) const {
-    const size_t g = a.format.group_size;
+    const size_t g = h.group, start = r * a.cols + k * g;
     const int vectors = int(g / 8);
     const float top = float((1 << a.format.bits) - 1);
-    const float* block = a.hessian + k * g * a.cols + k * g;
+    const float *block = h.block(k), *ones = h.ones(k), *before = tile.slope[r];
     for (int i = 0; i < vectors; i++) {
       t.codes[i] = load<f32x8>(&tile.codes[start + 8 * i]);
       t.change[i] = t.codes[i] * by_scale + by_bias;
-      t.slope[i] = load<f32x8>(&tile.slope[start + 8 * i]) + by_scale * by_codes[i] +
-                   by_bias * load<f32x8>(&ones_[k * g + 8 * i]);
+      t.slope[i] = load<f32x8>(before + 8 * i) + by_scale * by_codes[i] +
+                   by_bias * load<f32x8>(ones + 8 * i);
     }
     auto* codes = reinterpret_cast<float*>(t.codes);
     auto* change = reinterpret_cast<float*>(t.change);
     auto* slope = reinterpret_cast<const float*>(t.slope);
     for (size_t j = 0; j < g; j++) {
-      const float* h = block + j * a.cols;
-      const float curve = h[j] * t.scale;
+      const float* row = block + j * g;
+      const float curve = row[j] * t.scale;
       if (!(curve != 0)) { // also NaN
         continue;
       }
@@ -236,13 +193,13 @@ class RowDescent {
       codes[j] = code;
       change[j] += step;
       for (int i = 0; i < vectors; i++) {
-        t.slope[i] += step * load<f32x8>(h + 8 * i);
+        t.slope[i] += step * load<f32x8>(row + 8 * i);
       }
     }
     // E(v + d) - E(v) = d' (2 H (v - w) + H d) = d' (slope before + slope after)
     f32x8 rise{};
     for (int i = 0; i < vectors; i++) {
-      rise += t.change[i] * (load<f32x8>(&tile.slope[start + 8 * i]) + t.slope[i]);
+      rise += t.change[i] * (load<f32x8>(before + 8 * i) + t.slope[i]);
     }
     t.gain = -sum(rise);
   }
@@ -261,11 +218,11 @@ inline void descend_rows(const Descent& a) {
   auto tiles = [&](int task) {
     const size_t first = size_t(task) * of_tile;
     const int rows = int(std::min(of_tile, a.rows - first));
-    RowDescent::Tile tile(of_tile, a.cols, by_rows.groups);
+    RowDescent::Tile tile(of_tile, by_rows);
     for (int r = 0; r < rows; r++) {
       by_rows.read(first + r, r, tile);
     }
-    by_rows.start_slope(tile, rows);
+    by_rows.start(tile, rows);
     for (int sweep = 0; sweep < a.sweeps; sweep++) {
       by_rows.sweep(tile, rows);
     }

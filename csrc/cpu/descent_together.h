@@ -82,12 +82,12 @@ class TogetherDescent {
     auto tiles = [&](int task) {
       const size_t first = size_t(task) * of_tile;
       const int rows = int(std::min(of_tile, a.rows - first));
-      Tile tile(of_tile, a.cols, by_rows.groups);
+      Tile tile(of_tile, by_rows);
       for (int r = 0; r < rows; r++) {
         by_rows.read(first + r, r, tile);
       }
-      by_rows.start_slope(tile, rows);
-      std::memcpy(&slope[first * a.cols], &tile.slope[0], sizeof(float) * rows * a.cols);
+      by_rows.start(tile, rows);
+      std::memcpy(&slope[first * a.cols], &tile.reach[0], sizeof(float) * rows * a.cols);
     };
     parallel_for(int((a.rows + of_tile - 1) / of_tile), tiles);
   }
@@ -107,8 +107,8 @@ class TogetherDescent {
   void spread(size_t n) {
     auto columns = [&](int part) {
       for (size_t i = 0; i < a.rows; i += kRowsTogether) {
-        add_product(&shares[i * most], most, n, &bend[0], &pull[i * a.cols], a.cols,
-            part * kColumnsTogether);
+        const size_t c = part * kColumnsTogether;
+        add_product(&shares[i * most], most, n, &bend[c], a.cols, &pull[i * a.cols + c], a.cols);
       }
     };
     parallel_for(int(a.cols / kColumnsTogether), columns);
@@ -139,18 +139,18 @@ class TogetherDescent {
     auto each = [&](int task) {
       const size_t first = size_t(task) * kRowsTogether, size = kRowsTogether * a.cols;
       const int rows = int(std::min<size_t>(kRowsTogether, n - first));
-      auto& tile = *(tiles[task] = std::make_unique<Tile>(kRowsTogether, a.cols, by_rows.groups));
+      auto& tile = *(tiles[task] = std::make_unique<Tile>(kRowsTogether, by_rows));
       for (int r = 0; r < rows; r++) {
         by_rows.read(row(turn, first + r), r, tile);
-        aim(turn, n, first + r, careful, &tile.slope[r * a.cols]);
+        aim(turn, n, first + r, careful, &tile.reach[r * a.cols]);
       }
       std::memset(&tile.error[0], 0, sizeof(float) * size); // of which the changes are kept
       float* bends = &bend[first * a.cols];
-      std::memcpy(bends, &tile.slope[0], sizeof(float) * size);
+      std::memcpy(bends, &tile.reach[0], sizeof(float) * size);
       by_rows.sweep(tile, rows);
       std::memcpy(&step[first * a.cols], &tile.error[0], sizeof(float) * size);
       for (size_t i = 0; i < size; i++) {
-        bends[i] = tile.slope[i] - bends[i];
+        bends[i] = tile.reach[i] - bends[i];
       }
     };
     parallel_for(int(tiles.size()), each);

@@ -171,14 +171,15 @@ struct Quantize {
 
 // Improves a rounding of w[rows, cols] in place: sweeps of coordinate descent on the output error
 // (v - w) hessian (v - w)' of each row, which none of them raises. hessian[cols, cols] is
-// symmetric. With outputs[rows, rows], symmetric with a positive diagonal, the error is
-// tr(outputs (v - w) hessian (v - w)').
+// symmetric. With samples[sampled, cols] it is samples' samples + diag(hessian[cols]). With
+// outputs[rows, rows], symmetric with a positive diagonal, the error is tr(outputs (v - w) hessian
+// (v - w)').
 struct Descent {
   const void* w;
-  const float *hessian, *outputs;
+  const float *hessian, *samples, *outputs;
   uint8_t* codes;
   void *scales, *biases;
-  size_t rows, cols;
+  size_t rows, cols, sampled;
   AffineFormat format;
   int sweeps;
   Float type;

@@ -11,8 +11,8 @@
 namespace optiq {
 
 std::vector<array> descend(const array& w, const array& codes, const array& scales,
-    const array& biases, const array& hessian, const std::optional<array>& outputs, int group_size,
-    int bits, int sweeps) {
+    const array& biases, const array& hessian, const std::optional<array>& samples,
+    const std::optional<array>& outputs, int group_size, int bits, int sweeps) {
   require_floating("descend", "w", w);
   AffineFormat format{.bits = bits, .group_size = group_size};
   check_format("descend", "", format);
@@ -33,9 +33,14 @@ std::vector<array> descend(const array& w, const array& codes, const array& scal
           "; they must be ", groups, " ", w.dtype());
     }
   }
-  if (hessian.shape() != mx::Shape{w.shape(-1), w.shape(-1)}) {
-    fail("descend", "hessian is ", hessian.shape(), "; it must be ",
-        mx::Shape{w.shape(-1), w.shape(-1)});
+  const auto cols = w.shape(-1);
+  if (samples && (samples->ndim() != 2 || samples->shape(1) != cols || outputs)) {
+    fail("descend", "samples are ", samples->shape(), "; they must be [any, ", cols,
+        "], and there are no outputs with them");
+  }
+  const auto expected = samples ? mx::Shape{cols} : mx::Shape{cols, cols};
+  if (hessian.shape() != expected) {
+    fail("descend", "hessian is ", hessian.shape(), "; it must be ", expected);
   }
   if (outputs && (w.ndim() != 2 || outputs->shape() != mx::Shape{w.shape(0), w.shape(0)})) {
     fail("descend", "outputs are ", outputs->shape(), " and w is ", w.shape(),
@@ -46,11 +51,13 @@ std::vector<array> descend(const array& w, const array& codes, const array& scal
   }
   auto stream = mx::default_stream(mx::Device::cpu);
   std::vector<array> inputs = {w, codes, scales, biases, mx::astype(hessian, mx::float32, stream)};
-  if (outputs) {
-    inputs.push_back(mx::astype(*outputs, mx::float32, stream));
+  for (auto& more : {samples, outputs}) {
+    if (more) {
+      inputs.push_back(mx::astype(*more, mx::float32, stream));
+    }
   }
   return array::make_arrays({packed, groups, groups}, {mx::uint32, w.dtype(), w.dtype()},
-      std::make_shared<Descend>(stream, format, sweeps), inputs);
+      std::make_shared<Descend>(stream, format, sweeps, samples.has_value()), inputs);
 }
 
 void Descend::eval_cpu(const std::vector<array>& inputs, std::vector<array>& outs) {
@@ -59,14 +66,17 @@ void Descend::eval_cpu(const std::vector<array>& inputs, std::vector<array>& out
   if (w.size() == 0) {
     return;
   }
+  const float* last = in.size() > 5 ? in[5].data<float>() : nullptr;
   cpu::Descent work{.w = w.data<char>(),
       .hessian = in[4].data<float>(),
-      .outputs = in.size() > 5 ? in[5].data<float>() : nullptr,
+      .samples = sampled_ ? last : nullptr,
+      .outputs = sampled_ ? nullptr : last,
       .codes = outs[0].data<uint8_t>(),
       .scales = outs[1].data<char>(),
       .biases = outs[2].data<char>(),
       .rows = w.size() / w.shape(-1),
       .cols = size_t(w.shape(-1)),
+      .sampled = sampled_ ? size_t(in[5].shape(0)) : 0,
       .format = format_,
       .sweeps = sweeps_,
       .type = float_type(w.dtype())};
@@ -93,7 +103,7 @@ void Descend::eval_gpu(const std::vector<array>&, std::vector<array>&) {
 
 bool Descend::is_equivalent(const mx::Primitive& other) const {
   auto& o = static_cast<const Descend&>(other);
-  return format_ == o.format_ && sweeps_ == o.sweeps_;
+  return format_ == o.format_ && sweeps_ == o.sweeps_ && sampled_ == o.sampled_;
 }
 
 } // namespace optiq

@@ -69,6 +69,25 @@ def test_numpy_takes_the_same_steps(bits: int, group_size: int, dtype: str) -> N
     assert errors(ours, w, exact).sum() == pytest.approx(errors(theirs, w, exact).sum(), rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("rows", "cols", "samples", "group_size"), [(37, 256, 50, 64), (8, 128, 1, 32)]
+)
+def test_few_samples_are_as_good_as_the_hessian_that_they_make(
+    rows: int, cols: int, samples: int, group_size: int
+) -> None:
+    w, h, _ = layer(rows, cols)
+    x = mx.random.normal((samples, cols), key=mx.random.key(0)) * mx.sqrt(mx.diag(h))
+    few = ops.Sampled(x, 0.1 * mx.diag(h))
+    exact = f64(x).T @ f64(x) + np.diag(f64(few.diagonal))
+    start = searched(w, few.whole, 4, group_size)
+    for sweeps in (0, 1, 4):
+        found, whole = (ops.descend(w, start, each, sweeps=sweeps) for each in (few, few.whole))
+        assert np.mean(np.array(found.codes) == np.array(whole.codes)) > 0.95  # ties
+        least, most = sorted(errors(v, w, exact).sum() for v in (found, whole))
+        assert most == pytest.approx(least, rel=2e-3)
+        assert (errors(found, w, exact) <= errors(start, w, exact) * (1 + 1e-5)).all()
+
+
 def test_no_single_code_can_be_improved() -> None:
     """Every neighbour of the result, one code up or down, has a larger error."""
     w, h, exact = layer(4, 64)
@@ -137,6 +156,7 @@ def test_constant_rows_and_silent_columns() -> None:
     ("change", "message"),
     [
         ({"hessian": mx.eye(32)}, "hessian"),
+        ({"hessian": ops.Sampled(mx.zeros((4, 32)), mx.zeros(32))}, "samples|hessian"),
         ({"w": mx.zeros((4, 128))}, "must be"),
         ({"scales": mx.zeros((4, 2))}, "scales"),
         ({"codes": mx.zeros((4, 8), dtype=mx.int32)}, "codes"),

@@ -5,7 +5,7 @@
 
 from .affine import AffineWeight
 from .attention import dequantize_kv, quantize_kv, quantized_attention
-from .coordinate_descent import descend
+from .coordinate_descent import Sampled, descend
 from .kl import Comparison, compare_logits, kl_divergence, kl_from_logits
 from .low_rank import LowRankTerms, gathered_low_rank
 from .matmul import linear, mixed_quantized_matmul, quantized_matmul
@@ -16,6 +16,7 @@ __all__ = [
     "AffineWeight",
     "Comparison",
     "LowRankTerms",
+    "Sampled",
     "causal_attention",
     "compare_logits",
     "cross_entropy",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -20,10 +21,21 @@ Group = tuple[Floats, Floats, Floats]  # codes, change of the weight, by how muc
 TOGETHER = 16
 
 
+class Sampled(NamedTuple):
+    """The hessian `samples' samples + diag(diagonal)`; of few samples it is less to multiply."""
+
+    samples: mx.array  # [n, in]
+    diagonal: mx.array  # [in]
+
+    @property
+    def whole(self) -> mx.array:
+        return self.samples.T @ self.samples + mx.diag(self.diagonal)
+
+
 def descend(
     w: mx.array,
     rounded: AffineWeight,
-    hessian: mx.array,
+    hessian: mx.array | Sampled,
     *,
     outputs: mx.array | None = None,
     sweeps: int = 4,
@@ -44,10 +56,10 @@ def descend(
     Args:
         w: `[..., out, in]` in float32, float16 or bfloat16.
         rounded: Where to start; scales and biases in the dtype of `w`.
-        hessian: Symmetric `[in, in]`. Some per cent of its mean diagonal added to the diagonal
-            keep what few tokens say from being trusted too much.
+        hessian: Symmetric `[in, in]`, or what makes it. Some per cent of its mean diagonal added to
+            the diagonal keep what few tokens say from being trusted too much.
         outputs: Symmetric `[out, out]` with a positive diagonal, the mean of `g g'`; `w` then has
-            two axes.
+            two axes, and the hessian is an array.
         sweeps: How often each group is taken.
 
     Returns:
@@ -57,12 +69,15 @@ def descend(
     Raises:
         ValueError: Dtypes or shapes that do not fit.
     """
+    samples, given = hessian if isinstance(hessian, Sampled) else (None, hessian)
     if ext := native.extension:
         found = ext.descend(
-            w, rounded.codes, rounded.scales, rounded.biases, hessian, outputs,
+            w, rounded.codes, rounded.scales, rounded.biases, given, samples, outputs,
             rounded.group_size, rounded.bits, sweeps,
         )  # fmt: skip
         return rounded._replace(codes=found[0], scales=found[1], biases=found[2])
+    if isinstance(hessian, Sampled):
+        hessian = hessian.whole
     if outputs is not None:
         return _descend_together(w, rounded, hessian, outputs, sweeps)
     return _descend(w, rounded, hessian, sweeps)
