@@ -130,6 +130,11 @@ class Options:
             raise UsageError(f"{command} does not keep to memory={self.memory}; leave it out")
 
     @property
+    def together(self) -> bool:
+        """Whether rows of a layer are fitted together: most of the work on a large one."""
+        return self.effort != "quick"
+
+    @property
     def menu(self) -> tuple[Format, ...]:
         """The formats to measure."""
         return self.formats or DEFAULT_MENU

@@ -83,6 +83,7 @@ class Prepared:
             text=text,
             rounding=self.rounding,
             reference=options.reference,
+            together=options.together,
             folder=self.folder,
             seed=options.seed,
             progress=options.progress,

@@ -23,7 +23,7 @@ from optiq.quantize.export import export
 from optiq.quantize.rounding import descent
 from optiq.quantize.rounding.descent import best, best_of_rows, descend
 from optiq.quantize.rounding.importance import column_squares
-from optiq.quantize.rounding.moments import DAMPING, Moments, _sum
+from optiq.quantize.rounding.moments import DAMPING, InputMoments, Moments, _sum
 from optiq.quantize.rounding.render import render_model
 from optiq.quantize.rounding.weights import MINMAX, Rounded, Rounding
 from optiq.sources import Source, load
@@ -44,7 +44,7 @@ from tests.quantize.sensitivity.cases import (
     tiny_source,
 )
 
-Seen = tuple[mx.array, tuple[Moments, Moments | None]]
+Seen = tuple[mx.array, tuple[InputMoments, Moments | None]]
 
 
 def planned(source: Source, *formats: Format) -> Plan:
@@ -69,12 +69,14 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
     calls: list[Seen] = []
 
     def spy(
-        w: mx.array, fmt: Format, inputs: Moments, outputs: Moments | None
+        w: mx.array, fmt: Format, inputs: InputMoments, outputs: Moments | None
     ) -> tuple[str, Rounded]:
         calls.append((w, (inputs, outputs)))
         return best(w, fmt, inputs, outputs)
 
-    def spy_on_rows(w: mx.array, fmt: Format, of: Moments, world: World) -> tuple[str, Rounded]:
+    def spy_on_rows(
+        w: mx.array, fmt: Format, of: InputMoments, world: World
+    ) -> tuple[str, Rounded]:
         calls.append((w, (of, None)))
         return best_of_rows(w, fmt, of, world)
 

@@ -11,10 +11,10 @@ says what each row must keep (GuidedQuant, Kim et al. 2025, weighs tokens so, pe
 A row e that is looked up moves the output by 1/2 (g'e)^2 each time, so an embedding's H is the sum
 of g g'; one that is also the head has the sum of both, for a word that is looked up often is about
 as often likely to come next.
-`ops.descend` makes a rounding good by that measure, and then by one in which the errors of
-different rows add up, with G, the sum of g g' over tokens. Both are shrunk first (moments.py). Then
-every module's candidates are judged by the H and G of sequences that none was fitted to, and the
-best of the search and both descents is taken.
+`ops.descend` makes a rounding good by that measure, and then, unless it must be quick, by one in
+which the errors of different rows add up, with G, the sum of g g' over tokens. Both are shrunk
+first (moments.py). Then every module's candidates are judged by the H and G of sequences that none
+was fitted to, and the best of the search and both descents is taken.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from ...sources import Source, load
 from ..replay.backward import survey
 from ..replay.shared import Shared
 from .fitted import InFiles, InMemory
-from .moments import ELEMENTS, Moments, divided, moments
+from .moments import ELEMENTS, FewMoments, InputMoments, Moments, divided, moments
 from .reference import in_passes, open_reference
 from .weights import MINMAX, Rounded, Rounding
 
-# Over all rows, where their errors add up.
-TOGETHER_SWEEPS = 2
+# Over a layer, over one that few rows are kept of, and over all rows where their errors add up.
+SWEEPS, FEW_SWEEPS, TOGETHER_SWEEPS = 4, 2, 2
 
 # Bytes of recorded block outputs; of a larger model fewer sequences are used.
 TAPE_BYTES = 4 << 30
@@ -66,6 +66,7 @@ def descend(
     rounding: Rounding,
     *,
     reference: str = "auto",
+    together: bool = True,
     folder: Path | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -73,7 +74,8 @@ def descend(
 ) -> Rounding:
     """`rounding` with the modules of `plan` fitted to the sequences of `text`.
 
-    With `folder` they are kept in files there, and not in memory.
+    With `folder` they are kept in files there, and not in memory. `together` says whether the
+    errors of rows add up.
 
     Modules in nvfp4 stay as they were, and all where there are fewer than two sequences, or no
     gradients. `reference` is that of the scores. The ranks of `world` divide sequences and modules,
@@ -99,12 +101,12 @@ def descend(
         shared = Shared.record(world, replay, sequences, running.drop)
         running.begin()
         for module, inputs, outputs in moments(
-            replay, shared, [m for m in modules if m.path in work], seed, running.drop
+            replay, shared, [m for m in modules if m.path in work], seed, running.drop, together
         ):
             path, fmt = module.path, work[module.path].format
             if inputs is not None:
                 weight = running.dense(path).weight.astype(loaded.dtype)
-                if not isinstance(inputs, Moments):
+                if not isinstance(inputs, Moments | FewMoments):
                     ranks = world if divided(module) else ALONE
                     _, found = best_of_each(weight, fmt, inputs, ranks)
                 elif divided(module) and outputs is None:
@@ -130,7 +132,7 @@ def _share(store: InFiles | InMemory, work: Iterable[Planned], world: World) -> 
 
 
 def best(
-    w: mx.array, fmt: Format, inputs: Moments, outputs: Moments | None = None
+    w: mx.array, fmt: Format, inputs: InputMoments, outputs: Moments | None = None
 ) -> tuple[str, Rounded]:
     """The rounding of `w` `[out, in]` whose output error is least where it is judged, and its name.
 
@@ -138,13 +140,13 @@ def best(
     """
     found = _candidates(w, fmt, inputs, outputs)
     judge = None if outputs is None else outputs.judge
-    errors = {name: _error(w, v, inputs.judge, judge) for name, v in found.items()}
+    errors = {name: _error(w, v, inputs, judge) for name, v in found.items()}
     name = min(errors, key=lambda name: errors[name])
     return name, found[name][:3]
 
 
 def best_of_rows(
-    w: mx.array, fmt: Format, inputs: Moments, world: World = ALONE
+    w: mx.array, fmt: Format, inputs: InputMoments, world: World = ALONE
 ) -> tuple[str, Rounded]:
     """`best` of a long `w`, whose rows the ranks divide: each has its own error."""
     parts = range(0, w.shape[0], ROWS)
@@ -169,7 +171,7 @@ def _best_of(
     w: mx.array,
     parts: Sequence[int] | Sequence[slice],
     fmt: Format,
-    moments: Iterable[Moments],
+    moments: Iterable[InputMoments],
     world: World,
 ) -> tuple[str, list[Sequence[mx.array]]]:
     """What is best for all `parts` of `w` in sum, and each of them so rounded.
@@ -181,7 +183,7 @@ def _best_of(
     found: dict[int, dict[str, Rounded]] = {}
     for n, of in zip(own, moments, strict=True):
         candidates = _candidates(w[parts[n]], fmt, of)
-        errors[n] = {name: _error(w[parts[n]], v, of.judge) for name, v in candidates.items()}
+        errors[n] = {name: _error(w[parts[n]], v, of) for name, v in candidates.items()}
         found[n] = {name: v[:3] for name, v in candidates.items()}
     total: dict[str, float] = defaultdict(float)
     for each in world.join(errors):
@@ -199,13 +201,14 @@ def _joined(
 
 
 def _candidates(
-    w: mx.array, fmt: Format, inputs: Moments, outputs: Moments | None = None
+    w: mx.array, fmt: Format, inputs: InputMoments, outputs: Moments | None = None
 ) -> dict[str, ops.AffineWeight]:
-    searched = ops.quantize(w, fmt, mx.diag(inputs.fit))
+    searched = ops.quantize(w, fmt, inputs.diagonal)
     start = ops.AffineWeight(*searched, fmt.group_size, fmt.bits)
     alone = inputs.shrunk
+    sweeps = FEW_SWEEPS if isinstance(inputs, FewMoments) else SWEEPS
     found = {
-        "descent": ops.descend(w, start, alone),
+        "descent": ops.descend(w, start, alone, sweeps=sweeps),
         "search": start,
     }
     if outputs is not None and mx.all(mx.diag(both := outputs.shrunk) > 0):
@@ -216,17 +219,17 @@ def _candidates(
 
 
 def _error(
-    w: mx.array, v: ops.AffineWeight, inputs: mx.array, outputs: mx.array | None = None
+    w: mx.array, v: ops.AffineWeight, inputs: InputMoments, outputs: mx.array | None = None
 ) -> float:
     if outputs is not None:
         change = v.dequantized() - w.astype(mx.float32)
-        return float(np.asarray(mx.sum((change @ inputs) * (outputs @ change))))
+        return float(np.asarray(mx.sum((change @ inputs.judge) * (outputs @ change))))
     step, total = max(1, ELEMENTS // w.shape[-1]), 0.0
     for start in range(0, w.shape[0], step):
         rows = slice(start, start + step)
         part = v._replace(codes=v.codes[rows], scales=v.scales[rows], biases=v.biases[rows])
         change = part.dequantized() - w[rows].astype(mx.float32)
-        total += float(np.asarray(mx.sum((change @ inputs) * change)))
+        total += float(np.asarray(inputs.judged(change)))
     return total
 
 
