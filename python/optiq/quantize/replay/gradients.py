@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ...models.kinds import stock_class
+from ...models.kinds import Kind, kind_of, stock_class
 
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 # One call of a module: its args and kwargs, and the gradient at its output.
@@ -33,6 +33,21 @@ def looked_up(layer: nn.Module, calls: Sequence[list[Call]]) -> tuple[Any, Seque
         [((mx.array(places)[args[0]],), kw, g) for args, kw, g in of] for of in calls
     ]
     return part, found
+
+
+def some_rows(
+    layer: nn.Module, calls: Sequence[list[Call]], elements: int
+) -> tuple[Any, Sequence[list[Call]], float]:
+    """A layer of rows evenly spread over a weight of more than so many elements, its calls, and how
+    many rows each of them stands for. Lookups and weights for each head come back as they are.
+    """
+    step = -(-layer.weight.size // elements)
+    if step == 1 or kind_of(layer) is Kind.HEADS or isinstance(layer, nn.Embedding):
+        return layer, calls, 1.0
+    part = copy.copy(layer)
+    part.weight = layer.weight[..., ::step, :]
+    fewer = [[(args, kw, g[..., ::step]) for args, kw, g in of] for of in calls]
+    return part, fewer, layer.weight.size / part.weight.size
 
 
 def weight_gradient(layer: nn.Module, calls: Sequence[Call]) -> FloatArray:

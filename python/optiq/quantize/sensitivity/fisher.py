@@ -36,12 +36,13 @@ from numpy.typing import NDArray
 
 from ...base.progress import Progress, tell
 from ...errors import SensitivityError
+from ...formats import Format
 from ...models.roles import Module, Role, is_head
 from ...nn.layers import dequantized
 from ...nn.replay import Replay
 from ...ops import metal
 from ..replay.backward import Backward, survey
-from ..replay.gradients import Call, looked_up, weight_gradient
+from ..replay.gradients import Call, looked_up, some_rows, weight_gradient
 from ..replay.logits import divergences
 from ..replay.shared import Calls, Shared
 from ..rounding.render import render_layer
@@ -51,6 +52,9 @@ from .kl import head_groups, record
 
 # Bytes of float32 gradients of one weight, each of one sequence, that are held together.
 GRADIENT_BYTES = 1 << 30
+
+# Elements of a weight that is scored; rows evenly spread over a larger one stand for all.
+SCORED_ELEMENTS = 1 << 22
 
 # Elements of what the formats change in some rows of a weight, held together.
 CHANGE_ELEMENTS = 1 << 20
@@ -121,6 +125,7 @@ class _Batch:
         backward = Backward(self.replay, self.shared.tapes, self.keys, drop)
         for m, calls in self.shared.calls(backward, self.work, self._cost):
             self._score_module(m, calls)
+        drop(None)  # the embedding, before the head is read
         for m in self.work:
             if m.role is Role.HEAD:
                 self._score_module(m, None)
@@ -129,7 +134,7 @@ class _Batch:
         return _sum(job.world.gather(self.totals))
 
     def _cost(self, module: Module) -> float:
-        return prod(module.shape) * len(self.job.rounded(module))
+        return min(SCORED_ELEMENTS, prod(module.shape)) * len(self.job.rounded(module))
 
     def _score_module(self, module: Module, calls: Calls | None) -> None:
         """Add to `totals` the scores of one module; `calls` are those of all sequences, if this
@@ -155,6 +160,7 @@ class _Batch:
     ) -> None:
         formats = self.job.rounded(module)
         rounding = self.job.rounding
+        layer, calls, each = some_rows(layer, calls, SCORED_ELEMENTS)
         rounded = [render_layer(layer, fmt, rounding, module.path) for fmt in formats]
         together = max(1, GRADIENT_BYTES // (4 * layer.weight.size))
         for start in range(0, len(calls), together):
@@ -165,20 +171,23 @@ class _Batch:
             found, errors = squares(layer, rounded, gradients)
             for t, scores in zip(group, found, strict=True):
                 for fmt, score in zip(formats, scores, strict=True):
-                    self.totals[module.path][str(fmt)][t] += 0.5 * float(score)
-            if layer.weight.shape == module.shape:  # not some rows of an embedding
+                    self.totals[module.path][str(fmt)][t] += 0.5 * each * float(score)
+            if not isinstance(layer, nn.Embedding):  # of which there are some rows
                 for fmt, error in zip(formats, errors, strict=True):
                     self.job.note_error(module.path, str(fmt), float(error))
 
     def _add_head_part(self, module: Module, dense: nn.Module) -> None:
         """Of this rank's sequences."""
         for group in head_groups(self.job.rounded(module), dense):
-            heads = self.job.render_together(module, dense, group)
-            for t, tape in zip(self.shared.own, self.shared.tapes, strict=True):
-                students = [(tape.hidden, head) for head in heads]
-                found = divergences(self.replay, tape, (tape.hidden, dense), students)
-                for fmt, total in zip(group, found, strict=True):
-                    self.totals[module.path][str(fmt)][t] += total
+            self._add_heads(module, dense, group)
+
+    def _add_heads(self, module: Module, dense: nn.Module, group: Sequence[Format]) -> None:
+        heads = self.job.render_together(module, dense, group)
+        for t, tape in zip(self.shared.own, self.shared.tapes, strict=True):
+            students = [(tape.hidden, head) for head in heads]
+            found = divergences(self.replay, tape, (tape.hidden, dense), students)
+            for fmt, total in zip(group, found, strict=True):
+                self.totals[module.path][str(fmt)][t] += total
 
 
 def _sum(parts: Sequence[Totals]) -> Totals:

@@ -15,7 +15,7 @@ from ...formats import DENSE
 from ...models.roles import Module, is_head
 from ...models.shapes import blocks_of, dense_bytes, embedding_shape, widest_block
 from ..replay.logits import LOGITS_BYTES
-from . import fisher, kl
+from . import fisher, kl, weight_error
 from .job import Job
 
 # Arrays of the size of the logits, of an attention's weights or of a layer's output that are held
@@ -53,7 +53,7 @@ def estimate(
     scoring = running + max((_rounded(job, m, itemsize) for m in job.modules), default=0)
     if backward:
         inside = [m for m in backward if job.rounded(m) and m.block is not None]
-        largest = 4 * max((prod(m.shape) for m in inside), default=1)
+        largest = 4 * max((min(fisher.SCORED_ELEMENTS, prod(m.shape)) for m in inside), default=1)
         together = min(max(map(len, lengths)), max(1, fisher.GRADIENT_BYTES // largest))
         parts["gradients"] = 4 * batch * (2 * width + block)
         scoring = max(running, (together + 3) * largest + itemsize * largest // 4)
@@ -77,8 +77,9 @@ def _weights(job: Job, dense: int, itemsize: int, passing: bool) -> int:
 
 
 def _rounded(job: Job, module: Module, itemsize: int) -> int:
-    """Of a module in one format, or a head in a group of them, with float32 copies."""
+    """Of a module in one format, or a head in a group of them, with float32 copies of some rows."""
     dense = DENSE.nbytes(module.shape, itemsize)
     sizes = sorted((f.nbytes(module.shape, itemsize) for f in job.rounded(module)), reverse=True)
     together = max(1, kl.HEAD_BYTES // dense) if is_head(module) else 1
-    return sum(sizes[:together]) + 2 * 4 * prod(module.shape) if sizes else 0
+    copied = min(weight_error.ELEMENTS, prod(module.shape))
+    return sum(sizes[:together]) + 2 * 4 * copied if sizes else 0
