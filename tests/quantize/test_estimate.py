@@ -58,7 +58,9 @@ def test_rows_go_together_where_they_do() -> None:
         (Role.ATTENTION, (4, 64, 32), 0),  # a weight for each head: also
         (Role.EXPERT, (4, 64, 32), 0),
     ):
-        assert estimate._fitting(module(role, *shape), together, 100) == pytest.approx(seconds)
+        found = estimate._fitting(module(role, *shape), together, 100, True)
+        assert found == pytest.approx(seconds)
+        assert estimate._fitting(module(role, *shape), together, 100, False) == 0
 
 
 def test_every_weight_descends() -> None:
@@ -68,7 +70,18 @@ def test_every_weight_descends() -> None:
         (Role.ATTENTION, (4, 64, 32), 4 * 64 * 32 * 32),
         (Role.EXPERT, (4, 64, 32), 4 * 64 * 32 * 32),
     ):
-        assert estimate._fitting(module(role, *shape), alone, 100) == steps
+        assert estimate._fitting(module(role, *shape), alone, 100, True) == steps
+
+
+def test_few_tokens_take_less_than_their_hessian() -> None:
+    alone = replace(NOTHING, descent=1.0)
+
+    def found(tokens: int, together: bool = False) -> float:
+        return estimate._fitting(module(Role.ATTENTION, 64, 4096), alone, tokens, together)
+
+    whole = 64 * 4096 * 4096
+    assert found(2048) == found(100, together=True) == whole
+    assert found(100) < found(1000) < 0.6 * whole
 
 
 def test_what_a_probe_waited_for_a_processor_is_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,9 +31,9 @@ from ..quality.answers import PROMPTS, TOKENS
 from ..sources import LoadedModel
 from .options import Options
 from .prepare import metered
-from .rounding.descent import TOGETHER_SWEEPS
-from .rounding.moments import widens
-from .sensitivity.fisher import squares
+from .rounding.descent import FEW_SWEEPS, SWEEPS, TOGETHER_SWEEPS
+from .rounding.moments import few, widens
+from .sensitivity.fisher import SCORED_ELEMENTS, squares
 
 NARROW = Format("affine", 4, 32)
 
@@ -52,6 +52,7 @@ _CANDIDATES = 3  # roundings of a layer that are compared
 _COMPARED = 8  # formats that are compared in a probe
 _FRESH = 1.6  # comparing a whole weight, in memory that is new each time, over the probe's part
 _GRADIENTS = 1 << 24  # of all sequences, that are there for it
+_STEP = 500  # columns that finding a step of a descent takes as long as
 _ANSWERS = len(PROMPTS) * TOKENS  # tokens in the report, at most; as many of two small models
 _DECODING = 1e10  # bytes a second of the weights that an answer reads
 _READING = 1e9  # bytes a second of a model that is opened once more, from the disk's cache
@@ -122,7 +123,7 @@ def estimate(
     scoring = sum(len(sample.tokens) for sample in texts.scoring.sequences)
     calibrated, scored = run(texts.calibration.sequences), run(texts.scoring.sequences)
     loading = 0.1 + weights * loaded.dtype.size / _READING
-    formats = sum(prod(m.shape) * len(set(allowed(m, options.menu)) - {DENSE}) for m in modules)
+    formats = sum(_scored(m) * len(set(allowed(m, options.menu)) - {DENSE}) for m in modules)
 
     scores = 0.0
     if options.scores is None:
@@ -142,7 +143,7 @@ def estimate(
         judging = loading + weights * speed.search + run(texts.selection, native=True)
         seconds["choosing formats"] = loading + (_PLANS * judging if texts.selection else 0.0)
         if options.rounding not in ("search", "minmax"):
-            layers = sum(_fitting(m, speed, fitted) for m in modules)
+            layers = sum(_fitting(m, speed, fitted, options.together) for m in modules)
             seconds["fitting weights"] = loading + _BACKWARD * calibrated + layers + judging
         if refining:
             seconds["training scales"] = _BACKWARD * 2 * calibrated
@@ -251,13 +252,24 @@ def _fastest(work: Callable[[], mx.array]) -> float:
     return min(found)
 
 
-def _fitting(module: Module, speed: Speed, tokens: int) -> float:
+def _scored(module: Module) -> int:
+    """Elements that are rounded in each format for a score."""
+    return prod(module.shape) if is_head(module) else min(SCORED_ELEMENTS, prod(module.shape))
+
+
+def _fitting(module: Module, speed: Speed, tokens: int, together: bool) -> float:
     """Seconds of the descents of one module, and of what they are made and judged with."""
     size, (out, width) = prod(module.shape), module.shape[-2:]
+    together = together and module.block is not None and len(module.shape) == 2
+    together = together and not widens(module)
+    if not together and len(module.shape) == 2 and few(tokens, width):
+        sweeps = (FEW_SWEEPS + 1) / (SWEEPS + 1)  # the start costs one more
+        reached = 2 * tokens
+        return size * (sweeps * (reached + _STEP) * speed.descent + reached * speed.product)
     lookup = module.role is Role.EMBEDDING and not module.tied
     moments = 0 if lookup else tokens * width**2
     steps = size * width * (speed.descent + (_CANDIDATES - 1) * speed.product)
-    if module.block is not None and len(module.shape) == 2 and not widens(module):
+    if together:
         moments += tokens * out**2
         steps += size * (width + out) * TOGETHER_SWEEPS * speed.together
         steps += size * (width + _CANDIDATES * out) * speed.product  # they are judged

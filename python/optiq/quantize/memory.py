@@ -37,6 +37,7 @@ SCORES = "measuring sensitivity"
 LEAST_TOKENS = 512  # of calibration text that --memory leaves
 
 _MATRICES = 5  # H or G of the sequences that fit and that judge; shrunk, in three parts
+_SAMPLES = 5  # inputs that stand for H: as they are, weighed, scaled, and as a descent reads them
 _ROUNDINGS = 3  # of a layer of experts that are compared
 _COPIES = 3  # of a block's activations that a run holds at a time
 _LOGITS = 3  # the teacher's, a student's and the next one's
@@ -65,6 +66,11 @@ class Shapes:
         return max((dense_bytes(of, self.itemsize) for of in each), default=0)
 
     @property
+    def passed(self) -> int:
+        """Bytes of weights in a pass: of the largest block, and at the first also the embedding."""
+        return self.block + self.outside
+
+    @property
     def outside(self) -> int:
         """Bytes of the largest module outside the blocks: an embedding or a head."""
         return max((self.nbytes(m) for m in self.modules if m.block is None), default=0)
@@ -86,7 +92,7 @@ def phases(
     if texts.selection:
         found["choosing formats"] = _judging(shapes, _lengths(texts.selection), plan)
     if options.rounding not in ("search", "minmax"):
-        found["fitting weights"] = _fitting(shapes, calibration, ranks)
+        found["fitting weights"] = _fitting(shapes, calibration, options.together, ranks)
     largest = max((prod(m.shape) for m in shapes.modules), default=0)
     found["writing"] = Needs(
         {"process": shapes.process, "a weight": (shapes.itemsize + 2) * largest}
@@ -106,7 +112,7 @@ def _passing(shapes: Shapes, lengths: Sequence[int]) -> Needs:
     return Needs(
         {
             "process": shapes.process,
-            "weights": max(shapes.block, shapes.outside),
+            "weights": shapes.passed,
             "block outputs": 4 * 2 * sum(lengths) * width,
             "at work": _running(shapes, max(lengths)),
         }
@@ -135,7 +141,7 @@ def _scores(shapes: Shapes, lengths: Sequence[int], options: Options, ranks: int
     _, width = embedding_shape(shapes.modules)
     inside = [m for m in shapes.modules if m.block is not None]
     outputs = 4 * sum(lengths) * width * (len(blocks_of(inside)) + 1)
-    largest = 4 * max((prod(m.shape) for m in inside), default=1)
+    largest = 4 * max((min(fisher.SCORED_ELEMENTS, prod(m.shape)) for m in inside), default=1)
     together = min(len(lengths), max(1, fisher.GRADIENT_BYTES // largest))
     running = _running(shapes, max(lengths))
     head = max((_rounded(shapes, m, options) for m in shapes.modules if is_head(m)), default=0)
@@ -143,7 +149,7 @@ def _scores(shapes: Shapes, lengths: Sequence[int], options: Options, ranks: int
     inside_rounded = max((_rounded(shapes, m, options) for m in inside), default=0)
     at_block = max(running, (together + 2) * largest + inside_rounded)
     passing = {
-        "weights": max(shapes.block, shapes.outside),
+        "weights": shapes.passed,
         # The head comes before the blocks, so no gradients of theirs are held then.
         "at work": max(_calls(shapes, sum(lengths)) + at_block, head + logits),
         **_handed(shapes, sum(lengths), ranks),
@@ -167,30 +173,24 @@ def _handed(shapes: Shapes, tokens: int, ranks: int) -> dict[str, int]:
     return {"of other ranks": _calls(shapes, tokens) + (ranks - 1) * shapes.block}
 
 
-def _fitting(shapes: Shapes, lengths: Sequence[int], ranks: int) -> Needs:
+def _fitting(shapes: Shapes, lengths: Sequence[int], together: bool, ranks: int) -> Needs:
     """Fitted weights go to files as they come."""
     _, width = embedding_shape(shapes.modules)
     outputs = 4 * sum(lengths) * width * (len(blocks_of(shapes.modules)) + 1)
     tokens = sum(lengths)
-    head = max((m.shape[-1] for m in shapes.modules if m.block is None), default=0)
     inside = max(
-        (_in_turn(shapes, of, tokens) for of in blocks_of(shapes.modules).values()), default=0
-    )
-    largest = max(
-        (max(prod(m.shape), m.shape[-1] ** 2) for m in shapes.modules if m.block is not None),
+        (_in_turn(shapes, of, tokens, together) for of in blocks_of(shapes.modules).values()),
         default=0,
     )
-    rows = max((m.shape[0] for m in shapes.modules if m.block is None), default=0)
+    outside = max((_fitting_rows(m, tokens) for m in shapes.modules if m.block is None), default=0)
     return Needs(
         {
             "process": shapes.process,
             "block outputs": min(descent.TAPE_BYTES, outputs),
             "gradients": 4 * tokens * 2 * width,
             "a block or head at work": max(
-                shapes.block + max(inside, _running(shapes, max(lengths))) + _changed(largest),
-                2 * shapes.outside
-                + _MATRICES * 4 * head**2
-                + _changed(min(rows, descent.ROWS) * head),
+                shapes.passed + max(inside, _running(shapes, max(lengths))),
+                2 * shapes.outside + outside,
             ),
             **_handed(shapes, tokens, ranks),
         }
@@ -202,21 +202,41 @@ def _changed(elements: int) -> int:
     return 6 * 4 * min(moments.ELEMENTS, elements)
 
 
-def _in_turn(shapes: Shapes, block: Sequence[Module], tokens: int) -> int:
+def _in_turn(shapes: Shapes, block: Sequence[Module], tokens: int, together: bool) -> int:
     """What the modules of a block still have waiting, and the work on the one whose turn it is."""
     waiting = [4 * tokens * _row(shapes, m) for m in block]
-    return max(sum(waiting[i:]) + _fitting_one(shapes, m, tokens) for i, m in enumerate(block))
+    each = (_fitting_one(shapes, m, tokens, together) for m in block)
+    return max(sum(waiting[i:]) + one for i, one in enumerate(each))
 
 
-def _fitting_one(shapes: Shapes, module: Module, tokens: int) -> int:
+def _fitting_rows(module: Module, tokens: int) -> int:
+    """The work on some rows of an embedding or a head."""
+    rows, columns = module.shape
+    rows = min(rows, descent.ROWS)
+    if moments.few(tokens, columns):
+        return _fitting_few(rows * columns, tokens * columns)
+    return _MATRICES * 4 * columns**2 + _changed(rows * columns)
+
+
+def _fitting_few(elements: int, inputs: int) -> int:
+    """The work on so many weights, with the inputs in place of H."""
+    return 4 * (_SAMPLES * inputs + 4 * min(moments.ELEMENTS, elements))
+
+
+def _fitting_one(shapes: Shapes, module: Module, tokens: int, together: bool) -> int:
     out, columns = module.shape[-2:]
+    together = together and not moments.widens(module)
+    if not together and len(module.shape) == 2 and moments.few(tokens, columns):
+        return _fitting_few(out * columns, tokens * columns)
     change = 4 * 4 * out * columns  # of the weight, weighed
     if module.role is Role.EXPERT:
         rows = 4 * tokens * shapes.experts * columns  # laid out by expert
         rounded = _ROUNDINGS * prod(module.shape)  # of at most 8 bits
-        return (_MATRICES + 2) * 4 * columns**2 + change + rows + rounded
-    squares = 4 * (columns**2 + (0 if moments.widens(module) else out**2))
-    return max(_MATRICES * squares, (_MATRICES - 1) * squares + change)
+        changed = _changed(max(prod(module.shape), columns**2))
+        return (_MATRICES + 2) * 4 * columns**2 + change + rows + rounded + changed
+    squares = 4 * (columns**2 + (out**2 if together else 0))
+    changed = _changed(max(out * columns, columns**2))
+    return max(_MATRICES * squares, (_MATRICES - 1) * squares + change) + changed
 
 
 def _row(shapes: Shapes, module: Module) -> int:
@@ -242,13 +262,14 @@ def _logits(shapes: Shapes, longest: int) -> int:
 
 
 def _rounded(shapes: Shapes, module: Module, options: Options) -> int:
-    """A module in all formats of the menu, or a head in those that are held together."""
+    """What is scored of a module in all formats, or a head in those that are held together."""
     sizes = [
         f.nbytes(module.shape, shapes.itemsize) for f in allowed(module, options.menu) if f != DENSE
     ]
     if is_head(module):
         return sum(sorted(sizes)[-max(1, kl.HEAD_BYTES // shapes.nbytes(module)) :])
-    return sum(sizes) + shapes.itemsize * prod(module.shape)
+    scored = min(1.0, fisher.SCORED_ELEMENTS / prod(module.shape))
+    return int(scored * (sum(sizes) + shapes.itemsize * prod(module.shape)))
 
 
 def _lengths(samples: Sequence[Sample]) -> list[int]:
