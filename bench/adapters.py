@@ -25,6 +25,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from optiq.base.background import in_background
 from optiq.lora.adapter import Adapter, Base, write
 from optiq.lora.layers import LowRank
 from optiq.lora.mounting import opened
@@ -144,7 +145,8 @@ def main() -> None:
         def mount() -> None:
             began = time.perf_counter()
             assert server.adapters
-            server.adapters.mount("new", opened(file))
+            mount = server.adapters.mount
+            in_background(lambda: mount("new", opened(file)))
             took.append(1e3 * (time.perf_counter() - began))
             asked = Request((1, 2, 3), 3, Sampling(temperature=0), adapter="new", client="new")
             engine.submit(asked, lambda event: None)

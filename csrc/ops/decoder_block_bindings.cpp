@@ -1,5 +1,6 @@
 #include "ops/decoder_block_bindings.h"
 
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -69,6 +70,16 @@ void bind_decoder_block(nb::module_& m) {
         return TiledWeight::product(x, w.weight, exact, s);
       },
       "x"_a, "w"_a, "exact"_a = true, nb::kw_only(), "stream"_a = nb::none());
+  m.def(
+      "to_half",
+      [](nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu> from, float factor,
+          nb::ndarray<uint16_t, nb::ndim<2>, nb::device::cpu> to) {
+        if (to.shape(0) != from.shape(0) || to.shape(1) != from.shape(1) || to.stride(1) != 1) {
+          throw nb::value_error("to_half: both must have one shape, and contiguous rows");
+        }
+        to_half(from.data(), factor, from.shape(0), from.shape(1), to.data(), to.stride(0));
+      },
+      "from"_a.noconvert(), "factor"_a, "to"_a.noconvert());
   m.def("use_large_pages", &use_large_pages, "a"_a);
   m.def(
       "gathered_low_rank",

@@ -195,6 +195,24 @@ array gathered_low_rank(
       std::make_shared<StackedLowRank>(mx::to_stream(s)), {x, a, b, slots});
 }
 
+void to_half(
+    const float* from, float factor, size_t rows, size_t cols, uint16_t* to, size_t stride) {
+  if (stride == cols) { // one long row
+    cols *= rows;
+    rows = 1;
+  }
+  float scaled[1024];
+  for (size_t i = 0; i < rows; i++) {
+    for (size_t at = 0; at < cols; at += std::size(scaled)) {
+      size_t n = std::min(cols - at, std::size(scaled));
+      for (size_t j = 0; j < n; j++) {
+        scaled[j] = factor * from[i * cols + at + j];
+      }
+      cpu::kernels().from_f32(scaled, cpu::Float::f16, to + i * stride + at, n);
+    }
+  }
+}
+
 void use_large_pages(const array& a) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = uintptr_t(2) << 20;

@@ -92,6 +92,27 @@ def test_what_float16_holds_badly_is_shifted(of_a: float, of_b: float) -> None:
     assert np.abs(got - exact).max() <= 4 * HALF * np.abs(exact).max()
 
 
+@pytest.mark.parametrize("stride", [1500, 1504])
+@pytest.mark.parametrize("factor", [1.0, 0.7, 2.0**-9, 2.0**20])
+def test_halves_are_rounded_as_numpy_rounds_them(stride: int, factor: float) -> None:
+    """To nearest even, with subnormals, infinity and NaN."""
+    if not native.extension:
+        pytest.skip("no native kernels here")
+    rng = np.random.default_rng(3)
+    matrix = (rng.normal(size=(3, 1500)) * 2.0 ** rng.integers(-26, 17, (3, 1500))).astype("f4")
+    matrix[0, :6] = 0.0, -0.0, 65520.0, np.inf, -np.inf, np.nan
+    matrix[1] = 1 + np.arange(1500, dtype="f4") / 4096  # between two halves every other time
+    with np.errstate(over="ignore"):
+        expected = (matrix * np.float32(factor)).astype(np.float16)
+    got = np.zeros((3, stride), np.float16)
+    native.extension.to_half(matrix, factor, got[:, :1500].view(np.uint16))
+    assert np.array_equal(got[:, :1500], expected, equal_nan=True)
+    assert not got[:, 1500:].any()
+    for wrong in (got[:2, :1500], got[:, :1499], np.zeros((1500, 3), np.float16).T):
+        with pytest.raises(ValueError, match="one shape, and contiguous rows"):
+            native.extension.to_half(matrix, factor, wrong.view(np.uint16))
+
+
 def test_what_does_not_fit_is_refused() -> None:
     if not native.active():
         pytest.skip("no native kernels here")

@@ -44,8 +44,8 @@ def halves(matrices: Mapping[str, tuple[Matrix, Matrix]], scale: float) -> dict[
         left, right = whole[at:middle].reshape(-1, rank), whole[middle:end].reshape(rank, -1)
         if not half:
             left, right = left.astype(np.float32), right.astype(np.float32)
-        left[:, : a.shape[1]] = a * 2.0**shift
-        right[: len(b)] = b * (scale * 2.0**-shift)
+        _scaled(a, 2.0**shift, left[:, : a.shape[1]])
+        _scaled(b, scale * 2.0**-shift, right[: len(b)])
         if half:
             places[path] = at, middle, end
             at = end
@@ -63,6 +63,14 @@ def halves(matrices: Mapping[str, tuple[Matrix, Matrix]], scale: float) -> dict[
     }
     mx.eval(found)  # at once: each evaluation gives Python's lock away, and waits for it after
     return {path: found[path] if path in found else apart[path] for path in matrices}
+
+
+def _scaled(matrix: Matrix, factor: float, out: NDArray[np.float16 | np.float32]) -> None:
+    """`factor * matrix`, rounded into `out`."""
+    if native.extension and out.dtype == np.float16:
+        native.extension.to_half(np.ascontiguousarray(matrix), factor, out.view(np.uint16))
+    else:
+        out[...] = matrix * factor
 
 
 class LowRankTerms:

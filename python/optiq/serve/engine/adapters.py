@@ -11,12 +11,14 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import count
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ...base.background import in_background
 from ...errors import AdapterError, RequestError
 from ...kv.rows import Caches, readable_beside, together
 from ...lora.adapter import Adapter, Base, check_fits
@@ -155,14 +157,17 @@ class Adapters:
                 return found.mounted
         try:
             pairs = zip(parts, weights.values(), strict=True)
-            summed = combined([(part.adapter(), weight) for part, weight in pairs])
-            mounted = Mounted(name, summed, self._prefix(summed.digest))
+            mounted = in_background(partial(self._summed, name, [*pairs]))
             with self._lock:
                 self._make_room(mounted, self._named.values())
                 self._sums[name] = Sum(mounted, parts)
         except AdapterError as error:
             raise RequestError(str(error), "adapter") from error
         return mounted
+
+    def _summed(self, name: str, parts: Sequence[tuple[Mounted, float]]) -> Mounted:
+        summed = combined([(part.adapter(), weight) for part, weight in parts])
+        return Mounted(name, summed, self._prefix(summed.digest))
 
     def _list(self) -> str:
         return ", ".join(self._named) or "none"

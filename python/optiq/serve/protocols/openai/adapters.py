@@ -8,6 +8,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from ....base.background import in_background
 from ....errors import AdapterError, RequestError
 from ....lora.merging import combined
 from ....lora.mounting import opened
@@ -28,7 +29,8 @@ async def load(service: Service, body: Fields, client: str) -> dict[str, Any]:
         raise _none()
     began = perf_counter()
     try:
-        mounted = await service.answers.preparer.prepare(partial(_mounted, adapters, name, weights))
+        mount = partial(_mounted, adapters, name, weights)
+        mounted = await service.answers.preparer.prepare(partial(in_background, mount))
     except AdapterError as error:
         raise RequestError(str(error), "lora_path") from error
     return {
