@@ -11,6 +11,7 @@ constexpr int kTermRows = 4;   // rows of one term that share what is read of it
 constexpr int kTermChains = 4; // sums over the inputs at a time, to hide the latency of fma
 constexpr int kTermLanes = 8;  // ranks are a multiple of it
 constexpr int kLine = 64;      // bytes of a cache line
+constexpr int kAhead = 4096;   // bytes: processors look no further ahead than the end of a page
 
 template <int LANES, Float TYPE>
 OPTIQ_INLINE typename Vector<LANES>::Floats load_term(const void* base, size_t i) {
@@ -21,16 +22,23 @@ OPTIQ_INLINE typename Vector<LANES>::Floats load_term(const void* base, size_t i
   }
 }
 
-// h[i, 0:LANES] = sum_k x[i, k] a[k, 0:LANES]
+// h[i, 0:LANES] = sum_k x[i, k] a[k, 0:LANES]. Meanwhile what comes next is fetched: a itself, and
+// in even steps b, [rank, out], which is read in pieces afterwards.
 template <int ROWS, int LANES, Float TYPE>
-OPTIQ_INLINE void term_down(const float* x, size_t in, const LowRank& t, int first, float* h) {
+OPTIQ_INLINE void term_down(
+    const float* x, size_t in, const LowRank& t, size_t out, int first, float* h) {
   using V = typename Vector<LANES>::Floats;
   V acc[ROWS][kTermChains] = {};
-  size_t k = 0, step = size_t(kTermChains) * t.rank * size_of(TYPE);
-  const char* next = static_cast<const char*>(t.b);
+  size_t k = 0, step = size_t(kTermChains) * t.rank * size_of(TYPE), step_of_b = step * out / in;
+  auto *a = static_cast<const char*>(t.a), *b = static_cast<const char*>(t.b), *until = b;
   for (; k + kTermChains <= in; k += kTermChains) {
-    for (size_t at = 0; first == 0 && at < step; at += kLine, next += kLine) {
-      __builtin_prefetch(next); // b is about as large, and read in pieces
+    if (first == 0) {
+      for (const char* end = a + step; a < end; a += kLine) {
+        __builtin_prefetch(a + kAhead);
+      }
+      for (until += step_of_b; b < until; b += kLine) {
+        __builtin_prefetch(b);
+      }
     }
     for (int c = 0; c < kTermChains; c++) {
       V a = load_term<LANES, TYPE>(t.a, (k + c) * t.rank + first);
@@ -75,10 +83,10 @@ template <int ROWS, Float TYPE>
 void add_term(const float* x, size_t in, const LowRank& t, float* h, float* y, size_t out) {
   int first = 0;
   for (; first + kWide <= t.rank; first += kWide) {
-    term_down<ROWS, kWide, TYPE>(x, in, t, first, h);
+    term_down<ROWS, kWide, TYPE>(x, in, t, out, first, h);
   }
   for (; first < t.rank; first += kTermLanes) {
-    term_down<ROWS, kTermLanes, TYPE>(x, in, t, first, h);
+    term_down<ROWS, kTermLanes, TYPE>(x, in, t, out, first, h);
   }
   constexpr int kVectors = ROWS == 1 ? 8 : 4;
   size_t n = 0;

@@ -227,7 +227,7 @@ struct LowRankBack {
   void rows(size_t at) const {
     LowRank term{a, nullptr, Float::f32, rank};
     for (int first = 0; first < rank; first += kTermLanes) {
-      term_down<ROWS, kTermLanes, Float::f32>(p.x + at * p.in, p.in, term, first, h + at * rank);
+      term_down<ROWS, kTermLanes, Float::f32>(p.x + at * p.in, p.in, term, 0, first, h + at * rank);
     }
     add_term<ROWS, Float::f32>(
         p.d_y + at * p.out, p.out, down, g + at * rank, p.d_x + at * p.in, p.in);
