@@ -9,10 +9,11 @@ MODEL is quantized, DENSE what it was quantized from. TRAIN.jsonl holds GSM8K's 
 "answer"}: the first `--rows` are trained on for one epoch, the next `--held-out` judge; with
 `--most` only rows of so few characters are taken, which is cheaper. An arm is RANKS-INIT, such as
 sensitivity-qera; `random` draws a rank for each layer. Seeds are paired: all arms of a seed see the
-same batches. Reported: held-out loss in nats per token of the answer, and
-drift, KL(base || adapted) in nats per token on held-out rows of the bundled calibration mix. Before
-training, how much of KL(DENSE || MODEL) on those rows qera alone takes away (`--skip-qera` leaves
-that out). Every result is written as it is made, and a run that was stopped goes on.
+same batches. Reported: held-out loss in nats per token of the answer, and on held-out rows of the
+bundled calibration mix, in nats per token, drift, KL(MODEL || adapted), and distance,
+KL(DENSE || adapted). The distance of MODEL itself is beside them, and how much of it qera alone
+takes away, before training (`--skip-qera` leaves that out). Every result is written as it is made,
+and a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def main() -> None:
     }}  # fmt: skip
     with tempfile.TemporaryDirectory() as work:
         data = write_data(args, Path(work) / "data")
-        if "qera" not in found and not args.skip_qera:
+        if "qera" not in found:
             found["qera"] = qera_alone(args, data)
             args.out.write_text(json.dumps(found, indent=1))
         for seed in range(args.seeds):
@@ -135,10 +136,12 @@ def run_arm(
     if how == "sensitivity":
         found["sensitivity"] = result.adapter.ranks
     before, after = (j.loss for j in result.judged)
+    terms = dict(result.adapter.terms)
     return {
         "before": before,
         "after": after,
-        "drift": float(np.mean(drift(args, dict(result.adapter.terms)))),
+        "drift": distance(args, args.model, terms),
+        "distance": distance(args, args.original, terms),
         "parameters": result.adapter.parameters,
         "tokens_per_second": result.tokens_per_second,
         "seconds": time.monotonic() - began,
@@ -175,10 +178,11 @@ def divergence(p: Any, q: Any, text: list[list[int]]) -> list[float]:
     ]
 
 
-def drift(args: argparse.Namespace, terms: dict[str, LowRank]) -> list[float]:
-    (base, tokenizer), (adapted, _) = opened(args.model), opened(args.model)
+def distance(args: argparse.Namespace, name: str, terms: dict[str, LowRank]) -> float:
+    """KL(the model `name` || MODEL with `terms`), in nats per token of general text."""
+    (other, tokenizer), (adapted, _) = opened(name), opened(args.model)
     put(adapted, terms, Training().scale)
-    return divergence(base, adapted, general_text(tokenizer, args.drift_rows))
+    return float(np.mean(divergence(other, adapted, general_text(tokenizer, args.drift_rows))))
 
 
 def qera_alone(args: argparse.Namespace, data: Path) -> Json:
@@ -187,6 +191,8 @@ def qera_alone(args: argparse.Namespace, data: Path) -> Json:
     base, _ = opened(args.model)
     text = general_text(tokenizer, args.drift_rows)
     found: Json = {"0": divergence(dense, base, text)}
+    if args.skip_qera:
+        return found
     options = Training(rank=max(QERA_RANKS), init="qera")
     modules = start.chosen(base, "all")
     samples = read(data, tokenizer, options.max_length).train
@@ -205,11 +211,12 @@ def show(found: Json) -> None:
     runs: dict[str, Json] = found["runs"]
     arms = list(dict.fromkeys(key.split("/")[0] for key in runs))
     first = arms[0]
-    print(f"{'arm':20s} {'held-out loss':>22s} {'less than ' + first:>26s} {'drift':>16s}")
+    less = f"less than {first}"
+    print(f"{'arm':20s} {'held-out loss':>22s} {less:>26s} {'drift':>16s} {'distance':>16s}")
     for arm in arms:
         of = {key.split("/")[1]: run for key, run in runs.items() if key.startswith(f"{arm}/")}
         losses = np.array([run["after"] for run in of.values()])
-        drifts = np.array([run["drift"] for run in of.values()])
+        far = [spread(np.array([run[k] for run in of.values()])) for k in ("drift", "distance")]
         paired = [
             runs[f"{first}/{seed}"]["after"] - run["after"]
             for seed, run in of.items()
@@ -217,7 +224,7 @@ def show(found: Json) -> None:
         ]
         print(
             f"{arm:20s} {spread(losses):>22s} {spread(np.array(paired)):>26s} "
-            f"{spread(drifts):>16s}  n={len(of)}"
+            f"{far[0]:>16s} {far[1]:>16s}  n={len(of)}"
         )
     for rank, values in found.get("qera", {}).items():
         base = np.array(found["qera"]["0"])
