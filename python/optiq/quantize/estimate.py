@@ -32,7 +32,7 @@ from ..sources import LoadedModel
 from .options import Options
 from .prepare import metered
 from .rounding.descent import FEW_SWEEPS, SWEEPS, TOGETHER_SWEEPS
-from .rounding.moments import few, widens
+from .rounding.moments import JUDGE_EVERY, few, widens
 from .sensitivity.fisher import SCORED_ELEMENTS, squares
 
 NARROW = Format("affine", 4, 32)
@@ -147,9 +147,11 @@ def estimate(
             seconds["fitting weights"] = loading + _BACKWARD * calibrated + layers + judging
         if refining:
             seconds["training scales"] = _BACKWARD * 2 * calibrated
-        seconds["writing"] = loading + 2 * weights * speed.search
+        searched = 2 * weights * speed.search if "fitting weights" not in seconds else 0.0
+        seconds["writing"] = 2 * loading + searched
         judged = 2 * run(texts.held_out.sequences, native=True)
-        answers = _ANSWERS * 1.6 * weights * loaded.dtype.size / _DECODING
+        nbytes = weights * loaded.dtype.size
+        answers = _ANSWERS * 1.6 * nbytes / _DECODING if nbytes <= memory else 0.0
         seconds["checking"] = loading + weights * speed.search + judged + answers
     return Estimate(seconds, memory)
 
@@ -264,8 +266,10 @@ def _fitting(module: Module, speed: Speed, tokens: int, together: bool) -> float
     together = together and not widens(module)
     if not together and len(module.shape) == 2 and few(tokens, width):
         sweeps = (FEW_SWEEPS + 1) / (SWEEPS + 1)  # the start costs one more
-        reached = 2 * tokens
-        return size * (sweeps * (reached + _STEP) * speed.descent + reached * speed.product)
+        judged = tokens / JUDGE_EVERY
+        reached = 2 * (tokens - judged) + _STEP
+        judging = (_CANDIDATES - 1) * judged * speed.product
+        return size * (sweeps * reached * speed.descent + judging)
     lookup = module.role is Role.EMBEDDING and not module.tied
     moments = 0 if lookup else tokens * width**2
     steps = size * width * (speed.descent + (_CANDIDATES - 1) * speed.product)

@@ -12,7 +12,6 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
 from optiq import ops
-from optiq.distributed.ranks import World
 from optiq.errors import ExportError
 from optiq.formats import DENSE, NVFP4, UNIFORM4, Format
 from optiq.models.places import place_at
@@ -21,7 +20,7 @@ from optiq.nn.replay import Replay
 from optiq.planning.plan import Plan, uniform_plan
 from optiq.quantize.export import export
 from optiq.quantize.rounding import descent
-from optiq.quantize.rounding.descent import best, best_of_rows, descend
+from optiq.quantize.rounding.descent import best, descend
 from optiq.quantize.rounding.importance import column_squares
 from optiq.quantize.rounding.moments import DAMPING, InputMoments, Moments, _sum
 from optiq.quantize.rounding.render import render_model
@@ -65,23 +64,16 @@ def planned(source: Source, *formats: Format) -> Plan:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
-    """The arguments of every call of `best` and `best_of_rows`."""
+    """The arguments of every call of `best`, which `best_of_rows` calls for each part."""
     calls: list[Seen] = []
 
     def spy(
-        w: mx.array, fmt: Format, inputs: InputMoments, outputs: Moments | None
+        w: mx.array, fmt: Format, inputs: InputMoments, outputs: Moments | None = None
     ) -> tuple[str, Rounded]:
         calls.append((w, (inputs, outputs)))
         return best(w, fmt, inputs, outputs)
 
-    def spy_on_rows(
-        w: mx.array, fmt: Format, of: InputMoments, world: World
-    ) -> tuple[str, Rounded]:
-        calls.append((w, (of, None)))
-        return best_of_rows(w, fmt, of, world)
-
     monkeypatch.setattr(descent, "best", spy)
-    monkeypatch.setattr(descent, "best_of_rows", spy_on_rows)
     return calls
 
 

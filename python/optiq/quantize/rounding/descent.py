@@ -110,7 +110,7 @@ def descend(
                     ranks = world if divided(module) else ALONE
                     _, found = best_of_each(weight, fmt, inputs, ranks)
                 elif divided(module) and outputs is None:
-                    _, found = best_of_rows(weight, fmt, inputs, world)
+                    found = best_of_rows(weight, fmt, inputs, world)
                 else:
                     _, found = best(weight, fmt, inputs, outputs)
                 mx.eval(found)
@@ -145,14 +145,12 @@ def best(
     return name, found[name][:3]
 
 
-def best_of_rows(
-    w: mx.array, fmt: Format, inputs: InputMoments, world: World = ALONE
-) -> tuple[str, Rounded]:
-    """`best` of a long `w`, whose rows the ranks divide: each has its own error."""
-    parts = range(0, w.shape[0], ROWS)
-    moments = [inputs] * len(parts[world.rank :: world.size])
-    name, found = _best_of(w, [slice(n, n + ROWS) for n in parts], fmt, moments, world)
-    return name, _joined(found, mx.concatenate)
+def best_of_rows(w: mx.array, fmt: Format, inputs: InputMoments, world: World = ALONE) -> Rounded:
+    """`best` of some rows of a long `w` at a time, which the ranks divide."""
+    starts = range(0, w.shape[0], ROWS)
+    own = range(len(starts))[world.rank :: world.size]
+    found = {n: best(w[starts[n] : starts[n] + ROWS], fmt, inputs)[1] for n in own}
+    return _joined(world.join(found), mx.concatenate)
 
 
 def best_of_each(
@@ -161,41 +159,24 @@ def best_of_each(
     """`best` of `w` `[experts or heads, out, in]`: what is best for all of them in sum.
 
     Few tokens judge an expert, too few to choose for it alone. `moments` are those of the experts
-    that are this rank's.
+    that are this rank's, every size-th.
     """
-    name, found = _best_of(w, range(w.shape[0]), fmt, moments, world)
-    return name, _joined(found, mx.stack)
-
-
-def _best_of(
-    w: mx.array,
-    parts: Sequence[int] | Sequence[slice],
-    fmt: Format,
-    moments: Iterable[InputMoments],
-    world: World,
-) -> tuple[str, list[Sequence[mx.array]]]:
-    """What is best for all `parts` of `w` in sum, and each of them so rounded.
-
-    Every size-th part is this rank's, and has its moments.
-    """
-    own = range(len(parts))[world.rank :: world.size]
+    own = range(w.shape[0])[world.rank :: world.size]
     errors: dict[int, dict[str, float]] = {}
     found: dict[int, dict[str, Rounded]] = {}
     for n, of in zip(own, moments, strict=True):
-        candidates = _candidates(w[parts[n]], fmt, of)
-        errors[n] = {name: _error(w[parts[n]], v, of) for name, v in candidates.items()}
+        candidates = _candidates(w[n], fmt, of)
+        errors[n] = {name: _error(w[n], v, of) for name, v in candidates.items()}
         found[n] = {name: v[:3] for name, v in candidates.items()}
     total: dict[str, float] = defaultdict(float)
     for each in world.join(errors):
         for name, error in each.items():
             total[name] += error
     name = min(total, key=lambda name: total[name])
-    return name, world.join({n: found[n][name] for n in own})
+    return name, _joined(world.join({n: found[n][name] for n in own}), mx.stack)
 
 
-def _joined(
-    parts: Sequence[Sequence[mx.array]], join: Callable[[list[mx.array]], mx.array]
-) -> Rounded:
+def _joined(parts: Sequence[Rounded], join: Callable[[list[mx.array]], mx.array]) -> Rounded:
     codes, scales, biases = (join(list(of)) for of in zip(*parts, strict=True))
     return codes, scales, biases
 
