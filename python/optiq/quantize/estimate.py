@@ -52,6 +52,7 @@ _CANDIDATES = 3  # roundings of a layer that are compared
 _COMPARED = 8  # formats that are compared in a probe
 _FRESH = 1.6  # comparing a whole weight, in memory that is new each time, over the probe's part
 _GRADIENTS = 1 << 24  # of all sequences, that are there for it
+_WRITING = 3e-8  # seconds of a fitted weight that is written and read back
 _STEP = 500  # columns that finding a step of a descent takes as long as
 _ANSWERS = len(PROMPTS) * TOKENS  # tokens in the report, at most; as many of two small models
 _DECODING = 1e10  # bytes a second of the weights that an answer reads
@@ -147,8 +148,8 @@ def estimate(
             seconds["fitting weights"] = loading + _BACKWARD * calibrated + layers + judging
         if refining:
             seconds["training scales"] = _BACKWARD * 2 * calibrated
-        searched = 2 * weights * speed.search if "fitting weights" not in seconds else 0.0
-        seconds["writing"] = 2 * loading + searched
+        writing = _WRITING if "fitting weights" in seconds else 2 * speed.search
+        seconds["writing"] = loading + weights * writing
         judged = 2 * run(texts.held_out.sequences, native=True)
         nbytes = weights * loaded.dtype.size
         answers = _ANSWERS * 1.6 * nbytes / _DECODING if nbytes <= memory else 0.0
