@@ -8,8 +8,8 @@ together, and what the others reach of those without, with quartiles. Tokens are
 temperature 1: the most likely ones of so small a model go round in circles, and then guesses of
 repeated text decide which streams are faster. Then an adapter of rank 8 is read from a file in
 float32 and mounted: the processor time that this takes while nothing runs, how long it takes while
-8 streams with adapters run, and the longest gap between two tokens of a stream until the adapter
-has been asked for, too, in medians of all gaps.
+8 streams with adapters run, and the longest gap between two tokens of a stream meanwhile, in
+medians of all gaps.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-# A busy core gives such a thread a third of what others get: an answer hardly notices, and the work
+# A busy core gives such a thread half of what others get: they notice less of it, and the work
 # still ends soon.
-_NICE = 5
+_NICE = 3
 
 T = TypeVar("T")
 
