@@ -8,8 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-# A busy core gives such a thread half of what others get: they notice less of it, and the work
-# still ends soon.
+# A busy core gives such a thread half of what others get.
 _NICE = 3
 
 T = TypeVar("T")
