@@ -39,7 +39,8 @@ def refused(
     def measure(*args: Any, **options: Any) -> None:
         raise AssertionError("measured in vain")
 
-    monkeypatch.setattr(preparation, "measure", measure)
+    for name in ("measure", "choose_rounding"):
+        monkeypatch.setattr(preparation, name, measure)
     monkeypatch.chdir(tmp_path)
 
     def run(message: str, *arguments: str, code: int = 1) -> None:

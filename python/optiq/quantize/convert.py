@@ -40,7 +40,7 @@ from .export import check_ours, check_target, clear, export, replacing
 from .memory import affordable
 from .options import Options
 from .preflight import check_budget, with_towers
-from .prepare import CHECKPOINT, SCORES, prepare, remove_work, work_folder
+from .prepare import CHECKPOINT, SCORES, given, prepare, remove_work, work_folder
 from .rounding import distill
 from .rounding.render import render_model
 from .rounding.weights import Rounding
@@ -159,8 +159,11 @@ def _convert(
         refine = _refine(loaded, texts, work, refine_tokens, options, ranks)
         if options.scores is None:
             needed = check_budget(loaded, options.size, options.menu)
-            if not dry_run:  # fitted weights lie beside those that are written
-                check_space(out, 2 * needed + (source.towers.nbytes if source.towers else 0))
+        else:
+            known = given(options.scores, loaded)
+            needed = build(known, options.size, options.formats).nbytes
+        if not dry_run:  # fitted weights lie beside those that are written
+            check_space(out, 2 * needed + (source.towers.nbytes if source.towers else 0))
         expected = estimate(
             loaded, texts, options, needs.total, dry_run=dry_run, refining=bool(refine)
         ).shared_by(ranks.size)

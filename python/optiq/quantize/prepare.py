@@ -126,11 +126,12 @@ def prepare(
     """
     source = loaded.source
     if options.scores is not None:
-        found = _given(options.scores, loaded)
+        found = given(options.scores, loaded)
         fitting = "descent" if found.rounding == "search" else found.rounding
         options = replace(options, rounding=options.rounding or fitting)
         how = MINMAX
         if not unrounded:
+            check_weights(source)
             how = choose_rounding(source, metered(texts, options), options, world)
     else:
         if options.resume and options.reference == "auto":  # free memory may have changed since
@@ -220,7 +221,7 @@ def remove_work(work: Path, *others: str) -> None:
         work.rmdir()
 
 
-def _given(path: Path, loaded: LoadedModel) -> Scores:
+def given(path: Path, loaded: LoadedModel) -> Scores:
     """The scores of a file, if they are those of this model."""
     modules = quantizable(loaded.model)
     here = describe_model(loaded, modules)
