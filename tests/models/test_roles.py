@@ -210,7 +210,7 @@ def test_a_custom_model() -> None:
 
 
 def test_floors_and_allowed_formats() -> None:
-    assert [floor(r) for r in (Role.ROUTER, Role.HEAD, Role.EMBEDDING)] == [8, 4, 4]
+    assert [floor(r) for r in (Role.ROUTER, Role.HEAD, Role.EMBEDDING)] == [8, 3, 3]
     assert {floor(r) for r in (Role.ATTENTION, Role.MLP, Role.EXPERT, Role.OTHER)} == {2}
 
     def names(role: Role, width: int) -> list[str]:

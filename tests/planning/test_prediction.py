@@ -13,7 +13,7 @@ from optiq.planning.prediction import Predicted, frontier, uniform
 from optiq.planning.scores import Scores
 from tests.report import fakes
 
-FLOORS = {"router": 8, "embedding": 4, "head": 4}
+FLOORS = {"embedding": 3, "head": 3, "router": 8}
 
 
 def scores_of(data: dict[str, Any]) -> Scores:

@@ -15,7 +15,7 @@ Json = dict[str, Any]
 Pair = tuple[Json, Json]  # plan, scores
 Spec = tuple[str, str, str, int | None, list[int]]  # path, role, unit, block, shape
 
-FLOORS = {"router": 8, "head": 4, "embedding": 4}
+FLOORS = {"embedding": 3, "head": 3, "router": 8}
 BASE = {"q": 0.3, "k": 0.25, "v": 1.6, "o": 0.8, "gate": 0.7, "up": 0.9, "down": 1.5}
 
 

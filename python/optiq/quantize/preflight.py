@@ -102,7 +102,7 @@ def _narrower(modules: Sequence[Module], menu: Sequence[Format]) -> str:
     """The formats that a smaller model would take."""
     if undivided(modules, menu):
         return "4g32 to --formats (its rows do not divide into groups of 64)"
-    return "narrower --formats (embeddings and heads take 4 bits or more, routers 8)"
+    return "narrower --formats (embeddings and heads take 3 bits or more, routers 8)"
 
 
 def undivided(modules: Sequence[Module], menu: Sequence[Format]) -> int:
