@@ -227,7 +227,7 @@ def run(
             sizes[kind] = f"{theirs['bpw']:.6f}bpw"
             at = [*at, kind]
     for label in at:
-        size = Size.parse(sizes[label])
+        size = Size.parse(sizes.get(label, f"{label}bpw"))
         with timed(f"decision at {label} bpw"):
             plan, rounding = decide(
                 source, propose(scores, size, seed=seed), search, selecting, fit, progress=False
