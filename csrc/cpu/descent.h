@@ -212,25 +212,33 @@ inline int rows_of_a_tile(size_t rows) { // fewer where a thread would have none
                                         : RowDescent::kMostRows;
 }
 
-inline void descend_rows(const Descent& a) {
-  const RowDescent by_rows(a);
-  const size_t of_tile = rows_of_a_tile(a.rows);
+// work(first row, rows, tile) for all rows, tile by tile, each read and started.
+template <typename Work>
+void for_tiles(const RowDescent& by_rows, Work work) {
+  const size_t all = by_rows.a.rows, of_tile = rows_of_a_tile(all);
   auto tiles = [&](int task) {
     const size_t first = size_t(task) * of_tile;
-    const int rows = int(std::min(of_tile, a.rows - first));
+    const int rows = int(std::min(of_tile, all - first));
     RowDescent::Tile tile(of_tile, by_rows);
     for (int r = 0; r < rows; r++) {
       by_rows.read(first + r, r, tile);
     }
     by_rows.start(tile, rows);
+    work(first, rows, tile);
+  };
+  parallel_for(int((all + of_tile - 1) / of_tile), tiles);
+}
+
+inline void descend_rows(const Descent& a) {
+  const RowDescent by_rows(a);
+  for_tiles(by_rows, [&](size_t first, int rows, RowDescent::Tile& tile) {
     for (int sweep = 0; sweep < a.sweeps; sweep++) {
       by_rows.sweep(tile, rows);
     }
     for (int r = 0; r < rows; r++) {
       by_rows.write(first + r, r, tile);
     }
-  };
-  parallel_for(int((a.rows + of_tile - 1) / of_tile), tiles);
+  });
 }
 
 } // namespace optiq::cpu::OPTIQ_ISA

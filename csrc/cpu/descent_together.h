@@ -31,7 +31,9 @@ class TogetherDescent {
         bend(most * a.cols) {
     std::memset(&pull[0], 0, sizeof(float) * whole_tiles(a.rows) * a.cols);
     std::memset(&shares[0], 0, sizeof(float) * whole_tiles(a.rows) * most);
-    start_slope();
+    for_tiles(by_rows, [&](size_t first, int rows, const Tile& tile) {
+      std::memcpy(&slope[first * a.cols], &tile.reach[0], sizeof(float) * rows * a.cols);
+    });
     for (size_t turn = 0; turn < turns; turn++) { // as if all had just changed
       const size_t n = gather(turn);
       for (size_t i = 0; i < n; i++) {
@@ -75,21 +77,6 @@ class TogetherDescent {
 
   size_t row(size_t turn, size_t i) const {
     return turn + i * turns;
-  }
-
-  void start_slope() {
-    const size_t of_tile = rows_of_a_tile(a.rows);
-    auto tiles = [&](int task) {
-      const size_t first = size_t(task) * of_tile;
-      const int rows = int(std::min(of_tile, a.rows - first));
-      Tile tile(of_tile, by_rows);
-      for (int r = 0; r < rows; r++) {
-        by_rows.read(first + r, r, tile);
-      }
-      by_rows.start(tile, rows);
-      std::memcpy(&slope[first * a.cols], &tile.reach[0], sizeof(float) * rows * a.cols);
-    };
-    parallel_for(int((a.rows + of_tile - 1) / of_tile), tiles);
   }
 
   // How many rows the turn has.

@@ -34,9 +34,11 @@ std::vector<array> descend(const array& w, const array& codes, const array& scal
     }
   }
   const auto cols = w.shape(-1);
-  if (samples && (samples->ndim() != 2 || samples->shape(1) != cols || outputs)) {
-    fail("descend", "samples are ", samples->shape(), "; they must be [any, ", cols,
-        "], and there are no outputs with them");
+  if (samples && outputs) {
+    fail("descend", "samples and outputs are both given; leave one of them out");
+  }
+  if (samples && (samples->ndim() != 2 || samples->shape(1) != cols)) {
+    fail("descend", "samples are ", samples->shape(), "; they must be [any, ", cols, "]");
   }
   const auto expected = samples ? mx::Shape{cols} : mx::Shape{cols, cols};
   if (hessian.shape() != expected) {

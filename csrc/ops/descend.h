@@ -12,7 +12,8 @@ namespace optiq {
  * coordinate descent on the layer's output error; `hessian` [in, in] is the second moment of the
  * layer's inputs, or with `samples` [n, in] what is added to the diagonal of samples' samples,
  * [in]. With `outputs` [out, out], the second moment of the gradients at its outputs, the errors of
- * rows add up; there are no samples then. Always on the CPU: the steps of a row follow one another.
+ * rows add up; `samples` cannot be given as well. Always on the CPU: the steps of a row follow one
+ * another.
  */
 std::vector<mx::array> descend(const mx::array& w, const mx::array& codes, const mx::array& scales,
     const mx::array& biases, const mx::array& hessian, const std::optional<mx::array>& samples,

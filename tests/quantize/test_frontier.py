@@ -22,7 +22,7 @@ from optiq.quantize import frontier_files
 from optiq.quantize.convert import convert
 from optiq.quantize.frontier import frontier
 from optiq.quantize.options import Options
-from optiq.quantize.prepare import prepare, texts_of
+from optiq.quantize.prepare import given, prepare, texts_of
 from optiq.sources import load, resolve
 from tests.planned import describe, scores_of
 from tests.test_docs import example
@@ -96,7 +96,8 @@ def test_the_peak_stays_below_the_memory_stated(home: SimpleNamespace, tmp_path:
     source = resolve(str(home.model))
     loaded = load(source)
     options = Options.parse(scores=home.scores, **QUICK)
-    ready = prepare(loaded, texts_of(options, loaded.tokenizer), tmp_path, options)
+    texts = texts_of(options, loaded.tokenizer)
+    ready = prepare(loaded, texts, tmp_path, options, given(options, loaded))
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     sizes = [Size.parse("6bpw")]

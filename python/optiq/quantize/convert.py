@@ -157,10 +157,10 @@ def _convert(
         loaded = load(source)
         options, texts, needs = affordable(loaded, options, ranks)
         refine = _refine(loaded, texts, work, refine_tokens, options, ranks)
-        if options.scores is None:
+        known = given(options, loaded)
+        if known is None:
             needed = check_budget(loaded, options.size, options.menu)
         else:
-            known = given(options.scores, loaded)
             needed = build(known, options.size, options.formats).nbytes
         if not dry_run:  # fitted weights lie beside those that are written
             check_space(out, 2 * needed + (source.towers.nbytes if source.towers else 0))
@@ -169,7 +169,9 @@ def _convert(
         ).shared_by(ranks.size)
         tell(f"estimate: {expected}")
         job.expect(expected.seconds)
-        ready = prepare(loaded, texts, work, options, unrounded=dry_run, folder=folder, world=ranks)
+        ready = prepare(
+            loaded, texts, work, options, known, unrounded=dry_run, folder=folder, world=ranks
+        )
         del loaded  # its weights are in memory by now
         scores, command = ready.scores, command_line()
         if dry_run:

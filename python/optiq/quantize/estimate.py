@@ -32,8 +32,8 @@ from ..sources import LoadedModel
 from .options import Options
 from .prepare import metered
 from .rounding.descent import FEW_SWEEPS, SWEEPS, TOGETHER_SWEEPS
-from .rounding.moments import JUDGE_EVERY, few, widens
-from .sensitivity.fisher import SCORED_ELEMENTS, squares
+from .rounding.moments import JUDGE_EVERY, paired, sampled
+from .sensitivity.fisher import scored_elements, squares
 
 NARROW = Format("affine", 4, 32)
 
@@ -257,15 +257,14 @@ def _fastest(work: Callable[[], mx.array]) -> float:
 
 def _scored(module: Module) -> int:
     """Elements that are rounded in each format for a score."""
-    return prod(module.shape) if is_head(module) else min(SCORED_ELEMENTS, prod(module.shape))
+    return prod(module.shape) if is_head(module) else scored_elements(module)
 
 
 def _fitting(module: Module, speed: Speed, tokens: int, together: bool) -> float:
     """Seconds of the descents of one module, and of what they are made and judged with."""
     size, (out, width) = prod(module.shape), module.shape[-2:]
-    together = together and module.block is not None and len(module.shape) == 2
-    together = together and not widens(module)
-    if not together and len(module.shape) == 2 and few(tokens, width):
+    together = paired(module, together)
+    if sampled(module, tokens, together):
         sweeps = (FEW_SWEEPS + 1) / (SWEEPS + 1)  # the start costs one more
         judged = tokens / JUDGE_EVERY
         reached = 2 * (tokens - judged) + _STEP

@@ -42,7 +42,7 @@ from ..sources import load, resolve
 from .frontier_files import JSON, Finished, check_replaceable, write
 from .options import Options
 from .preflight import check_budget, with_towers
-from .prepare import CHECKPOINT, Prepared, prepare, remove_work, texts_of, work_folder
+from .prepare import CHECKPOINT, Prepared, given, prepare, remove_work, texts_of, work_folder
 from .rounding.descent import TAPE_BYTES
 from .rounding.render import render_model
 from .select import summary_of_all
@@ -137,7 +137,7 @@ def _frontier(
     notes: list[str] = []
     if measured_here:
         wanted = _fitting(wanted, partial(check_budget, loaded, menu=chosen.menu), notes)
-    ready = prepare(loaded, texts, work, chosen, world=ranks)
+    ready = prepare(loaded, texts, work, chosen, given(chosen, loaded), world=ranks)
     del loaded
     wanted = _fitting(wanted, partial(build, ready.scores, menu=chosen.formats), notes)
     _check_memory(ready, wanted)

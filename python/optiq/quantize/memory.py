@@ -141,7 +141,7 @@ def _scores(shapes: Shapes, lengths: Sequence[int], options: Options, ranks: int
     _, width = embedding_shape(shapes.modules)
     inside = [m for m in shapes.modules if m.block is not None]
     outputs = 4 * sum(lengths) * width * (len(blocks_of(inside)) + 1)
-    largest = 4 * max((min(fisher.SCORED_ELEMENTS, prod(m.shape)) for m in inside), default=1)
+    largest = 4 * max(map(fisher.scored_elements, inside), default=1)
     together = min(len(lengths), max(1, fisher.GRADIENT_BYTES // largest))
     running = _running(shapes, max(lengths))
     head = max((_rounded(shapes, m, options) for m in shapes.modules if is_head(m)), default=0)
@@ -225,8 +225,8 @@ def _fitting_few(elements: int, inputs: int) -> int:
 
 def _fitting_one(shapes: Shapes, module: Module, tokens: int, together: bool) -> int:
     out, columns = module.shape[-2:]
-    together = together and not moments.widens(module)
-    if not together and len(module.shape) == 2 and moments.few(tokens, columns):
+    together = moments.paired(module, together)
+    if moments.sampled(module, tokens, together):
         return _fitting_few(out * columns, tokens * columns)
     change = 4 * 4 * out * columns  # of the weight, weighed
     if module.role is Role.EXPERT:
@@ -268,7 +268,7 @@ def _rounded(shapes: Shapes, module: Module, options: Options) -> int:
     ]
     if is_head(module):
         return sum(sorted(sizes)[-max(1, kl.HEAD_BYTES // shapes.nbytes(module)) :])
-    scored = min(1.0, fisher.SCORED_ELEMENTS / prod(module.shape))
+    scored = fisher.scored_elements(module) / prod(module.shape)
     return int(scored * (sum(sizes) + shapes.itemsize * prod(module.shape)))
 
 

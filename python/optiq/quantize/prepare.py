@@ -113,21 +113,22 @@ def prepare(
     texts: Texts,
     work: Path,
     options: Options,
+    known: Scores | None,
     *,
     unrounded: bool = False,
     folder: Path | None = None,
     world: World = ALONE,
 ) -> Prepared:
-    """Read the scores that are given, or measure them with what is known of them in `work`.
+    """Take the scores that are `known`, or measure them with what is in `work` already.
 
-    With `unrounded` given scores will only be planned from. `folder` and `world` are those of
+    With `unrounded` known scores will only be planned from. `folder` and `world` are those of
     `Prepared`.
     `loaded` is used up by a measurement. Raises an OptiqError.
     """
     source = loaded.source
-    if options.scores is not None:
-        found = given(options.scores, loaded)
-        fitting = "descent" if found.rounding == "search" else found.rounding
+    if known is not None:
+        found = known
+        fitting = "descent" if known.rounding == "search" else known.rounding
         options = replace(options, rounding=options.rounding or fitting)
         how = MINMAX
         if not unrounded:
@@ -221,8 +222,13 @@ def remove_work(work: Path, *others: str) -> None:
         work.rmdir()
 
 
-def given(path: Path, loaded: LoadedModel) -> Scores:
-    """The scores of a file, if they are those of this model."""
+def given(options: Options, loaded: LoadedModel) -> Scores | None:
+    """The scores of the file that `options` name, if any; raises SensitivityError unless they are
+    those of this model.
+    """
+    path = options.scores
+    if path is None:
+        return None
     modules = quantizable(loaded.model)
     here = describe_model(loaded, modules)
     found = read_scores(path, model=here, modules=modules)

@@ -158,7 +158,7 @@ def moments(
                 rows = [
                     of + more for of, more in zip(rows, _all_head_rows(replay, shared), strict=True)
                 ]
-            if together and row is _inputs and not widens(module):
+            if paired(module, together):
                 outputs = _sum(judges, [[_gradients(call) for call in of] for of in calls])
                 yield module, _sum(judges, rows), outputs
             else:
@@ -178,11 +178,22 @@ def few(rows: int, columns: int) -> bool:
     return 2 * rows < columns
 
 
+def paired(module: Module, together: bool) -> bool:
+    """Whether the module's rows are fitted together, if rows are at all."""
+    plain = len(module.shape) == 2 and module.role not in (Role.EMBEDDING, Role.HEAD)
+    return together and plain and not widens(module)
+
+
+def sampled(module: Module, tokens: int, together: bool) -> bool:
+    """Whether a module that is `paired` or not keeps the rows of so many tokens in place of H."""
+    return not together and len(module.shape) == 2 and few(tokens, module.shape[-1])
+
+
 def _cost(tokens: int, together: bool, module: Module) -> float:
     """What the moments and the descents of a module take, in multiplications of a product."""
     out, width = module.shape[-2:]
-    together = together and not widens(module)
-    if not together and few(tokens, width):
+    together = paired(module, together)
+    if sampled(module, tokens, together):
         return prod(module.shape) * 2 * tokens * _DESCENT
     return 2 * tokens * (width**2 + together * out**2) + prod(module.shape) * width * (
         _DESCENT + together * _TOGETHER

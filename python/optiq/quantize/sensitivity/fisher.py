@@ -60,6 +60,11 @@ SCORED_ELEMENTS = 1 << 22
 CHANGE_ELEMENTS = 1 << 20
 
 
+def scored_elements(module: Module) -> int:
+    """Elements of a module's weight, or of the rows that stand for it."""
+    return min(SCORED_ELEMENTS, prod(module.shape))
+
+
 @metal.restarts
 def score_by_fisher(job: Job) -> None:
     """Do the round; a batch is one unit, in which ranks divide sequences and modules."""
@@ -134,7 +139,7 @@ class _Batch:
         return _sum(job.world.gather(self.totals))
 
     def _cost(self, module: Module) -> float:
-        return min(SCORED_ELEMENTS, prod(module.shape)) * len(self.job.rounded(module))
+        return scored_elements(module) * len(self.job.rounded(module))
 
     def _score_module(self, module: Module, calls: Calls | None) -> None:
         """Add to `totals` the scores of one module; `calls` are those of all sequences, if this
@@ -182,6 +187,7 @@ class _Batch:
             self._add_heads(module, dense, group)
 
     def _add_heads(self, module: Module, dense: nn.Module, group: Sequence[Format]) -> None:
+        """In formats whose heads are held until this returns."""
         heads = self.job.render_together(module, dense, group)
         for t, tape in zip(self.shared.own, self.shared.tapes, strict=True):
             students = [(tape.hidden, head) for head in heads]

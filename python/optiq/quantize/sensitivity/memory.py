@@ -53,7 +53,7 @@ def estimate(
     scoring = running + max((_rounded(job, m, itemsize) for m in job.modules), default=0)
     if backward:
         inside = [m for m in backward if job.rounded(m) and m.block is not None]
-        largest = 4 * max((min(fisher.SCORED_ELEMENTS, prod(m.shape)) for m in inside), default=1)
+        largest = 4 * max(map(fisher.scored_elements, inside), default=1)
         together = min(max(map(len, lengths)), max(1, fisher.GRADIENT_BYTES // largest))
         parts["gradients"] = 4 * batch * (2 * width + block)
         scoring = max(running, (together + 3) * largest + itemsize * largest // 4)
