@@ -10,6 +10,7 @@ import pytest
 from hypothesis import settings
 
 import optiq  # noqa: F401
+from optiq.base.failures import forget_failures
 
 # The same code is tested with the same examples; OPTIQ_EXPLORE=1 draws others.
 settings.register_profile("same", derandomize="OPTIQ_EXPLORE" not in os.environ)
@@ -27,3 +28,10 @@ def short_conversions() -> Iterator[None]:
             patch.setattr("optiq.quantize.estimate._PROBE", 0.02)
             patch.setattr("optiq.quantize.estimate._LONG_ENOUGH", 0.002)
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_failures_of_others() -> Iterator[None]:
+    """A graph that failed in one test does not fail the next one."""
+    yield
+    forget_failures()

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from .failures import forget_failures
+
 T = TypeVar("T")
 
 _thread = ThreadPoolExecutor(1, "optiq-background")
@@ -17,4 +19,12 @@ _thread = ThreadPoolExecutor(1, "optiq-background")
 
 def in_background(work: Callable[[], T]) -> T:
     """What `work` returns or raises, when what was given before it is over."""
-    return _thread.submit(work).result()
+    return _thread.submit(_run, work).result()
+
+
+def _run(work: Callable[[], T]) -> T:
+    try:
+        return work()
+    except Exception:
+        forget_failures()
+        raise

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import mlx.core as mx
 
+from ..base.failures import forget_failures
 from ..errors import UsageError
 from . import contest, native
 from .contest import Sample
@@ -62,7 +63,11 @@ def enabled() -> ModuleType | None:
 
 
 def give_up(why: Exception) -> bool:
-    """Leave all kernels alone after a graph with them raised; False where none is in use."""
+    """Leave all kernels alone after a graph with them raised; False where none is in use.
+
+    In any case nothing is left of that graph afterwards (base/failures.py).
+    """
+    forget_failures()
     extension = enabled()
     if extension is None or not any(_verdicts[key] for key in _verdicts if key[0] is extension):
         return False
