@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from ..base.notice import notice
@@ -27,7 +28,13 @@ from .safetensors import read_header
 from .tokens import check_tokens, refusal
 from .towers import Towers
 
-CHECKED = 1 << 22  # numbers of a weight that are checked at a time
+CHECKED = 1 << 18  # numbers of a weight that are checked at a time; they stay in a cache
+# The integer type of a float's size, and infinity's bits. Only NaN has larger ones, sign aside.
+_BITS = {
+    mx.float16: (mx.uint16, 0x7C00),
+    mx.bfloat16: (mx.uint16, 0x7F80),
+    mx.float32: (mx.uint32, 0x7F800000),
+}
 
 # The end of the name of what packed weights have beside them, in any of the usual formats.
 _SCALES = re.compile(
@@ -211,13 +218,16 @@ def quantization(path: Path) -> str | None:
 def check_finite(name: str, array: mx.array) -> None:
     """Raise SourceError if the weight `name` holds a NaN or an infinity.
 
-    Some numbers at a time: asking a whole weight takes more memory than the weight.
+    NumPy reads the bits where they lie: MLX's `isfinite` takes 20 times as long on a CPU, and more
+    memory than the weight.
     """
-    if not mx.issubdtype(array.dtype, mx.floating):
+    if array.dtype not in _BITS:
         return
-    flat = array.reshape(-1)
-    parts = (flat[start : start + CHECKED] for start in range(0, flat.size, CHECKED))
-    if not all(mx.all(mx.isfinite(part)).item() for part in parts):
+    dtype, infinity = _BITS[array.dtype]
+    bits = np.asarray(array.view(dtype)).reshape(-1)
+    no_sign = bits.dtype.type(np.iinfo(bits.dtype).max >> 1)
+    parts = (bits[start : start + CHECKED] for start in range(0, bits.size, CHECKED))
+    if any((part & no_sign).max() >= infinity for part in parts):
         raise SourceError(
             f"the weight {name} holds NaN or infinite values; "
             "the file is damaged or was saved badly: get it again"
