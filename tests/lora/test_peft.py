@@ -116,7 +116,7 @@ def test_what_is_not_understood_is_refused_by_name(
         peft.read(tmp_path / "p")
 
 
-@pytest.mark.parametrize("name", ["lora_embedding_A", "lora_magnitude_vector", "lora_C.weight"])
+@pytest.mark.parametrize("name", ["lora_magnitude_vector", "lora_C.weight"])
 def test_other_tensors_are_named(tmp_path: Path, name: str) -> None:
     tensors = theirs(tmp_path / "p", {Q: 4})
     tensors[f"base_model.model.{Q}.{name}"] = mx.zeros((4, 4))
@@ -137,7 +137,7 @@ def real(tmp_path: Path) -> Any:
     folder = tiny_folder(tmp_path)
     torch.manual_seed(0)
 
-    def base() -> Any:
+    def base(folder: Path = folder) -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     def logits(model: Any, **options: Any) -> Any:
@@ -202,7 +202,6 @@ def test_we_compute_what_peft_does(tmp_path: Path, real: Any, config: dict[str, 
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"target_modules": ["embed_tokens"]}, "adapts an embedding"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"lora_bias": True}, "lora_bias"),
         ({"trainable_token_indices": [3]}, "trained tokens"),
@@ -215,6 +214,19 @@ def test_what_peft_writes_and_we_do_not_read(
     real.peft.get_peft_model(real.base(), made).save_pretrained(tmp_path / "p")
     with pytest.raises(AdapterError, match=reason):
         opened(tmp_path / "p")
+
+
+def test_we_compute_what_peft_does_to_an_embedding(tmp_path: Path, real: Any) -> None:
+    targets = ["q_proj", "embed_tokens", "lm_head"]
+    made = real.peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+    folder = tiny_folder(tmp_path, name="untied", tie_word_embeddings=False)
+    model = real.peft.get_peft_model(real.base(folder), made).eval()
+    model.save_pretrained(tmp_path / "p")
+    adapter = opened(tmp_path / "p")
+    assert_close(ours(folder, adapter), real.logits(model))
+    peft.write(adapter, tmp_path / "again")
+    again = real.peft.PeftModel.from_pretrained(real.base(folder), tmp_path / "again")
+    assert_close(real.logits(again), real.logits(model))
 
 
 def test_peft_activates_an_adapter_where_we_do(tmp_path: Path, real: Any) -> None:

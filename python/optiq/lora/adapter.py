@@ -24,7 +24,7 @@ from ..base.files import write_json
 from ..base.tensors import write_tensors
 from ..base.text import one_line
 from ..errors import AdapterError, ExportError, SourceError
-from ..models.roles import Module, Role
+from ..models.roles import Module, Role, role_of
 from ..sources.safetensors import data_start, read_header
 from .layers import LowRank
 
@@ -118,6 +118,16 @@ class Adapter:
                 "with the adapter in its weights by optiq lora merge"
             )
 
+    def check_in_blocks(self, what: str) -> None:
+        """Raise AdapterError for an adapter of an embedding or a head: `what` has no room there."""
+        if found := next(
+            (p for p in self.terms if role_of(p) in (Role.EMBEDDING, Role.HEAD)), None
+        ):
+            raise AdapterError(
+                f"{what} adds terms inside blocks only, and the adapter changes {found}; write a "
+                "model with the adapter in its weights by optiq lora merge"
+            )
+
     def check_finite(self) -> None:
         for path, pair in self.exact.items():
             more = [_float32(self.magnitudes[path])] if self.magnitudes else []
@@ -146,9 +156,18 @@ def check_fits(adapter: Adapter, modules: Sequence[Module], base: Base | None = 
                 f"the adapter changes {path}, which is not a linear layer in a block of this "
                 "model; use it with its own base"
             )
+        if module.tied:
+            raise AdapterError(
+                f"the adapter changes {path}, which is the embedding and the head of this model; "
+                "PEFT adds to one of the two, mlx-lm to both. Train it with linear layers only"
+            )
         if module.role is Role.EXPERT:
             raise AdapterError(f"the adapter changes the experts of {path}; that is not supported")
         wanted = module.shape[1], module.shape[0]
+        if module.role is Role.EMBEDDING:
+            if adapter.magnitudes:
+                raise AdapterError(f"the adapter changes {path} by DoRA; that is not supported")
+            wanted = module.shape[0], module.shape[1]
         if (term.a.shape[0], term.b.shape[1]) != wanted or term.a.shape[1] != term.b.shape[0]:
             raise AdapterError(
                 f"the adapter of {path} is {term.a.shape} and {term.b.shape}, but the layer takes "

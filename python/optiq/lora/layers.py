@@ -1,4 +1,4 @@
-"""Linear layers with a low-rank term beside them."""
+"""Linear layers, and embeddings, with a low-rank term beside them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from ..ops import low_rank_term
 
 
 class LowRank(NamedTuple):
-    """What an adapter adds to one layer's output: scale * x @ a @ b, as mlx-lm writes it."""
+    """What an adapter adds to one layer's output: scale * x @ a @ b, as mlx-lm writes it.
 
-    a: mx.array  # [in, rank]
+    To an embedding it adds scale * a[ids] @ b.
+    """
+
+    a: mx.array  # [in, rank], of an embedding [vocabulary, rank]
     b: mx.array  # [rank, out]
 
     @property
@@ -63,8 +66,26 @@ class DoRALinear(LoRALinear):
         return scaled.astype(y.dtype)
 
 
+class LoRAEmbedding(nn.Module):
+    """Only where tokens are read: an embedding that also is the head is refused before."""
+
+    def __init__(self, embedding: nn.Module, term: LowRank, scale: float) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.embedding = embedding
+        self.lora_a, self.lora_b = term
+        self.scale = scale
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        y: mx.array = self.embedding(ids)
+        return y + (self.scale * self.lora_a[ids] @ self.lora_b).astype(y.dtype)
+
+
+def is_embedding(layer: nn.Module) -> bool:
+    return isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding))
+
+
 def dense(layer: Any) -> mx.array:
-    """The weight that a layer holds or stands for, [out, in] in float32."""
+    """The weight that a layer holds or stands for, in float32, [out, in] or [vocabulary, width]."""
     weight: mx.array = dequantized(layer) if "scales" in layer else layer["weight"]
     return weight.astype(mx.float32)
 
@@ -76,10 +97,13 @@ def put(
     minus: Mapping[str, LowRank] | None = None,
     magnitudes: Mapping[str, mx.array] | None = None,
 ) -> dict[str, LoRALinear]:
-    """Put a low-rank term beside each layer of `terms`, in place; returns the new layers."""
+    """Put a low-rank term beside each layer of `terms`, in place; returns the new linear layers."""
     layers: dict[str, LoRALinear] = {}
     for path, term in terms.items():
         place = place_at(model, path)
+        if is_embedding(place.get()):
+            place.set(LoRAEmbedding(place.get(), term, scale))
+            continue
         if magnitudes:
             layers[path] = DoRALinear(place.get(), term, scale, magnitudes[path])
         else:

@@ -14,11 +14,11 @@ import mlx.nn as nn
 from ..base.files import check_writable
 from ..base.text import one_line
 from ..errors import AdapterError, ExportError, UsageError
-from ..models.adaptable import adaptable
+from ..models.adaptable import adaptable, outside
 from ..models.places import place_at
 from ..sources import Source, load, resolve
 from .adapter import Adapter, Base, check_fits
-from .layers import LowRank, dense
+from .layers import LowRank, dense, is_embedding
 
 Weighted = tuple[Adapter, float]
 
@@ -77,7 +77,8 @@ def merge(
     loaded = load(source, allow_quantized=True)
     adapter = combined(adapters)
     adapter.check_everywhere("merging")
-    check_fits(adapter, adaptable(loaded.model), Base(source.name, source.fingerprint))
+    changeable = [*adaptable(loaded.model), *outside(loaded.model)]
+    check_fits(adapter, changeable, Base(source.name, source.fingerprint))
     changed = loaded.model
     config = copy.deepcopy(loaded.config)
     if dense:
@@ -94,10 +95,11 @@ def merge(
 
 def _add(layer: Any, term: LowRank, scale: float, magnitude: mx.array | None) -> None:
     """Add a term to the layer's weight, in the layer's own format, in place."""
-    weight = dense(layer) + (scale * term.a @ term.b).T
+    change = scale * term.a @ term.b
+    weight = dense(layer) + (change if is_embedding(layer) else change.T)
     if magnitude is not None:
         weight = weight * (magnitude / mx.linalg.norm(weight, axis=1))[:, None]
-    if not isinstance(layer, nn.QuantizedLinear):
+    if "scales" not in layer:
         layer.weight = weight.astype(layer.weight.dtype)
         mx.eval(layer.weight)
         return

@@ -1,8 +1,9 @@
 """Adapters of PEFT, read and written.
 
 PEFT transposes both matrices and gives each layer alpha / rank as its scale, or alpha / sqrt(rank)
-(rsLoRA), where ranks and alphas may differ by layer. All of that is read, and DoRA. What changes
-more than linear layers, or changes them in another way, is refused by its name.
+(rsLoRA), where ranks and alphas may differ by layer. All of that is read, and DoRA of linear
+layers. What changes more than linear layers and embeddings, or changes them in another way, is
+refused by its name.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import mlx.core as mx
 from ..base.files import write_json
 from ..base.tensors import write_tensors
 from ..errors import AdapterError
+from ..models.roles import Role, role_of
 from .adapter import CONFIG, Adapter, of_all, read_config, read_tensors
 from .layers import LowRank
 
@@ -42,6 +44,10 @@ _REFUSED = {
     "arrow_config": "Arrow",
 }
 
+# What the two matrices are called, in linear layers and in embeddings, and DoRA's magnitudes.
+_HALVES = {"A.weight": "A", "B.weight": "B", "embedding_A": "A", "embedding_B": "B"}
+_MAGNITUDES = ("magnitude_vector", "magnitude_vector.weight")
+
 
 def is_peft(folder: Path) -> bool:
     return "peft_type" in read_config(folder.expanduser())
@@ -61,20 +67,17 @@ def read(folder: Path) -> Adapter:
     halves: dict[str, dict[str, mx.array]] = {}
     magnitudes: dict[str, mx.array] = {}
     tensors = read_tensors(folder / WEIGHTS)
-    if embedding := next((name for name in tensors if "lora_embedding_" in name), None):
-        raise AdapterError(
-            f"{folder / WEIGHTS} adapts an embedding ({embedding}), which is not supported; train "
-            "it with linear layers only as target_modules"
-        )
+    copies = any(".lora_embedding_" in name for name in tensors)
     for name, array in tensors.items():
-        of = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_magnitude_vector(\.weight)?", name)
-        if of and config.get("use_dora"):
-            magnitudes[of[1]] = array.astype(mx.float32)
-            continue
-        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", name)
-        if match is None or array.ndim != 2:
-            raise AdapterError(f"{folder / WEIGHTS} holds {name}; only linear layers are supported")
-        halves.setdefault(match[1], {})[match[2]] = array.astype(mx.float32)
+        path, _, leaf = name.removeprefix(PREFIX).partition(".lora_")
+        if leaf in _HALVES and array.ndim == 2:
+            halves.setdefault(path, {})[_HALVES[leaf]] = array.astype(mx.float32)
+        elif leaf in _MAGNITUDES and config.get("use_dora"):
+            magnitudes[path] = array.astype(mx.float32)
+        elif not (copies and _is_of_base(path)):
+            raise AdapterError(
+                f"{folder / WEIGHTS} holds {name}; only linear layers and embeddings are supported"
+            )
     adapter = _adapter(folder, config, halves)
     dora = bool(config.get("use_dora"))
     return replace(adapter, magnitudes=of_all(folder / WEIGHTS, magnitudes, adapter.terms, dora))
@@ -116,6 +119,13 @@ def _adapter(
     return adapter
 
 
+def _is_of_base(name: str) -> bool:
+    """Whether it is a weight that PEFT copies from the base where an embedding is adapted."""
+    return role_of(name.removesuffix(".weight").removesuffix(".base_layer")) in (
+        Role.EMBEDDING, Role.HEAD,
+    )  # fmt: skip
+
+
 def _invocation(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     """The tokens that activate the adapter; empty where it always works."""
     tokens = config.get("alora_invocation_tokens") or []
@@ -139,8 +149,11 @@ def write(adapter: Adapter, out: Path) -> None:
     others = {path: rank for path, rank in ranks.items() if rank != usual}
     tensors = {}
     for path, (a, b) in adapter.terms.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = mx.contiguous(a.T)
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = mx.contiguous(b.T)
+        name = f"{PREFIX}{path}.lora_"
+        of_embedding = role_of(path) is Role.EMBEDDING
+        for half, matrix in (("A", a), ("B", b)):
+            leaf = f"embedding_{half}" if of_embedding else f"{half}.weight"
+            tensors[name + leaf] = mx.contiguous(matrix.T)
     for path, magnitude in adapter.magnitudes.items():
         tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = magnitude
     config = {

@@ -42,6 +42,24 @@ def head(model: nn.Module) -> Module | None:
     return None
 
 
+def outside(model: nn.Module) -> list[Module]:
+    """The embeddings and the head, which only adapters that were made elsewhere change."""
+    last = head(model)
+    found = [
+        Module(
+            path,
+            Role.EMBEDDING,
+            path,
+            weight_shape(m),
+            None,
+            tied=last is not None and path == last.path,
+        )
+        for path, m in _leaves(model).items()
+        if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding))
+    ]
+    return [*found, *([last] if last is not None and last.role is Role.HEAD else [])]
+
+
 def weight_shape(layer: Any) -> tuple[int, ...]:
     """The shape of the weight that a layer holds or stands for."""
     if "scales" in layer:

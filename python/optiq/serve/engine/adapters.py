@@ -108,6 +108,7 @@ class Adapters:
                 f"{name[:80]!r} is not a name for an adapter; use up to 64 letters, digits and ._-"
             )
         adapter.check_added("a server")
+        adapter.check_in_blocks("a server")
         check_fits(adapter, self._modules, self._base)
         mounted = Mounted(name, adapter, self._prefix(adapter.digest))
         with self._lock:
