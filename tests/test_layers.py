@@ -36,6 +36,7 @@ QUANTIZE: Floors = (
     ("options", "describe"),
     ("replay",),
     ("rounding",),
+    ("footprint",),
     ("sensitivity",),
     ("kv",),
     ("optiq.quantize",),

@@ -12,10 +12,12 @@ from optiq.calibration import Texts
 from optiq.errors import UsageError
 from optiq.formats import DENSE
 from optiq.models.roles import Module, Role, allowed
-from optiq.quantize import memory
-from optiq.quantize.memory import SCORES, Shapes, affordable, peak, phases, shapes_of
+from optiq.quantize import footprint, memory
+from optiq.quantize.footprint import Shapes, shapes_of
+from optiq.quantize.memory import SCORES, affordable, peak, phases
 from optiq.quantize.options import Options
 from optiq.quantize.replay.logits import LOGITS_BYTES
+from optiq.quantize.sensitivity.weight_error import ELEMENTS
 from optiq.sources import load, resolve
 from tests.quantize.sensitivity.cases import calibration
 from tests.tiny import tiny_folder
@@ -84,8 +86,9 @@ def test_at_the_head_there_are_its_formats_and_no_gradients() -> None:
     head = shapes.modules[0]
     formats = [f for f in allowed(head, options.menu) if f != DENSE]
     logits = 3 * min(LOGITS_BYTES, 4 * 256 * 49152)
+    compared = 2 * 4 * ELEMENTS  # in float32
     parts = phases(shapes, texts(1024), options, 10**8)[SCORES].parts
-    assert parts["at work"] == sum(f.nbytes(head.shape, 2) for f in formats) + logits
+    assert parts["at work"] == sum(f.nbytes(head.shape, 2) for f in formats) + logits + compared
     assert "gradients" not in parts
 
 
@@ -102,8 +105,8 @@ def test_of_an_embedding_some_rows_are_fitted_at_a_time() -> None:
 def test_the_process_is_as_large_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load(resolve(str(tiny_folder(tmp_path))))
     for held in (0, 10**10):
-        monkeypatch.setattr(memory, "held_memory", lambda held=held: held)
-        assert shapes_of(loaded).process == max(memory.PROCESS, held + memory.LATER)
+        monkeypatch.setattr(footprint, "held_memory", lambda held=held: held)
+        assert shapes_of(loaded).process == max(footprint.PROCESS, held + footprint.LATER)
 
 
 def test_more_of_anything_takes_more() -> None:
@@ -119,7 +122,7 @@ def test_what_does_not_fit_is_left_out_or_refused(
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(memory, "tell", said.append)
-    monkeypatch.setattr(memory, "held_memory", lambda: 0)
+    monkeypatch.setattr(footprint, "held_memory", lambda: 0)
     loaded = load(resolve(str(tiny_folder(tmp_path, hidden_size=256, num_hidden_layers=8))))
     options = Options.parse(tokens=4096, held_out_tokens=640)
     asked, found, needs = affordable(loaded, options)

@@ -8,30 +8,25 @@ on the CPU.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 
-from ..base.memory import Needs, held_memory
+from ..base.memory import Needs
 from ..base.progress import tell
-from ..calibration import Sample, Texts
+from ..calibration import Texts
 from ..distributed.ranks import ALONE, World
 from ..errors import UsageError
-from ..formats import DENSE, UNIFORM4
-from ..models.roles import Module, Role, allowed, fixed_bytes, is_head, quantizable
-from ..models.shapes import blocks_of, dense_bytes, embedding_shape, widest_block
+from ..models.roles import Module, Role, is_head
+from ..models.shapes import blocks_of, embedding_shape
 from ..sources import LoadedModel
+from .footprint import Shapes, lengths_of, shapes_of
 from .options import Options
 from .preflight import budget_of
 from .prepare import metered, texts_of
-from .replay.logits import LOGITS_BYTES
 from .rounding import descent, moments
-from .rounding.reference import choose
 from .select import SMALL_BYTES
-from .sensitivity import fisher, kl
+from .sensitivity import memory as sensitivity
 from .sensitivity.rounds import exact
-
-PROCESS = 240_000_000  # bytes of Python, MLX, mlx-lm and a small tokenizer
-LATER = 160_000_000  # of it, what comes after the start: modules, what allocators keep
 
 SCORES = "measuring sensitivity"
 LEAST_TOKENS = 512  # of calibration text that --memory leaves
@@ -39,65 +34,29 @@ LEAST_TOKENS = 512  # of calibration text that --memory leaves
 _MATRICES = 5  # H or G of the sequences that fit and that judge; shrunk, in three parts
 _SAMPLES = 5  # inputs that stand for H: as they are, weighed, scaled, and as a descent reads them
 _ROUNDINGS = 3  # of a layer of experts that are compared
-_COPIES = 3  # of a block's activations that a run holds at a time
-_LOGITS = 3  # the teacher's, a student's and the next one's
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """What a model's memory follows from."""
-
-    modules: Sequence[Module]
-    itemsize: int  # of a weight
-    fixed: int  # bytes that are never quantized
-    heads: int = 32
-    experts: int = 8  # that a token goes to
-    running: int | None = None  # bytes of what exact scores run; None: of the whole model
-    process: int = PROCESS
-
-    @property
-    def dense(self) -> int:
-        return self.fixed + dense_bytes(self.modules, self.itemsize)
-
-    @property
-    def block(self) -> int:
-        """Bytes of the largest block."""
-        each = blocks_of(self.modules).values()
-        return max((dense_bytes(of, self.itemsize) for of in each), default=0)
-
-    @property
-    def passed(self) -> int:
-        """Bytes of weights in a pass: of the largest block, and at the first also the embedding."""
-        return self.block + self.outside
-
-    @property
-    def outside(self) -> int:
-        """Bytes of the largest module outside the blocks: an embedding or a head."""
-        return max((self.nbytes(m) for m in self.modules if m.block is None), default=0)
-
-    def nbytes(self, module: Module) -> int:
-        return DENSE.nbytes(module.shape, self.itemsize)
 
 
 def phases(
     shapes: Shapes, texts: Texts, options: Options, plan: int, ranks: int = 1
 ) -> Mapping[str, Needs]:
     """What each phase holds at most; `plan` are the bytes of the model to be written."""
-    calibration = _lengths(texts.calibration.sequences)
+    calibration = lengths_of(texts.calibration.sequences)
     found: dict[str, Needs] = {}
     if options.rounding != "minmax":
-        found["measuring columns"] = _passing(shapes, _lengths(metered(texts, options).sequences))
+        found["measuring columns"] = _passing(shapes, lengths_of(metered(texts, options).sequences))
     if options.scores is None:
-        found[SCORES] = _scores(shapes, _lengths(texts.scoring.sequences), options, ranks)
+        found[SCORES] = sensitivity.needs(
+            shapes, lengths_of(texts.scoring.sequences), options, ranks
+        )
     if texts.selection:
-        found["choosing formats"] = _judging(shapes, _lengths(texts.selection), plan)
+        found["choosing formats"] = _judging(shapes, lengths_of(texts.selection), plan)
     if options.rounding not in ("search", "minmax"):
         found["fitting weights"] = _fitting(shapes, calibration, options.together, ranks)
     largest = max((prod(m.shape) for m in shapes.modules), default=0)
     found["writing"] = Needs(
         {"process": shapes.process, "a weight": (shapes.itemsize + 2) * largest}
     )
-    found["checking"] = _judging(shapes, _lengths(texts.held_out.sequences), plan)
+    found["checking"] = _judging(shapes, lengths_of(texts.held_out.sequences), plan)
     return found
 
 
@@ -114,7 +73,7 @@ def _passing(shapes: Shapes, lengths: Sequence[int]) -> Needs:
             "process": shapes.process,
             "weights": shapes.passed,
             "block outputs": 4 * 2 * sum(lengths) * width,
-            "at work": _running(shapes, max(lengths)),
+            "at work": shapes.block_run(max(lengths)),
         }
     )
 
@@ -132,45 +91,9 @@ def _judging(shapes: Shapes, lengths: Sequence[int], plan: int) -> Needs:
             "process": shapes.process,
             "weights": weights,
             "block outputs": 4 * 4 * sum(lengths) * width,
-            "at work": max(_running(shapes, max(lengths)), _logits(shapes, max(lengths))),
+            "at work": max(shapes.block_run(max(lengths)), shapes.logits(max(lengths))),
         }
     )
-
-
-def _scores(shapes: Shapes, lengths: Sequence[int], options: Options, ranks: int) -> Needs:
-    _, width = embedding_shape(shapes.modules)
-    inside = [m for m in shapes.modules if m.block is not None]
-    outputs = 4 * sum(lengths) * width * (len(blocks_of(inside)) + 1)
-    largest = 4 * max(map(fisher.scored_elements, inside), default=1)
-    together = min(len(lengths), max(1, fisher.GRADIENT_BYTES // largest))
-    running = _running(shapes, max(lengths))
-    head = max((_rounded(shapes, m, options) for m in shapes.modules if is_head(m)), default=0)
-    logits = _logits(shapes, max(lengths))
-    inside_rounded = max((_rounded(shapes, m, options) for m in inside), default=0)
-    at_block = max(running, (together + 2) * largest + inside_rounded)
-    passing = {
-        "weights": shapes.passed,
-        # The head comes before the blocks, so no gradients of theirs are held then.
-        "at work": max(_calls(shapes, sum(lengths)) + at_block, head + logits),
-        **_handed(shapes, sum(lengths), ranks),
-    }
-    # Exact scores run the model again and again, when the gradients are gone.
-    weights = shapes.dense if shapes.running is None else shapes.running
-    running_model = {"weights": weights, "at work": head + max(running, logits)}
-    methods = [passing] if options.sensitivity != "kl" else []
-    if exact(shapes.modules, options.sensitivity):
-        methods.append(running_model)
-    found = (
-        Needs({"process": shapes.process, "block outputs": outputs, **parts}) for parts in methods
-    )
-    return max(found, key=lambda needs: needs.total)
-
-
-def _handed(shapes: Shapes, tokens: int, ranks: int) -> dict[str, int]:
-    """What a rank holds of the others' blocks, as many of which are divided as there are ranks."""
-    if ranks == 1:
-        return {}
-    return {"of other ranks": _calls(shapes, tokens) + (ranks - 1) * shapes.block}
 
 
 def _fitting(shapes: Shapes, lengths: Sequence[int], together: bool, ranks: int) -> Needs:
@@ -189,10 +112,10 @@ def _fitting(shapes: Shapes, lengths: Sequence[int], together: bool, ranks: int)
             "block outputs": min(descent.TAPE_BYTES, outputs),
             "gradients": 4 * tokens * 2 * width,
             "a block or head at work": max(
-                shapes.passed + max(inside, _running(shapes, max(lengths))),
+                shapes.passed + max(inside, shapes.block_run(max(lengths), back=True)),
                 2 * shapes.outside + outside,
             ),
-            **_handed(shapes, tokens, ranks),
+            **shapes.handed(tokens, ranks),
         }
     )
 
@@ -244,38 +167,6 @@ def _row(shapes: Shapes, module: Module) -> int:
     return sum(module.shape[-2:]) * (shapes.experts if module.role is Role.EXPERT else 1)
 
 
-def _calls(shapes: Shapes, tokens: int) -> int:
-    """What goes into and comes out of a block's layers in the way back, and a block's gradients."""
-    _, width = embedding_shape(shapes.modules)
-    return 4 * tokens * (widest_block(shapes.modules, shapes.experts) + 2 * width)
-
-
-def _running(shapes: Shapes, longest: int) -> int:
-    """A block's run on one sequence."""
-    block = widest_block(shapes.modules, shapes.experts)
-    return _COPIES * 4 * longest * (block + shapes.heads * longest)
-
-
-def _logits(shapes: Shapes, longest: int) -> int:
-    vocabulary, _ = embedding_shape(shapes.modules)
-    return _LOGITS * min(LOGITS_BYTES, 4 * longest * vocabulary)
-
-
-def _rounded(shapes: Shapes, module: Module, options: Options) -> int:
-    """What is scored of a module in all formats, or a head in those that are held together."""
-    sizes = [
-        f.nbytes(module.shape, shapes.itemsize) for f in allowed(module, options.menu) if f != DENSE
-    ]
-    if is_head(module):
-        return sum(sorted(sizes)[-max(1, kl.HEAD_BYTES // shapes.nbytes(module)) :])
-    scored = fisher.scored_elements(module) / prod(module.shape)
-    return int(scored * (sum(sizes) + shapes.itemsize * prod(module.shape)))
-
-
-def _lengths(samples: Sequence[Sample]) -> list[int]:
-    return [len(sample.tokens) for sample in samples] or [0]
-
-
 def affordable(
     loaded: LoadedModel, options: Options, world: World = ALONE
 ) -> tuple[Options, Texts, Needs]:
@@ -316,20 +207,3 @@ def affordable(
             f"{chosen.tokens or 'all'} calibration tokens"
         )
     return chosen, texts, needs
-
-
-def shapes_of(loaded: LoadedModel, reference: str = "auto") -> Shapes:
-    """The shapes of a model whose exact scores are measured in this `reference`."""
-    modules, args = quantizable(loaded.model), getattr(loaded.model, "args", None)
-    found = Shapes(
-        modules,
-        loaded.dtype.size,
-        fixed_bytes(loaded.model, modules),
-        getattr(args, "num_attention_heads", Shapes.heads),
-        getattr(args, "num_experts_per_tok", None) or 1,
-        process=max(PROCESS, held_memory() + LATER),
-    )
-    if choose(reference, found.dense)[0] == "bf16":
-        return found
-    four = sum(UNIFORM4.nbytes(m.shape, found.itemsize) for m in modules if UNIFORM4.fits(m.shape))
-    return replace(found, running=found.fixed + four + max(map(found.nbytes, modules)))

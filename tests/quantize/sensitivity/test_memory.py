@@ -57,6 +57,6 @@ def test_it_is_printed_before_the_work(
     folder = tiny_folder(tmp_path)
     measure(resolve(str(folder)), menu=MENU, calibration=calibration(20, 30), method="fisher")
     said = capsys.readouterr().err
-    for part in ("weights", "block outputs", "gradients", "at work", "are available"):
+    for part in ("process", "weights", "block outputs", "at work", "are available"):
         assert part in said
     assert "memory: at most" in said

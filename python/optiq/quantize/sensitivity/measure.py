@@ -18,12 +18,13 @@ from ...nn.accelerate import accelerate
 from ...planning.scores import Memory, Scores, TextInfo
 from ...sources import LoadedModel
 from ..describe import describe_model
+from ..footprint import lengths_of, shapes_of
 from ..options import Options
 from ..rounding.reference import choose, common, open_reference, weight_bytes
 from ..rounding.weights import MINMAX, Rounding
+from . import memory
 from .checkpoint import Checkpoint, saved_reference
 from .job import Job
-from .memory import estimate
 from .rounds import Rounds, exact, measure_auto
 
 KEPT = "as in the checkpoint"
@@ -73,6 +74,8 @@ def measure(
     state = Checkpoint(checkpoint, identity, resume=options.resume, rank=world.rank)
     for theirs in world.gather(state.rounds):
         state.add(theirs)
+    lengths = lengths_of(text.sequences)
+    needs = memory.needs(shapes_of(loaded, reference), lengths, options, world.size)
     accelerate(model, blocks=False, exact=False)  # layers are swapped, tapped and differentiated
     job = Job(
         model=model,
@@ -87,9 +90,6 @@ def measure(
         world=world,
     )
     method = options.sensitivity
-    estimated = [m for m in modules if not exact([m], method)]
-    passing = not exact(modules, method)
-    needs = estimate(job, nbytes, described.itemsize, estimated, passing=passing)
     tell(f"memory: {needs}", enabled=progress)
     mx.reset_peak_memory()
 
@@ -111,7 +111,8 @@ def measure(
     return replace(
         rounds.fill(found),
         seconds=round(time.monotonic() - started, 1),
-        memory=Memory(needs.total, mx.get_peak_memory()),
+        # MLX counts arrays only.
+        memory=Memory(needs.total - needs.parts["process"], mx.get_peak_memory()),
     )
 
 
