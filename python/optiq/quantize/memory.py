@@ -16,7 +16,8 @@ from ..base.progress import tell
 from ..calibration import Texts
 from ..distributed.ranks import ALONE, World
 from ..errors import UsageError
-from ..models.roles import Module, Role, is_head
+from ..formats import DENSE
+from ..models.roles import Module, Role, allowed, is_head
 from ..models.shapes import blocks_of, embedding_shape
 from ..sources import LoadedModel
 from .footprint import Shapes, lengths_of, shapes_of
@@ -51,7 +52,7 @@ def phases(
     if texts.selection:
         found["choosing formats"] = _judging(shapes, lengths_of(texts.selection), plan)
     if options.rounding not in ("search", "minmax"):
-        found["fitting weights"] = _fitting(shapes, calibration, options.together, ranks)
+        found["fitting weights"] = _fitting(shapes, calibration, options, ranks)
     largest = max((prod(m.shape) for m in shapes.modules), default=0)
     found["writing"] = Needs(
         {"process": shapes.process, "a weight": (shapes.itemsize + 2) * largest}
@@ -96,16 +97,22 @@ def _judging(shapes: Shapes, lengths: Sequence[int], plan: int) -> Needs:
     )
 
 
-def _fitting(shapes: Shapes, lengths: Sequence[int], together: bool, ranks: int) -> Needs:
+def _fitting(shapes: Shapes, lengths: Sequence[int], options: Options, ranks: int) -> Needs:
     """Fitted weights go to files as they come."""
     _, width = embedding_shape(shapes.modules)
     outputs = 4 * sum(lengths) * width * (len(blocks_of(shapes.modules)) + 1)
     tokens = sum(lengths)
     inside = max(
-        (_in_turn(shapes, of, tokens, together) for of in blocks_of(shapes.modules).values()),
+        (
+            _in_turn(shapes, of, tokens, options.together)
+            for of in blocks_of(shapes.modules).values()
+        ),
         default=0,
     )
-    outside = max((_fitting_rows(m, tokens) for m in shapes.modules if m.block is None), default=0)
+    outside = max(
+        (_fitting_rows(shapes, m, tokens, options) for m in shapes.modules if m.block is None),
+        default=0,
+    )
     return Needs(
         {
             "process": shapes.process,
@@ -113,7 +120,7 @@ def _fitting(shapes: Shapes, lengths: Sequence[int], together: bool, ranks: int)
             "gradients": 4 * tokens * 2 * width,
             "a block or head at work": max(
                 shapes.passed + max(inside, shapes.block_run(max(lengths), back=True)),
-                2 * shapes.outside + outside,
+                outside,
             ),
             **shapes.handed(tokens, ranks),
         }
@@ -132,13 +139,16 @@ def _in_turn(shapes: Shapes, block: Sequence[Module], tokens: int, together: boo
     return max(sum(waiting[i:]) + one for i, one in enumerate(each))
 
 
-def _fitting_rows(module: Module, tokens: int) -> int:
-    """The work on some rows of an embedding or a head."""
+def _fitting_rows(shapes: Shapes, module: Module, tokens: int, options: Options) -> int:
+    """The work on some rows of an embedding or a head, and what was fitted, in parts and joined."""
     rows, columns = module.shape
+    formats = [f for f in allowed(module, options.menu) if f != DENSE]
+    fitted = (f.nbytes(module.shape, shapes.itemsize) for f in formats)
+    held = shapes.nbytes(module) + 2 * max(fitted, default=0)
     rows = min(rows, descent.ROWS)
     if moments.few(tokens, columns):
-        return _fitting_few(rows * columns, tokens * columns)
-    return _MATRICES * 4 * columns**2 + _changed(rows * columns)
+        return held + _fitting_few(rows * columns, tokens * columns)
+    return held + _MATRICES * 4 * columns**2 + _changed(rows * columns)
 
 
 def _fitting_few(elements: int, inputs: int) -> int:

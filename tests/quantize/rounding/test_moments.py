@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from optiq.distributed.ranks import ALONE
-from optiq.models.roles import is_head, quantizable
+from optiq.models.roles import Role, is_head, quantizable
 from optiq.nn.accelerate import accelerate
 from optiq.nn.replay import Replay
 from optiq.quantize.replay.shared import Shared
 from optiq.quantize.rounding import moments
 from optiq.quantize.rounding.importance import PRIOR_ROWS
 from optiq.quantize.rounding.moments import Moments
-from optiq.sources import load
+from optiq.sources import load, resolve
 from tests.quantize.rounding.cases import (
     SEED,
     Floats,
@@ -28,6 +28,7 @@ from tests.quantize.rounding.cases import (
     expected_moments,
 )
 from tests.quantize.sensitivity.cases import MODELS, sequences, tiny_source
+from tests.tiny import tiny_folder
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -46,6 +47,20 @@ def test_moments_are_the_weighted_inputs(tmp_path: Path, name: str) -> None:
     assert any(map(is_head, found))
     for module, (inputs, outputs) in found.items():
         check((inputs, outputs), expected[module.path], module.path)
+
+
+def test_an_embedding_is_given_up_before_the_head_is_read(tmp_path: Path) -> None:
+    """Each is as large as many blocks."""
+    folder = tiny_folder(tmp_path, tie_word_embeddings=False)
+    model = load(resolve(str(folder))).model
+    modules = quantizable(model)
+    accelerate(model, blocks=False)
+    seen: list[Role | int | None] = []
+    with Replay(model, modules) as replay:
+        shared = Shared.record(ALONE, replay, sequences(14, 9))
+        for module, *_ in moments.moments(replay, shared, modules, SEED, after=seen.append):
+            seen.append(module.role)
+    assert seen[-3:] == [Role.EMBEDDING, None, Role.HEAD]
 
 
 @pytest.mark.parametrize("transpose", [True, False])

@@ -163,6 +163,7 @@ def moments(
                 yield module, _sum(judges, rows), outputs
             else:
                 yield module, _of_rows(judges, rows), None
+    after(None)  # an embedding is as large as a head
     for module in modules:
         if module.role is Role.HEAD:
             yield module, _of_rows(judges, _all_head_rows(replay, shared)), None
