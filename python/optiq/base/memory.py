@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+_libc = ctypes.CDLL(None)
 _limit: int | None = None
 
 
@@ -41,6 +43,15 @@ def held_memory() -> int:
     if not file.exists():
         return int(mx.get_active_memory())
     return int(file.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def give_back() -> None:
+    """Give the system what was freed: glibc keeps what lies between arrays that are still held.
+
+    That was a third of the memory of a conversion at the size of 1.5 billion weights.
+    """
+    if trim := getattr(_libc, "malloc_trim", None):
+        trim(0)
 
 
 def _free_memory() -> int:

@@ -52,7 +52,9 @@ def phases(
     if texts.selection:
         found["choosing formats"] = _judging(shapes, lengths_of(texts.selection), plan)
     if options.rounding not in ("search", "minmax"):
-        found["fitting weights"] = _fitting(shapes, calibration, options, ranks)
+        found["fitting weights"] = _fitting(
+            shapes, calibration, options, ranks, judged=bool(texts.selection)
+        )
     largest = max((prod(m.shape) for m in shapes.modules), default=0)
     found["writing"] = Needs(
         {"process": shapes.process, "a weight": (shapes.itemsize + 2) * largest}
@@ -97,8 +99,10 @@ def _judging(shapes: Shapes, lengths: Sequence[int], plan: int) -> Needs:
     )
 
 
-def _fitting(shapes: Shapes, lengths: Sequence[int], options: Options, ranks: int) -> Needs:
-    """Fitted weights go to files as they come."""
+def _fitting(
+    shapes: Shapes, lengths: Sequence[int], options: Options, ranks: int, *, judged: bool
+) -> Needs:
+    """Fitted weights go to files as they come. A small source stays where these are `judged`."""
     _, width = embedding_shape(shapes.modules)
     outputs = 4 * sum(lengths) * width * (len(blocks_of(shapes.modules)) + 1)
     tokens = sum(lengths)
@@ -116,6 +120,7 @@ def _fitting(shapes: Shapes, lengths: Sequence[int], options: Options, ranks: in
     return Needs(
         {
             "process": shapes.process,
+            **({"source": shapes.dense} if judged and shapes.dense <= SMALL_BYTES else {}),
             "block outputs": min(descent.TAPE_BYTES, outputs),
             "gradients": 4 * tokens * 2 * width,
             "a block or head at work": max(

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ...base.memory import give_back
 from ...models.roles import blocks
 from ...sources import Source, open_model
 
@@ -40,6 +41,7 @@ class Passing:
         if block is not None:
             for module, key, _ in self._arrays[block]:
                 module[key] = mx.array([])
+        give_back()
 
 
 class Streamed(Passing):
@@ -63,3 +65,4 @@ class Streamed(Passing):
         for module, key, name in arrays:
             if name in self._unread:
                 module[key] = self._unread.pop(name).astype(module[key].dtype)
+        give_back()

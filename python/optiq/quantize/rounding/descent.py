@@ -30,6 +30,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ... import ops
+from ...base.memory import give_back
 from ...base.progress import Progress
 from ...calibration import Calibration
 from ...distributed.ranks import ALONE, World
@@ -103,6 +104,7 @@ def descend(
         for module, inputs, outputs in moments(
             replay, shared, [m for m in modules if m.path in work], seed, running.drop, together
         ):
+            give_back()
             path, fmt = module.path, work[module.path].format
             if inputs is not None:
                 weight = running.dense(path).weight.astype(loaded.dtype)
@@ -115,6 +117,8 @@ def descend(
                     _, found = best(weight, fmt, inputs, outputs)
                 mx.eval(found)
                 store.add((path, fmt), found)
+                del found, inputs, outputs  # before those of the next one are made
+                give_back()
             bar.step(note=path)
         if world.size > 1:
             _share(store, work.values(), world)
