@@ -13,6 +13,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
+# Bytes beside MLX's arrays that stay: pages that are given back cost time when they are used again.
+KEPT = 400_000_000
+
 _libc = ctypes.CDLL(None)
 _limit: int | None = None
 
@@ -46,11 +49,11 @@ def held_memory() -> int:
 
 
 def give_back() -> None:
-    """Give the system what was freed: glibc keeps what lies between arrays that are still held.
-
-    That was a third of the memory of a conversion at the size of 1.5 billion weights.
+    """Give the system what was freed, if that is much: glibc keeps what lies between arrays that
+    are still held, which was a third of a conversion's memory at 1.5 billion weights.
     """
-    if trim := getattr(_libc, "malloc_trim", None):
+    trim = getattr(_libc, "malloc_trim", None)
+    if trim and held_memory() - mx.get_active_memory() > KEPT:
         trim(0)
 
 
