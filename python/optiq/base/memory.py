@@ -50,7 +50,7 @@ def held_memory() -> int:
 
 def give_back() -> None:
     """Give the system what was freed, if that is much: glibc keeps what lies between arrays that
-    are still held, which was a third of a conversion's memory at 1.5 billion weights.
+    are still held. At 1.5 billion weights that was a quarter of what fitting took.
     """
     trim = getattr(_libc, "malloc_trim", None)
     if trim and held_memory() - mx.get_active_memory() > KEPT:
