@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import mlx.core as mx
 import pytest
 
-from optiq.base.failures import forget_failures
+from optiq.base import failures
 
 
-def test_nothing_is_left_of_a_graph_that_raised(tmp_path: Path) -> None:
-    """Without it, one of some sixty such graphs makes the evaluation after it raise."""
-    path = tmp_path / "weights.safetensors"
-    for _ in range(200):
-        mx.save_safetensors(str(path), {f"{i}": mx.ones((64, 64)) for i in range(21)})
-        weights = mx.load(str(path))
-        path.write_bytes(b"")
-        with pytest.raises(RuntimeError, match="read"):
-            mx.eval(weights)
-        forget_failures()
-        mx.eval(mx.ones(3) + 1)
+def test_errors_are_dropped_until_none_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: which errors MLX keeps depends on which of its threads is faster."""
+    kept: Iterator[Exception | None] = iter([RuntimeError("first"), ValueError("second"), None])
+
+    def synchronize() -> None:
+        if error := next(kept):
+            raise error
+
+    monkeypatch.setattr(mx, "synchronize", synchronize)
+    failures.forget_failures()
+    assert next(kept, "nothing is left") == "nothing is left"
