@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..models.kinds import is_embedding
 from ..models.places import place_at
 from ..nn.layers import dequantized
 from ..ops import low_rank_term
@@ -78,10 +79,6 @@ class LoRAEmbedding(nn.Module):
     def __call__(self, ids: mx.array) -> mx.array:
         y: mx.array = self.embedding(ids)
         return y + (self.scale * self.lora_a[ids] @ self.lora_b).astype(y.dtype)
-
-
-def is_embedding(layer: nn.Module) -> bool:
-    return isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding))
 
 
 def dense(layer: Any) -> mx.array:

@@ -14,11 +14,12 @@ import mlx.nn as nn
 from ..base.files import check_writable
 from ..base.text import one_line
 from ..errors import AdapterError, ExportError, UsageError
-from ..models.adaptable import adaptable, outside
+from ..models.adaptable import changeable
+from ..models.kinds import is_embedding
 from ..models.places import place_at
 from ..sources import Source, load, resolve
 from .adapter import Adapter, Base, check_fits
-from .layers import LowRank, dense, is_embedding
+from .layers import LowRank, dense
 
 Weighted = tuple[Adapter, float]
 
@@ -77,8 +78,7 @@ def merge(
     loaded = load(source, allow_quantized=True)
     adapter = combined(adapters)
     adapter.check_everywhere("merging")
-    changeable = [*adaptable(loaded.model), *outside(loaded.model)]
-    check_fits(adapter, changeable, Base(source.name, source.fingerprint))
+    check_fits(adapter, changeable(loaded.model), Base(source.name, source.fingerprint))
     changed = loaded.model
     config = copy.deepcopy(loaded.config)
     if dense:

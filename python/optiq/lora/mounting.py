@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mlx.nn as nn
 
-from ..models.adaptable import adaptable, outside
+from ..models.adaptable import changeable
 from . import peft
 from .adapter import Adapter, Base, check_fits, read
 from .layers import put
@@ -23,5 +23,5 @@ def opened(adapter: Adapter | Path | str) -> Adapter:
 def mount(model: nn.Module, adapter: Adapter, base: Base | None = None) -> None:
     """Put the adapter beside the layers of `model`, in place. Raises AdapterError."""
     adapter.check_everywhere("this command")
-    check_fits(adapter, [*adaptable(model), *outside(model)], base)
+    check_fits(adapter, changeable(model), base)
     put(model, adapter.terms, adapter.scale, magnitudes=adapter.magnitudes)

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .kinds import Kind, kind_of
+from .kinds import Kind, is_embedding, kind_of
 from .roles import Module, Role, blocks, role_of, unit_of
 
 
@@ -42,22 +42,17 @@ def head(model: nn.Module) -> Module | None:
     return None
 
 
-def outside(model: nn.Module) -> list[Module]:
-    """The embeddings and the head, which only adapters that were made elsewhere change."""
+def changeable(model: nn.Module) -> list[Module]:
+    """What an adapter may change that was made elsewhere: also the embeddings and the head."""
     last = head(model)
-    found = [
-        Module(
-            path,
-            Role.EMBEDDING,
-            path,
-            weight_shape(m),
-            None,
-            tied=last is not None and path == last.path,
-        )
+    tied = last.path if last is not None and last.tied else None
+    embeddings = [
+        Module(path, Role.EMBEDDING, path, weight_shape(m), None, tied=path == tied)
         for path, m in _leaves(model).items()
-        if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding))
+        if is_embedding(m)
     ]
-    return [*found, *([last] if last is not None and last.role is Role.HEAD else [])]
+    heads = [last] if last is not None and not last.tied else []
+    return [*adaptable(model), *embeddings, *heads]
 
 
 def weight_shape(layer: Any) -> tuple[int, ...]:

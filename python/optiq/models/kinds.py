@@ -28,6 +28,11 @@ def kind_of(layer: nn.Module) -> Kind:
     return next((kind for cls, kind in STACKED.items() if isinstance(layer, cls)), Kind.MATRIX)
 
 
+def is_embedding(layer: nn.Module) -> bool:
+    """Whether it is a table that tokens are looked up in, quantized or not."""
+    return isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding))
+
+
 def stock_class(layer: nn.Module) -> type[nn.Module]:
     """The class whose product has a gradient at the weight, which native stacked products lack."""
     return next((cls for cls in STACKED if isinstance(layer, cls)), type(layer))
