@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from ..base.memory import held_memory
 from ..calibration import Sample
-from ..formats import DENSE, UNIFORM4
-from ..models.roles import Module, fixed_bytes, quantizable
+from ..formats import DENSE, UNIFORM4, Format
+from ..models.roles import Module, allowed, fixed_bytes, quantizable
 from ..models.shapes import blocks_of, dense_bytes, embedding_shape, widest_block
 from ..sources import LoadedModel
 from .replay.logits import LOGITS_BYTES
@@ -55,6 +55,11 @@ class Shapes:
 
     def nbytes(self, module: Module) -> int:
         return DENSE.nbytes(module.shape, self.itemsize)
+
+    def rounded(self, module: Module, menu: Sequence[Format]) -> list[int]:
+        """Bytes of the module in each format of the menu that it may be rounded to."""
+        formats = (fmt for fmt in allowed(module, menu) if fmt != DENSE)
+        return [fmt.nbytes(module.shape, self.itemsize) for fmt in formats]
 
     def block_run(self, longest: int, *, back: bool = False) -> int:
         """A block's run on one sequence, or its way back."""

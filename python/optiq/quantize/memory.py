@@ -16,8 +16,7 @@ from ..base.progress import tell
 from ..calibration import Texts
 from ..distributed.ranks import ALONE, World
 from ..errors import UsageError
-from ..formats import DENSE
-from ..models.roles import Module, Role, allowed, is_head
+from ..models.roles import Module, Role, is_head
 from ..models.shapes import blocks_of, embedding_shape
 from ..sources import LoadedModel
 from .footprint import Shapes, lengths_of, shapes_of
@@ -147,9 +146,7 @@ def _in_turn(shapes: Shapes, block: Sequence[Module], tokens: int, together: boo
 def _fitting_rows(shapes: Shapes, module: Module, tokens: int, options: Options) -> int:
     """The work on some rows of an embedding or a head, and what was fitted, in parts and joined."""
     rows, columns = module.shape
-    formats = [f for f in allowed(module, options.menu) if f != DENSE]
-    fitted = (f.nbytes(module.shape, shapes.itemsize) for f in formats)
-    held = shapes.nbytes(module) + 2 * max(fitted, default=0)
+    held = shapes.nbytes(module) + 2 * max(shapes.rounded(module, options.menu), default=0)
     rows = min(rows, descent.ROWS)
     if moments.few(tokens, columns):
         return held + _fitting_few(rows * columns, tokens * columns)

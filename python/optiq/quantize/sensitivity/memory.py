@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from math import prod
 
 from ...base.memory import Needs
-from ...formats import DENSE
-from ...models.roles import Module, allowed, is_head
+from ...models.roles import Module, is_head
 from ...models.shapes import blocks_of, embedding_shape
 from ..footprint import Shapes
 from ..options import Options
@@ -52,9 +51,7 @@ def needs(shapes: Shapes, lengths: Sequence[int], options: Options, ranks: int) 
 
 def _rounded(shapes: Shapes, module: Module, options: Options) -> int:
     """What is scored of a module in all formats, or a head in those that are held together."""
-    sizes = [
-        f.nbytes(module.shape, shapes.itemsize) for f in allowed(module, options.menu) if f != DENSE
-    ]
+    sizes = shapes.rounded(module, options.menu)
     if is_head(module):
         return sum(sorted(sizes)[-max(1, kl.HEAD_BYTES // shapes.nbytes(module)) :])
     scored = fisher.scored_elements(module) / prod(module.shape)
