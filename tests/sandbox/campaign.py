@@ -61,7 +61,8 @@ class Targets:
         os.environ["OPTIQ_CANARY"] = self.word
         self.inherited = os.open(self.secret, os.O_RDONLY)
         os.set_inheritable(self.inherited, True)
-        self.victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+        self.victim = subprocess.Popen(sleep, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.tcp = socket.create_server(("127.0.0.1", 0))
         self.udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.udp.bind(("127.0.0.1", 0))

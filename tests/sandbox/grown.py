@@ -9,6 +9,7 @@ library and optiq.sandbox alone, so that an ordinary user can run it.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import shutil
 import sys
@@ -120,6 +121,7 @@ if __name__ == "__main__":
     mode, seed, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     if sys.argv[4:]:
         _older(int(sys.argv[4]))
+    faulthandler.dump_traceback_later(100 + 10 * count, exit=True)  # where it was stuck
     try:
         print(json.dumps(everything(mode, range(seed, seed + count))))
     finally:

@@ -46,7 +46,7 @@ def start(
     return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes, **user)
 
 
-def finish(campaign: subprocess.Popen[str], within: float = 120) -> dict[str, Any]:
+def finish(campaign: subprocess.Popen[str], within: float = 180) -> dict[str, Any]:
     out, err = campaign.communicate(timeout=within)
     assert campaign.returncode == 0, err
     return dict(json.loads(out))

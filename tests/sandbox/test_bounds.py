@@ -6,13 +6,17 @@ under the eyes of the watcher; `held` names what must be true of the end.
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from optiq.errors import UsageError
 from optiq.sandbox import Sandbox
+from optiq.sandbox.broker import Broker
+from optiq.sandbox.own_files import OwnFiles
 from tests.sandbox.conftest import BOUNDS
 from tests.sandbox.holding import holding
 from tests.sandbox.levels import process_level
@@ -241,6 +245,18 @@ signal.setitimer(signal.ITIMER_REAL, 0)
 print("done")
 """
     assert both.run(code).stdout == "done\n"
+
+
+def test_no_question_is_waited_for(tmp_path: Path) -> None:
+    """Older kernels would wait for ever where the process has ended."""
+    listener, asking = os.pipe()  # which, as a listener does, tells of its end without a question
+    broker = Broker(listener, os.getpid(), OwnFiles(tmp_path, listener, ""), LIMITS)
+    try:
+        assert broker.answer()
+        os.close(asking)
+        assert not broker.answer()
+    finally:
+        os.close(listener)
 
 
 def test_what_a_session_does_between_snippets(both: Sandbox) -> None:

@@ -80,13 +80,19 @@ class Broker:
         self._on_behalf = {calls[name]: name for name in ON_BEHALF if name in calls}
 
     def answer(self) -> bool:
-        """Take one question and answer it; False when nobody is left to ask."""
+        """Take one question, if there is one, and answer it; False when nobody is left to ask.
+
+        The kernel is asked for a question only where it has one: before Linux 6.11 it waits for
+        ever for the question of a process that has ended (seccomp_unotify(2), BUGS).
+        """
+        events = self._events()
+        if not events & select.POLLIN:
+            return not events & select.POLLHUP
         question = bytearray(_QUESTION.size)
         try:
             fcntl.ioctl(self.listener, _RECEIVE, question)
         except OSError as error:
-            # Without a question a signal has withdrawn it, or there is nobody any more.
-            return error.errno == errno.ENOENT and not self._alone()
+            return error.errno == errno.ENOENT  # a signal has withdrawn it
         number, task, _, call, _, _, *arguments = _QUESTION.unpack(question)
         result = refusal = flags = 0
         try:
@@ -104,10 +110,10 @@ class Broker:
             return error.errno == errno.ENOENT
         return True
 
-    def _alone(self) -> bool:
+    def _events(self) -> int:
         poll = select.poll()
         poll.register(self.listener, select.POLLIN)
-        return any(event & select.POLLHUP for _, event in poll.poll(0))
+        return next((event for _, event in poll.poll(0)), 0)
 
     def _threads(self, task: int) -> int:
         """A thread that was allowed is not there yet. Near the limit we wait for such ones; that of
