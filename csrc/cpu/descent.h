@@ -10,6 +10,8 @@
 // as a matrix product (hessian.h).
 #pragma once
 
+#include <atomic>
+
 #include "decode.h"
 #include "hessian.h"
 #include "quantize_group.h"
@@ -60,10 +62,16 @@ class RowDescent {
     for (size_t k = 0; k < groups; k++) {
       std::memset(tile.change, 0, sizeof(tile.change));
       h.slope(&tile.reach[0], &tile.error[0], k, tile.slope[0], rows);
-      bool changed = false;
-      for (int r = 0; r < rows; r++) {
-        changed |= improve(tile, r, k);
-      }
+      std::atomic<bool> changed = false;
+      auto some = [&](int part) {
+        const int first = part * kRowsTogether;
+        for (int r = first; r < std::min(first + kRowsTogether, rows); r++) {
+          if (improve(tile, r, k)) {
+            changed = true;
+          }
+        }
+      };
+      parallel_for((rows + kRowsTogether - 1) / kRowsTogether, some);
       if (changed) {
         h.spread(tile.change[0], k, &tile.reach[0], rows);
       }

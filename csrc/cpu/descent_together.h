@@ -63,6 +63,8 @@ class TogetherDescent {
 
   // Rows that move at a time, each as if the others stayed: far apart, since neighbours share most.
   static constexpr size_t kAtOnce = 16;
+  // Of an H that is too large for the cache of a core.
+  static constexpr size_t kWideColumns = 2048;
 
   const Descent& a;
   const RowDescent by_rows;
@@ -92,13 +94,13 @@ class TogetherDescent {
 
   // Where the rows of a turn change, all are pulled.
   void spread(size_t n) {
-    auto columns = [&](int part) {
-      for (size_t i = 0; i < a.rows; i += kRowsTogether) {
-        const size_t c = part * kColumnsTogether;
+    auto pulled = [&](int part) {
+      const size_t i = size_t(part) * kRowsTogether;
+      for (size_t c = 0; c < a.cols; c += kColumnsTogether) {
         add_product(&shares[i * most], most, n, &bend[c], a.cols, &pull[i * a.cols + c], a.cols);
       }
     };
-    parallel_for(int(a.cols / kColumnsTogether), columns);
+    parallel_for(int((a.rows + kRowsTogether - 1) / kRowsTogether), pulled);
   }
 
   // The slope of row i where its descent starts: to its target, or a shorter step on the way.
@@ -121,12 +123,18 @@ class TogetherDescent {
     }
   }
 
+  // The rows of a turn for each thread, or of a wide H, which all read once together, all of them.
+  size_t rows_of_a_tile(size_t n) const {
+    return a.cols < kWideColumns ? kRowsTogether : whole_tiles(n);
+  }
+
   Tiles take_steps(size_t turn, size_t n, bool careful) {
-    Tiles tiles((n + kRowsTogether - 1) / kRowsTogether);
+    const size_t of_tile = rows_of_a_tile(n);
+    Tiles tiles((n + of_tile - 1) / of_tile);
     auto each = [&](int task) {
-      const size_t first = size_t(task) * kRowsTogether, size = kRowsTogether * a.cols;
-      const int rows = int(std::min<size_t>(kRowsTogether, n - first));
-      auto& tile = *(tiles[task] = std::make_unique<Tile>(kRowsTogether, by_rows));
+      const size_t first = size_t(task) * of_tile, size = of_tile * a.cols;
+      const int rows = int(std::min<size_t>(of_tile, n - first));
+      auto& tile = *(tiles[task] = std::make_unique<Tile>(of_tile, by_rows));
       for (int r = 0; r < rows; r++) {
         by_rows.read(row(turn, first + r), r, tile);
         aim(turn, n, first + r, careful, &tile.reach[r * a.cols]);
@@ -163,8 +171,9 @@ class TogetherDescent {
   }
 
   void keep(size_t turn, size_t n, const Tiles& tiles) {
+    const size_t of_tile = rows_of_a_tile(n);
     for (size_t i = 0; i < n; i++) {
-      by_rows.write(row(turn, i), int(i % kRowsTogether), *tiles[i / kRowsTogether]);
+      by_rows.write(row(turn, i), int(i % of_tile), *tiles[i / of_tile]);
       for (size_t c = 0; c < a.cols; c++) {
         slope[row(turn, i) * a.cols + c] += bend[i * a.cols + c];
       }

@@ -6,6 +6,8 @@
 // comes.
 #pragma once
 
+#include <algorithm>
+
 #include "decode.h"
 #include "pool.h"
 #include "widths.h"
@@ -14,8 +16,10 @@ namespace optiq::cpu::OPTIQ_ISA {
 
 constexpr int kRowsTogether = 8; // of `add_product`
 constexpr size_t kColumnsTogether = 2 * kWide;
+constexpr size_t kColumnsOfTask = 512;
 
-// y[8, kColumnsTogether] += x[8, depth] @ m[depth, kColumnsTogether]
+// y[8, kColumnsTogether] += x[8, depth] @ m[depth, kColumnsTogether]; the columns after those are
+// read next, and are too far apart for the processor to see that by itself.
 inline void add_product(
     const float* x, size_t ldx, size_t depth, const float* m, size_t ldm, float* y, size_t ldy) {
   fw low[kRowsTogether], high[kRowsTogether];
@@ -25,6 +29,8 @@ inline void add_product(
   }
   for (size_t j = 0; j < depth; j++) {
     fw m_low = load<fw>(m + j * ldm), m_high = load<fw>(m + j * ldm + kWide);
+    __builtin_prefetch(m + j * ldm + 2 * kColumnsTogether);
+    __builtin_prefetch(m + j * ldm + 2 * kColumnsTogether + kWide);
     for (int i = 0; i < kRowsTogether; i++) {
       low[i] += x[i * ldx + j] * m_low;
       high[i] += x[i * ldx + j] * m_high;
@@ -69,15 +75,19 @@ class Hessian {
   }
 
   // reach += change @ H, or @ samples', over the columns of group k, of so many rows and those up
-  // to the next 8th.
+  // to the next 8th. All threads work on it, unless each has rows of its own.
   void spread(const float* change, size_t k, float* reach, int rows) const {
     const float* m = a.samples ? &columns_[k * group * width] : a.hessian + k * group * width;
-    for (size_t c = 0; c < width; c += kColumnsTogether) {
-      for (int r = 0; r < rows; r += kRowsTogether) {
-        add_product(
-            change + r * kMaxGroup, kMaxGroup, group, m + c, width, reach + r * width + c, width);
+    auto columns = [&](int part) {
+      const size_t begin = part * kColumnsOfTask, end = std::min(width, begin + kColumnsOfTask);
+      for (size_t c = begin; c < end; c += kColumnsTogether) {
+        for (int r = 0; r < rows; r += kRowsTogether) {
+          add_product(
+              change + r * kMaxGroup, kMaxGroup, group, m + c, width, reach + r * width + c, width);
+        }
       }
-    }
+    };
+    parallel_for(int((width + kColumnsOfTask - 1) / kColumnsOfTask), columns);
   }
 
   // The slope (v - w) H at the columns of group k, of as many rows; `error` is v - w [rows, cols].

@@ -64,6 +64,26 @@ def test_numpy_takes_the_same_steps() -> None:
     assert error(w, ours, h, g) == pytest.approx(error(w, theirs, h, g), rel=0.01)
 
 
+def test_a_wide_layer_takes_the_steps_of_its_parts() -> None:
+    """Columns that nothing couples are rounded as if each part were a layer."""
+    fmt, parts, width = Format("affine", 4, 64), 5, 512
+    w = mx.random.normal((37, parts * width), key=mx.random.key(3))
+    each, g = [moments(width, 16, seed) for seed in range(parts)], moments(37, 4, 9)
+    g = g + 8 * mx.diag(mx.diag(g))  # rows share too little for a turn to be taken back
+    zeros = mx.zeros((width, width))
+    h = mx.concatenate(
+        [
+            mx.concatenate([of if i == j else zeros for j in range(parts)], axis=1)
+            for i, of in enumerate(each)
+        ]
+    )
+    found = together(w, rounded(w, fmt, h), h, g)
+    for i, (part, of) in enumerate(zip(mx.split(w, parts, axis=1), each, strict=True)):
+        alone = together(part, rounded(part, fmt, of), of, g)
+        for whole, own in zip(found[:3], alone[:3], strict=True):
+            assert mx.array_equal(mx.split(whole, parts, axis=1)[i], own)
+
+
 @pytest.mark.parametrize("implementation", ["native", "numpy"])
 def test_outputs_that_do_not_fit_are_named(
     monkeypatch: pytest.MonkeyPatch, implementation: str
