@@ -32,7 +32,7 @@ from ..sources import LoadedModel
 from .options import Options
 from .prepare import metered
 from .rounding.descent import FEW_SWEEPS, SWEEPS, TOGETHER_SWEEPS
-from .rounding.moments import JUDGE_EVERY, paired, sampled
+from .rounding.moments import JUDGE_EVERY, few, made, paired, sampled
 from .sensitivity.fisher import scored_elements, squares
 
 NARROW = Format("affine", 4, 32)
@@ -271,12 +271,14 @@ def _fitting(module: Module, speed: Speed, tokens: int, together: bool) -> float
         judging = (_CANDIDATES - 1) * judged * speed.product
         return size * (sweeps * reached * speed.descent + judging)
     lookup = module.role is Role.EMBEDDING and not module.tied
-    moments = 0 if lookup else tokens * width**2
-    steps = size * width * (speed.descent + (_CANDIDATES - 1) * speed.product)
+    moments = 0 if lookup else tokens * made(width)
+    judges = tokens / JUDGE_EVERY
+    judged = judges if few(judges, width) else width  # columns that a change is multiplied with
+    steps = size * (width * speed.descent + (_CANDIDATES - 1) * judged * speed.product)
     if together:
-        moments += tokens * out**2
+        moments += tokens * made(out)
         steps += size * (width + out) * TOGETHER_SWEEPS * speed.together
-        steps += size * (width + _CANDIDATES * out) * speed.product  # they are judged
+        steps += size * judged / width * (width + _CANDIDATES * out) * speed.product
     return steps + moments * speed.product
 
 

@@ -31,7 +31,8 @@ from .sensitivity.rounds import exact
 SCORES = "measuring sensitivity"
 LEAST_TOKENS = 512  # of calibration text that --memory leaves
 
-_MATRICES = 5  # H or G of the sequences that fit and that judge; shrunk, in three parts
+# H or G of the sequences that fit and, unless their rows are few, that judge; shrunk, three parts
+_MATRICES = 5
 _SAMPLES = 5  # inputs that stand for H: as they are, weighed, scaled, and as a descent reads them
 _ROUNDINGS = 3  # of a layer of experts that are compared
 
@@ -171,7 +172,8 @@ def _fitting_one(shapes: Shapes, module: Module, tokens: int, together: bool) ->
         return (_MATRICES + 2) * 4 * columns**2 + change + rows + rounded + changed
     squares = 4 * (columns**2 + (out**2 if together else 0))
     changed = _changed(max(out * columns, columns**2))
-    return max(_MATRICES * squares, (_MATRICES - 1) * squares + change) + changed
+    matrices = _MATRICES - moments.few(tokens / moments.JUDGE_EVERY, columns)
+    return max(matrices * squares, (matrices - 1) * squares + change) + changed
 
 
 def _row(shapes: Shapes, module: Module) -> int:

@@ -163,6 +163,30 @@ def test_noise_falls_with_tokens_and_not_with_the_scale_of_inputs() -> None:
     assert noise(32, 8, 1000.0) == pytest.approx(noise(32, 8), rel=1e-3)
 
 
+@pytest.mark.parametrize("tokens", [7, 39, 41])
+def test_wide_moments_are_made_in_parts_and_few_rows_judge_as_such(
+    monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    monkeypatch.setattr(moments, "PART", 32)
+    judges, width, out = [False, True, False, False], 80, 24
+    rows = [correlated(width, 11, 1)[0], *correlated(width, tokens, 3)]
+    rows = [(x, mx.random.uniform(shape=(len(x),), key=mx.random.key(7))) for x, _ in rows]
+    each = [
+        np.einsum("t,ti,tj->ij", *(np.array(a, np.float64) for a in (w, x, x))) for x, w in rows
+    ]
+    found = moments._sum(judges, [[of] for of in rows])
+    assert moments.few(*found.judge.shape) == (2 * tokens < width)
+    check_one(found, expected_moments(each, judges=[1]), "wide", 5e-4)
+    gradients = correlated(out, tokens // 4, 4)
+    outputs = moments._sum(judges, [[of] for of in gradients])
+    change = mx.random.normal((out, width), key=mx.random.key(8))
+    g = np.array(gradients[1][0], np.float64)
+    d = np.array(change, np.float64)
+    alone, both = np.trace(d @ each[1] @ d.T), np.trace(g.T @ g @ d @ each[1] @ d.T)
+    assert found.judged(change).item() == pytest.approx(alone, rel=1e-4)
+    assert found.judged(change, outputs).item() == pytest.approx(both, rel=1e-4)
+
+
 def test_inputs_that_never_differ_have_no_noise_and_dead_columns_do_no_harm() -> None:
     x = mx.random.normal((32, 64), key=mx.random.key(0)) * (mx.arange(64) >= 8)
     rows = [[(x, mx.ones(32))]] * 4

@@ -143,8 +143,7 @@ def best(
     The output error of `v` is `tr(G (v - w) H (v - w)')`; without `outputs` G is the identity.
     """
     found = _candidates(w, fmt, inputs, outputs)
-    judge = None if outputs is None else outputs.judge
-    errors = {name: _error(w, v, inputs, judge) for name, v in found.items()}
+    errors = {name: _error(w, v, inputs, outputs) for name, v in found.items()}
     name = min(errors, key=lambda name: errors[name])
     return name, found[name][:3]
 
@@ -204,11 +203,11 @@ def _candidates(
 
 
 def _error(
-    w: mx.array, v: ops.AffineWeight, inputs: InputMoments, outputs: mx.array | None = None
+    w: mx.array, v: ops.AffineWeight, inputs: InputMoments, outputs: Moments | None = None
 ) -> float:
     if outputs is not None:
         change = v.dequantized() - w.astype(mx.float32)
-        return float(np.asarray(mx.sum((change @ inputs.judge) * (outputs @ change))))
+        return float(np.asarray(inputs.judged(change, outputs)))
     step, total = max(1, ELEMENTS // w.shape[-1]), 0.0
     for start in range(0, w.shape[0], step):
         rows = slice(start, start + step)

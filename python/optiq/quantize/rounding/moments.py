@@ -5,7 +5,8 @@ and of g g', with that gradient (see descent.py). Of few tokens they are mostly 
 diagonals, which a descent would fit; so they are shrunk, by what the sequences differ in.
 
 Of fewer rows than columns the rows are kept in place of H, which is then never made: for the down
-projection of a model of 8 billion weights and 1,024 tokens 59 MB in place of 822.
+projection of a model of 8 billion weights and 1,024 tokens 59 MB in place of 822. Those that judge
+are mostly so few.
 
 An expert sees a few of the tokens. Its columns are driven together much as those of the others are,
 for all have the same inputs; so its H is shrunk towards the layer's, the sum over all experts,
@@ -42,15 +43,20 @@ JUDGE_EVERY = 8
 DAMPING = 0.01
 
 # What a weight takes for each column, in multiplications of a product on one core.
-_DESCENT, _TOGETHER = 11, 12
+_DESCENT, _TOGETHER = 6, 10
 
 # Elements of H, or of a weight's change, that are worked on at a time beside the whole.
 ELEMENTS = 1 << 24
+
+# Of rows and columns, of which a part of H is made at a time.
+PART = 2048
 
 
 @dataclass(frozen=True)
 class Moments:
     """H or G, square in float32, of the sequences that are fitted to and of those that judge.
+
+    Where few rows judge, `judge` are these, by the root of how much they count.
 
     `noise` is the standard error of the entries of `fit` off its diagonal, by what sequences differ
     in, over their distance from the target: both as root mean squares of correlations, so that
@@ -72,13 +78,17 @@ class Moments:
     def shrunk(self) -> mx.array:
         """What a weight is fitted to: `fit` moved by the share `noise` towards the target."""
         diagonal = self.diagonal
-        target = _with_diagonal(diagonal, self.correlations)
-        damping = mx.full(diagonal.shape, DAMPING * mx.mean(diagonal))
-        return (1 - self.noise) * self.fit + self.noise * target + mx.diag(damping)
+        added = mx.full(diagonal.shape, DAMPING * mx.mean(diagonal))
+        shrunk = (1 - self.noise) * self.fit
+        if self.correlations is None:
+            added += self.noise * diagonal
+        else:
+            shrunk += self.noise * _with_diagonal(diagonal, self.correlations)
+        return shrunk + mx.diag(added)
 
-    def judged(self, change: mx.array) -> mx.array:
+    def judged(self, change: mx.array, outputs: Moments | None = None) -> mx.array:
         """The output error of a change of a weight, where it is judged."""
-        return mx.sum((change @ self.judge) * change)
+        return _judged(self.judge, change, outputs)
 
 
 @dataclass(frozen=True)
@@ -99,16 +109,35 @@ class FewMoments:
         added = self.noise * diagonal + DAMPING * mx.mean(diagonal)
         return ops.Sampled(mx.sqrt(1 - self.noise) * self.fit, added)
 
-    def judged(self, change: mx.array) -> mx.array:
-        return mx.sum(mx.square(change @ self.judge.T))
+    def judged(self, change: mx.array, outputs: Moments | None = None) -> mx.array:
+        return _judged(self.judge, change, outputs)
 
 
 InputMoments = Moments | FewMoments
 
 
-def _with_diagonal(diagonal: mx.array, correlations: mx.array | None) -> mx.array:
-    if correlations is None:
-        return mx.diag(diagonal)
+def few(rows: float, columns: int) -> bool:
+    """Whether so many rows are kept in place of their H."""
+    return 2 * rows < columns
+
+
+def made(columns: int) -> int:
+    """The elements of H that are made; the others are the same."""
+    full, rest = divmod(columns, PART)
+    return PART**2 * full * (full + 1) // 2 + rest * columns
+
+
+def _judged(judge: mx.array, change: mx.array, outputs: Moments | None) -> mx.array:
+    """tr(G change H change'), with the rows of H or G where they are few."""
+    moved = change @ judge.T
+    other = moved if few(*judge.shape) else change
+    if outputs is not None:
+        rows = outputs.judge
+        other = rows.T @ (rows @ other) if few(*rows.shape) else rows @ other
+    return mx.sum(moved * other)
+
+
+def _with_diagonal(diagonal: mx.array, correlations: mx.array) -> mx.array:
     root = mx.sqrt(diagonal)
     return correlations * root[:, None] * root
 
@@ -174,11 +203,6 @@ def divided(module: Module) -> bool:
     return module.block is None or module.role is Role.EXPERT
 
 
-def few(rows: int, columns: int) -> bool:
-    """Whether so many rows are kept in place of their H."""
-    return 2 * rows < columns
-
-
 def paired(module: Module, together: bool) -> bool:
     """Whether the module's rows are fitted together, if rows are at all."""
     plain = len(module.shape) == 2 and module.role not in (Role.EMBEDDING, Role.HEAD)
@@ -196,7 +220,7 @@ def _cost(tokens: int, together: bool, module: Module) -> float:
     together = paired(module, together)
     if sampled(module, tokens, together):
         return prod(module.shape) * 2 * tokens * _DESCENT
-    return 2 * tokens * (width**2 + together * out**2) + prod(module.shape) * width * (
+    return 2 * tokens * (made(width) + together * made(out)) + prod(module.shape) * width * (
         _DESCENT + together * _TOGETHER
     )
 
@@ -293,12 +317,10 @@ def _of_rows(judges: Sequence[bool], rows: Sequence[Sequence[Rows]]) -> InputMom
         return _sum(judges, rows)
     scale = _inverse_root(sum(map(_diagonal, rows), mx.array(0.0)))
     each = sum((_squares(of, scale) for of in rows), mx.array(0.0))
-    fit, judge = (
-        [x for own, of in zip(judges, rows, strict=True) if own == judging for x in of]
-        for judging in (False, True)
-    )
+    fit, judge = _divided(judges, rows)
     share = _share(judges, each, _squares([*fit, *judge], scale), _squares(fit, scale))
-    return FewMoments(_weighed(fit), _weighed(judge), mx.sqrt(share))
+    size = len(scale)
+    return FewMoments(_weighed(fit, size), _weighed(judge, size), mx.sqrt(share))
 
 
 def _sum(
@@ -310,16 +332,20 @@ def _sum(
     size = (rows[0][0][0] if prior is None else prior).shape[-1]
     diagonal = mx.zeros(size) if prior is None else mx.diag(prior)
     scale = _inverse_root(sum(map(_diagonal, rows), diagonal))
-    sums = [mx.zeros((size, size)) for _ in range(2)]
     each = mx.array(0.0)
-    for judge, of in zip(judges, rows, strict=True):
-        for x, weights in of:
-            sums[judge] = sums[judge] + (x * weights[:, None]).T @ x
-        if of:
-            each = each + _squares(of, scale)
-        mx.eval(sums, each)
-    fit, judging = sums
-    of_all = _off_diagonal(fit + judging, scale)
+    for of in rows:
+        each = each + (_squares(of, scale) if of else 0)
+        mx.eval(each)
+    fitted, judging = _divided(judges, rows)
+    fit = _hessian(fitted, size)
+    if few(sum(len(x) for x, _ in judging), size):
+        judge = _weighed(judging, size)
+        scaled = judge * mx.square(scale)
+        both = mx.sum((scaled @ fit - scaled * mx.diag(fit)) * scaled)
+        of_all = _off_diagonal(fit, scale) + 2 * both + _squares(judging, scale)
+    else:
+        judge = _hessian(judging, size)
+        of_all = _off_diagonal(fit + judge, scale)
     if prior is None:
         correlations, distance = None, fit
     else:
@@ -328,7 +354,53 @@ def _sum(
         fit = fit + prior
         distance = fit - _with_diagonal(mx.diag(fit), correlations)
     share = _share(judges, each, of_all, _off_diagonal(distance, scale))
-    return Moments(fit, judging, mx.sqrt(share), correlations)
+    return Moments(fit, judge, mx.sqrt(share), correlations)
+
+
+def _divided(
+    judges: Sequence[bool], rows: Sequence[Sequence[Rows]]
+) -> tuple[Sequence[Rows], Sequence[Rows]]:
+    """The rows that are fitted to, and those that judge."""
+    fitted, judging = (
+        [x for own, of in zip(judges, rows, strict=True) if own == way for x in of]
+        for way in (False, True)
+    )
+    return fitted, judging
+
+
+def _hessian(rows: Sequence[Rows], size: int) -> mx.array:
+    """The sum of w x x'. Parts below the diagonal are those above it."""
+    cuts = [slice(at, at + PART) for at in range(0, size, PART)]
+    parts = {
+        (i, j): mx.zeros((len(range(size)[a]), len(range(size)[b])))
+        for i, a in enumerate(cuts)
+        for j, b in enumerate(cuts)
+        if i <= j
+    }
+    for x, weights in _in_parts(rows):
+        weighted = x * weights[:, None]
+        for i, j in parts:
+            parts[i, j] = parts[i, j] + weighted[:, cuts[i]].T @ x[:, cuts[j]]
+        mx.eval(parts)
+    return mx.concatenate(
+        [
+            mx.concatenate(
+                [parts[i, j] if i <= j else parts[j, i].T for j in range(len(cuts))], axis=1
+            )
+            for i in range(len(cuts))
+        ]
+    )
+
+
+def _in_parts(rows: Sequence[Rows]) -> Iterator[Rows]:
+    """PART rows at a time, or a few more."""
+    waiting: list[Rows] = []
+    for n, row in enumerate(rows, 1):
+        waiting.append(row)
+        if n == len(rows) or sum(len(x) for x, _ in waiting) >= PART:
+            parts, weights = zip(*waiting, strict=True)
+            yield mx.concatenate(list(parts)), mx.concatenate(list(weights))
+            waiting.clear()
 
 
 def _share(
@@ -349,9 +421,10 @@ def _diagonal(of: Sequence[Rows]) -> mx.array:
     )
 
 
-def _weighed(of: Sequence[Rows]) -> mx.array:
-    """Rows whose products are H."""
-    return mx.concatenate([x * mx.sqrt(weights)[:, None] for x, weights in of])
+def _weighed(of: Sequence[Rows], size: int) -> mx.array:
+    """Rows `[any, size]` whose products are H."""
+    none = mx.zeros((0, size))
+    return mx.concatenate([none, *(x * mx.sqrt(weights)[:, None] for x, weights in of)])
 
 
 def _inverse_root(x: mx.array) -> mx.array:
@@ -363,7 +436,7 @@ def _squares(of: Sequence[Rows], scale: mx.array) -> mx.array:
 
     All squares sum to those of the products of the rows with each other, which mostly are fewer.
     """
-    x = _weighed(of) * scale
+    x = _weighed(of, len(scale)) * scale
     products = x @ x.T if len(x) < len(scale) else x.T @ x
     return mx.sum(mx.square(products)) - mx.sum(mx.square(mx.sum(mx.square(x), axis=0)))
 
