@@ -16,7 +16,7 @@ namespace optiq::cpu::OPTIQ_ISA {
 
 constexpr int kRowsTogether = 8; // of `add_product`
 constexpr size_t kColumnsTogether = 2 * kWide;
-constexpr size_t kColumnsOfTask = 512;
+constexpr size_t kColumnsOfTask = 128;
 
 // y[8, kColumnsTogether] += x[8, depth] @ m[depth, kColumnsTogether]; the columns after those are
 // read next, and are too far apart for the processor to see that by itself.
