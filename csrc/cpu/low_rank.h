@@ -126,6 +126,9 @@ struct LowRankTask {
       const LowRank& t = part.terms[p.slots[begin]];
       if (t.rank > 0) {
         float* y = part.y + size_t(begin) * part.out;
+        for (int row = begin; t.gain && row < end; row++) {
+          multiply(t.gain, part.out, part.y + size_t(row) * part.out);
+        }
         Scratch<float> h(size_t(kTermRows) * t.rank);
         t.type == Float::f16 ? rows<Float::f16>(end - begin, x, t, h, y, part.out)
                              : rows<Float::f32>(end - begin, x, t, h, y, part.out);
@@ -134,6 +137,12 @@ struct LowRankTask {
   }
 
  private:
+  static void multiply(const float* gain, int n, float* y) {
+    for (int i = 0; i < n; i++) {
+      y[i] *= gain[i];
+    }
+  }
+
   template <Float TYPE>
   void rows(int n, const float* x, const LowRank& t, float* h, float* y, size_t out) {
     if (n == kTermRows) {

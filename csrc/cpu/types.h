@@ -93,14 +93,17 @@ struct Products {
 };
 
 // x @ a @ b: a term of low rank beside a product. a [in, rank] and b [rank, out] are contiguous, in
-// float32 or float16; the rank is a multiple of 8, or 0 for none.
+// float32 or float16; the rank is a multiple of 8, or 0 for none. With a gain [out] the product is
+// multiplied with it before.
 struct LowRank {
   const void *a, *b;
   Float type;
   int rank;
+  const float* gain = nullptr;
 };
 
-// y[i, :] += x[i, :] @ a @ b of the term in the slot of row i, for several products of x[m, in].
+// y[i, :] = gain * y[i, :] + x[i, :] @ a @ b, with the term in the slot of row i, for several
+// products of x[m, in].
 struct LowRankPart {
   const LowRank* terms; // by slot
   float* y;             // [m, out]

@@ -45,8 +45,10 @@ void bind_decoder_block(nb::module_& m) {
           "slots"_a, "in"_a, "out"_a)
       .def(
           "put",
-          [](Terms& t, int slot, const array& a, const array& b) { t.terms->put(slot, a, b); },
-          "slot"_a, "a"_a, "b"_a)
+          [](Terms& t, int slot, const array& a, const array& b, const std::optional<array>& gain) {
+            t.terms->put(slot, a, b, gain);
+          },
+          "slot"_a, "a"_a, "b"_a, "gain"_a = nb::none())
       .def("clear", [](Terms& t, int slot) { t.terms->clear(slot); }, "slot"_a);
   nb::class_<TiledHandle>(m, "TiledWeight")
       .def_prop_ro("arrays", [](const TiledHandle& t) { return t.arrays; })

@@ -1,6 +1,7 @@
 #include "ops/low_rank.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #if defined(__linux__)
@@ -20,7 +21,8 @@
 namespace optiq {
 namespace {
 
-constexpr int kRanks = 8; // as the kernel wants them
+constexpr int kRanks = 8;  // as the kernel wants them
+constexpr int kArrays = 3; // of a term
 
 template <class... Parts>
 [[noreturn]] void fail_terms(Parts&&... parts) {
@@ -104,7 +106,7 @@ LowRankTerms::LowRankTerms(int slots, int in, int out) : in(in), out(out) {
   }
   auto empty = std::make_shared<Table>();
   empty->terms.resize(slots, cpu::LowRank{});
-  empty->kept.resize(2 * size_t(slots), array(0.0f));
+  empty->kept.resize(kArrays * size_t(slots), array(0.0f));
   table_ = std::move(empty);
 }
 
@@ -115,7 +117,7 @@ std::shared_ptr<LowRankTerms::Table> LowRankTerms::changed(int slot) {
   return std::make_shared<Table>(*table_);
 }
 
-void LowRankTerms::put(int slot, const array& a, const array& b) {
+void LowRankTerms::put(int slot, const array& a, const array& b, const std::optional<array>& gain) {
   auto table = changed(slot);
   for (const array* m : {&a, &b}) {
     if (m->ndim() != 2 || (m->dtype() != mx::float32 && m->dtype() != mx::float16) ||
@@ -131,16 +133,22 @@ void LowRankTerms::put(int slot, const array& a, const array& b) {
         "; they must be [", in, ", rank] and [rank, ", out,
         "] of one dtype, with a rank that is a multiple of ", kRanks);
   }
-  table->terms[slot] = {a.data<char>(), b.data<char>(), float_type(a.dtype()), rank};
-  table->kept[2 * slot] = a;
-  table->kept[2 * slot + 1] = b;
+  if (gain && (gain->shape() != mx::Shape{out} || gain->dtype() != mx::float32 ||
+                  !gain->is_available() || !gain->flags().row_contiguous)) {
+    fail_terms("gain is ", gain->shape(), " ", gain->dtype(), "; it must be [", out,
+        "] in float32, evaluated and contiguous");
+  }
+  table->terms[slot] = {a.data<char>(), b.data<char>(), float_type(a.dtype()), rank,
+      gain ? gain->data<float>() : nullptr};
+  std::array kept = {a, b, gain.value_or(array(0.0f))};
+  std::copy(kept.begin(), kept.end(), table->kept.begin() + kArrays * slot);
   table_ = std::move(table);
 }
 
 void LowRankTerms::clear(int slot) {
   auto table = changed(slot);
   table->terms[slot] = {};
-  table->kept[2 * slot] = table->kept[2 * slot + 1] = array(0.0f);
+  std::fill_n(table->kept.begin() + kArrays * slot, kArrays, array(0.0f));
   table_ = std::move(table);
 }
 

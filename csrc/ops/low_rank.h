@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include <mlx/array.h>
@@ -26,8 +27,10 @@ class LowRankTerms {
   LowRankTerms(int slots, int in, int out);
 
   /** Puts x @ a @ b into a slot: evaluated, contiguous arrays [in, rank] and [rank, out], both
-   * float32 or float16, with a rank that is a multiple of 8. Throws std::invalid_argument. */
-  void put(int slot, const mx::array& a, const mx::array& b);
+   * float32 or float16, with a rank that is a multiple of 8. The layer's own product is multiplied
+   * with `gain`, [out] in float32, before. Throws std::invalid_argument. */
+  void put(int slot, const mx::array& a, const mx::array& b,
+      const std::optional<mx::array>& gain = std::nullopt);
   void clear(int slot);
 
   std::shared_ptr<const Table> table() const {

@@ -18,7 +18,7 @@ from optiq.serve.opening import open_model
 from tests.lora.models import mixed_folder
 from tests.lora.test_adapter import random_dora, same
 from tests.lora.test_merging import error, logits, with_adapter
-from tests.serve.servers import read_options
+from tests.serve.servers import read_options, served
 from tests.tiny import tiny_folder
 
 
@@ -66,6 +66,9 @@ def test_it_is_refused_where_only_terms_are_added(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"sum of adapters .* DoRA.*optiq lora merge"):
         lora.combined([(adapter, 0.5)])
     write(adapter, tmp_path / "adapter")
-    read = read_options({"adapters": (("a", str(tmp_path / "adapter")),)})
-    with pytest.raises(AdapterError, match="a server does not go with DoRA"):
-        open_model(str(folder), read)
+    mounted = tuple((name, str(tmp_path / "adapter")) for name in "ab")
+    read = read_options({"adapters": mounted})
+    with served(open_model(str(folder), read), read) as asked:
+        body = {"messages": [{"role": "user", "content": "hi"}], "adapter": "a=0.5+b=0.5"}
+        refused = asked.post("/v1/chat/completions", body, status=400)
+    assert "does not go with DoRA" in refused["error"]["message"]

@@ -11,8 +11,9 @@ import pytest
 from optiq.kv.rows import joined
 from optiq.lora.adapter import Adapter
 from optiq.lora.gathered import Shadow, halved
-from optiq.lora.layers import LowRank, put
+from optiq.lora.layers import LowRank, gain, put
 from optiq.models.adaptable import adaptable
+from optiq.models.places import place_at
 from optiq.models.roles import Role
 from optiq.nn.adapted import Adapted
 from optiq.ops import native
@@ -24,8 +25,8 @@ KINDS = ["mistral", "gemma3_text", "olmo2", "phi3", "gemma4_text"]
 
 
 def adapter(model: Any, seed: int) -> Adapter:
-    """Ranks 1 to 12 beside most layers."""
-    terms = {}
+    """Ranks 1 to 12 beside most layers; of DoRA where the seed is even."""
+    terms, magnitudes = {}, {}
     for i, module in enumerate(adaptable(model)):
         if i % 5 == seed % 5 or module.role is Role.EXPERT:
             continue
@@ -36,7 +37,11 @@ def adapter(model: Any, seed: int) -> Adapter:
             mx.random.normal((width, rank), key=a) * (width * rank) ** -0.5,
             mx.random.normal((rank, out), key=b),
         )
-    return Adapter(terms, 0.5)
+        if seed % 2 == 0:
+            layer = place_at(model, module.path).get()
+            lengths = 1 / gain(layer, terms[module.path], 0.5, mx.ones(out))
+            magnitudes[module.path] = (0.8 + 0.4 * mx.random.uniform(shape=(out,), key=a)) * lengths
+    return Adapter(terms, 0.5, magnitudes=magnitudes)
 
 
 def prepared_with(kind: str, kv: str | None = None) -> tuple[Any, Shadow, list[Adapter]]:
@@ -44,7 +49,7 @@ def prepared_with(kind: str, kv: str | None = None) -> tuple[Any, Shadow, list[A
     adapters = [adapter(model, seed) for seed in (1, 2)]
     shadow = Shadow(model, 2)
     for slot, each in enumerate(adapters, start=1):
-        shadow.fill(slot, halved(each))
+        shadow.fill(slot, halved(each, model))
     return model, shadow, adapters
 
 
@@ -84,7 +89,7 @@ def test_it_computes_what_the_adapter_alone_does(kind: str) -> None:
     ids = mx.array([[5, 6, 7, 8]])
     for slot, each in enumerate(adapters, start=1):
         truth = copy.deepcopy(model)
-        put(truth, each.terms, each.scale)
+        put(truth, each.terms, each.scale, magnitudes=each.magnitudes)
         expected = truth(ids)
         shadow.select([slot])
         got = shadow.model(ids)

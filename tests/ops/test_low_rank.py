@@ -79,6 +79,27 @@ def test_runs_of_rows_share_a_slot(kernels: str) -> None:
     assert not ops.gathered_low_rank(x, terms, [1]).any().item()
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_gains_are_of_the_product_and_not_of_the_bias(dtype: mx.Dtype) -> None:
+    pair, terms = drawn(48, 40)[1], ops.LowRankTerms(3, 48, 40)
+    assert pair is not None
+    gain = mx.random.uniform(0.5, 2, (40,), key=mx.random.key(4))
+    mx.eval(gain)
+    terms.put(1, half(*pair, 1.0), gain)
+    terms.put(2, half(*pair, 1.0))
+    y = mx.random.normal((4, 3, 40), key=mx.random.key(6)).astype(dtype)
+    bias = mx.random.normal((40,), key=mx.random.key(5)).astype(dtype)
+    for given, off in ((None, mx.zeros(40)), (bias, bias)):
+        got = terms.scaled(y, [0, 1, 2, 1], given)
+        assert got.dtype == dtype
+        assert mx.array_equal(got[::2], y[::2])
+        own, off, found = (a.astype(mx.float32) for a in (y[1::2], off, got[1::2]))
+        expected = gain * (own - off) + off
+        close = 2.0**-7 if dtype == mx.bfloat16 else 2.0**-10
+        assert mx.abs(found - expected).max() <= close * mx.abs(expected).max()
+        assert terms.scaled(y, [2, 0, 0, 2], given) is y
+
+
 @pytest.mark.parametrize(("of_a", "of_b"), [(1e-9, 1e7), (1e9, 1e-12), (1e-30, 1.0), (0.0, 1.0)])
 def test_what_float16_holds_badly_is_shifted(of_a: float, of_b: float) -> None:
     pair = drawn(48, 40)[2]
@@ -132,6 +153,10 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=reason):
             terms.put(slot, (left, right))
+    for gain in (mx.zeros(39), mx.zeros(40, mx.float16), mx.zeros((1, 40))):
+        mx.eval(gain)
+        with pytest.raises(ValueError, match=r"must be \[40\] in float32"):
+            terms.put(1, (a, b), gain)
     x = mx.zeros((3, 48))
     for slots in ([5, 0, 0], [-1], [0, 0], []):
         with pytest.raises(ValueError, match="slot"):

@@ -20,7 +20,7 @@ from optiq.errors import AdapterError
 from optiq.kv.prefix import Key
 from optiq.lora import peft
 from optiq.lora.adapter import write
-from optiq.lora.gathered import Shadow, halved
+from optiq.lora.gathered import Halved, Shadow, halved
 from optiq.lora.layers import put
 from optiq.lora.merging import combined, merge
 from optiq.models.adaptable import adaptable
@@ -32,7 +32,7 @@ from optiq.serve.engine.request import Request, Sampling
 from optiq.serve.engine.scheduler import Pace
 from optiq.serve.opening import open_model
 from tests.lora.models import mixed_folder
-from tests.lora.test_adapter import random_adapter
+from tests.lora.test_adapter import random_adapter, random_dora
 from tests.serve import cases
 from tests.serve.cases import NEVER_ENDS, ask
 from tests.serve.servers import MODEL, Asked, read_options, served
@@ -41,6 +41,7 @@ KEY = "an-admin-key"
 ADMIN = {"authorization": f"Bearer {KEY}"}
 ON = {str(token): bias for token, bias in NEVER_ENDS.items()}
 NAMES = ("a", "b", "c")
+ALL = (*NAMES, "dora")
 PROMPTS = ("Where?", "Tell me of the river", "7 boxes, 12 pens")
 
 
@@ -52,6 +53,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for seed, name in enumerate(NAMES):
         found[name] = parent / name
         write(random_adapter(found["model"], 0.2, seed), found[name])
+    found["dora"] = parent / "dora"
+    write(replace(random_dora(found["model"]), scale=0.2), found["dora"])
     return found
 
 
@@ -76,7 +79,7 @@ def say(asked: Asked, name: str | None, prompt: str, **fields: Any) -> str:
 def alone(folders: dict[str, Path]) -> dict[tuple[str | None, str], str]:
     """What each says on a server of its own; the model on one that knows no adapters."""
     found: dict[tuple[str | None, str], str] = {}
-    for name in (None, *NAMES):
+    for name in (None, *ALL):
         keys = {"admin_keys": ()} if name is None else {}
         with serving(folders, *([name] if name else []), **keys) as asked:
             found |= {(name, prompt): say(asked, name, prompt) for prompt in PROMPTS}
@@ -88,8 +91,9 @@ def test_any_mix_gives_what_each_alone_gives(
     folders: dict[str, Path], alone: dict[tuple[str | None, str], str]
 ) -> None:
     draw = random.Random(5)
-    wanted = [(draw.choice((None, *NAMES)), draw.choice(PROMPTS)) for _ in range(30)]
-    with serving(folders, *NAMES) as asked, ThreadPoolExecutor(10) as pool:
+    wanted = [(draw.choice((None, *ALL)), draw.choice(PROMPTS)) for _ in range(30)]
+    assert {name for name, _ in wanted} == {None, *ALL}
+    with serving(folders, *ALL) as asked, ThreadPoolExecutor(10) as pool:
         said = list(pool.map(lambda one: say(asked, *one), wanted))
     assert said == [alone[one] for one in wanted]
 
@@ -436,25 +440,26 @@ def test_a_shadow_shares_weights_and_computes_each_row_with_its_adapter(
     folders: dict[str, Path],
 ) -> None:
     model, _ = load(str(folders["model"]))
-    adapters = [random_adapter(folders["model"], 0.2, seed) for seed in range(3)]
+    adapters = [random_adapter(folders["model"], 0.2, seed) for seed in range(2)]
+    adapters.append(random_dora(folders["model"]))
     before = mx.get_active_memory()
     shadow = Shadow(model, 4)
     assert mx.get_active_memory() - before < 100_000
     ids = mx.array([[5, 6, 7, 8]])
     plain = model(ids)
     for slot in (1, 3, 2):
-        shadow.fill(slot, halved(adapters[slot - 1]))
+        shadow.fill(slot, halved(adapters[slot - 1], model))
     shadow.select([0, 3, 1, 2])
     got = shadow.model(mx.concatenate([ids] * 4))
     assert mx.array_equal(model(ids), plain)
     for row, adapter in ((0, None), (1, adapters[2]), (2, adapters[0]), (3, adapters[1])):
         truth, _ = load(str(folders["model"]))
         if adapter is not None:
-            put(truth, adapter.terms, adapter.scale)
+            put(truth, adapter.terms, adapter.scale, magnitudes=adapter.magnitudes)
         expected = truth(ids)[0]
         assert mx.abs(got[row] - expected).max() <= 2e-3 * mx.abs(expected).max(), row
     assert len(adaptable(model)) == 14
-    shadow.fill(2, {})
+    shadow.fill(2, Halved({}, {}))
     shadow.select([2])
     assert mx.abs(shadow.model(ids) - plain).max() <= 2e-3 * mx.abs(plain).max()
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
+import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..kv import route
 from ..models.adaptable import adaptable
@@ -19,13 +22,32 @@ from ..nn.adapted import Adapted, Selection
 from ..ops import LowRankTerms
 from ..ops.low_rank import Pair, halves
 from .adapter import Adapter
+from .layers import gain
 
-Halves = Mapping[str, Pair]
+
+class Halved(NamedTuple):
+    """An adapter as the layers of a shadow take it: terms in 16 bits, and the gains of DoRA."""
+
+    terms: Mapping[str, Pair]
+    gains: Mapping[str, mx.array]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes + b.nbytes for a, b in self.terms.values()) + sum(
+            gain.nbytes for gain in self.gains.values()
+        )
 
 
-def halved(adapter: Adapter) -> Halves:
-    """The terms of an adapter as the layers of a shadow take them, in 16 bits. Takes a while."""
-    return halves(adapter.exact, adapter.scale)
+def halved(adapter: Adapter, model: nn.Module) -> Halved:
+    """An adapter of `model`. Takes a while, and with DoRA as long as to read all its layers."""
+    terms, gains = dict(adapter.exact), {}
+    for path, magnitude in adapter.magnitudes.items():
+        layer = place_at(model, path).get()
+        found = gain(layer, adapter.terms[path], adapter.scale, magnitude).astype(mx.float32)
+        mx.eval(found)  # a weight at a time
+        a, b = terms[path]
+        gains[path], terms[path] = found, (a, b * np.asarray(found))
+    return Halved(halves(terms, adapter.scale), gains)
 
 
 class Shadow:
@@ -45,10 +67,10 @@ class Shadow:
                 place.set(Adapted(place.get(), terms, self._selection))
         route(self.model)  # for blocks that run as mlx-lm wrote them
 
-    def fill(self, slot: int, terms: Halves) -> None:
+    def fill(self, slot: int, adapter: Halved) -> None:
         """Put an adapter into slot 1, 2, ..., in place of what was there."""
         for path, of_layer in self._terms.items():
-            of_layer.put(slot, terms.get(path))
+            of_layer.put(slot, adapter.terms.get(path), adapter.gains.get(path))
 
     def select(self, slots: Sequence[int]) -> None:
         """The slots of the rows of the next batch."""

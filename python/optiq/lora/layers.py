@@ -57,8 +57,7 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, linear: nn.Module, term: LowRank, scale: float, magnitude: mx.array) -> None:
         super().__init__(linear, term, scale)
-        lengths = mx.linalg.norm(dense(linear) + scale * (term.a @ term.b).T, axis=1)
-        self._gain = magnitude / lengths
+        self._gain = gain(linear, term, scale, magnitude)
         self._bias = linear.get("bias", 0.0)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -79,6 +78,12 @@ class LoRAEmbedding(nn.Module):
     def __call__(self, ids: mx.array) -> mx.array:
         y: mx.array = self.embedding(ids)
         return y + (self.scale * self.lora_a[ids] @ self.lora_b).astype(y.dtype)
+
+
+def gain(linear: nn.Module, term: LowRank, scale: float, magnitude: mx.array) -> mx.array:
+    """What the sum of a layer's product and its term is multiplied with in DoRA, `[out]`."""
+    lengths = mx.linalg.norm(dense(linear) + scale * (term.a @ term.b).T, axis=1)
+    return mx.where(lengths > 0, magnitude / lengths, 0)  # a row of zeros stays one
 
 
 def dense(layer: Any) -> mx.array:

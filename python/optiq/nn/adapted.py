@@ -43,5 +43,6 @@ class Adapted(nn.Module):
         slots = self.selection.slots
         if not self.terms or not any(slots):
             return y
+        y = self.terms.scaled(y, slots, self.linear.get("bias"))
         term = ops.gathered_low_rank(x.reshape(-1, x.shape[-1]), self.terms, slots)
         return y + term.reshape(y.shape).astype(y.dtype)

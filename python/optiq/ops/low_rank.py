@@ -74,23 +74,39 @@ def _scaled(matrix: Matrix, factor: float, out: NDArray[np.float16 | np.float32]
 
 
 class LowRankTerms:
-    """The terms of one layer by slot: x @ a @ b each. Slot 0 is none."""
+    """The terms of one layer by slot: x @ a @ b each, and a gain where the layer's own product is
+    multiplied with one before. Slot 0 is none."""
 
     def __init__(self, slots: int, width: int, out: int) -> None:
         self.width, self.out = width, out
         self._pairs: list[Pair | None] = [None] * slots
+        self._gains: list[mx.array | None] = [None] * slots
         self._stacks: Pair | None = None
         self.native = native.extension and native.extension.LowRankTerms(slots, width, out)
 
-    def put(self, slot: int, pair: Pair | None) -> None:
-        """What `halves` gave, or nothing, into slot 1, 2, ..."""
+    def put(self, slot: int, pair: Pair | None, gain: mx.array | None = None) -> None:
+        """What `halves` gave, or nothing, into slot 1, 2, ..., and a gain `[out]` in float32."""
         if self.native:
-            self.native.put(slot, *pair) if pair else self.native.clear(slot)
-        self._pairs[slot] = pair
+            self.native.put(slot, *pair, gain) if pair else self.native.clear(slot)
+        self._pairs[slot], self._gains[slot] = pair, gain
         self._stacks = None
 
     def __bool__(self) -> bool:
         return any(pair is not None for pair in self._pairs)
+
+    def scaled(self, y: mx.array, slots: Sequence[int], bias: mx.array | None) -> mx.array:
+        """The layer's output with the gain of each row; the bias, which is in it, has none.
+
+        `slots` are as in `gathered_low_rank`. A row without a gain stays as it is, to the bit.
+        """
+        gains = [self._gains[slot] for slot in slots]
+        if all(gain is None for gain in gains):
+            return y
+        one = mx.ones(self.out)
+        more = mx.stack([one if gain is None else gain for gain in gains])[:, None] - 1
+        rows = y.reshape(len(slots), -1, self.out)
+        own = rows if bias is None else rows - bias
+        return (rows + more * own).astype(y.dtype).reshape(y.shape)
 
     @property
     def stacks(self) -> Pair:

@@ -35,17 +35,18 @@ _NAME = re.compile(r"[\w.-]{1,64}")
 class Mounted:
     """One adapter under one name. `slot` is None while it does not lie beside the model."""
 
-    def __init__(self, name: str, adapter: Adapter, prefix: PrefixCache) -> None:
+    def __init__(self, name: str, adapter: Adapter, model: nn.Module, prefix: PrefixCache) -> None:
         self.name, self.digest, self.prefix = name, adapter.digest, prefix
-        self.invocation, self.terms = adapter.invocation, halved(adapter)
-        self.nbytes = sum(a.nbytes + b.nbytes for a, b in self.terms.values())
+        self.invocation, self.magnitudes = adapter.invocation, adapter.magnitudes
+        self.halved = halved(adapter, model)
+        self.nbytes = self.halved.nbytes
         self.slot: int | None = None
         self.used = 0
 
     def adapter(self) -> Adapter:
         """What is mounted, from its terms in 16 bits."""
-        terms = {p: LowRank(a, b.astype(mx.float32)) for p, (a, b) in self.terms.items()}
-        return Adapter(terms, 1.0, invocation=self.invocation)
+        terms = {p: LowRank(a, b.astype(mx.float32)) for p, (a, b) in self.halved.terms.items()}
+        return Adapter(terms, 1.0, invocation=self.invocation, magnitudes=self.magnitudes)
 
     def start(self, tokens: Sequence[int]) -> int | None:
         """From which token of a prompt on the adapter works; None where it does nowhere."""
@@ -107,10 +108,9 @@ class Adapters:
             raise AdapterError(
                 f"{name[:80]!r} is not a name for an adapter; use up to 64 letters, digits and ._-"
             )
-        adapter.check_added("a server")
         adapter.check_in_blocks("a server")
         check_fits(adapter, self._modules, self._base)
-        mounted = Mounted(name, adapter, self._prefix(adapter.digest))
+        mounted = Mounted(name, adapter, self._plain, self._prefix(adapter.digest))
         with self._lock:
             self._make_room(mounted, [m for n, m in self._named.items() if n != name])
             self._named[name] = mounted
@@ -168,7 +168,7 @@ class Adapters:
 
     def _summed(self, name: str, parts: Sequence[tuple[Mounted, float]]) -> Mounted:
         summed = combined([(part.adapter(), weight) for part, weight in parts])
-        return Mounted(name, summed, self._prefix(summed.digest))
+        return Mounted(name, summed, self._plain, self._prefix(summed.digest))
 
     def _list(self) -> str:
         return ", ".join(self._named) or "none"
@@ -194,7 +194,7 @@ class Adapters:
         slot = min(free, key=lambda i: m.used if (m := self._slots[i]) else 0)
         if (before := self._slots[slot]) is not None:
             before.slot = None
-        self._shadow.fill(slot + 1, mounted.terms)
+        self._shadow.fill(slot + 1, mounted.halved)
         self._slots[slot], mounted.slot = mounted, slot
 
 
