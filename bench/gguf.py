@@ -16,13 +16,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import mlx.core as mx
 import numpy as np
 
 from optiq.errors import OptiqError
-from optiq.sources.gguf.config import map_tensors
+from optiq.sources.gguf.config import Mapped, map_tensors
 from optiq.sources.gguf.convert import convert
 from optiq.sources.gguf.file import read_gguf
 
@@ -44,11 +45,18 @@ def write(original: Path, folder: Path, out: Path) -> None:
         if mapped.head_rows:
             halves = w.reshape(-1, 2, mapped.head_rows // 2, *w.shape[1:])
             w = halves.swapaxes(1, 2).reshape(w.shape)
-        writer.add_tensor(mapped.source.name, w)
+        writer.add_tensor(_name(mapped, config), w)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _name(mapped: Mapped, config: Mapping[str, Any]) -> str:
+    """A file may also store the head of a model that ties it to the embedding, and the one with
+    more bits is read."""
+    tied = config["tie_word_embeddings"] and mapped.source.name == "output.weight"
+    return "token_embd.weight" if tied else mapped.source.name
 
 
 def write_importance(
@@ -60,7 +68,7 @@ def write_importance(
     for mapped in map_tensors(read_gguf(original), config):
         found = importance.get(mapped.name.removesuffix(".weight"))
         if found is not None and mapped.name.endswith(".weight"):
-            entries.append((mapped.source.name.encode(), np.array(found, np.float32)))
+            entries.append((_name(mapped, config).encode(), np.array(found, np.float32)))
     with out.open("wb") as file:
         file.write(struct.pack("<i", len(entries)))
         for name, values in entries:
