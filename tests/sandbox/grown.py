@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from optiq.sandbox import Limits, Sandbox, cpython
-from tests.sandbox.campaign import Targets, sandbox, targets
+from tests.sandbox.campaign import LATE, Targets, sandbox, targets
 from tests.sandbox.holding import holding
 from tests.sandbox.surfaces import SURFACES
 
@@ -29,7 +29,6 @@ LIMITS = Limits(
     wall=1.5, cpu=1, memory=256 * MB, output=MB, disk=4 * MB, files=40, threads=6, returned=MB
 )
 AT_ONCE = 4
-LATE = 10.0  # seconds; the machine may be busy
 CHECK = "def check(candidate):\n assert candidate(2) == 4\n assert candidate(5) == 25\n"
 
 
