@@ -124,12 +124,12 @@ class TogetherDescent {
   }
 
   // The rows of a turn for each thread, or of a wide H, which all read once together, all of them.
-  size_t rows_of_a_tile(size_t n) const {
+  size_t tile_of_a_turn(size_t n) const {
     return a.cols < kWideColumns ? kRowsTogether : whole_tiles(n);
   }
 
   Tiles take_steps(size_t turn, size_t n, bool careful) {
-    const size_t of_tile = rows_of_a_tile(n);
+    const size_t of_tile = tile_of_a_turn(n);
     Tiles tiles((n + of_tile - 1) / of_tile);
     auto each = [&](int task) {
       const size_t first = size_t(task) * of_tile, size = of_tile * a.cols;
@@ -171,7 +171,7 @@ class TogetherDescent {
   }
 
   void keep(size_t turn, size_t n, const Tiles& tiles) {
-    const size_t of_tile = rows_of_a_tile(n);
+    const size_t of_tile = tile_of_a_turn(n);
     for (size_t i = 0; i < n; i++) {
       by_rows.write(row(turn, i), int(i % of_tile), *tiles[i / of_tile]);
       for (size_t c = 0; c < a.cols; c++) {

@@ -34,7 +34,7 @@ class Halved(NamedTuple):
     @property
     def nbytes(self) -> int:
         return sum(a.nbytes + b.nbytes for a, b in self.terms.values()) + sum(
-            gain.nbytes for gain in self.gains.values()
+            found.nbytes for found in self.gains.values()
         )
 
 

@@ -70,6 +70,8 @@ class Broker:
 
     def __init__(self, listener: int, pid: int, own: OwnFiles, limits: Limits) -> None:
         self.listener = listener
+        self._poll = select.poll()
+        self._poll.register(listener, select.POLLIN)
         self._pid = pid
         self._own = own
         self._limits = limits
@@ -85,7 +87,7 @@ class Broker:
         The kernel is asked for a question only where it has one: before Linux 6.11 it waits for
         ever for the question of a process that has ended (seccomp_unotify(2), BUGS).
         """
-        events = self._events()
+        events = next((events for _, events in self._poll.poll(0)), 0)
         if not events & select.POLLIN:
             return not events & select.POLLHUP
         question = bytearray(_QUESTION.size)
@@ -109,11 +111,6 @@ class Broker:
         except OSError as error:
             return error.errno == errno.ENOENT
         return True
-
-    def _events(self) -> int:
-        poll = select.poll()
-        poll.register(self.listener, select.POLLIN)
-        return next((event for _, event in poll.poll(0)), 0)
 
     def _threads(self, task: int) -> int:
         """A thread that was allowed is not there yet. Near the limit we wait for such ones; that of

@@ -52,8 +52,34 @@ ELEMENTS = 1 << 24
 PART = 2048
 
 
+def few(rows: float, columns: int) -> bool:
+    """Whether so many rows are kept in place of their H."""
+    return 2 * rows < columns
+
+
+def made(columns: int) -> int:
+    """The elements of H that are made; the others are the same."""
+    full, rest = divmod(columns, PART)
+    return PART**2 * full * (full + 1) // 2 + rest * columns
+
+
+class Judging:
+    """Moments that judge a change of a weight: by H, or by rows where they are few."""
+
+    judge: mx.array
+
+    def judged(self, change: mx.array, outputs: Moments | None = None) -> mx.array:
+        """The output error tr(G change H change') where it is judged."""
+        moved = change @ self.judge.T
+        other = moved if few(*self.judge.shape) else change
+        if outputs is not None:
+            rows = outputs.judge
+            other = rows.T @ (rows @ other) if few(*rows.shape) else rows @ other
+        return mx.sum(moved * other)
+
+
 @dataclass(frozen=True)
-class Moments:
+class Moments(Judging):
     """H or G, square in float32, of the sequences that are fitted to and of those that judge.
 
     Where few rows judge, `judge` are these, by the root of how much they count.
@@ -86,13 +112,9 @@ class Moments:
             shrunk += self.noise * _with_diagonal(diagonal, self.correlations)
         return shrunk + mx.diag(added)
 
-    def judged(self, change: mx.array, outputs: Moments | None = None) -> mx.array:
-        """The output error of a change of a weight, where it is judged."""
-        return _judged(self.judge, change, outputs)
-
 
 @dataclass(frozen=True)
-class FewMoments:
+class FewMoments(Judging):
     """The same of few rows: `fit` and `judge` are the rows, by the root of how much they count."""
 
     fit: mx.array
@@ -109,32 +131,8 @@ class FewMoments:
         added = self.noise * diagonal + DAMPING * mx.mean(diagonal)
         return ops.Sampled(mx.sqrt(1 - self.noise) * self.fit, added)
 
-    def judged(self, change: mx.array, outputs: Moments | None = None) -> mx.array:
-        return _judged(self.judge, change, outputs)
-
 
 InputMoments = Moments | FewMoments
-
-
-def few(rows: float, columns: int) -> bool:
-    """Whether so many rows are kept in place of their H."""
-    return 2 * rows < columns
-
-
-def made(columns: int) -> int:
-    """The elements of H that are made; the others are the same."""
-    full, rest = divmod(columns, PART)
-    return PART**2 * full * (full + 1) // 2 + rest * columns
-
-
-def _judged(judge: mx.array, change: mx.array, outputs: Moments | None) -> mx.array:
-    """tr(G change H change'), with the rows of H or G where they are few."""
-    moved = change @ judge.T
-    other = moved if few(*judge.shape) else change
-    if outputs is not None:
-        rows = outputs.judge
-        other = rows.T @ (rows @ other) if few(*rows.shape) else rows @ other
-    return mx.sum(moved * other)
 
 
 def _with_diagonal(diagonal: mx.array, correlations: mx.array) -> mx.array:
