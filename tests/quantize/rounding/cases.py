@@ -73,7 +73,7 @@ def brute_force(
         if path in lookups:
             found[path] = both, None
         else:
-            weights = np.square(g).mean(axis=-1)
+            weights = np.sqrt(np.square(g).mean(axis=-1))
             h = np.einsum("t,ti,tj->ij", weights, inputs[path], inputs[path])
             found[path] = h, None if path in alone else both
     for path, inner in originals.items():
@@ -152,7 +152,7 @@ def brute_experts(
         x = np.array(mx.broadcast_to(x, (*chosen.shape, 1, width)), dtype=np.float64)
         chosen = np.array(chosen).ravel()
         g = np.array(mx.grad(likelihood)(mx.zeros(probe.shape)), dtype=np.float64)
-        weights = np.square(g.reshape(len(chosen), -1)).mean(axis=-1)
+        weights = np.sqrt(np.square(g.reshape(len(chosen), -1)).mean(axis=-1))
         for e, weight, row in zip(chosen, weights, x.reshape(len(chosen), -1), strict=True):
             found[t, e] += weight * np.outer(row, row)
             rows[t, e] += 1

@@ -77,7 +77,7 @@ def test_moments_of_heads_are_what_the_output_error_says(transpose: bool, heads:
     a, b = (
         np.broadcast_to(np.array(v, np.float64), (2, 3, *v.shape[2:])) for v in (inputs, outputs)
     )
-    expected = np.einsum("bht,bhti,bhtj->hij", np.square(b).mean(-1), a, a)
+    expected = np.einsum("bht,bhti,bhtj->hij", np.sqrt(np.square(b).mean(-1)), a, a)
     np.testing.assert_allclose(np.array(found), expected, 1e-4, 1e-5)
 
 

@@ -3,11 +3,14 @@
 For one layer, the model's output moves by about 1/2 sum over tokens and outputs of
 (g (v - w)' x)^2, with x the layer's input and g the gradient at an output (the Fisher information,
 see sensitivity/fisher.py). With one g^2 for all outputs of a token, their mean, that is
-(v - w)' H (v - w) for every row w, and
+(v - w)' H (v - w) for every row w, where H is the sum of mean(g^2) x x' (GuidedQuant, Kim et al.
+2025, weighs tokens so, per group of rows). But of a value projection's 8,192 tokens the gradients
+of ten may be nearly all of that sum, and it says little about other text. So tokens count less
+unevenly:
 
-    H = sum over tokens of mean(g^2) x x'
+    H = sum over tokens of mean(g^2)^(1/2) x x'
 
-says what each row must keep (GuidedQuant, Kim et al. 2025, weighs tokens so, per group of rows).
+says what each row must keep.
 A row e that is looked up moves the output by 1/2 (g'e)^2 each time, so an embedding's H is the sum
 of g g'; one that is also the head has the sum of both, for a word that is looked up often is about
 as often likely to come next.

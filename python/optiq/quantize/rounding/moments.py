@@ -235,7 +235,8 @@ def _inputs(call: Call) -> Rows:
 
 
 def _weights(gradient: mx.array) -> mx.array:
-    return mx.mean(mx.square(gradient.astype(mx.float32)), axis=-1)
+    """Of each token the root of its mean g^2: by g^2 a few tokens would be most of H."""
+    return mx.sqrt(mx.mean(mx.square(gradient.astype(mx.float32)), axis=-1))
 
 
 def _gradients(call: Call) -> Rows:
