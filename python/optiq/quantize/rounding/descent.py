@@ -5,8 +5,8 @@ For one layer, the model's output moves by about 1/2 sum over tokens and outputs
 see sensitivity/fisher.py). With one g^2 for all outputs of a token, their mean, that is
 (v - w)' H (v - w) for every row w, where H is the sum of mean(g^2) x x' (GuidedQuant, Kim et al.
 2025, weighs tokens so, per group of rows). But of a value projection's 8,192 tokens the gradients
-of ten may be nearly all of that sum, and it says little about other text. So tokens count less
-unevenly:
+of some twenty can be nearly all of that sum, and it says little about other text. So tokens count
+less unevenly:
 
     H = sum over tokens of mean(g^2)^(1/2) x x'
 
