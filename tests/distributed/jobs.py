@@ -22,7 +22,8 @@ TEXT = {"tokens": 640, "held_out_tokens": 320, "progress": False}
 
 
 def convert(model: Path, out: Path, **more: bool) -> None:
-    optiq.convert(model, out / "model", formats="3,4,6,8", **TEXT, **more)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"formats": "3,4,6,8", "refine_tokens": 640, **TEXT}
+    optiq.convert(model, out / "model", **options, **more)
 
 
 def kv(model: Path, out: Path, **more: bool) -> None:

@@ -87,6 +87,8 @@ def same(found: Path, expected: Path) -> None:
 def test_two_ranks_make_what_one_does(folder: Path) -> None:
     assert finish(start(folder, "both", list(jobs.JOBS))) == [(0, ""), (0, "")]
     same(folder / "both", folder / "alone")
+    plan = json.loads((folder / "both" / "model" / "optiq" / "plan.json").read_text())
+    assert plan["selection"]["rounding"].endswith("refined")
     names = {path.name for path in (folder / "both").iterdir()}
     assert names == {path.name for path in (folder / "alone").iterdir()} | {"hosts.json"}
 

@@ -23,7 +23,7 @@ weights. "yes" means:
   both load the result and give the same output on the same tokens with caches. {converts} of
   {all} do.
 - **bfloat16**: the same with weights in bfloat16.
-- **--refine**: the same with trained scales and biases. If nothing was trained, the table says why.
+- **--refine**: the same with trained gains. If nothing was trained, the table says why.
 - **kv**: `optiq kv` chose formats for its caches, and the model decodes with them.
 - **eval**: questions with four answers were asked after a shared beginning. They ran in batches
   if mlx-lm can batch the model's caches, otherwise one by one.

@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refine",
         action=argparse.BooleanOptionalAction,
-        help="train scales and biases to predict what MODEL predicts, and keep that where it "
-        "lowers the KL on other text (slow; the default with --effort best)",
+        help="train gains of rows and norms to predict what MODEL predicts, and keep that where "
+        "it lowers the KL on other text (slow; the default with --effort best)",
     )
     parser.add_argument(
         "--refine-tokens",

@@ -99,7 +99,7 @@ def convert(
     Args:
         model: A Hugging Face or mlx-lm folder, a hub id, or a .gguf file.
         out: A folder that does not exist or is empty, or with `overwrite` a model of optiq's.
-        refine_tokens: Train scales and biases on at most so many calibration tokens (see
+        refine_tokens: Train gains of rows and norms on at most so many calibration tokens (see
             distill.py); kept if it lowers the KL on other text. None trains on the calibration text
             with `effort="best"`, where memory suffices, and not otherwise; 0 never does.
         dry_run: Stop at the plan; nothing is written but the work folder's scores.

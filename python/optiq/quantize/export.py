@@ -232,6 +232,7 @@ def _tensors(loaded: LoadedModel, plan: Plan, rounding: Rounding) -> Iterator[tu
     formats = {f"{m.module.path}.weight": m.format for m in plan.modules}
     dtype = loaded.dtype
     weights = _taken(loaded.model)
+    weights |= {f"{path}.weight": weight for path, weight in rounding.norms.items()}
     for name in list(weights):
         array = weights.pop(name)
         fmt = formats.get(name)

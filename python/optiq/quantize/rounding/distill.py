@@ -1,18 +1,18 @@
-"""Distillation: scales and biases of a rounded model, trained to predict what the source predicts.
+"""Distillation: the gains of a rounded model, trained to predict what the source predicts.
 
-Codes stay as they are; what is trained is where a group's grid lies. The loss is KL(source ||
-student) in nats per token, streamed: of the source only the inputs of its head are kept, [T, d] a
-sequence, and logits exist for a few rows at a time. mlx-lm's DWQ does the same with the source's
-1,024 largest logits.
+Codes stay as they are; what is trained is by how much each row of a layer and each channel of a
+norm is multiplied (gains.py). The loss is KL(source || student) in nats per token, streamed: of the
+source only the inputs of its head are kept, [T, d] a sequence, and logits exist for a few rows at a
+time. mlx-lm's DWQ trains scales and biases of groups, with the source's 1,024 largest logits.
 
-Two numbers a group are trained (grid.py). What the loss cannot reach stays fixed: experts, nvfp4,
-and 8-bit layers, whose steps are finer than the stored scales.
+What the loss cannot reach stays fixed: experts, nvfp4, and 8-bit layers, whose steps are finer than
+the stored scales.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from math import isfinite
@@ -45,7 +45,7 @@ from ...planning.plan import Plan, Planned
 from ...sources import Source, load
 from ..replay.backward import survey
 from ..replay.logits import LOGITS_BYTES
-from .grid import Grid
+from .gains import Norm, Rows, multiplied
 from .render import render_model
 from .weights import Rounded, Rounding
 
@@ -53,24 +53,27 @@ CHECKPOINT = "refine.safetensors"
 TOKENS = 16384  # to train on
 SAVE_EVERY = 16  # sequences
 DIVERGED = 10.0  # times the mean KL so far
+_MEMORY = 0.9  # of running means, a step
 
 # Float32 arrays that exist at a time of the size of the logits, of a block's activations, and of
-# the groups: turn and shift, scales and biases, what they are made of, gradients, Adam's means.
-_LOGITS, _ACTIVATIONS, _GROUPS = 8, 4, 24
+# scales: these and biases, as they were, changed and as stored, and their gradients.
+_LOGITS, _ACTIVATIONS, _SCALES = 8, 4, 8
 _HEADS = 32  # of attention, whose weights [heads, T, T] are also activations
 
-Parameters = dict[str, mx.array]  # turn and shift of the i-th layer, [out, groups] float32
+Parameters = dict[str, mx.array]  # gains; "#3" are those of the fourth layer or norm
 
 
 @dataclass(frozen=True)
 class Training:
     """`epochs` over the text, each in another order, drawn by `seed`.
 
-    `learning_rate` counts in steps of a group's grid, at Adam's first update; it falls to zero.
+    An update of Adam is as long as would take the part `stride` of the KL away, if the KL were
+    linear (Polyak 1987); this part falls to zero. So one stride suits all models and sizes: the
+    more numbers push the same way, and the less there is to gain, the less each of them moves.
     """
 
     epochs: int = 1
-    learning_rate: float = 0.003
+    stride: float = 0.4
     seed: int = 0
 
 
@@ -86,7 +89,7 @@ def refine(
     optional: bool = False,
     progress: bool = True,
 ) -> Rounding:
-    """`rounding` with the scales and biases of `plan` trained on the sequences of `text`.
+    """`rounding` with the scales, biases and norms of `plan` trained on the sequences of `text`.
 
     A step of Adam is one sequence. The state is kept in `checkpoint`, a .safetensors file, from
     where `resume` goes on to the same result. If the KL is not finite or explodes, `rounding` comes
@@ -110,7 +113,7 @@ def refine(
         "rounded model": student.digest(),
         "text": text.sha256,
         "epochs": training.epochs,
-        "learning rate": training.learning_rate,
+        "stride": training.stride,
         "seed": training.seed,
     }
     state = _State(checkpoint, identity, student.start(), resume=resume)
@@ -131,12 +134,17 @@ def refine(
                     "are kept as they were"
                 )
                 return rounding
-            state.update(loss, gradients, training.learning_rate * (1 - state.step / len(order)))
+            state.update(loss, gradients, training.stride * (1 - state.step / len(order)))
             if state.step % SAVE_EVERY == 0 or state.step == len(order):
                 state.save()
             bar.step(note=f"KL {state.mean(loss):.4g}")
-    fitted = {**rounding.fitted, **student.rounded(state.parameters)}
-    return replace(rounding, method=f"{rounding.method}, refined", fitted=fitted)
+    fitted, norms = student.stored(state.parameters)
+    return replace(
+        rounding,
+        method=f"{rounding.method}, refined",
+        fitted={**rounding.fitted, **fitted},
+        norms=norms,
+    )
 
 
 def at_rank_0(
@@ -157,18 +165,20 @@ def at_rank_0(
         if weight := world.gather(found.fitted.get(key) if world.rank == 0 else None)[0]:
             codes, scales, biases = weight
             fitted[key] = codes, scales, biases
-    return replace(rounding, method=method, fitted=fitted)
+    norms = world.gather(dict(found.norms) if world.rank == 0 else None)[0]
+    return replace(rounding, method=method, fitted=fitted, norms=norms)
 
 
 def memory(plan: Plan, text: Calibration) -> Needs:
     """What `refine` takes at most, from shapes alone."""
     modules, itemsize = [m.module for m in plan.modules], plan.model.itemsize
-    groups = sum(_groups(m) for m in plan.modules if _is_trained(m))
+    scales = sum(_groups(m) for m in plan.modules if _is_trained(m))
+    scales += plan.model.fixed_bytes // itemsize  # norms are among these
     lengths = [len(s.tokens) for s in text.sequences]
     longest, blocks = max(lengths), len(blocks_of(modules))
     _, width = embedding_shape(modules)
     activations = _ACTIVATIONS * (widest_block(modules) + _HEADS * longest)
-    training = 4 * groups * _GROUPS + 4 * longest * (width * (blocks + 1) + activations)
+    training = 4 * scales * _SCALES + 4 * longest * (width * (blocks + 1) + activations)
     student = plan.nbytes + dense_bytes((m for m in modules if m.block is None), itemsize)
     return Needs(
         {
@@ -214,52 +224,58 @@ class _Student:
     """The rounded model, as a function of `Parameters`."""
 
     def __init__(self, source: Source, plan: Plan, rounding: Rounding, teacher: _Teacher) -> None:
-        model = render_model(load(source), plan, rounding=rounding, blocks=False)
+        loaded = load(source)
+        stored: dict[str, mx.array] = dict(tree_flatten(loaded.model.parameters()))
+        dtypes = {name: array.dtype for name, array in stored.items()}
+        del stored
+        model = render_model(loaded, plan, rounding=rounding, blocks=False)
         model.freeze()
         self.teacher = teacher
-        self.grids = [
-            Grid(p, place_at(model, p.module.path).get()) for p in plan.modules if _is_trained(p)
+        self.layers = [
+            Rows(p, place_at(model, p.module.path).get()) for p in plan.modules if _is_trained(p)
         ]
+        self.trained: list[Rows | Norm] = [*self.layers, *_norms(model, dtypes)]
         self.replay = Replay(model, teacher.modules, recompute=True)
         head = teacher.head_path
         self.head = place_at(model, head).get() if head else nn.Module()
-        self._total = sum(map(len, teacher.sequences)) / len(teacher.sequences)
+        self._mean_length = sum(map(len, teacher.sequences)) / len(teacher.sequences)
 
     def digest(self) -> str:
         """sha256 of what training starts from."""
         found = sha256()
-        for grid in self.grids:
-            for array in (grid.layer.weight, grid.scales, grid.biases):
+        for rows in self.layers:
+            for array in (rows.layer.weight, rows.scales, rows.biases):
                 found.update(np.asarray(array.view(mx.uint8)).tobytes())
         return found.hexdigest()
 
     def start(self) -> Parameters:
-        return {
-            f"{i}/{what}": mx.zeros(grid.scales.shape)
-            for i, grid in enumerate(self.grids)
-            for what in ("turn", "shift")
-        }
+        return {f"#{n}": of.start() for n, of in enumerate(self.trained)}
 
     @metal.restarts
     def loss_and_gradients(self, parameters: Parameters, i: int) -> tuple[float, Parameters]:
-        """KL of sequence i in nats per token, and its gradient, in which all tokens count alike."""
-        tokens = len(self.teacher.sequences[i])
+        """KL of sequence i, summed over its tokens, over the mean length; and its gradient."""
 
         def loss(parameters: Parameters) -> mx.array:
-            for n, grid in enumerate(self.grids):
-                grid.set(parameters[f"{n}/turn"], parameters[f"{n}/shift"])
-            return self._divergence(i) / self._total
+            for n, of in enumerate(self.trained):
+                of.set(parameters[f"#{n}"])
+            return self._divergence(i) / self._mean_length
 
         value, gradients = mx.value_and_grad(loss)(parameters)
         mx.eval(value, gradients)
-        return float(np.asarray(value)) * self._total / tokens, gradients
+        return float(np.asarray(value)), gradients
 
-    def rounded(self, parameters: Parameters) -> dict[tuple[str, Format], Rounded]:
-        """Codes, scales and biases as they are stored."""
-        return {
-            (g.path, g.format): g.stored(parameters[f"{n}/turn"], parameters[f"{n}/shift"])
-            for n, g in enumerate(self.grids)
-        }
+    def stored(
+        self, parameters: Parameters
+    ) -> tuple[dict[tuple[str, Format], Rounded], dict[str, mx.array]]:
+        """Codes, scales and biases, and the weights of norms, as they are stored."""
+        fitted, norms = {}, {}
+        for n, of in enumerate(self.trained):
+            gains = parameters[f"#{n}"]
+            if isinstance(of, Norm):
+                norms[of.path] = of.stored(gains)
+            else:
+                fitted[of.path, of.format] = of.stored(gains)
+        return fitted, norms
 
     def _divergence(self, i: int) -> mx.array:
         """KL of sequence i, summed over its tokens."""
@@ -280,6 +296,19 @@ class _Student:
         return total
 
 
+def _norms(model: nn.Module, dtypes: Mapping[str, mx.Dtype]) -> list[Norm]:
+    """The norms of an accelerated model; `dtypes` are those that its parameters are stored in."""
+    leaves: dict[str, nn.Module] = dict(
+        tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
+    )
+    units = ((path, layer, multiplied(layer)) for path, layer in leaves.items())
+    return [
+        Norm(path, layer, unit, dtypes[f"{path}.weight"])
+        for path, layer, unit in units
+        if unit is not None
+    ]
+
+
 @mx.custom_function
 def _kl(p: mx.array, q: mx.array) -> mx.array:
     """KL of two arrays of logits [n, vocabulary], summed over rows; differentiable at q."""
@@ -293,13 +322,17 @@ def _kl_vjp(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tu
 
 
 class _State:
-    """Parameters, Adam's means of their gradients and the place in the order, kept in a file."""
+    """Parameters, Adam's means of their gradients and the place in the order, kept in a file.
+
+    `kl` and `slope` are running means of the loss and of the sum of its absolute gradients.
+    """
 
     def __init__(
         self, path: Path | None, identity: Identity, start: Parameters, *, resume: bool
     ) -> None:
         self._path, self._identity = path, identity
         self.step, self.total, self.parameters = 0, 0.0, start
+        self.kl = self.slope = 0.0
         self._adam = optimizers.Adam(0.0, bias_correction=True)
         self._adam.init(start)
         if resume and path is not None and path.exists():
@@ -309,8 +342,12 @@ class _State:
         """Of the losses so far; `loss` before the first."""
         return self.total / self.step if self.step else loss
 
-    def update(self, loss: float, gradients: Parameters, rate: float) -> None:
-        self._adam.learning_rate = rate
+    def update(self, loss: float, gradients: Parameters, stride: float) -> None:
+        slope = float(np.asarray(sum(mx.abs(g).sum() for g in gradients.values())))
+        old = _MEMORY if self.step else 0.0
+        self.kl = old * self.kl + (1 - old) * loss
+        self.slope = old * self.slope + (1 - old) * slope
+        self._adam.learning_rate = stride * self.kl / self.slope if self.slope else 0.0
         self.parameters = self._adam.apply_gradients(gradients, self.parameters)
         mx.eval(self.parameters, self._adam.state)
         self.step, self.total = self.step + 1, self.total + loss
@@ -324,6 +361,8 @@ class _State:
             "identity": json.dumps(self._identity, sort_keys=True),
             "step": str(self.step),
             "total": self.total.hex(),
+            "kl": self.kl.hex(),
+            "slope": self.slope.hex(),
         }
         write_tensors(self._path, arrays, metadata)
 
@@ -334,6 +373,7 @@ class _State:
             tree = tree_unflatten(list(arrays.items()))
             identity = json.loads(metadata["identity"])
             self.step, self.total = int(metadata["step"]), float.fromhex(metadata["total"])
+            self.kl, self.slope = (float.fromhex(metadata[key]) for key in ("kl", "slope"))
             self.parameters, self._adam.state = tree["parameters"], tree["adam"]
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise damaged(path, error) from error

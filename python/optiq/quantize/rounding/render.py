@@ -55,6 +55,8 @@ def render_model(
                 layer = render_layer(module, fmt, rounding, path)
                 mx.eval(layer.parameters())
             place_at(loaded.model, path).set(layer)
+    for path, weight in rounding.norms.items():
+        leaves[path].weight = weight
     accelerate(loaded.model, blocks=blocks, exact=False)
     return loaded.model
 

@@ -31,12 +31,14 @@ class Rounding:
     "search" fits them to the columns' `importance`, by module path (see importance.py); a module
     without it falls back to min/max, since a search that weighs all columns alike makes models
     worse. "descent", and "..., refined": what is in `fitted`, by module path and format, is rounded
-    already (see descent.py and distill.py).
+    already (see descent.py and distill.py). `norms` are the trained weights of norms, by module
+    path, in the dtype they are stored in.
     """
 
     method: str = "minmax"
     importance: Mapping[str, mx.array] = field(default_factory=dict)
     fitted: Mapping[tuple[str, Format], Rounded] = field(default_factory=dict)
+    norms: Mapping[str, mx.array] = field(default_factory=dict)
 
 
 MINMAX = Rounding()
