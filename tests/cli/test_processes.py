@@ -118,12 +118,14 @@ def test_the_reader_of_the_output_may_leave(tmp_path: Path) -> None:
     process.stderr.close()
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_stop_while_measuring_and_resume(tmp_path: Path, stop: signal.Signals) -> None:
+JOB = ["convert", "model", "-o", "out", "--sensitivity", "kl", "--tokens", "640", "--quiet"]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_while_measuring(tmp_path: Path, stop: signal.Signals) -> None:
     tiny_folder(tmp_path, name="model", num_hidden_layers=4)
-    job = ["convert", "model", "-o", "out", "--sensitivity", "kl", "--tokens", "640", "--quiet"]
     process = subprocess.Popen(
-        [sys.executable, "-c", CODE, *job],
+        [sys.executable, "-c", CODE, *JOB],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -142,11 +144,15 @@ def test_a_stop_while_measuring_and_resume(tmp_path: Path, stop: signal.Signals)
     hint = "interrupted; the same command with --resume goes on from here"
     assert err == f"\noptiq convert: {hint}\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out.optiq-work"]
-    done = optiq(*job, cwd=tmp_path)
+
+
+def test_a_stopped_job_goes_on(tmp_path: Path) -> None:
+    test_a_stop_while_measuring(tmp_path, signal.SIGINT)
+    done = optiq(*JOB, cwd=tmp_path)
     assert done.returncode == 2
     assert "holds unfinished work; --resume goes on" in done.stderr
     (tmp_path / "out.optiq-work" / "mine.txt").write_text("not optiq's")
-    done = optiq(*job, "--resume", cwd=tmp_path)
+    done = optiq(*JOB, "--resume", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "report.html" in done.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "out.optiq-work"]
