@@ -121,8 +121,8 @@ def test_the_reader_of_the_output_may_leave(tmp_path: Path) -> None:
 JOB = ["convert", "model", "-o", "out", "--sensitivity", "kl", "--tokens", "640", "--quiet"]
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP])
-def test_a_stop_while_measuring(tmp_path: Path, stop: signal.Signals) -> None:
+def stop_while_measuring(tmp_path: Path, stop: signal.Signals) -> None:
+    """Nothing but what --resume needs is left."""
     tiny_folder(tmp_path, name="model", num_hidden_layers=4)
     process = subprocess.Popen(
         [sys.executable, "-c", CODE, *JOB],
@@ -146,8 +146,13 @@ def test_a_stop_while_measuring(tmp_path: Path, stop: signal.Signals) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out.optiq-work"]
 
 
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_while_measuring(tmp_path: Path, stop: signal.Signals) -> None:
+    stop_while_measuring(tmp_path, stop)
+
+
 def test_a_stopped_job_goes_on(tmp_path: Path) -> None:
-    test_a_stop_while_measuring(tmp_path, signal.SIGINT)
+    stop_while_measuring(tmp_path, signal.SIGINT)
     done = optiq(*JOB, cwd=tmp_path)
     assert done.returncode == 2
     assert "holds unfinished work; --resume goes on" in done.stderr

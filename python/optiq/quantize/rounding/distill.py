@@ -225,9 +225,7 @@ class _Student:
 
     def __init__(self, source: Source, plan: Plan, rounding: Rounding, teacher: _Teacher) -> None:
         loaded = load(source)
-        stored: dict[str, mx.array] = dict(tree_flatten(loaded.model.parameters()))
-        dtypes = {name: array.dtype for name, array in stored.items()}
-        del stored
+        dtypes = _dtypes(loaded.model)
         model = render_model(loaded, plan, rounding=rounding, blocks=False)
         model.freeze()
         self.teacher = teacher
@@ -294,6 +292,11 @@ class _Student:
             part: mx.array = recomputed(self.head, divergence)(target[at], run.hidden[0, at])
             total = total + part
         return total
+
+
+def _dtypes(model: nn.Module) -> dict[str, mx.Dtype]:
+    stored: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    return {name: array.dtype for name, array in stored.items()}
 
 
 def _norms(model: nn.Module, dtypes: Mapping[str, mx.Dtype]) -> list[Norm]:
