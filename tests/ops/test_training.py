@@ -95,6 +95,40 @@ def test_a_logit_that_is_not_finite_is_seen(bad: float, place: int) -> None:
     assert np.isfinite(np.array(slope[1])).all()
 
 
+@pytest.mark.parametrize("shape", [(7,), (3, 1), (2, 3, 1000), (2, 49_152)])
+def test_softmax(shape: tuple[int, ...]) -> None:
+    logits = mx.array(drawn(*shape, by=4)).astype(mx.float16)
+    got = ops.softmax(logits)
+    assert got.dtype == mx.float32
+    exact = np.exp(np.array(logits, dtype=np.float64))
+    np.testing.assert_allclose(
+        np.array(got), exact / exact.sum(axis=-1, keepdims=True), rtol=1e-4
+    )  # MLX adds in single precision, one after the other
+
+
+def test_labels_are_drawn_as_often_as_they_are_probable() -> None:
+    p, draws = np.array([0.5, 1e-12, 0.25, 0.125, 0.1, 0.02, 0.005]), 20_000
+    logits = mx.broadcast_to(mx.log(mx.array(p)), (draws, 7))
+    labels = ops.categorical(logits, mx.random.key(1))
+    assert labels.dtype == mx.uint32
+    assert labels.shape == (draws,)
+    counts = np.bincount(np.array(labels), minlength=7)
+    assert counts[1] == 0
+    # Chi squared of 5 degrees of freedom exceeds 25 once in 7,000 times.
+    often = p > 1e-3
+    expected = draws * p[often]
+    assert ((counts[often] - expected) ** 2 / expected).sum() < 25
+
+
+def test_a_label_of_many_words_is_drawn_from_all_of_them() -> None:
+    words, draws = 100_000, 400
+    labels = np.array(ops.categorical(mx.zeros((draws, words)), mx.random.key(2)))
+    assert labels.max() < words
+    np.testing.assert_allclose(labels.mean() / words, 0.5, atol=4 / np.sqrt(12 * draws))
+    sure = mx.where(mx.arange(words) == words - 1, 40.0, 0.0)
+    assert ops.categorical(sure[None], mx.random.key(3)).tolist() == [words - 1]
+
+
 @pytest.mark.parametrize("rank", [1, 3, 8, 17])
 @pytest.mark.parametrize(
     ("rows", "width", "out"), [((1,), 48, 40), ((2, 3), 37, 11), ((70,), 64, 200)]

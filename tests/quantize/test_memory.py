@@ -37,8 +37,8 @@ def llama() -> Shapes:
     return Shapes([*modules, Module("h", Role.HEAD, "h", (WORDS, WIDTH), None)], 2, 0)
 
 
-def texts(tokens: int) -> Texts:
-    text = calibration(*[256] * (tokens // 256))
+def texts(tokens: int, length: int = 256) -> Texts:
+    text = calibration(*[length] * (tokens // length))
     return Texts(text, text, [], text)
 
 
@@ -85,7 +85,7 @@ def test_at_the_head_there_are_its_formats_and_no_gradients() -> None:
     shapes, options = small(), Options.parse(effort="quick")
     head = shapes.modules[0]
     formats = [f for f in allowed(head, options.menu) if f != DENSE]
-    logits = 3 * min(LOGITS_BYTES, 4 * 256 * 49152)
+    logits = 7 * min(LOGITS_BYTES, 4 * 256 * 49152)
     compared = 2 * 4 * ELEMENTS  # in float32
     parts = phases(shapes, texts(1024), options, 10**8)[SCORES].parts
     assert parts["at work"] == sum(f.nbytes(head.shape, 2) for f in formats) + logits + compared
@@ -94,14 +94,17 @@ def test_at_the_head_there_are_its_formats_and_no_gradients() -> None:
 
 def test_of_an_embedding_some_rows_are_fitted_at_a_time() -> None:
     options = Options.parse(effort="quick")
-    parts = phases(small(), texts(1024), options, 10**8)["fitting weights"].parts
+    parts = phases(small(), texts(1024, 64), options, 10**8)["fitting weights"].parts
     rows = 6 * 4 * 8192 * 576
     eight = max(f.nbytes((49152, 576)) for f in options.menu if f != DENSE)
     held = 49152 * 576 * 2 + 2 * eight  # in parts and joined
     assert parts["a block or head at work"] == held + 5 * 4 * 576**2 + rows
-    few = phases(small(), texts(256), options, 10**8)["fitting weights"].parts
+    few = phases(small(), texts(256, 64), options, 10**8)["fitting weights"].parts
     rows = 4 * (5 * 256 * 576 + 4 * 8192 * 576)  # the rows of 256 tokens stand for H
     assert few["a block or head at work"] == held + rows
+    whole = phases(small(), texts(1024), options, 10**8)["fitting weights"].parts
+    back = small().passed + 7 * 4 * 256 * 49152  # the logits of a longer sequence
+    assert whole["a block or head at work"] == back
 
 
 def test_the_process_is_as_large_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

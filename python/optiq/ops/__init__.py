@@ -10,13 +10,21 @@ from .kl import Comparison, compare_logits, kl_divergence, kl_from_logits
 from .low_rank import LowRankTerms, gathered_low_rank
 from .matmul import linear, mixed_quantized_matmul, quantized_matmul
 from .rounding import quantize
-from .training import causal_attention, cross_entropy, gated, low_rank_term
+from .training import (
+    categorical,
+    causal_attention,
+    cross_entropy,
+    gated,
+    low_rank_term,
+    softmax,
+)
 
 __all__ = [
     "AffineWeight",
     "Comparison",
     "LowRankTerms",
     "Sampled",
+    "categorical",
     "causal_attention",
     "compare_logits",
     "cross_entropy",
@@ -33,4 +41,5 @@ __all__ = [
     "quantize_kv",
     "quantized_attention",
     "quantized_matmul",
+    "softmax",
 ]

@@ -46,6 +46,29 @@ def cross_entropy(logits: mx.array, labels: mx.array) -> mx.array:
     return mx.logsumexp(logits, axis=-1) - chosen
 
 
+def softmax(logits: mx.array) -> mx.array:
+    """Probabilities over the last axis of `[..., vocab]`, in float32.
+
+    NaN natively where a logit of the row is not finite.
+    """
+    logits = logits.astype(mx.float32)
+    if (ext := native.active()) and logits.ndim > 1:
+        y: mx.array = ext.causal_softmax(logits, 1.0, 1, 0)
+        return y
+    return mx.softmax(logits, axis=-1)
+
+
+def categorical(logits: mx.array, key: mx.array) -> mx.array:
+    """A label drawn from softmax(logits) for each row `[..., vocab]`: uint32 `[...]`.
+
+    One random number a row and a running sum. `mx.random.categorical` draws one for each logit and
+    takes two logarithms of it.
+    """
+    sums = mx.cumsum(softmax(logits), axis=-1)
+    drawn = 1 - mx.random.uniform(shape=(*sums.shape[:-1], 1), key=key)  # never 0
+    return mx.argmax(sums >= drawn * sums[..., -1:], axis=-1)
+
+
 def low_rank_term(x: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
     """`scale * x @ a @ b` for x `[..., in]`, a `[in, rank]` and b `[rank, out]` of one dtype."""
     if (ext := native.active()) and x.dtype == a.dtype == b.dtype == mx.float32:

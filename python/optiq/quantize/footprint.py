@@ -19,6 +19,7 @@ LATER = 160_000_000  # of it, what comes after the start: modules, what allocato
 
 _COPIES, _BACK = 3, 5  # of a block's activations that a run holds at a time; on the way back
 _LOGITS = 3  # the teacher's, a student's and the next one's
+_BACK_LOGITS = 7  # theirs, what a product leaves, a softmax, its running sum, a mask, gradients
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,11 @@ class Shapes:
         block = widest_block(self.modules, self.experts)
         return (_BACK if back else _COPIES) * 4 * longest * (block + self.heads * longest)
 
-    def logits(self, longest: int) -> int:
-        """The logits of a sequence, or of as much of it as is taken at a time."""
+    def logits(self, longest: int, *, back: bool = False) -> int:
+        """The logits of a sequence, or of as much of it as is taken at a time; or the way back."""
         vocabulary, _ = embedding_shape(self.modules)
-        return _LOGITS * min(LOGITS_BYTES, 4 * longest * vocabulary)
+        copies = _BACK_LOGITS if back else _LOGITS
+        return copies * min(LOGITS_BYTES, 4 * longest * vocabulary)
 
     def way_back(self, tokens: int) -> int:
         """What goes into and comes out of a block's layers, and a block's gradients."""

@@ -113,6 +113,7 @@ def _fitting(
         ),
         default=0,
     )
+    block, head = (of(max(lengths), back=True) for of in (shapes.block_run, shapes.logits))
     outside = max(
         (_fitting_rows(shapes, m, tokens, options) for m in shapes.modules if m.block is None),
         default=0,
@@ -124,7 +125,7 @@ def _fitting(
             "block outputs": min(descent.TAPE_BYTES, outputs),
             "gradients": 4 * tokens * 2 * width,
             "a block or head at work": max(
-                shapes.passed + max(inside, shapes.block_run(max(lengths), back=True)),
+                shapes.passed + max(inside, block, head),
                 outside,
             ),
             **shapes.handed(tokens, ranks),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from mlx_lm.utils import load_model
 
+from optiq import ops
 from optiq.formats import Format
 from optiq.models.places import place_at
 from optiq.models.roles import Module, Role, is_head, quantizable
@@ -41,6 +42,17 @@ class Probe(nn.Module):
         return self.inner.as_linear(x)
 
 
+def labels_of(model: nn.Module, ids: mx.array, key: mx.array) -> mx.array:
+    """The labels that a backward pass draws; it runs in single precision, as this does."""
+    stored = model.parameters()
+    model.set_dtype(mx.float32)
+    _, draw = mx.random.split(key)
+    labels = ops.categorical(model(ids)[0], draw)
+    mx.eval(labels)
+    model.update(stored)
+    return labels[None]
+
+
 def brute_force(
     model: nn.Module, modules: Sequence[Module], tokens: Sequence[int], key: mx.array
 ) -> dict[str, Both]:
@@ -54,10 +66,9 @@ def brute_force(
     for path, probe in probes.items():
         place_at(model, path).set(probe)
     ids = mx.array([list(tokens)])
-    logits = model(ids)
+    model(ids)  # the probes see what goes in
     inputs = {path: np.array(probe.input, dtype=np.float64)[0] for path, probe in probes.items()}
-    _, draw = mx.random.split(key)
-    labels = mx.random.categorical(logits[0].astype(mx.float32), key=draw)[None]
+    labels = labels_of(model, ids, key)
 
     def likelihood(deltas: dict[str, mx.array]) -> mx.array:
         for path, probe in probes.items():
@@ -139,9 +150,8 @@ def brute_experts(
     for t, text in enumerate(texts):
         ids = mx.array([list(text)])
         probe.delta = mx.array(0.0)
-        logits = model(ids)
-        _, draw = mx.random.split(keys[t])
-        labels = mx.random.categorical(logits[0].astype(mx.float32), key=draw)[None]
+        model(ids)  # the probe sees what goes in
+        labels = labels_of(model, ids, keys[t])
 
         def likelihood(delta: mx.array, ids: mx.array = ids, labels: mx.array = labels) -> mx.array:
             probe.delta = delta

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
+from optiq import ops
 from optiq.errors import SensitivityError
 from optiq.formats import Format
 from optiq.models.roles import Module, Role, quantizable
@@ -45,7 +46,7 @@ def log_likelihood(model: nn.Module, tokens: list[int], seed: int, cached: bool)
     _, draw = mx.random.split(mx.random.split(mx.random.key(seed), 1)[0])
     cache = {"cache": make_prompt_cache(model)} if cached else {}
     logits = model(mx.array([tokens]), **cache)[0].astype(mx.float32)
-    labels = mx.random.categorical(mx.stop_gradient(logits), key=draw)
+    labels = ops.categorical(mx.stop_gradient(logits), draw)
     picked = mx.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
     return mx.sum(picked - mx.logsumexp(logits, axis=-1))
 
@@ -139,7 +140,7 @@ def test_gradients_equal_finite_differences(
     stock, _ = load_model(source.path)
     # labels of the unperturbed model, then float64 likelihoods of perturbed ones
     _, draw = mx.random.split(mx.random.split(mx.random.key(3), 1)[0])
-    labels = np.array(mx.random.categorical(stock(mx.array([TEXT]))[0], key=draw))
+    labels = np.array(ops.categorical(stock(mx.array([TEXT]))[0], draw))
 
     def likelihood() -> float:
         return float(log_probabilities(stock, TEXT)[np.arange(len(TEXT)), labels].sum())

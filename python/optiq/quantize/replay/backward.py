@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 
+from ... import ops
 from ...base.text import one_line
 from ...models.roles import Module, Role
 from ...nn.replay import ALL, Pass, Replay, Tape, arrays
@@ -181,9 +182,8 @@ def _head_gradient(replay: Replay, tape: Tape, key: mx.array) -> mx.array:
 def _likelihood(replay: Replay, tape: Tape, key: mx.array) -> Callable[[mx.array], mx.array]:
     def likelihood(rows: mx.array) -> mx.array:
         logits = replay.logits(tape, rows).astype(mx.float32)
-        labels = mx.random.categorical(mx.stop_gradient(logits), key=key)
-        chosen = mx.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-        return mx.sum(chosen - mx.logsumexp(logits, axis=-1))
+        labels = ops.categorical(mx.stop_gradient(logits), key)
+        return -mx.sum(ops.cross_entropy(logits, labels))
 
     return likelihood
 

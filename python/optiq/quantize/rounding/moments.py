@@ -303,7 +303,7 @@ def _head_rows(replay: Replay, tape: Tape) -> list[Rows]:
     rows = []
     for chunk in tape.chunks(LOGITS_BYTES):
         x = tape.hidden[0, chunk]
-        p = mx.softmax(replay.logits(tape, x).astype(mx.float32), axis=-1)
+        p = ops.softmax(replay.logits(tape, x))
         weights = 1 - mx.sum(mx.square(p), axis=-1)
         mx.eval(weights)
         rows.append((x.astype(mx.float32), weights))

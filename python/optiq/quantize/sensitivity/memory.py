@@ -30,10 +30,11 @@ def needs(shapes: Shapes, lengths: Sequence[int], options: Options, ranks: int) 
     at_block = max(
         shapes.block_run(max(lengths), back=True), (together + 2) * largest + inside_rounded
     )
+    head_back = shapes.logits(max(lengths), back=True)
     passing = {
         "weights": shapes.passed,
         # The head comes before the blocks, so no gradients of theirs are held then.
-        "at work": compared + max(shapes.way_back(tokens) + at_block, head + logits),
+        "at work": compared + max(shapes.way_back(tokens) + at_block, head + head_back),
         **shapes.handed(tokens, ranks),
     }
     # Exact scores run the model again and again, when the gradients are gone.
