@@ -36,7 +36,7 @@ demo: $(VENV)/.native
 
 # A file of tests at a time in each process; `python -m pytest tests/planning` needs none of this.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # A tiny model of every model file of mlx-lm; writes docs/families.md. Where torch is installed, saved
 # configs are also compared with the models of transformers.

@@ -90,10 +90,12 @@ def test_a_hub_id_without_network(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("native", ["", "0"])
-def test_a_conversion_prints_its_result_and_nothing_else(tmp_path: Path, native: str) -> None:
+@pytest.mark.parametrize(("native", "kind"), [("", "qwen3_moe"), ("0", "llama")])
+def test_a_conversion_prints_its_result_and_nothing_else(
+    tmp_path: Path, native: str, kind: str
+) -> None:
     """With the native part and, as OPTIQ_NATIVE=0, without it."""
-    tiny_folder(tmp_path, "qwen3_moe", name="model")
+    tiny_folder(tmp_path, kind, name="model")
     quick = ["--tokens", "200", "--size", "7bpw", "--formats", "4,8", "--json", "--quiet"]
     environment = {**os.environ, "OPTIQ_NATIVE": native}
     done = optiq("convert", "model", "-o", "out", *quick, cwd=tmp_path, env=environment)

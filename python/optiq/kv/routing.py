@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
 import mlx.core as mx
@@ -21,9 +20,9 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..models.places import Wrapper, place_at
 from ..nn.layers import Adopting
+from ..nn.whole_text import attention_of, rerouted
 from .records import Handle, handing
 
-ATTENTION = "scaled_dot_product_attention"
 TRIAL = ((0, 1, 2, 3, 4), (5,), (6,))  # tokens: a prompt and two steps
 _routed_classes: dict[type[nn.Module], type[nn.Module] | None] = {}
 
@@ -75,26 +74,14 @@ def routed(module: nn.Module) -> nn.Module | None:
     if issubclass(cls, Routed):
         return None
     if cls not in _routed_classes:
-        call = cls.__call__
+        call: Any = cls.__call__
         made = None
-        # Some files call an attribute of that name, `mx.fast.scaled_dot_product_attention`.
-        if (
-            isinstance(call, FunctionType)
-            and ATTENTION in call.__globals__
-            and (ATTENTION in call.__code__.co_names)
-        ):
-            made = type(f"Routed{cls.__name__}", (Routed, cls), {"rerouted": _rerouted(call)})
+        if (stock := attention_of(call)) is not None:
+            code = {"rerouted": rerouted(call, _attention(stock))}
+            made = type(f"Routed{cls.__name__}", (Routed, cls), code)
         _routed_classes[cls] = made
     made = _routed_classes[cls]
     return None if made is None else made.adopt(module)  # type: ignore[attr-defined]
-
-
-def _rerouted(call: FunctionType) -> FunctionType:
-    """The same code, for which `scaled_dot_product_attention` is ours."""
-    names = {**call.__globals__, ATTENTION: _attention(call.__globals__[ATTENTION])}
-    made = FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
-    made.__kwdefaults__ = call.__kwdefaults__
-    return made
 
 
 def _attention(stock: Callable[..., mx.array]) -> Callable[..., mx.array]:

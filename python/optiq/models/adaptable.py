@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
+from ..base.modules import leaf_modules
 from .kinds import Kind, is_embedding, kind_of
 from .roles import Module, Role, blocks, role_of, unit_of
 
@@ -64,7 +64,4 @@ def weight_shape(layer: Any) -> tuple[int, ...]:
 
 
 def _leaves(model: nn.Module) -> dict[str, nn.Module]:
-    leaves: dict[str, nn.Module] = dict(
-        tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
-    )
-    return {path: m for path, m in leaves.items() if "weight" in m}
+    return {path: m for path, m in leaf_modules(model).items() if "weight" in m}

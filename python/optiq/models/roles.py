@@ -187,15 +187,13 @@ def _has_head(model: nn.Module, modules: Sequence[Module]) -> bool:
 
 def _candidates(model: nn.Module) -> dict[str, Any]:
     """Leaf modules that stock mlx-lm can store in any affine format, in definition order."""
-    from mlx.utils import tree_flatten
+    from ..base.modules import leaf_modules
 
     predicate = getattr(model, "quant_predicate", None) or (lambda path, module: True)
-    leaves: dict[str, Any] = dict(
-        tree_flatten(model.leaf_modules(), is_leaf=lambda m: hasattr(m, "parameters"))
-    )
+    layers: dict[str, Any] = leaf_modules(model)
     return {
         path: m
-        for path, m in leaves.items()
+        for path, m in layers.items()
         if hasattr(m, "to_quantized")
         and "mode" in inspect.signature(m.to_quantized).parameters
         and predicate(path, m)

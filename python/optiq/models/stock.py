@@ -7,8 +7,8 @@ import io
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
+from ..base.modules import leaf_modules
 from ..base.text import one_line
 from ..errors import UsageError
 from ..formats import UNIFORM4
@@ -45,9 +45,6 @@ def quantize(loaded: LoadedModel, *, bits: int = 4, recipe: str | None = None) -
             f"mlx-lm {mlx_lm_version()} cannot apply {recipe or f'{bits} bits'} to this model: "
             f"{one_line(error)}"
         ) from error
-    layers: dict[str, nn.Module] = dict(
-        tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
-    )
-    for layer in layers.values():
+    for layer in leaf_modules(model).values():
         mx.eval(layer.parameters())
     return model

@@ -19,6 +19,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..base.modules import leaf_modules
 from ..base.text import dtype_name
 from ..formats import AFFINE_BITS, AFFINE_GROUPS, Format
 from ..models.blocks import Unknown, describe
@@ -39,6 +40,7 @@ from .layers import (
 from .parts import Description
 from .stack import Stacked, stack, stackable
 from .tiled import tile
+from .whole_text import attend_whole_texts
 
 
 @dataclass
@@ -61,9 +63,9 @@ def accelerate(
 
     With `blocks`, decoder blocks of a known kind also run as a whole. Where the layers of a block
     are replaced, tapped or differentiated later, it runs layer by layer again; if that is all that
-    you do, pass `blocks=False`, for which gated MLPs have a native activation with a gradient. A
-    kind of block or MLP is first compared with the original on random input, and left alone if the
-    two disagree.
+    you do, pass `blocks=False`, for which gated MLPs have a native activation with a gradient, and
+    so has attention over a whole text. A kind of block or MLP is first compared with the original
+    on random input, and left alone if the two disagree.
 
     On the CPU products with weights in few bits are as exact as those of float32. Without `exact`
     they read activations as 16-bit fixed point, each group by its largest value: 1.05 to 1.4 times
@@ -86,10 +88,7 @@ def accelerate(
     swaps: list[tuple[str, nn.Module]] = []
     refusals: dict[Any, str] = {}  # on a GPU, of each kind of layer
     classes = stock_classes()
-    leaves: dict[str, nn.Module] = dict(
-        tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
-    )
-    for path, module in leaves.items():
+    for path, module in leaf_modules(model).items():
         native_class = classes.get(type(module))
         if type(module) in classes.values():
             continue
@@ -109,6 +108,7 @@ def accelerate(
         model.apply(_exact)
     if not blocks:
         gate(model)
+        attend_whole_texts(model)
     elif native.on_cpu() or metal.enabled():
         _fuse_blocks(model, report)
     if repack:
@@ -119,8 +119,7 @@ def accelerate(
 
 
 def _repack(model: nn.Module) -> None:
-    leaves: Any = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
-    for _, module in leaves:
+    for module in leaf_modules(model).values():
         if isinstance(module, QuantizedLinear):
             tile(module)
 

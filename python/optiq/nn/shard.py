@@ -15,8 +15,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
+from ..base.modules import leaf_modules
 from ..errors import DistributedError
 from ..models.blocks import Attention, Mlp, Unknown, describe, set_heads
 from ..models.places import place_at
@@ -54,8 +54,7 @@ def shard(model: nn.Module, ranks: Ranks, name: str) -> None:
                 "with fewer ranks, or on one machine"
             ) from None
         mx.eval(block.parameters())
-    leaves: dict[str, Any] = dict(tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module))
-    for path, layer in leaves.items():
+    for path, layer in leaf_modules(model).items():
         if not any(path.startswith(f"{block}.") for block in blocks):
             _shard_vocabulary(model, path, layer, meeting)
 

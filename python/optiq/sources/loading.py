@@ -18,6 +18,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
+from ..base.modules import leaf_modules
 from ..base.notice import notice
 from ..base.text import dtype_name, one_line
 from ..errors import SourceError
@@ -256,8 +257,8 @@ def _undeclared(path: Path) -> str | None:
 
 def _check_dense(source: Source, model: nn.Module) -> None:
     """Raise SourceError for a weight to be quantized that holds integers."""
-    layers: Any = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
-    for path, layer in layers:
+    layers: dict[str, Any] = leaf_modules(model)
+    for path, layer in layers.items():
         if hasattr(layer, "to_quantized") and not mx.issubdtype(layer.weight.dtype, mx.floating):
             dtype = dtype_name(layer.weight.dtype)
             raise SourceError(

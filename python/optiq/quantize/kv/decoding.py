@@ -16,9 +16,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
+from ...base.modules import leaf_modules
 from ...models.blocks import whole_text_caches
 from ...models.roles import Module, Role, role_of
 from ...nn.replay import ALL, Pass, Replay, Tape, arrays
@@ -122,7 +122,7 @@ class Decoder(Replay):
 def heads(model: nn.Module) -> list[Module]:
     """The module that makes logits, of a model that may be quantized, as `Replay` takes it."""
     inside = {id(m) for layer in model.layers for m in layer.modules()}
-    leaves: Any = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
+    leaves = leaf_modules(model).items()
     outside = [(path, m) for path, m in leaves if id(m) not in inside and "weight" in m]
     for path, m in outside:
         if role_of(path) is Role.HEAD:

@@ -29,6 +29,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ... import ops
 from ...base.checkpoint import Identity, check_identity, damaged
 from ...base.memory import Needs, available_memory
+from ...base.modules import leaf_modules
 from ...base.progress import Progress, tell
 from ...base.tensors import write_tensors
 from ...calibration import Calibration
@@ -301,10 +302,7 @@ def _dtypes(model: nn.Module) -> dict[str, mx.Dtype]:
 
 def _norms(model: nn.Module, dtypes: Mapping[str, mx.Dtype]) -> list[Norm]:
     """The norms of an accelerated model; `dtypes` are those that its parameters are stored in."""
-    leaves: dict[str, nn.Module] = dict(
-        tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
-    )
-    units = ((path, layer, multiplied(layer)) for path, layer in leaves.items())
+    units = ((path, layer, multiplied(layer)) for path, layer in leaf_modules(model).items())
     return [
         Norm(path, layer, unit, dtypes[f"{path}.weight"])
         for path, layer, unit in units

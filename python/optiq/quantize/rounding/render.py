@@ -10,8 +10,8 @@ from math import prod
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
+from ...base.modules import leaf_modules
 from ...distributed.ranks import ALONE, World
 from ...formats import DENSE, Format
 from ...models.places import place_at
@@ -42,9 +42,7 @@ def render_model(
     Takes over `loaded.model`, whose weights should still be lazy; `blocks` is that of `accelerate`.
     With `lazy` a weight is rounded when it is first used, and not checked.
     """
-    leaves: dict[str, nn.Module] = dict(
-        tree_flatten(loaded.model.leaf_modules(), is_leaf=nn.Module.is_module)
-    )
+    leaves = leaf_modules(loaded.model)
     for planned in plan.modules:
         if planned.format != DENSE:
             path, fmt = planned.module.path, planned.format
