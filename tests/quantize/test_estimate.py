@@ -18,7 +18,7 @@ from optiq.quantize.rounding.descent import TOGETHER_SWEEPS
 from optiq.sources import load, resolve
 from tests.tiny import tiny_folder
 
-NOTHING = estimate.Speed(*[0.0] * 8)
+NOTHING = estimate.Speed(*[0.0] * 9)
 
 
 def test_the_phases_are_those_of_a_conversion(

@@ -46,7 +46,6 @@ _TURN = 64  # rows of them whose errors add up
 _BACKWARD = 3.0  # a pass back costs this many passes forward, with what it keeps for them
 _REST = 1.15  # a pass forward over its products and attention alone
 _TOUCHED = 0.8  # norms, sums and activations, in activations of all that layers read and write
-_NATIVE = 0.1  # attention in blocks that run natively, over MLX's
 _PLANS = 3.5  # that are proposed and measured, on average
 _CANDIDATES = 3  # roundings of a layer that are compared
 _COMPARED = 8  # formats that are compared in a probe
@@ -80,14 +79,16 @@ class Estimate:
 @dataclass(frozen=True)
 class Speed:
     """Seconds of one multiplication in a product, and in one of experts; of a number that goes
-    through an activation, as norms, activations and sums do; of a query that sees a key
-    in one head; of one weight searched, and compared with the source; of one weight that descends
-    against one column, its row alone or in a turn of rows together."""
+    through an activation, as norms, activations and sums do; of a query that sees a key in one
+    head, in a pass forward and in one there and back; of one weight searched, and compared with the
+    source; of one weight that descends against one column, its row alone or in a turn of rows
+    together."""
 
     product: float
     experts: float
     elements: float
     attention: float
+    attention_back: float
     search: float
     compare: float
     descent: float
@@ -112,17 +113,19 @@ def estimate(
     passed = sum(sum(m.shape[-2:]) for m in modules if m.block is not None)
     heads = _heads(args) * len({m.block for m in modules if m.block is not None})
 
-    def run(sequences: list[Sample], *, native: bool = False) -> float:
-        """Seconds of a pass forward; `native`: with accelerated blocks."""
+    def run(sequences: list[Sample], *, native: bool = False, back: bool = False) -> float:
+        """Seconds of a pass forward, or there and `back`; `native`: with accelerated blocks."""
         lengths = [len(sample.tokens) for sample in sequences]
-        seen = sum(n * n for n in lengths) * (_NATIVE if native else 1.0)
         beside = 0.0 if native else _TOUCHED * passed * speed.elements
-        return _REST * (sum(lengths) * (token + beside) + seen * heads * speed.attention)
+        layers = (_BACKWARD if back else 1.0) * sum(lengths) * (token + beside)
+        attended = speed.attention_back if back else speed.attention
+        return _REST * (layers + sum(n * n for n in lengths) * heads * attended)
 
     weights = sum(prod(m.shape) for m in modules)
     fitted = sum(len(sample.tokens) for sample in texts.calibration.sequences)
     scoring = sum(len(sample.tokens) for sample in texts.scoring.sequences)
-    calibrated, scored = run(texts.calibration.sequences), run(texts.scoring.sequences)
+    scored = run(texts.scoring.sequences)
+    calibrated = run(texts.calibration.sequences, back=True)
     loading = 0.1 + weights * loaded.dtype.size / _READING
     formats = sum(_scored(m) * len(set(allowed(m, options.menu)) - {DENSE}) for m in modules)
 
@@ -133,7 +136,7 @@ def estimate(
         open = sum(runs[m.path] for m in modules if m.role in (Role.EXPERT, Role.ROUTER))
         head = sum(prod(m.shape) * runs[m.path] for m in modules if is_head(m))
         fisher = formats * (speed.search + speed.compare) + head * scoring * speed.product
-        fisher += _BACKWARD * scored
+        fisher += run(texts.scoring.sequences, back=True)
         scores = {"kl": exact, "fisher": fisher}.get(
             options.sensitivity, fisher + open * scored / 2
         )
@@ -145,9 +148,9 @@ def estimate(
         seconds["choosing formats"] = loading + (_PLANS * judging if texts.selection else 0.0)
         if options.rounding not in ("search", "minmax"):
             layers = sum(_fitting(m, speed, fitted, options.together) for m in modules)
-            seconds["fitting weights"] = loading + _BACKWARD * calibrated + layers + judging
+            seconds["fitting weights"] = loading + calibrated + layers + judging
         if refining:
-            seconds["training scales"] = _BACKWARD * 2 * calibrated
+            seconds["training gains"] = 2 * calibrated
         writing = _WRITING if "fitting weights" in seconds else 2 * speed.search
         seconds["writing"] = loading + weights * writing
         judged = 2 * run(texts.held_out.sequences, native=True)
@@ -172,7 +175,7 @@ def probe(modules: list[Module], loaded: LoadedModel, sequences: int) -> Speed:
     attention = _attention(getattr(loaded.model, "args", None), x.dtype)
     fmt = next((f for f in (UNIFORM4, NARROW) if f.fits(w.shape)), None)
     if fmt is None:  # it stays as it is
-        return Speed(product, experts, elements, attention, 0.0, 0.0, 0.0, 0.0)
+        return Speed(product, experts, elements, *attention, 0.0, 0.0, 0.0, 0.0)
     fewer, ones = w[: max(1, _WEIGHTS // width)], mx.ones(width)
     start = ops.AffineWeight(*ops.quantize(fewer, fmt, ones), fmt.group_size, fmt.bits)
     hessian = mx.eye(width) + 0.01
@@ -185,7 +188,7 @@ def probe(modules: list[Module], loaded: LoadedModel, sequences: int) -> Speed:
     taken = _fastest(lambda: ops.descend(few, some, hessian, outputs=both, sweeps=1).codes)
     together = taken / (few.size * (width + len(few)))
     compare = _comparing(fewer, start, fmt, sequences)
-    return Speed(product, experts, elements, attention, search, compare, descent, together)
+    return Speed(product, experts, elements, *attention, search, compare, descent, together)
 
 
 def _comparing(w: mx.array, rounded: ops.AffineWeight, fmt: Format, sequences: int) -> float:
@@ -208,16 +211,19 @@ def _heads(args: Any) -> int:
     return int(getattr(args, "num_attention_heads", None) or 1)
 
 
-def _attention(args: Any, dtype: mx.Dtype) -> float:
-    """Seconds for a query that sees a key, in one head of the usual size."""
+def _attention(args: Any, dtype: mx.Dtype) -> tuple[float, float]:
+    """Seconds for a query that sees a key, in one head of the usual size: forward, and with the way
+    back."""
     heads = min(_heads(args), 8)
     x = mx.random.normal((1, heads, _ROWS, 64), key=mx.random.key(2)).astype(dtype)
     mx.eval(x)
 
-    def work() -> mx.array:
-        return mx.fast.scaled_dot_product_attention(x, x, x, scale=0.125, mask="causal")
+    def attend(x: mx.array) -> list[mx.array]:
+        return [ops.causal_attention(x, x, x, scale=0.125)]
 
-    return _fastest(work) / (heads * _ROWS**2)
+    pairs = heads * _ROWS**2
+    forward, back = _fastest(lambda: attend(x)), _fastest(lambda: mx.vjp(attend, [x], [x])[1])
+    return forward / pairs, back / pairs
 
 
 def _experts(modules: list[Module], dtype: mx.Dtype) -> float:
@@ -233,7 +239,7 @@ def _experts(modules: list[Module], dtype: mx.Dtype) -> float:
     return _fastest(lambda: ops.linear(x, w, indices=which)) / (_ROWS // 4 * out * width)
 
 
-def _fastest(work: Callable[[], mx.array]) -> float:
+def _fastest(work: Callable[[], mx.array | list[mx.array]]) -> float:
     """Seconds of the fastest of ten runs, or of as many as fit into the time of a probe.
 
     Without what its threads waited for a processor, which other programs had. The system counts

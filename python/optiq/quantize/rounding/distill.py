@@ -125,7 +125,7 @@ def refine(
     ]
     with (
         student.replay,
-        Progress(len(order), "training scales", done=state.step, enabled=progress) as bar,
+        Progress(len(order), "training gains", done=state.step, enabled=progress) as bar,
     ):
         while state.step < len(order):
             loss, gradients = student.loss_and_gradients(state.parameters, order[state.step])
