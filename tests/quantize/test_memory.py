@@ -16,7 +16,6 @@ from optiq.quantize import footprint, memory
 from optiq.quantize.footprint import Shapes, shapes_of
 from optiq.quantize.memory import SCORES, affordable, peak, phases
 from optiq.quantize.options import Options
-from optiq.quantize.replay.logits import LOGITS_BYTES
 from optiq.quantize.sensitivity.weight_error import ELEMENTS
 from optiq.sources import load, resolve
 from tests.quantize.sensitivity.cases import calibration
@@ -85,10 +84,12 @@ def test_at_the_head_there_are_its_formats_and_no_gradients() -> None:
     shapes, options = small(), Options.parse(effort="quick")
     head = shapes.modules[0]
     formats = [f for f in allowed(head, options.menu) if f != DENSE]
-    logits = 7 * min(LOGITS_BYTES, 4 * 256 * 49152)
     compared = 2 * 4 * ELEMENTS  # in float32
-    parts = phases(shapes, texts(1024), options, 10**8)[SCORES].parts
+    parts = phases(shapes, texts(1024, 64), options, 10**8)[SCORES].parts
+    logits = 3 * 4 * 64 * 49152
     assert parts["at work"] == sum(f.nbytes(head.shape, 2) for f in formats) + logits + compared
+    longer = phases(shapes, texts(1024), options, 10**8)[SCORES].parts
+    assert longer["at work"] == 7 * 4 * 256 * 49152  # the way back from more logits
     assert "gradients" not in parts
 
 

@@ -34,7 +34,9 @@ def needs(shapes: Shapes, lengths: Sequence[int], options: Options, ranks: int) 
     passing = {
         "weights": shapes.passed,
         # The head comes before the blocks, so no gradients of theirs are held then.
-        "at work": compared + max(shapes.way_back(tokens) + at_block, head + head_back),
+        "at work": max(
+            compared + max(shapes.way_back(tokens) + at_block, head + logits), head_back
+        ),
         **shapes.handed(tokens, ranks),
     }
     # Exact scores run the model again and again, when the gradients are gone.
