@@ -74,35 +74,25 @@ def routed(module: nn.Module) -> nn.Module | None:
     if issubclass(cls, Routed):
         return None
     if cls not in _routed_classes:
-        call: Any = cls.__call__
         made = None
-        if (stock := attention_of(call)) is not None:
-            code = {"rerouted": rerouted(call, _attention(stock))}
+        if attention_of(cls.__call__) is not None:
+            code = {"rerouted": rerouted(cls.__call__, _attend)}
             made = type(f"Routed{cls.__name__}", (Routed, cls), code)
         _routed_classes[cls] = made
     made = _routed_classes[cls]
     return None if made is None else made.adopt(module)  # type: ignore[attr-defined]
 
 
-def _attention(stock: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    def attend(
-        queries: mx.array,
-        keys: Any,
-        values: Any,
-        cache: Any,
-        scale: float,
-        mask: Any,
-        sinks: mx.array | None = None,
-    ) -> mx.array:
-        if not isinstance(keys, Handle):
-            return stock(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
-        of_one = isinstance(values, Handle) and values.cache is keys.cache
-        if not (of_one and keys.of_keys and not values.of_keys):
-            raise TypeError("keys and values are not those of one cache")
-        y: mx.array = keys.cache.attend(queries, scale=scale, mask=mask, sinks=sinks)
-        return y
-
-    return attend
+def _attend(
+    q: mx.array, k: Any, v: Any, cache: Any, scale: float, mask: Any, sinks: mx.array | None
+) -> mx.array | None:
+    if not isinstance(k, Handle):
+        return None
+    of_one = isinstance(v, Handle) and v.cache is k.cache
+    if not (of_one and k.of_keys and not v.of_keys):
+        raise TypeError("keys and values are not those of one cache")
+    y: mx.array = k.cache.attend(q, scale=scale, mask=mask, sinks=sinks)
+    return y
 
 
 class Tap(Wrapper):

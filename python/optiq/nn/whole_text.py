@@ -48,9 +48,26 @@ def attention_of(call: Any) -> Any:
     return None
 
 
-def rerouted(call: FunctionType, attention: Callable[..., mx.array]) -> FunctionType:
-    """The same code, for which `scaled_dot_product_attention` is `attention`."""
-    names = {**call.__globals__, ATTENTION: attention}
+def rerouted(call: Any, own: Callable[..., mx.array | None]) -> FunctionType:
+    """The same code, whose `scaled_dot_product_attention` is `own`, and where that gives None the
+    one that it has."""
+    stock = attention_of(call)
+
+    def attend(
+        queries: mx.array,
+        keys: Any,
+        values: Any,
+        cache: Any,
+        scale: float,
+        mask: Any,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        y: mx.array | None = own(queries, keys, values, cache, scale, mask, sinks)
+        if y is None:
+            y = stock(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+        return y
+
+    names = {**call.__globals__, ATTENTION: attend}
     made = FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
     made.__kwdefaults__ = call.__kwdefaults__
     return made
@@ -64,15 +81,8 @@ def _class_of(cls: type[nn.Module], call: Any) -> type[nn.Module]:
 
 
 def _attend(
-    queries: mx.array,
-    keys: Any,
-    values: Any,
-    cache: Any,
-    scale: float,
-    mask: Any,
-    sinks: mx.array | None = None,
-) -> mx.array:
-    if cache is None and isinstance(mask, str) and queries.shape[2] == keys.shape[2]:
-        return ops.causal_attention(queries, keys, values, scale=scale, sinks=sinks)
-    y: mx.array = STOCK(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
-    return y
+    q: mx.array, k: Any, v: Any, cache: Any, scale: float, mask: Any, sinks: mx.array | None
+) -> mx.array | None:
+    if cache is None and isinstance(mask, str) and q.shape[2] == k.shape[2]:
+        return ops.causal_attention(q, k, v, scale=scale, sinks=sinks)
+    return None
