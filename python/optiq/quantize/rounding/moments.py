@@ -377,9 +377,10 @@ def _hessian(rows: Sequence[Rows], size: int) -> mx.array:
         if i <= j
     }
     for x, weights in _in_parts(rows):
-        weighted = x * weights[:, None]
+        columns = [mx.contiguous(x[:, cut]) for cut in cuts]  # a product would copy each anew
+        weighted = [part * weights[:, None] for part in columns]
         for i, j in parts:
-            parts[i, j] = parts[i, j] + weighted[:, cuts[i]].T @ x[:, cuts[j]]
+            parts[i, j] = parts[i, j] + weighted[i].T @ columns[j]
         mx.eval(parts)
     return mx.concatenate(
         [
