@@ -4,6 +4,10 @@
 #include <new>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace optiq::cpu {
 namespace {
 
@@ -34,11 +38,37 @@ struct Store {
 thread_local bool Store::over = false;
 thread_local Store store;
 
+// Memory that is too large to be kept comes from the system in large pages: it takes a few faults,
+// and none of it stays with the allocator, which would keep smaller blocks of others as well.
+void* take_large(size_t bytes) {
+#ifdef __linux__
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) {
+    throw std::bad_alloc();
+  }
+  madvise(memory, bytes, MADV_HUGEPAGE);
+  return memory;
+#else
+  return ::operator new(bytes, kLine);
+#endif
+}
+
+void give_large(void* memory, [[maybe_unused]] size_t bytes) {
+#ifdef __linux__
+  munmap(memory, bytes);
+#else
+  ::operator delete(memory, kLine);
+#endif
+}
+
 } // namespace
 
 void* take_memory(size_t bytes) {
   int size = size_class(bytes);
-  if (size > kLargest || Store::over) {
+  if (size > kLargest) {
+    return take_large(bytes);
+  }
+  if (Store::over) {
     return ::operator new(bytes, kLine);
   }
   auto& free = store.free[size];
@@ -52,7 +82,10 @@ void* take_memory(size_t bytes) {
 
 void give_memory(void* memory, size_t bytes) {
   int size = size_class(bytes);
-  if (size > kLargest || Store::over || store.free[size].size() >= kKept) {
+  if (size > kLargest) {
+    return give_large(memory, bytes);
+  }
+  if (Store::over || store.free[size].size() >= kKept) {
     return ::operator delete(memory, kLine);
   }
   store.free[size].push_back(memory);
