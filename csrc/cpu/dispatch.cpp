@@ -5,6 +5,12 @@
 
 #include "types.h"
 
+#ifdef OPTIQ_WITH_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace optiq::cpu {
 
 namespace scalar {
@@ -14,6 +20,9 @@ namespace avx2 {
 extern const Kernels table;
 }
 namespace avx512 {
+extern const Kernels table;
+}
+namespace amx {
 extern const Kernels table;
 }
 namespace neon {
@@ -28,6 +37,23 @@ bool runs_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
 }
+
+// 512-bit kernels are for processors that also multiply 16-bit integers with them.
+bool runs_avx512() {
+  return runs_avx2() && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+#ifdef OPTIQ_WITH_AMX
+// Linux saves the tiles of threads whose process has asked for it.
+bool runs_amx() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18; // asm/prctl.h, of Linux 5.16
+  unsigned a, b, c, d;
+  bool has = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & bit_AMX_BF16) && (d & bit_AMX_TILE) &&
+             __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit_AVX512BF16);
+  return has && runs_avx512() && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
 #endif
 
 } // namespace
@@ -35,10 +61,13 @@ bool runs_avx2() {
 // CMakeLists.txt says which were compiled.
 std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> usable;
+#ifdef OPTIQ_WITH_AMX
+  if (runs_amx()) {
+    usable.push_back(&amx::table);
+  }
+#endif
 #ifdef OPTIQ_WITH_AVX512
-  // One set of 512-bit kernels, for the processors that also multiply 16-bit integers with it.
-  if (runs_avx2() && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512vnni")) {
+  if (runs_avx512()) {
     usable.push_back(&avx512::table);
   }
 #endif

@@ -7,8 +7,6 @@
 
 namespace optiq::cpu::OPTIQ_ISA {
 
-constexpr size_t kSerialValues = 1 << 14; // fewer are not worth waking a thread for
-
 OPTIQ_INLINE f32x8 sigmoid(f32x8 x) {
   f32x8 e = exp_negative(select(x < 0.0f, x, -x));
   return select(x < 0.0f, e, splat(1.0f)) / (e + 1.0f);
@@ -46,18 +44,6 @@ OPTIQ_INLINE float inverse_rms(const float* x, size_t n, float eps) {
     even += a * a;
   }
   return 1.0f / __builtin_sqrtf(sum(even + odd) / float(n) + eps);
-}
-
-// Rows in blocks of a size that does not depend on the number of threads.
-template <class Row>
-void for_rows(size_t rows, size_t width, Row& row) {
-  if (rows * width < kSerialValues) {
-    for (size_t r = 0; r < rows; r++) {
-      row(int(r));
-    }
-  } else {
-    parallel_for(int(rows), row);
-  }
 }
 
 inline void rms_norm(const RmsNorm& a) {

@@ -11,7 +11,7 @@ namespace optiq::cpu::OPTIQ_ISA {
 
 struct GroupGradientTiles {
   const GroupGradient& a;
-  static constexpr int kStrip = 4 * kRows; // rows of the weight that share a reading of `in`
+  static constexpr int kStrip = 4 * kRowsOfBlock; // rows of the weight that share a reading of `in`
 
   void operator()(int task) {
     const int first = task * kStrip;
@@ -23,18 +23,15 @@ struct GroupGradientTiles {
         out[size_t(r) * a.m + t] = a.out[size_t(t) * a.rows + first + r];
       }
     }
-    Scratch<float> tile(size_t(kStrip) * a.format.group_size); // of G
+    const Rows strip(out, a.m, rows, a.m, false);
+    const Weight in{.data = a.in, .rows = a.m, .cols = a.cols};
+    const int width = a.format.group_size;
+    Scratch<float> tile(size_t(kStrip) * width); // of G
     for (int g = 0; g < groups; g++) {
-      for (int c = 0; c < a.format.group_size; c += kPanel) { // a group is one or more panels
-        const float* panel = a.in + size_t(g) * a.format.group_size + c;
-        for (int r = 0; r < rows; r += kRows) {
-          micro_kernel_edge(rows - r < kRows ? rows - r : kRows, out + size_t(r) * a.m, a.m, panel,
-              a.cols, a.m, tile + size_t(r) * a.format.group_size + c, a.format.group_size, kPanel,
-              false);
-        }
-      }
+      multiply_part(strip, PartOfProduct<PackColumns<0>>{0, rows, g * width, (g + 1) * width, a.m,
+                               tile, size_t(width), false, {{in}}});
       for (int r = 0; r < rows; r++) {
-        reduce(first + r, g, tile + size_t(r) * a.format.group_size);
+        reduce(first + r, g, tile + size_t(r) * width);
       }
     }
   }

@@ -71,12 +71,16 @@ void sgemm(const Sgemm& g) {
   bool rewrite = g.trans_a || g.alpha != 1;
   Scratch<float> rows(rewrite ? size_t(g.m) * g.k : 1);
   if (rewrite) {
-    for (int i = 0; i < g.m; i++) {
+    auto some = [&](int block) {
+      int begin = block * kWide, end = begin + kWide < g.m ? begin + kWide : g.m;
       for (int k = 0; k < g.k; k++) {
-        float x = g.trans_a ? g.a[size_t(k) * g.lda + i] : g.a[size_t(i) * g.lda + k];
-        rows[size_t(i) * g.k + k] = g.alpha * x;
+        for (int i = begin; i < end; i++) {
+          float x = g.trans_a ? g.a[size_t(k) * g.lda + i] : g.a[size_t(i) * g.lda + k];
+          rows[size_t(i) * g.k + k] = g.alpha * x;
+        }
       }
-    }
+    };
+    for_rows((g.m + kWide - 1) / kWide, size_t(g.k) * kWide, some);
   }
   const float* a = rewrite ? rows : g.a;
   size_t lda = rewrite ? g.k : g.lda;
@@ -85,9 +89,9 @@ void sgemm(const Sgemm& g) {
   b.rows = g.trans_b ? g.n : g.k;
   b.cols = g.trans_b ? g.k : g.n;
   if (g.trans_b) {
-    Product<PackRows<0>>{a, lda, g.c, size_t(g.ldc), g.m, g.n, g.k, accumulate, {{b}}, 1}.run();
+    multiply<PackRows<0>>({a, lda, g.c, size_t(g.ldc), g.m, g.n, g.k, accumulate, {{b}}});
   } else {
-    Product<PackColumns<0>>{a, lda, g.c, size_t(g.ldc), g.m, g.n, g.k, accumulate, {{b}}, 1}.run();
+    multiply<PackColumns<0>>({a, lda, g.c, size_t(g.ldc), g.m, g.n, g.k, accumulate, {{b}}});
   }
 }
 

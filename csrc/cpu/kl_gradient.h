@@ -16,17 +16,16 @@ struct KlGradient {
     int strips = (p.w.rows + kStrip - 1) / kStrip;
     int begin = int(int64_t(strips) * task / tasks),
         end = int(int64_t(strips) * (task + 1) / tasks);
-    Scratch<float> panel(size_t(kDepth) * kPanel);
     Scratch<float> p_tile(size_t(rows) * kStrip), q_tile(size_t(rows) * kStrip);
     float* out = partial + size_t(task) * rows * q.w.cols;
     std::memset(out, 0, size_t(rows) * q.w.cols * sizeof(float));
     for (int strip = begin; strip < end; strip++) {
-      p.logits(rows, strip * kStrip, panel, p_tile);
-      q.logits(rows, strip * kStrip, panel, q_tile);
+      p.logits(rows, strip * kStrip, p_tile);
+      q.logits(rows, strip * kStrip, q_tile);
       for (int i = 0; i < rows; i++) {
         slopes(first + i, p_tile + i * kStrip, q_tile + i * kStrip);
       }
-      multiply(strip * kStrip, q_tile, panel, out);
+      multiply(strip * kStrip, q_tile, out);
     }
   }
 
@@ -49,16 +48,11 @@ struct KlGradient {
   }
 
   // out += tile @ W_q[n0 : n0 + kStrip]
-  void multiply(int n0, const float* tile, float* panel, float* out) const {
-    int depth = q.w.rows - n0 < kStrip ? q.w.rows - n0 : kStrip;
-    for (int j = 0; j < q.w.cols; j += kPanel) {
-      int cols = q.w.cols - j < kPanel ? q.w.cols - j : kPanel;
-      pack<PackColumns>(q.w, j, cols, n0, depth, panel);
-      for (int i = 0; i < rows; i += kRows) {
-        micro_kernel_edge(rows - i < kRows ? rows - i : kRows, tile + i * kStrip, kStrip, panel,
-            kPanel, depth, out + size_t(i) * q.w.cols + j, q.w.cols, cols, true);
-      }
-    }
+  void multiply(int n0, const float* tile, float* out) const {
+    int cols = q.w.cols, depth = q.w.rows - n0 < kStrip ? q.w.rows - n0 : kStrip;
+    Weight w = q.w.from_row(n0);
+    multiply_part<PackColumns>(
+        Rows(tile, kStrip, rows, depth, false), rows, w, 0, cols, depth, out, cols, true);
   }
 };
 
@@ -67,12 +61,11 @@ inline void head_kl_gradient(const HeadKlGradient& a) {
   int strips = (a.w_p.rows + kStrip - 1) / kStrip, cols = a.w_q.cols;
   int tasks = strips < 2 * num_threads() ? strips : 2 * num_threads();
   int block = int(kFloats / (size_t(tasks) * cols));
-  block = block < kRows ? kRows : block < kTokens ? block : kTokens;
+  block = block < kRowsOfBlock ? kRowsOfBlock : block < kTokens ? block : kTokens;
   for (int first = 0; first < a.rows; first += block) {
     int rows = a.rows - first < block ? a.rows - first : block;
-    Padded h_p(a.h_p + size_t(first) * a.w_p.cols, rows, a.w_p.cols);
-    Padded h_q(a.h_q + size_t(first) * cols, rows, cols);
-    Side p{a.w_p, h_p.data, h_p.stride, a.cap}, q{a.w_q, h_q.data, h_q.stride, a.cap};
+    Side p(a.w_p, a.h_p + size_t(first) * a.w_p.cols, rows, a.cap);
+    Side q(a.w_q, a.h_q + size_t(first) * cols, rows, a.cap);
     Scratch<float> partial(size_t(tasks) * rows * cols);
     KlGradient body{a, p, q, first, rows, tasks, partial};
     parallel_for(tasks, body);

@@ -11,11 +11,13 @@ constexpr int kStrip = 128;       // logits of a token at a time; a multiple of 
 constexpr int kTokens = 512;      // tokens that share each packed panel of a head
 constexpr float kAbsent = -3e38f; // in place of the logits past the vocabulary
 
-// pack(n0, cols, k0, depth, panel) of PackRows or PackColumns for the width of `w`.
+// multiply_part() for PackRows or PackColumns of the width of `w`.
 template <template <int> class Pack>
-void pack(const Weight& w, int n0, int cols, int k0, int depth, float* panel) {
-  at_width_or_dense(
-      w.format.bits, [&]<int BITS>(Width<BITS>) { Pack<BITS>{{w}}(n0, cols, k0, depth, panel); });
+void multiply_part(const Rows& a, int rows, const Weight& w, int left, int right, int k, float* c,
+    size_t ldc, bool accumulate) {
+  at_width_or_dense(w.format.bits, [&]<int BITS>(Width<BITS>) {
+    multiply_part(a, PartOfProduct<Pack<BITS>>{0, rows, left, right, k, c, ldc, accumulate, {{w}}});
+  });
 }
 
 // tanh with a relative error below 3e-7 (Cephes tanhf near zero, by the exponential beyond).
@@ -34,27 +36,20 @@ OPTIQ_INLINE f32x8 tanh(f32x8 x) {
   return select(magnitude < 0.625f, small, select(x == x, large, x));
 }
 
-// The hidden states of one model and the head that turns them into logits.
+// Hidden states [rows, w.cols] of one model and the head that turns them into logits.
 struct Side {
   Weight w;
-  const float* h; // rows `stride` apart
-  size_t stride;
+  const float* h;
   float cap; // logits become cap * tanh(logit / cap); 0: as they are
+  Rows read;
+
+  Side(const Weight& w, const float* h, int rows, float cap)
+      : w(w), h(h), cap(cap), read(h, w.cols, rows, w.cols, true) {}
 
   // tile[i, j] = the logit of token n0 + j at row i, j < kStrip, rows kStrip apart.
-  void logits(int rows, int n0, float* panel, float* tile) const {
+  void logits(int rows, int n0, float* tile) const {
     int cols = w.rows - n0 < kStrip ? w.rows - n0 : kStrip;
-    for (int j = 0; j < cols; j += kPanel) {
-      int width = cols - j < kPanel ? cols - j : kPanel;
-      for (int k0 = 0; k0 < w.cols; k0 += kDepth) {
-        int depth = w.cols - k0 < kDepth ? w.cols - k0 : kDepth;
-        pack<PackRows>(w, n0 + j, width, k0, depth, panel);
-        for (int i = 0; i < rows; i += kRows) {
-          micro_kernel_edge(rows - i < kRows ? rows - i : kRows, h + i * stride + k0, stride, panel,
-              kPanel, depth, tile + i * kStrip + j, kStrip, kPanel, k0 > 0);
-        }
-      }
-    }
+    multiply_part<PackRows>(read, rows, w, n0, n0 + cols, w.cols, tile, kStrip, false);
     for (int i = 0; cap != 0 && i < rows * kStrip; i += 8) {
       store(tile + i, tanh(load<f32x8>(tile + i) * (1 / cap)) * cap);
     }
@@ -67,7 +62,7 @@ struct Side {
 
   // One logit in double precision, weights decoded in double too.
   double logit(int row, int token) const {
-    const float* x = h + row * stride;
+    const float* x = h + size_t(row) * w.cols;
     auto affine = [&]<int BITS>(Width<BITS>) { return affine_logit<BITS>(x, token); };
     double z = w.dense() ? dense_logit(x, token) : at_width(w.format.bits, affine);
     return cap != 0 ? cap * __builtin_tanh(z / cap) : z;

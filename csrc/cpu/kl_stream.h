@@ -85,15 +85,14 @@ struct KlStream {
   void operator()(int task) {
     int begin = int(int64_t(strips) * task / tasks);
     int end = sample ? begin + 1 : int(int64_t(strips) * (task + 1) / tasks);
-    Scratch<float> panel(size_t(kDepth) * kPanel);
     Scratch<float> p_tile(size_t(rows) * kStrip), q_tile(size_t(rows) * kStrip);
     Running* state = running + size_t(task) * rows;
     for (int i = 0; i < rows; i++) {
       state[i] = Running{};
     }
     for (int strip = begin; strip < end; strip++) {
-      p.logits(rows, strip * kStrip, panel, p_tile);
-      q.logits(rows, strip * kStrip, panel, q_tile);
+      p.logits(rows, strip * kStrip, p_tile);
+      q.logits(rows, strip * kStrip, q_tile);
       for (int i = 0; i < rows; i++) {
         take(state[i], i, strip * kStrip, p_tile + i * kStrip, q_tile + i * kStrip);
       }
@@ -197,23 +196,10 @@ struct KlStream {
   }
 };
 
-// h as rows an odd number of cache lines apart: rows a power of two apart would share cache sets.
-struct Padded {
-  Padded(const float* h, int rows, int cols)
-      : stride(((cols + 15) / 16 | 1) * 16), data(rows * stride) {
-    for (int i = 0; i < rows; i++) {
-      std::memcpy(data + i * stride, h + size_t(i) * cols, cols * sizeof(float));
-    }
-  }
-  size_t stride;
-  Scratch<float> data;
-};
-
 // One block of tokens, whose results go to a.kl[first + i] and so on.
 struct KlBlock {
   const HeadKl& a;
   int first, rows, strips;
-  Padded h_p, h_q;
   Side p, q;
   Scratch<Floor> floor;
 
@@ -222,10 +208,8 @@ struct KlBlock {
         first(first),
         rows(rows),
         strips((a.w_p.rows + kStrip - 1) / kStrip),
-        h_p(a.h_p + size_t(first) * a.w_p.cols, rows, a.w_p.cols),
-        h_q(a.h_q + size_t(first) * a.w_q.cols, rows, a.w_q.cols),
-        p{a.w_p, h_p.data, h_p.stride, a.cap},
-        q{a.w_q, h_q.data, h_q.stride, a.cap},
+        p(a.w_p, a.h_p + size_t(first) * a.w_p.cols, rows, a.cap),
+        q(a.w_q, a.h_q + size_t(first) * a.w_q.cols, rows, a.cap),
         floor(rows) {}
 
   void run() {

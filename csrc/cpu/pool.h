@@ -17,6 +17,20 @@ void parallel_for(int n, F& body) {
 // Work below this costs less than waking the other threads for it.
 constexpr double kSerialFlops = 1 << 18;
 
+constexpr size_t kSerialValues = 1 << 14; // the same of values that are only read or written
+
+// row(r) for r in [0, rows), each of `width` values.
+template <class Row>
+void for_rows(size_t rows, size_t width, Row& row) {
+  if (rows * width < kSerialValues) {
+    for (size_t r = 0; r < rows; r++) {
+      row(int(r));
+    }
+  } else {
+    parallel_for(int(rows), row);
+  }
+}
+
 // A loop is cut into more tasks than threads, so that a thread that is held up does not hold up
 // all.
 constexpr int kTasksPerThread = 4;

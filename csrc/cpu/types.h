@@ -57,15 +57,22 @@ struct Weight {
   size_t groups() const {
     return dense() ? 0 : cols / format.group_size;
   }
-  // The e-th of several equal matrices stored back to back.
-  Weight expert(size_t e) const {
+  // Without the rows before.
+  Weight from_row(size_t row) const {
     Weight w = *this;
-    w.data = static_cast<const char*>(data) + e * rows * row_bytes();
+    w.data = static_cast<const char*>(data) + row * row_bytes();
+    w.rows -= int(row);
     if (!dense()) {
-      size_t step = e * rows * groups() * size_of(type);
+      size_t step = row * groups() * size_of(type);
       w.scales = static_cast<const char*>(scales) + step;
       w.biases = static_cast<const char*>(biases) + step;
     }
+    return w;
+  }
+  // The e-th of several equal matrices stored back to back.
+  Weight expert(size_t e) const {
+    Weight w = from_row(e * rows);
+    w.rows = rows;
     return w;
   }
 };
@@ -375,7 +382,7 @@ struct Kernels {
 // Those that this processor runs, the fastest first.
 OPTIQ_API std::vector<const Kernels*> usable_kernels();
 
-// The one that OPTIQ_ISA names (scalar, avx2, avx512 or neon), else the fastest. Throws
+// The one that OPTIQ_ISA names (scalar, avx2, avx512, amx or neon), else the fastest. Throws
 // std::invalid_argument where OPTIQ_ISA names none that this processor runs.
 OPTIQ_API const Kernels& kernels();
 

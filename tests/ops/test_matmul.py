@@ -97,6 +97,30 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(bits: int) -> None:
         assert mx.array_equal(product(x[:m]), together[:m])
 
 
+@pytest.mark.parametrize("transpose", [True, False])
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
+def test_many_rows_have_the_error_of_floats(dtype: mx.Dtype, transpose: bool) -> None:
+    """Values of all sizes: where pieces of them are multiplied, each is worth its own bits."""
+    r = np.random.default_rng(1)
+    x = r.standard_normal((70, 600), dtype=np.float32) * 10 ** r.uniform(-9, 9, (70, 1))
+    w = mx.array(r.standard_normal((70, 600), dtype=np.float32)).astype(dtype)
+    expected = f64(mx.array(x)) @ f64(w).T
+    got = ops.linear(mx.array(x), w if transpose else w.T, transpose=transpose)
+    error = np.abs(f64(got) - expected) / np.linalg.norm(x, axis=1, keepdims=True)
+    assert error.max() < 3e-6
+    assert np.sqrt((error**2).mean()) < 4e-7
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
+def test_what_is_not_finite_stays_in_its_row_of_many(dtype: mx.Dtype) -> None:
+    x, w = (np.random.default_rng(i).standard_normal((40, 96)) for i in (1, 2))
+    x[1, 3], x[2, 70], x[34, 5], w[7, 9] = np.nan, np.inf, -np.inf, np.inf
+    out = np.array(ops.linear(mx.array(x, mx.float32), mx.array(w).astype(dtype)))
+    lost = np.zeros((40, 40), dtype=bool)
+    lost[[1, 2, 34]] = lost[:, 7] = True
+    assert (np.isfinite(out) == ~lost).all()
+
+
 def test_what_is_not_finite_stays_in_its_row() -> None:
     case = Product(4, 24, 128, 4)
     codes, scales, biases = case.quantized()

@@ -81,7 +81,7 @@ def skip_where_not_run(isa: str) -> None:
         pytest.skip(f"this processor runs {', '.join(isas())}, not {isa}")
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "neon"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "amx", "neon"])
 def test_instruction_sets(isa: str) -> None:
     skip_where_not_run(isa)
     assert run(OPTIQ_ISA=isa) == isa
@@ -93,7 +93,9 @@ def test_the_instruction_sets_are_those_the_kernel_reports() -> None:
     line = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     assert line is not None
     flags, avx2 = set(line[1].split()), {"avx2", "fma", "f16c"}
-    needed = {"avx512": avx2 | {"avx512bw", "avx512vl", "avx512_vnni"}, "avx2": avx2}
+    avx512 = avx2 | {"avx512bw", "avx512vl", "avx512_vnni"}
+    amx = avx512 | {"avx512_bf16", "amx_tile", "amx_bf16"}
+    needed = {"amx": amx, "avx512": avx512, "avx2": avx2}
     assert isas() == [*(isa for isa, flags_of in needed.items() if flags_of <= flags), "scalar"]
     assert run(OPTIQ_ISA="") == isas()[0]  # set to nothing: the fastest
 
