@@ -1,5 +1,9 @@
 // Many rows of x times a weight. Decoding a weight happens in the packing of panels, so each tile
 // of it is decoded once for all rows of x.
+//
+// gemm_simd.h and gemm_amx.h have the same names for two ways to multiply: Rows is A as the way
+// reads it, multiply_part() multiplies some of its rows with some columns of B, and three more say
+// how much of A, B and C is worth a task.
 #pragma once
 
 #include "widths.h"
