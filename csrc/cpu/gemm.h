@@ -1,19 +1,23 @@
 // Many rows of x times a weight. Decoding a weight happens in the packing of panels, so each tile
 // of it is decoded once for all rows of x.
 //
-// gemm_simd.h and gemm_amx.h have the same names for two ways to multiply: Rows is A as the way
-// reads it, multiply_part() multiplies some of its rows with some columns of B, and three more say
-// how much of A, B and C is worth a task.
+// There are two ways to multiply, in gemm_simd.h and gemm_amx.h. Each has a class for the rows of A
+// as it reads them, and multiply_part() for such rows.
 #pragma once
 
+#include "gemm_simd.h"
 #include "widths.h"
 #if defined(__AMX_BF16__)
 #include "gemm_amx.h"
-#else
-#include "gemm_simd.h"
 #endif
 
 namespace optiq::cpu::OPTIQ_ISA {
+
+#if defined(__AMX_BF16__)
+using Rows = SplitRows;
+#else
+using Rows = PlainRows;
+#endif
 
 // C[m, n] (+)= A[m, k] B[k, n] where `pack` gives panels of B.
 template <class Pack>
@@ -29,16 +33,17 @@ struct Product {
 
 // Of the rows of C that begin at `c`, some panels in each task, and where there are fewer panels
 // than threads, some of the rows.
-template <class Pack>
+template <class Way, class Pack>
 struct ProductTask {
+  static constexpr int kOfBlock = Way::kOfBlock;
   const Product<Pack>& p;
-  const Rows& a;
+  const Way& a;
   float* c;
   int m, panels, row_blocks;
 
   void operator()(int task) const {
     int left = task / row_blocks * panels * kPanel, right = left + panels * kPanel;
-    int rows = ((m + row_blocks - 1) / row_blocks + kRowsOfBlock - 1) / kRowsOfBlock * kRowsOfBlock;
+    int rows = ((m + row_blocks - 1) / row_blocks + kOfBlock - 1) / kOfBlock * kOfBlock;
     int top = task % row_blocks * rows, bottom = top + rows;
     multiply_part(
         a, PartOfProduct<Pack>{top, bottom < m ? bottom : m, left, right < p.n ? right : p.n, p.k,
@@ -46,18 +51,18 @@ struct ProductTask {
   }
 };
 
-template <class Pack>
-void multiply(const Product<Pack>& p) {
+template <class Way, class Pack>
+void multiply_by(const Product<Pack>& p) {
   int panels = (p.n + kPanel - 1) / kPanel, of_task = panels / (kTasksPerThread * num_threads());
-  of_task = of_task < 1 ? 1 : of_task < kPanelsTogether ? of_task : kPanelsTogether;
+  of_task = of_task < 1 ? 1 : of_task < Way::kPanelsTogether ? of_task : Way::kPanelsTogether;
   int columns = (panels + of_task - 1) / of_task;
-  for (int begin = 0, most = rows_at_once(p.m, p.k); begin < p.m; begin += most) {
+  for (int begin = 0, most = Way::at_once(p.m, p.k); begin < p.m; begin += most) {
     int m = p.m - begin < most ? p.m - begin : most, row_blocks = 1;
-    if (columns < 2 * num_threads() && m >= 8 * kRowsOfBlock) {
+    if (columns < 2 * num_threads() && m >= 8 * Way::kOfBlock) {
       row_blocks = (2 * num_threads() + columns - 1) / columns;
     }
-    Rows a(p.a + begin * p.lda, p.lda, m, p.k, false);
-    ProductTask<Pack> part{p, a, p.c + begin * p.ldc, m, of_task, row_blocks};
+    Way a(p.a + begin * p.lda, p.lda, m, p.k, false);
+    ProductTask<Way, Pack> part{p, a, p.c + begin * p.ldc, m, of_task, row_blocks};
     int tasks = columns * row_blocks;
     if (2.0 * m * p.n * p.k < kSerialFlops) {
       for (int i = 0; i < tasks; i++) {
@@ -67,6 +72,17 @@ void multiply(const Product<Pack>& p) {
       parallel_for(tasks, part);
     }
   }
+}
+
+template <class Pack>
+void multiply(const Product<Pack>& p) {
+#if defined(__AMX_BF16__)
+  constexpr int kFewRows = 64; // for which it does not pay to cut a weight into pieces
+  if (p.m <= kFewRows && pieces_of(p.pack) > 1) {
+    return multiply_by<PlainRows>(p);
+  }
+#endif
+  multiply_by<Rows>(p);
 }
 
 template <int BITS>

@@ -17,8 +17,6 @@ namespace optiq::cpu::OPTIQ_ISA {
 constexpr int kAmxRows = 16, kAmxDepth = 32, kAmxTile = kAmxRows * kAmxDepth;
 constexpr int kAmxStep = 2 * kAmxTile; // values of one piece that are multiplied at a time
 constexpr int kPieces = 3;             // of a float32
-constexpr int kRowsOfBlock = kPanel;   // that share what is read of a panel
-constexpr int kPanelsTogether = 8;     // that share what is read of A
 static_assert(kPanel == 2 * kAmxRows && kDepth % kAmxDepth == 0);
 
 struct alignas(64) TileConfig {
@@ -26,12 +24,6 @@ struct alignas(64) TileConfig {
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
-
-// As many of m as take 32 MB in pieces.
-inline int rows_at_once(int, int k) {
-  size_t blocks = (32 << 20) / (size_t(k + kAmxDepth) * kPieces * sizeof(uint16_t)) / kPanel;
-  return int(blocks + 1) * kPanel;
-}
 
 // While one lives, its thread may use the tiles.
 class TileRegisters {
@@ -102,9 +94,18 @@ void multiply_tiles(
 }
 
 // A[m, k] in pieces, in the order of multiply_tiles(): blocks of kPanel rows, of each its steps.
-class Rows {
+class SplitRows {
  public:
-  Rows(const float* a, size_t lda, int m, int k, bool)
+  static constexpr int kOfBlock = kPanel;   // that share what is read of a panel
+  static constexpr int kPanelsTogether = 8; // that share what is read of A
+
+  // As many as take 32 MB.
+  static int at_once(int, int k) {
+    size_t blocks = (32 << 20) / (size_t(k + kAmxDepth) * kPieces * sizeof(uint16_t)) / kPanel;
+    return int(blocks + 1) * kPanel;
+  }
+
+  SplitRows(const float* a, size_t lda, int m, int k, bool)
       : steps_((k + kAmxDepth - 1) / kAmxDepth), tiles_(blocks(m) * steps_ * kPieces * kAmxStep) {
     auto split = [&](int block) {
       for (int r = 0; r < kPanel; r++) {
@@ -186,7 +187,7 @@ inline void interleave_bf16(PackColumns<0> pack, int n0, int k0, int depth, uint
 // multiply_part() with B of so many pieces.
 template <int PIECES, class Pack>
 struct TiledPart {
-  const Rows& a;
+  const SplitRows& a;
   const PartOfProduct<Pack>& p;
 
   void run() const {
@@ -242,11 +243,17 @@ struct TiledPart {
 };
 
 template <class Pack>
-void multiply_part(const Rows& a, const PartOfProduct<Pack>& p) {
+int pieces_of(const Pack& pack) {
+  Float type = Pack::kDense ? pack.read.w.type : Float::f32;
+  return type == Float::bf16 ? 1 : type == Float::f16 ? 2 : kPieces;
+}
+
+template <class Pack>
+void multiply_part(const SplitRows& a, const PartOfProduct<Pack>& p) {
   if constexpr (Pack::kDense) {
-    Float type = p.pack.read.w.type;
-    if (type != Float::f32) {
-      return type == Float::bf16 ? TiledPart<1, Pack>{a, p}.run() : TiledPart<2, Pack>{a, p}.run();
+    int pieces = pieces_of(p.pack);
+    if (pieces < kPieces) {
+      return pieces == 1 ? TiledPart<1, Pack>{a, p}.run() : TiledPart<2, Pack>{a, p}.run();
     }
   }
   TiledPart<kPieces, Pack>{a, p}.run();

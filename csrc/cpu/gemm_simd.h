@@ -59,18 +59,18 @@ OPTIQ_INLINE void micro_kernel_edge(int rows, const float* a, size_t lda, const 
   }
 }
 
-constexpr int kRowsOfBlock = kRows; // that share what is read of a panel
-constexpr int kPanelsTogether = 1;  // that share what is read of A
-
-inline int rows_at_once(int m, int) {
-  return m;
-}
-
 // A[m, k] as `multiply_part` reads it. Where many products will, its rows are copied an odd number
 // of cache lines apart: rows a power of two apart would share cache sets.
-class Rows {
+class PlainRows {
  public:
-  Rows(const float* a, size_t lda, int m, int k, bool often)
+  static constexpr int kOfBlock = kRows;    // that share what is read of a panel
+  static constexpr int kPanelsTogether = 1; // that share what is read of A
+
+  static int at_once(int m, int) {
+    return m;
+  }
+
+  PlainRows(const float* a, size_t lda, int m, int k, bool often)
       : stride_(often ? ((k + 15) / 16 | 1) * 16 : lda), copy_(often ? m * stride_ : 0), a_(a) {
     for (int i = 0; often && i < m; i++) {
       std::memcpy(copy_ + i * stride_, a + i * lda, k * sizeof(float));
@@ -93,7 +93,7 @@ class Rows {
 };
 
 template <class Pack>
-void multiply_part(const Rows& a, const PartOfProduct<Pack>& p) {
+void multiply_part(const PlainRows& a, const PartOfProduct<Pack>& p) {
   Scratch<float> panel(size_t(kDepth) * kPanel);
   for (int n0 = p.left; n0 < p.right; n0 += kPanel) {
     int cols = p.right - n0 < kPanel ? p.right - n0 : kPanel;

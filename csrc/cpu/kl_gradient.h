@@ -61,7 +61,7 @@ inline void head_kl_gradient(const HeadKlGradient& a) {
   int strips = (a.w_p.rows + kStrip - 1) / kStrip, cols = a.w_q.cols;
   int tasks = strips < 2 * num_threads() ? strips : 2 * num_threads();
   int block = int(kFloats / (size_t(tasks) * cols));
-  block = block < kRowsOfBlock ? kRowsOfBlock : block < kTokens ? block : kTokens;
+  block = block < Rows::kOfBlock ? Rows::kOfBlock : block < kTokens ? block : kTokens;
   for (int first = 0; first < a.rows; first += block) {
     int rows = a.rows - first < block ? a.rows - first : block;
     Side p(a.w_p, a.h_p + size_t(first) * a.w_p.cols, rows, a.cap);
