@@ -43,6 +43,13 @@ struct SearchRows {
   struct Group {
     f32x8 w[kMaxGroup / 8], c[kMaxGroup / 8];
     float sum_c = 0, sum_cw = 0;
+
+    float weight(int k) const {
+      return reinterpret_cast<const float*>(w)[k];
+    }
+    float counts(int k) const {
+      return reinterpret_cast<const float*>(c)[k];
+    }
   };
 
   void group(size_t index, const float* importance) {
@@ -80,23 +87,13 @@ struct SearchRows {
   }
 
   void search(const Group& in, int vectors, float top, float least, float most, Fit& best) {
+    const Grids grids(in, vectors, top, least, most);
     Fit found = best;
-    float error = best.error;
     for (int s = 0; s <= kSteps; s++) {
-      float inverse = (top - 0.9f + kStep * float(s)) / (most - least);
-      f32x8 codes[kMaxGroup / 8];
-      for (int i = 0; i < vectors; i++) {
-        codes[i] = clamp(round((in.w[i] - least) * inverse), top);
-      }
-      float scale, bias;
-      if (!least_squares(in, vectors, codes, scale, bias)) {
-        continue;
-      }
-      float e = weighted_error(in, vectors, codes, scale, bias);
-      if (e < error) {
-        error = e;
-        found.scale = scale;
-        found.bias = bias;
+      if (grids.error[s] < found.error) {
+        found.error = grids.error[s];
+        found.scale = grids.scale[s];
+        found.bias = grids.bias[s];
       }
     }
     Fit fit;
@@ -105,20 +102,63 @@ struct SearchRows {
       if (fit.error < best.error) {
         best = fit;
       }
-      float scale, bias;
-      if (!least_squares(in, vectors, fit.codes, scale, bias)) {
+      Grid grid = least_squares(in, vectors, fit.codes);
+      if (grid.scale != grid.scale) {
         return;
       }
-      derive(in, vectors, top, scale, bias, fit);
+      derive(in, vectors, top, grid.scale, grid.bias, fit);
     }
     if (fit.error < best.error) {
       best = fit;
     }
   }
 
+  // What all grids come to: the scale and bias of least weighted error for the codes of each, and
+  // that error. A vector has a lane for each grid, so no sum goes across lanes.
+  struct Grids {
+    static constexpr int kCount = (kSteps + kWide) / kWide * kWide; // with some that are not used
+    float scale[kCount], bias[kCount], error[kCount];
+
+    Grids(const Group& in, int vectors, float top, float least, float most) {
+      const int count = 8 * vectors;
+      float above[kMaxGroup];
+      for (int k = 0; k < count; k++) {
+        above[k] = in.weight(k) - least;
+      }
+      for (int first = 0; first < kCount; first += kWide) {
+        float inverse[kWide];
+        for (int j = 0; j < kWide; j++) {
+          inverse[j] = (top - 0.9f + kStep * float(first + j)) / (most - least);
+        }
+        fit(in, count, above, load<fw>(inverse), fw{} + top, first);
+      }
+    }
+
+    void fit(const Group& in, int count, const float* above, fw inverse, fw top, int first) {
+      fw codes[kMaxGroup], cq = {}, cqq = {}, cqw = {};
+      for (int k = 0; k < count; k++) {
+        codes[k] = min(round(above[k] * inverse), top); // not below 0
+        fw t = in.counts(k) * codes[k];
+        cq += t;
+        cqq += t * codes[k];
+        cqw += t * in.weight(k);
+      }
+      for (int j = 0; j < kWide; j++) {
+        Grid grid = least_squares(in, cq[j], cqq[j], cqw[j]);
+        scale[first + j] = grid.scale;
+        bias[first + j] = grid.bias;
+      }
+      fw scales = load<fw>(scale + first), biases = load<fw>(bias + first), sum = {};
+      for (int k = 0; k < count; k++) {
+        fw d = codes[k] * scales + biases - in.weight(k);
+        sum += in.counts(k) * d * d;
+      }
+      store(error + first, sum);
+    }
+  };
+
   // The scale and bias of least weighted error for given codes.
-  static bool least_squares(
-      const Group& in, int vectors, const f32x8* codes, float& scale, float& bias) {
+  static Grid least_squares(const Group& in, int vectors, const f32x8* codes) {
     f32x8 cq = {}, cqq = {}, cqw = {};
     for (int i = 0; i < vectors; i++) {
       f32x8 t = in.c[i] * codes[i];
@@ -126,14 +166,14 @@ struct SearchRows {
       cqq += t * codes[i];
       cqw += t * in.w[i];
     }
-    double q = sum(cq), qq = sum(cqq), qw = sum(cqw), c = in.sum_c, w = in.sum_cw;
-    double determinant = c * qq - q * q;
-    if (!(determinant > 0)) {
-      return false;
-    }
-    scale = float((c * qw - w * q) / determinant);
-    bias = float((qq * w - q * qw) / determinant);
-    return true;
+    return least_squares(in, sum(cq), sum(cqq), sum(cqw));
+  }
+
+  // The same from sums over the group of c q, c q^2 and c q w; NaN where all codes q are alike.
+  static Grid least_squares(const Group& in, double cq, double cqq, double cqw) {
+    double c = in.sum_c, cw = in.sum_cw, determinant = c * cqq - cq * cq;
+    determinant = determinant > 0 ? determinant : __builtin_nan("");
+    return {float((c * cqw - cw * cq) / determinant), float((cqq * cw - cq * cqw) / determinant)};
   }
 
   static float weighted_error(

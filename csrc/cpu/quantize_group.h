@@ -20,6 +20,13 @@ OPTIQ_INLINE f32x8 clamp(f32x8 x, float top) {
   return select(x < top, x, splat(top));
 }
 
+#if defined(__AVX512F__)
+OPTIQ_INLINE fw round(fw x) {
+  constexpr float kShift = 12582912.0f;
+  return (x + kShift) - kShift;
+}
+#endif
+
 struct Range {
   float least = __builtin_inff(), most = -__builtin_inff();
 };

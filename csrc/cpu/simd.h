@@ -61,9 +61,17 @@ OPTIQ_INLINE f32x8 max(f32x8 a, f32x8 b) {
   return select(a > b, a, b);
 }
 
+OPTIQ_INLINE f32x8 min(f32x8 a, f32x8 b) {
+  return select(a < b, a, b);
+}
+
 #if defined(__AVX512F__)
 OPTIQ_INLINE fw max(fw a, fw b) {
   return a > b ? a : b;
+}
+
+OPTIQ_INLINE fw min(fw a, fw b) {
+  return a < b ? a : b;
 }
 #endif
 
