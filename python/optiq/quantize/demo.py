@@ -35,7 +35,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 QUESTION = PROMPTS[0]
 # A sample that takes minutes on two cores; a real conversion should measure on more.
-TOKENS = 1536
+TOKENS = 2048
 HELD_OUT_TOKENS = 1536
 # Those that a plan of this size can use; half the default menu, and half the time of its scores.
 FORMATS = "3g64,4,5g64,6g64"
