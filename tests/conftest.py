@@ -24,6 +24,7 @@ def short_conversions() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("optiq.calibration.texts.SELECTION_TOKENS", 320)
         if find_spec("mlx_lm"):  # the tests of ops also run without (cross/test_aarch64.sh)
+            patch.setattr("optiq.quantize.prepare.HELD_OUT_TOKENS", 320)
             patch.setattr("optiq.quantize.convert.PROMPTS", ())
             patch.setattr("optiq.quantize.estimate._PROBE", 0.02)
             patch.setattr("optiq.quantize.estimate._LONG_ENOUGH", 0.002)

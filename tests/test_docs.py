@@ -149,8 +149,7 @@ def test_the_examples_of_the_python_page_run(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "Qwen").mkdir()
     tiny_folder(tmp_path / "Qwen", "qwen3_moe", name="Qwen3-0.6B")
-    for name in ("CALIBRATION_TOKENS", "HELD_OUT_TOKENS"):
-        monkeypatch.setattr(f"optiq.quantize.prepare.{name}", 320)
+    monkeypatch.setattr("optiq.quantize.prepare.CALIBRATION_TOKENS", 320)
     monkeypatch.setattr("optiq.quantize.score.SCORING_TOKENS", 320)
     monkeypatch.setattr("optiq.evals.tasks.kl.HELD_OUT_TOKENS", 320)
     names: dict[str, Any] = {}

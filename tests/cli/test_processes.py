@@ -96,9 +96,10 @@ def test_a_conversion_prints_its_result_and_nothing_else(
 ) -> None:
     """With the native part and, as OPTIQ_NATIVE=0, without it."""
     tiny_folder(tmp_path, kind, name="model")
-    quick = ["--tokens", "200", "--size", "7bpw", "--formats", "4,8", "--json", "--quiet"]
+    quick = ["--effort", "quick", "--tokens", "200", "--size", "7bpw", "--formats", "4,8"]
     environment = {**os.environ, "OPTIQ_NATIVE": native}
-    done = optiq("convert", "model", "-o", "out", *quick, cwd=tmp_path, env=environment)
+    job = ["convert", "model", "-o", "out", *quick, "--json", "--quiet"]
+    done = optiq(*job, cwd=tmp_path, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["measured"]["kl"]["mean"] > 0
 
@@ -120,7 +121,8 @@ def test_the_reader_of_the_output_may_leave(tmp_path: Path) -> None:
     process.stderr.close()
 
 
-JOB = ["convert", "model", "-o", "out", "--sensitivity", "kl", "--tokens", "640", "--quiet"]
+SCORES = ["--effort", "quick", "--sensitivity", "kl", "--tokens", "640"]
+JOB = ["convert", "model", "-o", "out", *SCORES, "--quiet"]
 
 
 def stop_while_measuring(tmp_path: Path, stop: signal.Signals) -> None:

@@ -147,8 +147,7 @@ def test_every_command_of_a_guide_runs(
 ) -> None:
     """On a tiny model in the place of the one named, with little text; the server answers."""
     monkeypatch.chdir(tmp_path)
-    for name in ("CALIBRATION_TOKENS", "HELD_OUT_TOKENS"):
-        monkeypatch.setattr(f"optiq.quantize.prepare.{name}", 320)
+    monkeypatch.setattr("optiq.quantize.prepare.CALIBRATION_TOKENS", 320)
     folder = family_folder(tmp_path, TINY[key])
     (tmp_path / "data").mkdir()
     row = json.dumps({"prompt": "What is 2 + 2?", "completion": "Four."})
