@@ -22,6 +22,9 @@ pytestmark = needs_emulator
 # One chip of each row of the tuning table.
 CHIPS = ["applegpu_g13g", "applegpu_g15s", "applegpu_g14d"]
 
+# The largest take most of the time: each format is multiplied in one dtype, the next in another.
+CASES = [c for n, c in enumerate(QUANTIZED) if c.rows < 130 or n // 15 % 3 == n % 3]
+
 
 def plan(case: Product, transpose: bool = True, gpu: str = CHIPS[0], tune: str = "") -> Plan:
     dtype = NAMES[case.dtype]
@@ -41,13 +44,13 @@ def multiply(case: Product, the_plan: Plan, transpose: bool = True, **options: o
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_together() -> None:
-    compile_together([plan(case) for case in QUANTIZED])
+    compile_together([plan(case) for case in CASES])
     compile_together([plan(case, False) for case in QUANTIZED])
     compile_together([plan(case, gpu=gpu) for case in OTHER_CHIPS for gpu in CHIPS[1:]])
     compile_together([case.plan() for case in SORTED])
 
 
-@pytest.mark.parametrize("case", QUANTIZED, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_quantized_matmul(case: Product) -> None:
     y = multiply(case, plan(case))
     assert case.part(y) <= 1

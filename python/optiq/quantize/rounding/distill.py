@@ -28,7 +28,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ... import ops
 from ...base.checkpoint import Identity, check_identity, damaged
-from ...base.memory import Needs, available_memory
+from ...base.memory import Needs, available_memory, give_back
 from ...base.modules import leaf_modules
 from ...base.progress import Progress, tell
 from ...base.tensors import write_tensors
@@ -136,6 +136,7 @@ def refine(
                 )
                 return rounding
             state.update(loss, gradients, training.stride * (1 - state.step / len(order)))
+            give_back()
             if state.step % SAVE_EVERY == 0 or state.step == len(order):
                 state.save()
             bar.step(note=f"KL {state.mean(loss):.4g}")
