@@ -47,7 +47,7 @@ struct SearchRows {
     float weight(int k) const {
       return reinterpret_cast<const float*>(w)[k];
     }
-    float counts(int k) const {
+    float cost(int k) const {
       return reinterpret_cast<const float*>(c)[k];
     }
   };
@@ -113,10 +113,10 @@ struct SearchRows {
     }
   }
 
-  // What all grids come to: the scale and bias of least weighted error for the codes of each, and
-  // that error. A vector has a lane for each grid, so no sum goes across lanes.
+  // The result of every grid: the scale and bias of least weighted error for its codes, and that
+  // error. Each lane of a vector works on a grid of its own, so no sum goes across lanes.
   struct Grids {
-    static constexpr int kCount = (kSteps + kWide) / kWide * kWide; // with some that are not used
+    static constexpr int kCount = (kSteps + kWide) / kWide * kWide; // the last few are not used
     float scale[kCount], bias[kCount], error[kCount];
 
     Grids(const Group& in, int vectors, float top, float least, float most) {
@@ -138,7 +138,7 @@ struct SearchRows {
       fw codes[kMaxGroup], cq = {}, cqq = {}, cqw = {};
       for (int k = 0; k < count; k++) {
         codes[k] = min(round(above[k] * inverse), top); // not below 0
-        fw t = in.counts(k) * codes[k];
+        fw t = in.cost(k) * codes[k];
         cq += t;
         cqq += t * codes[k];
         cqw += t * in.weight(k);
@@ -151,7 +151,7 @@ struct SearchRows {
       fw scales = load<fw>(scale + first), biases = load<fw>(bias + first), sum = {};
       for (int k = 0; k < count; k++) {
         fw d = codes[k] * scales + biases - in.weight(k);
-        sum += in.counts(k) * d * d;
+        sum += in.cost(k) * d * d;
       }
       store(error + first, sum);
     }
