@@ -49,9 +49,7 @@ def kind_of(name: str) -> str | None:
 
 
 def label(name: str) -> str:
-    return (
-        name.removeprefix("stock ").removesuffix(" g64").removesuffix(" (earlier)").replace("`", "")
-    )
+    return name.removeprefix("stock ").removesuffix(" g64").replace("`", "")
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ namespace optiq::cpu::OPTIQ_ISA {
 
 struct GroupGradientTiles {
   const GroupGradient& a;
-  static constexpr int kStrip =
-      4 * Rows::kOfBlock; // rows of the weight that share a reading of `in`
+  // Of the rows of the weight, that share a reading of `in`.
+  static constexpr int kStrip = 4 * Rows::kOfBlock;
 
   void operator()(int task) {
     const int first = task * kStrip;

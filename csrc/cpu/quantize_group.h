@@ -9,7 +9,8 @@ namespace optiq::cpu::OPTIQ_ISA {
 constexpr int kMaxGroup = 128;
 
 // Exact for |x| < 2^22, to even in the middle; infinities and NaN stay.
-OPTIQ_INLINE f32x8 round(f32x8 x) {
+template <class V>
+OPTIQ_INLINE V round(V x) {
   constexpr float kShift = 12582912.0f; // 1.5 * 2^23
   return (x + kShift) - kShift;
 }
@@ -19,13 +20,6 @@ OPTIQ_INLINE f32x8 clamp(f32x8 x, float top) {
   x = select(x > 0.0f, x, f32x8{});
   return select(x < top, x, splat(top));
 }
-
-#if defined(__AVX512F__)
-OPTIQ_INLINE fw round(fw x) {
-  constexpr float kShift = 12582912.0f;
-  return (x + kShift) - kShift;
-}
-#endif
 
 struct Range {
   float least = __builtin_inff(), most = -__builtin_inff();
