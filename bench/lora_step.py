@@ -62,7 +62,7 @@ from optiq.lora.data import Sample
 from optiq.lora.layers import LowRank
 from optiq.lora.options import Training
 from optiq.lora.packing import Pack
-from optiq.lora.state import State
+from optiq.lora.state import State, as_vector
 from optiq.lora.tuned import Tuned
 from optiq.lora import start, state as states
 from optiq.nn.accelerate import accelerate
@@ -86,7 +86,7 @@ with tuned:
         began = time.perf_counter(), time.process_time()
         value, gradients = tuned.loss_and_gradients(state.parameters, lambda: tuned.summed(packed))
         n = tokens - 1
-        state.update(value / n, {k: g / n for k, g in gradients.items()}, tokens)
+        state.update(value / n, as_vector(gradients) / n, tokens)
         times.append((time.perf_counter() - began[0], time.process_time() - began[1]))
         losses.append(value / n)
 print(json.dumps([times, losses]))

@@ -22,8 +22,8 @@
 #include "ops/quantized_attention.h"
 #include "ops/quantized_matmul.h"
 #include "ops/ranks.h"
-#include "ops/rms_norm.h"
 #include "ops/room.h"
+#include "ops/rotary.h"
 #include "ops/training.h"
 
 namespace nb = nanobind;
@@ -101,8 +101,12 @@ NB_MODULE(_ext, m) {
       "stream"_a = nb::none());
   m.def("causal_softmax", &optiq::causal_softmax, "scores"_a, "scale"_a, "queries"_a,
       "window"_a = 0, nb::kw_only(), "stream"_a = nb::none());
-  m.def("low_rank_term", &optiq::low_rank_term, "x"_a, "a"_a, "b"_a, "scale"_a, nb::kw_only(),
+  m.def("add_low_rank", &optiq::add_low_rank, "y"_a, "x"_a, "a"_a, "b"_a, "scale"_a, nb::kw_only(),
       "stream"_a = nb::none());
+  m.def("rotary", &optiq::rotary, "x"_a, "dims"_a, "traditional"_a, "frequencies"_a, "magnitude"_a,
+      "offset"_a, nb::kw_only(), "stream"_a = nb::none());
+  m.def("adamw", &optiq::adamw, "parameter"_a, "gradient"_a, "m"_a, "v"_a, "step"_a, "by"_a,
+      "rate"_a, "decay"_a, "b1"_a, "b2"_a, "eps"_a, nb::kw_only(), "stream"_a = nb::none());
   m.def(
       "room",
       [](const std::vector<int>& shape, mx::Dtype dtype, mx::StreamOrDevice s) {

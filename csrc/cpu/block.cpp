@@ -55,14 +55,15 @@ void add(const float* h, float* x, const Projection& from, const Ranks* ranks,
   kernels().rms_norm({x, h, n.weight, y, rows, dims, n.eps, gain, post.has_value()});
 }
 
-// Cosines and sines [rows, dims] of consecutive blocks with the same positions are the same.
+// Consecutive blocks with the same positions share them.
 struct Turns {
-  const Rope* rope = nullptr;
   std::vector<double> frequencies;
   double magnitude = 0;
   std::vector<int64_t> positions;
   std::vector<float> cos_sin;
 };
+
+} // namespace
 
 const float* turns(const Rope& rope, int batch, int rows, Positions at) {
   thread_local Turns kept;
@@ -91,8 +92,6 @@ const float* turns(const Rope& rope, int batch, int rows, Positions at) {
   kept.positions = std::move(positions);
   return kept.cos_sin.data();
 }
-
-} // namespace
 
 void project(const AttentionLayer& layer, const float* h, int batch, int rows, Positions positions,
     HeadsOut q, HeadsOut k, HeadsOut v, Adapters adapters) {

@@ -65,6 +65,10 @@ struct Positions {
   const int64_t* starts;
 };
 
+// Cosines and sines [batch * rows, dims] of the positions: those of the last call, where they are
+// the same, in memory of this thread that the next call may change.
+OPTIQ_API const float* turns(const Rope& rope, int batch, int rows, Positions at);
+
 // Terms beside the products of a part: of each projection in their order, by slot, or null; `slots`
 // are those of the rows. Without slots there are none.
 struct Adapters {

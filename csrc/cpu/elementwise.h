@@ -62,24 +62,37 @@ inline void rms_norm(const RmsNorm& a) {
   for_rows(a.rows, n, row);
 }
 
-// One head in place: the first `rotated` values turn.
-OPTIQ_INLINE void rotate(const Heads& a, const float* cos_sin, float* x) {
-  int half = a.rotated / 2;
+// One head in place: the first `rotated` values turn, or with sign -1 turn back.
+OPTIQ_INLINE void rotate(
+    int rotated, bool traditional, float sign, const float* cos_sin, float* x) {
+  int half = rotated / 2;
   const float *cosine = cos_sin, *sine = cos_sin + half;
   int i = 0;
-  for (; !a.traditional && i + 8 <= half; i += 8) {
+  for (; !traditional && i + 8 <= half; i += 8) {
     f32x8 u = load<f32x8>(x + i), v = load<f32x8>(x + half + i);
-    f32x8 c = load<f32x8>(cosine + i), s = load<f32x8>(sine + i);
+    f32x8 c = load<f32x8>(cosine + i), s = load<f32x8>(sine + i) * sign;
     store(x + i, u * c - v * s);
     store(x + half + i, u * s + v * c);
   }
   for (; i < half; i++) {
-    float* first = x + (a.traditional ? 2 * i : i);
-    float* second = a.traditional ? first + 1 : first + half;
-    float u = *first, v = *second;
-    *first = u * cosine[i] - v * sine[i];
-    *second = u * sine[i] + v * cosine[i];
+    float* first = x + (traditional ? 2 * i : i);
+    float* second = traditional ? first + 1 : first + half;
+    float u = *first, v = *second, c = cosine[i], s = sine[i] * sign;
+    *first = u * c - v * s;
+    *second = u * s + v * c;
   }
+}
+
+inline void rotary(const Rotary& a) {
+  auto row = [&](int index) {
+    size_t b = index / a.rows, r = index % a.rows;
+    for (int h = 0; h < a.heads; h++) {
+      float* y = a.y + b * a.y_batch + h * a.y_head + r * a.y_row;
+      std::memcpy(y, a.x + b * a.x_batch + h * a.x_head + r * a.x_row, a.dim * sizeof(float));
+      rotate(a.rotated, a.traditional, a.back ? -1 : 1, a.cos_sin + r * a.rotated, y);
+    }
+  };
+  for_rows(size_t(a.batch) * a.rows, size_t(a.heads) * a.dim, row);
 }
 
 inline void heads(const Heads& a) {
@@ -116,7 +129,7 @@ inline void heads(const Heads& a) {
         }
       }
       if (a.cos_sin) {
-        rotate(a, a.cos_sin + size_t(r) * a.rotated, head);
+        rotate(a.rotated, a.traditional, 1, a.cos_sin + size_t(r) * a.rotated, head);
       }
     }
   };

@@ -107,8 +107,8 @@ void from_f32(const float* in, Float type, void* out, size_t n) {
 
 extern const Kernels table = {OPTIQ_STRING(OPTIQ_ISA), can_tile, tile, untile, matmul, products,
     low_rank, sgemm, kl_divergence, head_kl, head_kl_gradient, quantize, dequantize, descend,
-    group_gradient, rms_norm, heads, attention, quantize_kv, dequantize_kv, gate, gate_gradient,
-    cross_entropy, cross_entropy_gradient, causal_softmax, causal_softmax_gradient, low_rank_term,
-    low_rank_term_gradient, to_f32, from_f32};
+    group_gradient, rms_norm, rms_norm_gradient, heads, rotary, attention, quantize_kv,
+    dequantize_kv, gate, gate_gradient, cross_entropy, cross_entropy_gradient, causal_softmax,
+    causal_softmax_gradient, low_rank_term, low_rank_term_gradient, adamw, to_f32, from_f32};
 
 } // namespace optiq::cpu::OPTIQ_ISA

@@ -154,6 +154,71 @@ inline void causal_softmax_gradient(const CausalSoftmax& a, const float* d_y) {
   for_rows(a.rows, a.keys, row);
 }
 
+inline void rms_norm_gradient(const RmsNormGradient& a) {
+  size_t n = a.dims;
+  Scratch<float> inverse(a.rows);
+  auto row = [&](int r) {
+    const float *x = a.x + r * n, *d = a.d_y + r * n;
+    float by = inverse[r] = inverse_rms(x, n, a.eps);
+    if (!a.d_x) {
+      return;
+    }
+    f32x8 sums = {};
+    for (size_t i = 0; i < n; i += 8) {
+      size_t width = n - i < 8 ? n - i : 8;
+      sums += load_some(x + i, width) * load_some(d + i, width) * load_some(a.weight + i, width);
+    }
+    float along = sum(sums) * by * by / float(n);
+    for (size_t i = 0; i < n; i += 8) {
+      size_t width = n - i < 8 ? n - i : 8;
+      f32x8 straight = load_some(d + i, width) * load_some(a.weight + i, width);
+      store_some(a.d_x + r * n + i, (straight - load_some(x + i, width) * along) * by, width);
+    }
+  };
+  for_rows(a.rows, n, row);
+  constexpr size_t kColumns = 64; // of a task, which adds up the rows in their order
+  auto columns = [&](int block) {
+    size_t end = (block + 1) * kColumns < n ? (block + 1) * kColumns : n;
+    for (size_t i = block * kColumns; i < end; i += 8) {
+      size_t width = end - i < 8 ? end - i : 8;
+      f32x8 sums = {};
+      for (size_t r = 0; r < a.rows; r++) {
+        sums +=
+            load_some(a.x + r * n + i, width) * load_some(a.d_y + r * n + i, width) * inverse[r];
+      }
+      store_some(a.d_weight + i, sums, width);
+    }
+  };
+  if (a.d_weight) {
+    for_rows((n + kColumns - 1) / kColumns, a.rows * kColumns, columns);
+  }
+}
+
+OPTIQ_INLINE f32x8 square_root(f32x8 v) {
+  for (int i = 0; i < 8; i++) {
+    v[i] = __builtin_sqrtf(v[i]);
+  }
+  return v;
+}
+
+inline void adamw(const AdamW& a) {
+  constexpr size_t kBlock = 4096;
+  auto block = [&](int b) {
+    size_t end = (b + 1) * kBlock < a.n ? (b + 1) * kBlock : a.n;
+    for (size_t i = b * kBlock; i < end; i += 8) {
+      size_t width = end - i < 8 ? end - i : 8;
+      f32x8 g = load_some(a.gradient + i, width) * a.by;
+      f32x8 m = load_some(a.m + i, width) * a.old_m + g * a.new_m;
+      f32x8 v = load_some(a.v + i, width) * a.old_v + g * g * a.new_v;
+      f32x8 step = m * a.rate / (square_root(v) * a.root + a.eps);
+      store_some(a.next_m + i, m, width);
+      store_some(a.next_v + i, v, width);
+      store_some(a.next_parameter + i, load_some(a.parameter + i, width) * a.keep - step, width);
+    }
+  };
+  for_rows((a.n + kBlock - 1) / kBlock, kBlock, block);
+}
+
 // from[rows, cols] times `by`; out[i, j] is at i * row + j * col, and zero past `rows` and `cols`.
 inline void padded(const float* from, int rows, int cols, float by, float* out, size_t size,
     size_t row, size_t col) {
@@ -173,7 +238,9 @@ inline void low_rank_term(const LowRankTerm& p) {
   padded(p.b, p.rank, p.out, p.scale, b, of_b, p.out, 1);
   Scratch<int> slots(p.m);
   std::memset(slots, 0, p.m * sizeof(int));
-  std::memset(p.y, 0, size_t(p.m) * p.out * sizeof(float));
+  if (p.y != p.base) {
+    std::memcpy(p.y, p.base, size_t(p.m) * p.out * sizeof(float));
+  }
   LowRank term{a, b, Float::f32, rank};
   LowRankPart part{&term, p.y, p.out};
   low_rank({p.x, p.m, p.in, slots, &part, 1});

@@ -218,6 +218,15 @@ struct RmsNorm {
   bool norm;
 };
 
+// Of y = weight * x / sqrt(mean(x^2) + eps), where they are asked for.
+struct RmsNormGradient {
+  const float *x, *weight, *d_y;
+  float *d_x, *d_weight; // or null
+  size_t rows;
+  int dims;
+  float eps;
+};
+
 // What happens to the heads of one projection x[batch * rows, stride], in this order: the bias,
 // an RMSNorm over each head or over all of them, the rotation of the first `rotated` values by
 // position. y[b, h, r, :] as its strides (in elements) say.
@@ -234,6 +243,18 @@ struct Heads {
   float* y;
   size_t y_batch, y_head, y_row;
   int batch, rows, heads, dim;
+};
+
+// y = x with the first `rotated` of the `dim` values of each head turned by the position of its
+// row, or `back`, which also is the gradient. x and y are [batch, heads, rows, dim] by strides.
+struct Rotary {
+  const float* x;
+  size_t x_batch, x_head, x_row;
+  float* y;
+  size_t y_batch, y_head, y_row;
+  const float* cos_sin; // [rows, rotated]: the cosines, then the sines
+  int batch, heads, rows, dim, rotated;
+  bool traditional, back;
 };
 
 enum class Masking : uint8_t { none, causal, boolean, additive };
@@ -329,9 +350,10 @@ struct CausalSoftmax {
   float scale;
 };
 
-// y[m, out] = scale * x[m, in] @ a[in, rank] @ b[rank, out], of any rank.
+// y[m, out] = base[m, out] + scale * x[m, in] @ a[in, rank] @ b[rank, out], of any rank. y may be
+// base.
 struct LowRankTerm {
-  const float *x, *a, *b;
+  const float *x, *a, *b, *base;
   float* y;
   int m, in, rank, out;
   float scale;
@@ -341,6 +363,15 @@ struct LowRankTermGradient {
   float *d_x, *d_a, *d_b;
   int m, in, rank, out;
   float scale;
+};
+
+// A step of AdamW: with g = by * gradient, m = old_m m + new_m g, v = old_v v + new_v g^2,
+// parameter = keep * parameter - rate * m / (sqrt(v) * root + eps).
+struct AdamW {
+  const float *parameter, *gradient, *m, *v;
+  float *next_parameter, *next_m, *next_v;
+  size_t n;
+  float by, old_m, new_m, old_v, new_v, keep, rate, root, eps;
 };
 
 // One set of kernels per instruction set, compiled from the same source.
@@ -363,7 +394,9 @@ struct Kernels {
   void (*descend)(const Descent&);
   void (*group_gradient)(const GroupGradient&);
   void (*rms_norm)(const RmsNorm&);
+  void (*rms_norm_gradient)(const RmsNormGradient&);
   void (*heads)(const Heads&);
+  void (*rotary)(const Rotary&);
   void (*attention)(const Attention*, int count);
   void (*quantize_kv)(const Records&);
   void (*dequantize_kv)(const Records&);
@@ -375,6 +408,7 @@ struct Kernels {
   void (*causal_softmax_gradient)(const CausalSoftmax&, const float* d_y);
   void (*low_rank_term)(const LowRankTerm&);
   void (*low_rank_term_gradient)(const LowRankTermGradient&);
+  void (*adamw)(const AdamW&);
   void (*to_f32)(const void* in, Float type, float* out, size_t n);
   void (*from_f32)(const float* in, Float type, void* out, size_t n);
 };

@@ -1,5 +1,6 @@
 #include "ops/training.h"
 
+#include <cmath>
 #include <functional>
 #include <utility>
 
@@ -167,24 +168,55 @@ array causal_softmax(
   return made(s, "causal_softmax", {shape}, {floats(scores, s)}, run, gradient)[0];
 }
 
-array low_rank_term(
-    const array& x, const array& a, const array& b, float scale, mx::StreamOrDevice where) {
+array rms_norm(const array& x, const array& weight, float eps, mx::StreamOrDevice where) {
   auto s = mx::to_stream(where);
-  require_floating("low_rank_term", "x", x);
-  require_floating("low_rank_term", "a", a);
-  require_floating("low_rank_term", "b", b);
-  if (x.ndim() == 0 || a.ndim() != 2 || b.ndim() != 2 || x.shape(-1) != a.shape(0) ||
-      a.shape(1) != b.shape(0) || x.shape(-1) == 0) {
-    fail("low_rank_term", "x is ", x.shape(), ", a ", a.shape(), " and b ", b.shape(),
-        "; they must be [..., in], [in, rank] and [rank, out]");
+  if (x.ndim() < 1 || x.size() == 0 || weight.shape() != mx::Shape{x.shape(-1)} ||
+      x.dtype() != mx::float32) {
+    fail("rms_norm", "x is ", x.shape(), " ", x.dtype(), " and the weight ", weight.shape(),
+        "; they must be [..., dims] float32, not empty, and [dims]");
+  }
+  auto run = [eps](const Arrays& in, Arrays& out) {
+    size_t dims = in[1].size();
+    cpu::RmsNorm work{in[0].data<float>(), nullptr, in[1].data<float>(), out[0].data<float>(),
+        in[0].size() / dims, int(dims), eps, 1, true};
+    return [work]() { kernels().rms_norm(work); };
+  };
+  // Two nodes, of which only those are evaluated that are asked for.
+  auto back = [eps](bool of_weight) {
+    return [eps, of_weight](const Arrays& in, Arrays& out) {
+      size_t dims = in[1].size();
+      float* d = out[0].data<float>();
+      cpu::RmsNormGradient work{in[0].data<float>(), in[1].data<float>(), in[2].data<float>(),
+          of_weight ? nullptr : d, of_weight ? d : nullptr, in[0].size() / dims, int(dims), eps};
+      return [work]() { kernels().rms_norm_gradient(work); };
+    };
+  };
+  auto gradient = [s, back](const Arrays& in, const array& d_out, const Arrays&) {
+    Arrays all = {in[0], in[1], d_out};
+    return Arrays{made(s, "rms_norm_gradient", {in[0].shape()}, all, back(false))[0],
+        made(s, "rms_norm_weight_gradient", {in[1].shape()}, all, back(true))[0]};
+  };
+  return made(s, "rms_norm", {x.shape()}, {x, floats(weight, s)}, run, gradient)[0];
+}
+
+array add_low_rank(const array& y, const array& x, const array& a, const array& b, float scale,
+    mx::StreamOrDevice where) {
+  auto s = mx::to_stream(where);
+  for (auto [name, array] : {std::pair("y", &y), {"x", &x}, {"a", &a}, {"b", &b}}) {
+    require_floating("add_low_rank", name, *array);
   }
   auto shape = x.shape();
-  shape.back() = b.shape(1);
+  bool fits = x.ndim() > 0 && a.ndim() == 2 && b.ndim() == 2 && x.shape(-1) == a.shape(0) &&
+              a.shape(1) == b.shape(0) && x.shape(-1) > 0;
+  if (!fits || (shape.back() = b.shape(1), shape != y.shape())) {
+    fail("add_low_rank", "y is ", y.shape(), ", x ", x.shape(), ", a ", a.shape(), " and b ",
+        b.shape(), "; they must be [..., out], [..., in], [in, rank] and [rank, out]");
+  }
   auto run = [scale](const Arrays& in, Arrays& out) {
     int width = in[1].shape(0);
     cpu::LowRankTerm work{in[0].data<float>(), in[1].data<float>(), in[2].data<float>(),
-        out[0].data<float>(), int(in[0].size() / width), width, in[1].shape(1), in[2].shape(1),
-        scale};
+        in[3].data<float>(), out[0].data<float>(), int(in[0].size() / width), width, in[1].shape(1),
+        in[2].shape(1), scale};
     return [work]() { kernels().low_rank_term(work); };
   };
   auto back = [scale](const Arrays& in, Arrays& out) {
@@ -195,11 +227,44 @@ array low_rank_term(
     return [work]() { kernels().low_rank_term_gradient(work); };
   };
   auto gradient = [s, back](const Arrays& in, const array& d_out, const Arrays&) {
-    return made(s, "low_rank_term_gradient", {in[0].shape(), in[1].shape(), in[2].shape()},
+    Arrays found = made(s, "add_low_rank_gradient", {in[0].shape(), in[1].shape(), in[2].shape()},
         {in[0], in[1], in[2], d_out}, back);
+    found.push_back(d_out);
+    return found;
   };
-  Arrays inputs = {floats(x, s), floats(a, s), floats(b, s)};
-  return made(s, "low_rank_term", {shape}, inputs, run, gradient)[0];
+  Arrays inputs = {floats(x, s), floats(a, s), floats(b, s), floats(y, s)};
+  return made(s, "add_low_rank", {shape}, inputs, run, gradient)[0];
+}
+
+Arrays adamw(const array& parameter, const array& gradient, const array& m, const array& v,
+    int step, double by, double rate, double decay, double b1, double b2, double eps,
+    mx::StreamOrDevice where) {
+  auto s = mx::to_stream(where);
+  Arrays inputs = {parameter, gradient, m, v};
+  for (const auto& a : inputs) {
+    if (a.ndim() != 1 || a.dtype() != mx::float32 || a.size() != parameter.size()) {
+      fail("adamw", "there is ", a.shape(), " ", a.dtype(), " beside a parameter ",
+          parameter.shape(), "; they must be float32 vectors of one length");
+    }
+  }
+  if (step < 1) {
+    fail("adamw", "the step is ", step, "; steps are counted from 1");
+  }
+  cpu::AdamW values{};
+  values.by = by, values.eps = eps;
+  values.old_m = b1, values.new_m = 1 - b1, values.old_v = b2, values.new_v = 1 - b2;
+  values.keep = 1 - rate * decay;
+  values.rate = rate / (1 - std::pow(b1, step));
+  values.root = 1 / std::sqrt(1 - std::pow(b2, step));
+  auto run = [values](const Arrays& in, Arrays& out) {
+    cpu::AdamW work = values;
+    work.parameter = in[0].data<float>(), work.gradient = in[1].data<float>();
+    work.m = in[2].data<float>(), work.v = in[3].data<float>(), work.n = in[0].size();
+    work.next_parameter = out[0].data<float>();
+    work.next_m = out[1].data<float>(), work.next_v = out[2].data<float>();
+    return [work]() { kernels().adamw(work); };
+  };
+  return made(s, "adamw", std::vector<mx::Shape>(3, parameter.shape()), inputs, run);
 }
 
 } // namespace optiq

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+import mlx.optimizers as optimizers
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from optiq import ops
-from optiq.ops import reference
+from optiq.ops import native, reference
 
 Array = NDArray[np.float32]
 TINY = 1e-3
@@ -133,12 +134,59 @@ def test_a_label_of_many_words_is_drawn_from_all_of_them() -> None:
 @pytest.mark.parametrize(
     ("rows", "width", "out"), [((1,), 48, 40), ((2, 3), 37, 11), ((70,), 64, 200)]
 )
-def test_low_rank_term(rows: tuple[int, ...], width: int, out: int, rank: int) -> None:
+def test_add_low_rank(rows: tuple[int, ...], width: int, out: int, rank: int) -> None:
     check(
-        lambda x, a, b: ops.low_rank_term(x, a, b, 2.0),
-        lambda x, a, b: 2.0 * (x @ a @ b),
-        drawn(*rows, width), drawn(width, rank), drawn(rank, out), error=2e-5,
+        lambda y, x, a, b: ops.add_low_rank(y, x, a, b, 2.0),
+        lambda y, x, a, b: y + 2.0 * (x @ a @ b),
+        drawn(*rows, out), drawn(*rows, width), drawn(width, rank), drawn(rank, out), error=2e-5,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (3, 5, 100), (2, 576), (70, 33)])
+def test_rms_norm(shape: tuple[int, ...]) -> None:
+    check(
+        lambda x, w: ops.rms_norm(x, w, 1e-5),
+        lambda x, w: reference.rms_norm(x, w, 1e-5),
+        drawn(*shape, by=3), drawn(shape[-1]), error=2e-5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("traditional", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "rows", "dim", "pairs"),
+    [(1, 1, 2, 1), (3, 7, 64, 32), (2, 300, 40, 11), (4, 5, 16, 8)],
+)
+def test_rotary(heads: int, rows: int, dim: int, pairs: int, traditional: bool) -> None:
+    frequencies = [10000.0 ** (-i / pairs) for i in range(pairs)]
+    x = drawn(2, rows, heads, dim)  # token by token, as a layer writes it
+
+    def truth(x: Any) -> Any:
+        at = 5 + np.arange(rows)
+        return reference.rotate(x.swapaxes(1, 2), at, frequencies, traditional, 1.5)
+
+    def turned(x: mx.array) -> mx.array:
+        options: Any = {"traditional": traditional, "magnitude": 1.5, "offset": 5}
+        return ops.rotary(x.swapaxes(1, 2), frequencies, **options)
+
+    check(turned, truth, x, error=1e-4)
+
+
+def test_steps_of_adamw_are_those_of_mlx() -> None:
+    stock = optimizers.AdamW(0.0, weight_decay=0.1, bias_correction=True)
+    ours, n = ops.AdamW(decay=0.1), 10_000
+    theirs = {"x": mx.array(drawn(n, by=3))}
+    stock.init(theirs)
+    mine, means = theirs["x"], (mx.zeros(n), mx.zeros(n))
+    for step in range(1, 6):
+        gradient, rate = mx.array(drawn(n, seed=step)), 0.1 / step
+        stock.learning_rate = rate
+        theirs = stock.apply_gradients({"x": 0.5 * gradient}, theirs)
+        mine, means = ours.step(mine, gradient, means, step=step, rate=rate, by=0.5)
+        np.testing.assert_allclose(np.array(mine), np.array(theirs["x"]), atol=3e-6)
+    for name, mean in zip("mv", means, strict=True):
+        np.testing.assert_allclose(
+            np.array(mean), np.array(stock.state["x"][name]), rtol=1e-5, atol=1e-7
+        )
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
@@ -173,6 +221,19 @@ def test_wrong_input(kernels: str) -> None:
         ops.cross_entropy(x, mx.zeros((3,), mx.int32))
     with pytest.raises(ValueError, match="integers"):
         ops.cross_entropy(x, mx.zeros((2,)))
-    with pytest.raises(ValueError, match="low_rank_term"):
-        ops.low_rank_term(x, mx.zeros((4, 1)), mx.zeros((1, 2)), 1.0)
+    with pytest.raises(ValueError, match="add_low_rank"):
+        ops.add_low_rank(x, x, mx.zeros((4, 1)), mx.zeros((1, 3)), 1.0)
+    with pytest.raises(ValueError, match="add_low_rank"):
+        ops.add_low_rank(x, x, mx.zeros((3, 1)), mx.zeros((1, 2)), 1.0)
+    for norm_x, weight in ((x, x[0, :2]), (x.astype(mx.float16), x[0]), (x[:0], x[0])):
+        with pytest.raises(ValueError, match="rms_norm"):
+            native.extension.rms_norm(norm_x, weight, 1e-5)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="rotary"):
+        ops.rotary(x, [1.0])
+    with pytest.raises(ValueError, match=r"4 values turn"):
+        ops.rotary(mx.zeros((1, 1, 2, 3)), [1.0, 0.5])
+    with pytest.raises(ValueError, match="one length"):
+        ops.AdamW().step(x[0], x[0], (x[0], x[0][:2]), step=1, rate=0.1)
+    with pytest.raises(ValueError, match="counted from 1"):
+        ops.AdamW().step(x[0], x[0], (x[0], x[0]), step=0, rate=0.1)
     assert np.isnan(ops.cross_entropy(x, mx.array([0, 3])).tolist()[1])  # no such label

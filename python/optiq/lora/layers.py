@@ -11,7 +11,7 @@ import mlx.nn as nn
 from ..models.kinds import is_embedding
 from ..models.places import place_at
 from ..nn.layers import dequantized
-from ..ops import low_rank_term
+from ..ops import add_low_rank
 
 
 class LowRank(NamedTuple):
@@ -44,12 +44,8 @@ class LoRALinear(nn.Module):
         self._minus = minus
 
     def __call__(self, x: mx.array) -> mx.array:
-        y: mx.array = self.linear(x)
-        x = x.astype(self.lora_a.dtype)
-        z = low_rank_term(x, self.lora_a, self.lora_b, self.scale)
-        if self._minus is not None:
-            z = z - low_rank_term(x, *self._minus, self.scale)
-        return y + z.astype(y.dtype)
+        y = add_low_rank(self.linear(x), x, self.lora_a, self.lora_b, self.scale)
+        return y if self._minus is None else add_low_rank(y, x, *self._minus, -self.scale)
 
 
 class DoRALinear(LoRALinear):

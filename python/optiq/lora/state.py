@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.optimizers as optimizers
 import numpy as np
 
 from ..base.checkpoint import Identity, check_identity, damaged
 from ..base.tensors import write_tensors
+from ..ops import AdamW
 from .options import Training
 from .tuned import Parameters
 
 FLOOR = 0.1  # of the learning rate, at the end
-ALL = "all"  # parameters, to the optimizer
+MEANS = ("m", "v")  # of AdamW, in the file
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ def learning_rate(options: Training, step: int) -> float:
     return options.learning_rate * (FLOOR + (1 - FLOOR) * 0.5 * (1 + cos(pi * done)))
 
 
-def joined(values: Parameters) -> mx.array:
+def as_vector(values: Parameters) -> mx.array:
     """All as one vector, in an order that does not depend on the run: MLX takes as long for each of
     many small arrays as for one."""
     return mx.concatenate([values[name].reshape(-1) for name in sorted(values)])
 
 
-def parted(vector: mx.array, like: Parameters) -> Parameters:
+def from_vector(vector: mx.array, like: Parameters) -> Parameters:
     """The reverse, with the names and shapes of `like`."""
     names = sorted(like)
     ends = np.cumsum([like[name].size for name in names])[:-1].tolist()
@@ -68,9 +68,8 @@ def parted(vector: mx.array, like: Parameters) -> Parameters:
     return {name: a.reshape(like[name].shape) for name, a in zip(names, parts, strict=True)}
 
 
-def norm_of(gradients: Parameters) -> float:
-    """Of all gradients as one vector."""
-    return float(np.linalg.norm(np.asarray(joined(gradients))))
+def norm_of(gradient: mx.array) -> float:
+    return float(np.linalg.norm(np.asarray(gradient)))
 
 
 class State:
@@ -92,10 +91,9 @@ class State:
         self.worse = 0  # times in a row that held-out loss was not the lowest
         self.updates: list[Update] = []
         self.judged: list[Judged] = []
-        self._adam = optimizers.AdamW(
-            options.learning_rate, weight_decay=options.weight_decay, bias_correction=True
-        )
-        self._adam.init({ALL: joined(start)})
+        self._adam = AdamW(decay=options.weight_decay)
+        self._vector = as_vector(start)  # of the parameters
+        self._means = mx.zeros_like(self._vector), mx.zeros_like(self._vector)
 
     @property
     def step(self) -> int:
@@ -106,16 +104,16 @@ class State:
         patience = self.options.patience
         return self.step >= self.options.iters or 0 < patience <= self.worse
 
-    def update(self, loss: float, gradients: Parameters, tokens: int) -> None:
-        """One step of AdamW with the gradient clipped; `gradients` must be finite."""
-        norm = norm_of(gradients)
+    def update(self, loss: float, gradient: mx.array, tokens: int) -> None:
+        """One step of AdamW with the gradient clipped, a vector of `as_vector` that is finite."""
+        norm = norm_of(gradient)
         factor = min(1.0, self.options.clip / norm) if norm > 0 else 1.0
         rate = learning_rate(self.options, self.step)
-        self._adam.learning_rate = rate
-        clipped, now = {ALL: joined(gradients) * factor}, {ALL: joined(self.parameters)}
-        moved = self._adam.apply_gradients(clipped, now)[ALL]
-        self.parameters = parted(moved, self.parameters)
-        mx.eval(self.parameters, self._adam.state)
+        self._vector, self._means = self._adam.step(
+            self._vector, gradient, self._means, step=self.step + 1, rate=rate, by=factor
+        )
+        self.parameters = from_vector(self._vector, self.parameters)
+        mx.eval(self.parameters, self._means)
         self.updates.append(Update(self.step + 1, loss, tokens, rate, norm))
 
     def judge(self, loss: float) -> None:
@@ -137,13 +135,9 @@ class State:
             ("now", self.parameters),
             ("best", self.best),
             ("minus", self.minus),
-            ("adam", self._adam.state),
+            ("adam", dict(zip(MEANS, self._means, strict=True))),
         ):
-            for name, value in values.items():
-                if isinstance(value, dict):  # of AdamW: the means of one parameter
-                    arrays |= {f"{part}/{name}/{key}": a for key, a in value.items()}
-                else:
-                    arrays[f"{part}/{name}"] = value
+            arrays |= {f"{part}/{name}": value for name, value in values.items()}
         metadata = {
             "identity": json.dumps(dict(identity), sort_keys=True),
             "updates": json.dumps([asdict(u) for u in self.updates]),
@@ -160,21 +154,17 @@ class State:
         try:
             found: Any = mx.load(str(path), return_metadata=True)
             arrays, metadata = found
-            parts: dict[str, dict[str, Any]] = {"now": {}, "best": {}, "minus": {}, "adam": {}}
+            parts: dict[str, Parameters] = {"now": {}, "best": {}, "minus": {}, "adam": {}}
             for key, array in arrays.items():
-                part, name, *of = key.split("/")
-                if of:
-                    parts[part].setdefault(name, {})[of[0]] = array
-                else:
-                    parts[part][name] = array
+                part, _, name = key.partition("/")
+                parts[part][name] = array
             theirs = json.loads(metadata["identity"])
             check_identity(path, identity, theirs)
             notes = json.loads(metadata["notes"])
             state = cls(options, parts["now"], parts["minus"], notes)
             state.best = parts["best"]
-            if ALL not in parts["adam"]:  # an earlier build had a part for each parameter
-                raise KeyError(ALL)
-            state._adam.state = parts["adam"]
+            m, v = (parts["adam"][name] for name in MEANS)
+            state._means = m, v
             state.updates = [Update(**u) for u in json.loads(metadata["updates"])]
             state.judged = [Judged(**j) for j in json.loads(metadata["judged"])]
             state.worse = int(metadata["worse"])

@@ -36,7 +36,7 @@ from .likelihood import Likelihood
 from .memory import needs
 from .options import Training, default_init
 from .preferences import Pair, Preferences, read_pairs
-from .state import Judged, State, Update, norm_of
+from .state import Judged, State, Update, as_vector, norm_of
 from .tuned import Parameters, Tuned
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 Example = Sample | Pair
 E = TypeVar("E")
-LOSS = "loss"  # beside the gradients, in what ranks add up
+LOSS, GRADIENT = "loss", "gradient"  # in what ranks add up
 
 
 @dataclass(frozen=True)
@@ -240,8 +240,8 @@ class Run:
     def _update(self, folder: Path) -> Update:
         state = self.state
         batch = batch_of(self.data.train, self.options, state.step)
-        loss, gradients = self._gradients(batch)
-        if not (isfinite(loss) and isfinite(norm_of(gradients))):
+        loss, gradient = self._gradient(batch)
+        if not (isfinite(loss) and isfinite(norm_of(gradient))):
             self._save()
             if self.world.rank == 0:
                 write(self._adapter(), folder)
@@ -250,24 +250,22 @@ class Run:
                 f"holds the adapter of {self._kept()}: lower --lr, or look at the rows of lines "
                 f"{', '.join(str(s.line) for s in batch[:8])}"
             )
-        state.update(loss, gradients, sum(len(s.tokens) for s in batch))
+        state.update(loss, gradient, sum(len(s.tokens) for s in batch))
         return state.updates[-1]
 
-    def _gradients(self, batch: Sequence[Example]) -> tuple[float, Parameters]:
-        """Mean loss of the batch and its gradient, over all passes and ranks."""
+    def _gradient(self, batch: Sequence[Example]) -> tuple[float, mx.array]:
+        """Mean loss of the batch and its gradient as one vector, over all passes and ranks."""
         weight = self.objective.weight(batch)
-        sums = {name: mx.zeros_like(a) for name, a in self.state.parameters.items()}
-        total = 0.0
+        total, summed = 0.0, mx.zeros(sum(a.size for a in self.state.parameters.values()))
         for unit in self._mine(batch):
             loss, found = self.tuned.loss_and_gradients(
                 self.state.parameters, partial(self.objective.value, unit)
             )
             total += loss
-            sums = {name: sums[name] + g for name, g in found.items()}
-            mx.eval(sums)
-        sums = self.world.sum({**sums, LOSS: mx.array([total])})
-        loss = float(np.asarray(sums.pop(LOSS))[0])
-        return loss / weight, {name: g / weight for name, g in sums.items()}
+            summed = summed + as_vector(found)
+            mx.eval(summed)
+        sums = self.world.sum({GRADIENT: summed, LOSS: mx.array([total])})
+        return float(np.asarray(sums[LOSS])[0]) / weight, sums[GRADIENT] / weight
 
     def _held_out_loss(self) -> float:
         self.tuned.set(self.state.parameters)

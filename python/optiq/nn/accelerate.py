@@ -40,6 +40,7 @@ from .layers import (
 from .parts import Description
 from .stack import Stacked, stack, stackable
 from .tiled import tile
+from .tokenwise import norm_and_rotate
 from .whole_text import attend_whole_texts
 
 
@@ -64,8 +65,8 @@ def accelerate(
     With `blocks`, decoder blocks of a known kind also run as a whole. Where the layers of a block
     are replaced, tapped or differentiated later, it runs layer by layer again; if that is all that
     you do, pass `blocks=False`, for which gated MLPs have a native activation with a gradient, and
-    so has attention over a whole text. A kind of block or MLP is first compared with the original
-    on random input, and left alone if the two disagree.
+    so have attention over a whole text, norms and rotations. A kind of block, MLP or norm is first
+    compared with the original on random input, and left alone if the two disagree.
 
     On the CPU products with weights in few bits are as exact as those of float32. Without `exact`
     they read activations as 16-bit fixed point, each group by its largest value: 1.05 to 1.4 times
@@ -109,6 +110,7 @@ def accelerate(
     if not blocks:
         gate(model)
         attend_whole_texts(model)
+        norm_and_rotate(model)
     elif native.on_cpu() or metal.enabled():
         _fuse_blocks(model, report)
     if repack:

@@ -11,19 +11,24 @@ from .low_rank import LowRankTerms, gathered_low_rank
 from .matmul import linear, mixed_quantized_matmul, quantized_matmul
 from .rounding import quantize
 from .training import (
+    AdamW,
+    add_low_rank,
     categorical,
     causal_attention,
     cross_entropy,
     gated,
-    low_rank_term,
+    rms_norm,
+    rotary,
     softmax,
 )
 
 __all__ = [
+    "AdamW",
     "AffineWeight",
     "Comparison",
     "LowRankTerms",
     "Sampled",
+    "add_low_rank",
     "categorical",
     "causal_attention",
     "compare_logits",
@@ -35,11 +40,12 @@ __all__ = [
     "kl_divergence",
     "kl_from_logits",
     "linear",
-    "low_rank_term",
     "mixed_quantized_matmul",
     "quantize",
     "quantize_kv",
     "quantized_attention",
     "quantized_matmul",
+    "rms_norm",
+    "rotary",
     "softmax",
 ]

@@ -6,6 +6,8 @@ as long as the memory does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -69,12 +71,99 @@ def categorical(logits: mx.array, key: mx.array) -> mx.array:
     return mx.argmax(sums >= drawn * sums[..., -1:], axis=-1)
 
 
-def low_rank_term(x: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
-    """`scale * x @ a @ b` for x `[..., in]`, a `[in, rank]` and b `[rank, out]` of one dtype."""
-    if (ext := native.active()) and x.dtype == a.dtype == b.dtype == mx.float32:
-        y: mx.array = ext.low_rank_term(x, a, b, scale)
+def add_low_rank(y: mx.array, x: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
+    """`y + scale * x @ a @ b`.
+
+    Args:
+        y: `[..., out]`; the sum has its dtype.
+        x: `[..., in]`.
+        a: `[in, rank]`; the term is computed in its dtype.
+        b: `[rank, out]`.
+        scale: Of the term.
+    """
+    x = x.astype(a.dtype)
+    if (ext := native.active()) and y.dtype == x.dtype == a.dtype == b.dtype == mx.float32:
+        sums: mx.array = ext.add_low_rank(y, x, a, b, scale)
+        return sums
+    return y + (scale * ((x @ a) @ b)).astype(y.dtype)
+
+
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis; weight is `[dims]`."""
+    y: mx.array
+    if (ext := native.active()) and x.dtype == mx.float32 and x.size:
+        y = ext.rms_norm(x, weight, eps)
         return y
-    return scale * ((x @ a) @ b)
+    y = mx.fast.rms_norm(x, weight, eps)
+    return y
+
+
+def rotary(
+    x: mx.array,
+    frequencies: Sequence[float],
+    *,
+    traditional: bool = False,
+    magnitude: float = 1.0,
+    offset: int = 0,
+) -> mx.array:
+    """The first values of each head, turned by the position of its row.
+
+    Args:
+        x: `[batch, heads, rows, dim]`; row r is at position `offset + r`.
+        frequencies: Of each pair of values that turns, at most dim / 2, in radians per position.
+        traditional: Pairs are neighbours; else they are as far apart as there are pairs.
+        magnitude: Of what turns.
+    """
+    y: mx.array
+    dims = 2 * len(frequencies)
+    if (ext := native.active()) and x.dtype == mx.float32:
+        y = ext.rotary(x, dims, traditional, frequencies, magnitude, offset)
+        return y
+    if magnitude != 1:
+        x = x.at[..., :dims].multiply(magnitude)
+    wavelengths = mx.array([1 / f if f else mx.inf for f in frequencies])
+    y = mx.fast.rope(
+        x, dims, traditional=traditional, base=None, scale=1.0, offset=offset, freqs=wavelengths
+    )
+    return y
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """What stays the same over the steps of AdamW."""
+
+    decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+
+    def step(
+        self,
+        parameter: mx.array,
+        gradient: mx.array,
+        means: tuple[mx.array, mx.array],
+        *,
+        step: int,
+        rate: float,
+        by: float = 1.0,
+    ) -> tuple[mx.array, tuple[mx.array, mx.array]]:
+        """The parameter and the means after step `step`, counted from 1, with the gradient times
+        `by` (Loshchilov and Hutter 2019; both means are corrected for their start).
+
+        All arrays are float32 vectors of one length.
+        """
+        m, v = means
+        if ext := native.active():
+            moved, m, v = ext.adamw(
+                parameter, gradient, m, v, step, by, rate, self.decay, self.b1, self.b2, self.eps
+            )
+            return moved, (m, v)
+        gradient = by * gradient
+        m = self.b1 * m + (1 - self.b1) * gradient
+        v = self.b2 * v + (1 - self.b2) * mx.square(gradient)
+        root = mx.sqrt(v / (1 - self.b2**step)) + self.eps
+        kept = parameter * (1 - rate * self.decay)
+        return kept - rate / (1 - self.b1**step) * m / root, (m, v)
 
 
 def causal_attention(

@@ -1,0 +1,104 @@
+"""What blocks that run layer by layer do to each token alone: RMS norms and rotations, each one
+native op with a gradient. Stock MLX computes them from a dozen, in one thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import ops
+from ..models.places import place_at
+from ..ops import native
+from ..ops.contest import error_of
+from ..sources.rotation import Rotation, of_module
+from .layers import Adopting
+
+KEY = mx.random.key(0)
+
+_classes: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+
+
+class Norm(Adopting):
+    """Mixed into the class of an RMSNorm that multiplies by its weight."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return ops.rms_norm(x, self["weight"], self.eps)
+
+
+class NormPlusOne(Adopting):
+    """Mixed into the class of an RMSNorm that multiplies by one more than its weight."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return ops.rms_norm(x, 1 + self["weight"], self.eps)
+
+
+class Rotated(Adopting):
+    """Mixed into the class of a rotation that is the same for texts of all lengths."""
+
+    def __call__(self, x: mx.array, offset: Any = 0) -> mx.array:
+        if x.ndim != 4 or not isinstance(offset, int):
+            y: mx.array = super().__call__(x, offset)
+            return y
+        turn: Rotation = self.__dict__["_turn"]
+        return ops.rotary(
+            x,
+            turn.frequencies,
+            traditional=turn.traditional,
+            magnitude=turn.magnitude,
+            offset=offset,
+        )
+
+
+def norm_and_rotate(model: nn.Module) -> None:
+    """Let RMS norms and rotations of float32 values be native, in place.
+
+    Each kind is first compared with the original on random input, and left where they disagree.
+    """
+    if not native.active():
+        return
+    agreed: dict[Any, bool] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, (Norm, NormPlusOne, Rotated)):
+            continue
+        for kind, swap, x in _swaps(module):
+            if kind not in agreed:
+                agreed[kind] = _agree(module, swap, x)
+            if agreed[kind]:
+                place_at(model, path).set(swap)
+                break
+
+
+def _swaps(module: Any) -> Iterator[tuple[Any, nn.Module, mx.array]]:
+    """What `module` may be replaced with: its kind, the module, and an input to compare on."""
+    shape: tuple[int, ...]
+    if "RMSNorm" in type(module).__name__ and set(module) == {"weight"}:
+        shape = 2, 3, module["weight"].size
+        for mixin in (Norm, NormPlusOne):
+            yield (mixin, type(module)), _mixed(mixin, module), mx.random.normal(shape, key=KEY)
+    elif turn := of_module(module):
+        swap = _mixed(Rotated, module)
+        swap.__dict__["_turn"] = turn
+        shape = 1, 2, 3, turn.dims
+        yield (turn, type(module)), swap, mx.random.normal(shape, key=KEY)
+
+
+def _mixed(mixin: Any, module: nn.Module) -> nn.Module:
+    """`module` as one of `mixin` and of its own class, under the name of that: others go by it."""
+    cls = type(module)
+    if (mixin, cls) not in _classes:
+        _classes[mixin, cls] = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
+    made: nn.Module = _classes[mixin, cls].adopt(module)  # type: ignore[attr-defined]
+    return made
+
+
+def _agree(
+    original: Callable[[mx.array], mx.array], swap: Callable[[mx.array], mx.array], x: mx.array
+) -> bool:
+    try:
+        expected = original(x)
+        return not error_of(swap(x), expected, expected)
+    except Exception:  # whatever a foreign module raises
+        return False
