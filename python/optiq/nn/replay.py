@@ -204,7 +204,7 @@ class Replay:
             run = self.run(tape.tokens, tape.outputs, range(0))
         finally:
             self._rows = self._rows_head = None
-        return run.logits[0]
+        return run.logits.squeeze(0)  # the gradient of an index would add up one by one
 
     def run(
         self,
