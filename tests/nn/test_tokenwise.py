@@ -83,6 +83,24 @@ def test_what_computes_something_else_is_left(tmp_path: Path) -> None:
     assert swapped(plain, Rotated) == swapped(ours, Rotated) - 1
 
 
+def test_a_norm_with_a_gate_runs_as_it_is(tmp_path: Path) -> None:
+    _, plain = opened(tmp_path, "llama")
+
+    class GatedRMSNorm(nn.RMSNorm):
+        def __call__(self, x: mx.array, gate: mx.array | None = None) -> Any:
+            y = super().__call__(x)  # type: ignore[no-untyped-call]
+            return y if gate is None else y * gate
+
+    norm = plain.layers[0].input_layernorm
+    norm.__class__ = GatedRMSNorm
+    norm_and_rotate(plain)
+    ours, x = plain.layers[0].input_layernorm, mx.random.normal((3, norm.weight.size))
+    assert isinstance(ours, Norm)
+    for gate in ((), (x,)):
+        assert mx.abs(ours(x, *gate) - norm(x, *gate)).max() < 1e-5
+    assert mx.array_equal(ours(x, gate=x), ours(x, x))
+
+
 def test_positions_may_begin_anywhere_and_be_arrays(tmp_path: Path) -> None:
     ours, plain = opened(tmp_path, "llama")
     x = mx.random.normal((1, 2, 5, 16), key=mx.random.key(1))

@@ -22,17 +22,27 @@ _classes: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
 class Norm(Adopting):
-    """Mixed into the class of an RMSNorm that multiplies by its weight."""
+    """Mixed into the class of an RMSNorm that multiplies by its weight.
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return ops.rms_norm(x, self["weight"], self.eps)
+    Some of these classes also take a gate; with one they run as they are.
+    """
+
+    def __call__(self, x: mx.array, *gate: Any, **named: Any) -> mx.array:
+        if gate or named:
+            y: mx.array = super().__call__(x, *gate, **named)
+            return y
+        return ops.rms_norm(x, self._gain(), self.eps)
+
+    def _gain(self) -> mx.array:
+        weight: mx.array = self["weight"]
+        return weight
 
 
-class NormPlusOne(Adopting):
-    """Mixed into the class of an RMSNorm that multiplies by one more than its weight."""
+class NormPlusOne(Norm):
+    """The same, of an RMSNorm that multiplies by one more than its weight."""
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return ops.rms_norm(x, 1 + self["weight"], self.eps)
+    def _gain(self) -> mx.array:
+        return 1 + super()._gain()
 
 
 class Rotated(Adopting):
@@ -61,7 +71,7 @@ def norm_and_rotate(model: nn.Module) -> None:
         return
     agreed: dict[Any, bool] = {}
     for path, module in model.named_modules():
-        if isinstance(module, (Norm, NormPlusOne, Rotated)):
+        if isinstance(module, (Norm, Rotated)):
             continue
         for kind, swap, x in _swaps(module):
             if kind not in agreed:
