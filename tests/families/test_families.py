@@ -22,7 +22,7 @@ from tests.evals import questions
 from tests.families.conftest import COLUMNS
 from tests.families.table import FAMILIES, UNTRIED, config_of, family_folder
 
-FAST = ("afm7", "deepseek_v3", "gemma3n", "llama", "mamba2", "rwkv7")
+FAST = ("afm7", "deepseek_v3", "gemma3n", "iquestloopcoder", "llama", "mamba2", "rwkv7")
 PROMPT = mx.array([[3 + i * 37 % 350 for i in range(24)]])
 PREFILL = 13  # tokens; the rest are decoded one by one, and turn a window of 8 over
 WORKS = "yes"

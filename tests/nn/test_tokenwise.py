@@ -101,6 +101,21 @@ def test_a_norm_with_a_gate_runs_as_it_is(tmp_path: Path) -> None:
     assert mx.array_equal(ours(x, gate=x), ours(x, x))
 
 
+def test_a_rotation_with_more_arguments_runs_as_it_is(tmp_path: Path) -> None:
+    _, plain = opened(tmp_path, "llama")
+
+    class RoPE(nn.RoPE):
+        def __call__(self, x: mx.array, offset: int = 0, scale: float = 1.0) -> Any:
+            return scale * super().__call__(x, offset)  # type: ignore[no-untyped-call]
+
+    rope = plain.layers[0].self_attn.rope
+    rope.__class__ = RoPE
+    norm_and_rotate(plain)
+    ours, x = plain.layers[0].self_attn.rope, mx.random.normal((1, 2, 5, 16))
+    assert isinstance(ours, Rotated)
+    assert mx.array_equal(ours(x, scale=2.0), rope(x, scale=2.0))
+
+
 def test_positions_may_begin_anywhere_and_be_arrays(tmp_path: Path) -> None:
     ours, plain = opened(tmp_path, "llama")
     x = mx.random.normal((1, 2, 5, 16), key=mx.random.key(1))

@@ -48,9 +48,9 @@ class NormPlusOne(Norm):
 class Rotated(Adopting):
     """Mixed into the class of a rotation that is the same for texts of all lengths."""
 
-    def __call__(self, x: mx.array, offset: Any = 0) -> mx.array:
-        if x.ndim != 4 or not isinstance(offset, int):
-            y: mx.array = super().__call__(x, offset)
+    def __call__(self, x: mx.array, offset: Any = 0, **named: Any) -> mx.array:
+        if named or x.ndim != 4 or not isinstance(offset, int):
+            y: mx.array = super().__call__(x, offset, **named)
             return y
         turn: Rotation = self.__dict__["_turn"]
         return ops.rotary(
