@@ -91,6 +91,38 @@ def attention(draw: st.DrawFn, group: int, bits: int) -> Any:
     return lambda: native.extension.quantized_attention(q, k, v, fmt, fmt, 0.1, **given)
 
 
+@st.composite
+def gradients(draw: st.DrawFn, x: mx.array) -> Any:
+    """The gradients of an op for training, or a step of AdamW; shapes fit more often than not."""
+    ext = native.extension
+    assert ext is not None
+    width, rank = (x.shape[-1] if x.ndim else 1), draw(sizes)
+    wrong, fits = draw(arrays()), draw(st.integers(0, 3)) > 0
+    vector = draw(arrays([width], mx.float32)) if fits else wrong
+    matrix = draw(arrays([width, rank], mx.float32)) if fits else wrong
+    sums = draw(arrays([*x.shape[:-1], 3], mx.float32)) if fits else wrong
+    heads = draw(arrays([draw(sizes) % 3, 2, draw(sizes), rank], mx.float32)) if fits else wrong
+    turns = [0.5] * draw(st.integers(0, rank))
+    step, labels = draw(st.integers(-1, 9)), draw(arrays(list(x.shape[:-1]), mx.int32))
+    calls: list[tuple[Any, list[mx.array]]] = [
+        (lambda x, w: ext.rms_norm(x, w, 1e-5), [x, vector]),
+        (lambda y, x, a: ext.add_low_rank(y, x, a, mx.zeros((rank, 3)), 2.0), [sums, x, matrix]),
+        (lambda h: ext.rotary(h, 2 * len(turns), fits, turns, 1.5, step), [heads]),
+        (lambda g, u: ext.gated(g, u, "silu"), [x, draw(arrays(list(x.shape)))]),
+        (lambda x: ext.causal_softmax(x, 1.0, max(step, 1), step), [x]),
+        (lambda x: ext.cross_entropy(x, labels), [x]),
+        (lambda v: ext.adamw(v, v, v, v[:width], step, 1, 1, 0, 0.9, 0.9, 1e-8)[0], [vector]),
+    ]
+    op, inputs = draw(st.sampled_from(calls))
+
+    def call() -> Any:
+        found = [op(*inputs)]
+        mx.eval(found)
+        return mx.vjp(lambda *a: [op(*a)], inputs, [mx.ones_like(y) for y in found])
+
+    return call
+
+
 def attempt(call: Any) -> None:
     try:
         mx.eval(call())
@@ -113,7 +145,18 @@ def test_no_input_crashes(data: st.DataObject) -> None:
     x = data.draw(arrays(fitting, mx.float32) if data.draw(st.booleans()) else arrays())
     op = data.draw(
         st.sampled_from(
-            ["one", "experts", "mixed", "dense", "round", "kl", "logits", "records", "attention"]
+            [
+                "one",
+                "experts",
+                "mixed",
+                "dense",
+                "round",
+                "kl",
+                "logits",
+                "records",
+                "attention",
+                "gradients",
+            ]
         )
     )
     if op == "one":
@@ -147,5 +190,7 @@ def test_no_input_crashes(data: st.DataObject) -> None:
         attempt(lambda: ext.dequantize_kv(codes, data.draw(sizes), group, bits, dtype))
     elif op == "attention":
         attempt(data.draw(attention(group, bits)))
+    elif op == "gradients":
+        attempt(data.draw(gradients(x)))
     else:
         attempt(lambda: ext.compare_logits(x, data.draw(arrays(list(x.shape)))))
