@@ -238,9 +238,7 @@ inline void low_rank_term(const LowRankTerm& p) {
   padded(p.b, p.rank, p.out, p.scale, b, of_b, p.out, 1);
   Scratch<int> slots(p.m);
   std::memset(slots, 0, p.m * sizeof(int));
-  if (p.y != p.base) {
-    std::memcpy(p.y, p.base, size_t(p.m) * p.out * sizeof(float));
-  }
+  std::memcpy(p.y, p.base, size_t(p.m) * p.out * sizeof(float));
   LowRank term{a, b, Float::f32, rank};
   LowRankPart part{&term, p.y, p.out};
   low_rank({p.x, p.m, p.in, slots, &part, 1});

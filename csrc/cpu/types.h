@@ -350,8 +350,7 @@ struct CausalSoftmax {
   float scale;
 };
 
-// y[m, out] = base[m, out] + scale * x[m, in] @ a[in, rank] @ b[rank, out], of any rank. y may be
-// base.
+// y[m, out] = base[m, out] + scale * x[m, in] @ a[in, rank] @ b[rank, out], of any rank.
 struct LowRankTerm {
   const float *x, *a, *b, *base;
   float* y;

@@ -16,8 +16,6 @@ from ..ops.contest import error_of
 from ..sources.rotation import Rotation, of_module
 from .layers import Adopting
 
-KEY = mx.random.key(0)
-
 _classes: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
@@ -84,15 +82,16 @@ def norm_and_rotate(model: nn.Module) -> None:
 def _swaps(module: Any) -> Iterator[tuple[Any, nn.Module, mx.array]]:
     """What `module` may be replaced with: its kind, the module, and an input to compare on."""
     shape: tuple[int, ...]
+    key = mx.random.key(0)
     if "RMSNorm" in type(module).__name__ and set(module) == {"weight"}:
         shape = 2, 3, module["weight"].size
         for mixin in (Norm, NormPlusOne):
-            yield (mixin, type(module)), _mixed(mixin, module), mx.random.normal(shape, key=KEY)
+            yield (mixin, type(module)), _mixed(mixin, module), mx.random.normal(shape, key=key)
     elif turn := of_module(module):
         swap = _mixed(Rotated, module)
         swap.__dict__["_turn"] = turn
         shape = 1, 2, 3, turn.dims
-        yield (turn, type(module)), swap, mx.random.normal(shape, key=KEY)
+        yield (turn, type(module)), swap, mx.random.normal(shape, key=key)
 
 
 def _mixed(mixin: Any, module: nn.Module) -> nn.Module:
