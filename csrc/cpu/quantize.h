@@ -65,11 +65,7 @@ struct SearchRows {
     float sigma = 2 * sum(squares) / float(a.format.group_size);
     f32x8 sum_c = {}, sum_cw = {};
     for (int i = 0; i < vectors; i++) {
-      f32x8 magnitude = in.w[i] * in.w[i] + sigma;
-      for (int j = 0; j < 8; j++) {
-        magnitude[j] = __builtin_sqrtf(magnitude[j]);
-      }
-      in.c[i] = magnitude * load<f32x8>(importance + 8 * i);
+      in.c[i] = square_root(in.w[i] * in.w[i] + sigma) * load<f32x8>(importance + 8 * i);
       sum_c += in.c[i];
       sum_cw += in.c[i] * in.w[i];
     }

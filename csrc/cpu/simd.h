@@ -65,6 +65,13 @@ OPTIQ_INLINE f32x8 min(f32x8 a, f32x8 b) {
   return select(a < b, a, b);
 }
 
+OPTIQ_INLINE f32x8 square_root(f32x8 v) {
+  for (int i = 0; i < 8; i++) {
+    v[i] = __builtin_sqrtf(v[i]);
+  }
+  return v;
+}
+
 #if defined(__AVX512F__)
 OPTIQ_INLINE fw max(fw a, fw b) {
   return a > b ? a : b;

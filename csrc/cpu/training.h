@@ -194,13 +194,6 @@ inline void rms_norm_gradient(const RmsNormGradient& a) {
   }
 }
 
-OPTIQ_INLINE f32x8 square_root(f32x8 v) {
-  for (int i = 0; i < 8; i++) {
-    v[i] = __builtin_sqrtf(v[i]);
-  }
-  return v;
-}
-
 inline void adamw(const AdamW& a) {
   constexpr size_t kBlock = 4096;
   auto block = [&](int b) {

@@ -8,24 +8,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten
 
 from optiq.nn.tokenwise import Norm, NormPlusOne, Rotated, norm_and_rotate
-from optiq.ops import native
-from tests.nn.test_accelerate import stock
+from tests.nn.alike import assert_alike, opened
 
 IDS = mx.array([[1 + (5 * i) % 60 for i in range(40)], [1 + (7 * i) % 60 for i in range(40)]])
-
-
-def opened(parent: Path, kind: str) -> tuple[Any, Any]:
-    """A model with norms and rotations of ours, and one without."""
-    if not native.active():
-        pytest.skip("MLX's own are as good without native kernels")
-    models = stock(parent, kind), stock(parent, kind)
-    for model in models:
-        model.set_dtype(mx.float32)
-    norm_and_rotate(models[0])
-    return models
 
 
 def swapped(model: nn.Module, mixin: type[nn.Module]) -> int:
@@ -40,30 +27,21 @@ def swapped(model: nn.Module, mixin: type[nn.Module]) -> int:
 def test_values_and_gradients_are_those_of_stock(
     tmp_path: Path, kind: str, norm: type[nn.Module], norms: int
 ) -> None:
-    ours, plain = opened(tmp_path, kind)
+    ours, plain = opened(tmp_path, kind, norm_and_rotate)
     blocks = len(ours.layers)
     assert swapped(ours, norm) == norms * blocks + 1
     assert swapped(ours, Rotated) == blocks
     names = [type(m).__name__ for m in plain.modules()]
     assert [type(m).__name__ for m in ours.modules()] == names
-
-    def run(model: Any) -> tuple[mx.array, Any]:
-        def loss(model: Any) -> mx.array:
-            return mx.sum(mx.sin(3 * model(IDS)))
-
-        return model(IDS), nn.value_and_grad(model, loss)(model)[1]
-
-    of_each = (tree_flatten(run(model)) for model in (ours, plain))
-    for (_, got), (_, expected) in zip(*of_each, strict=True):
-        assert mx.abs(got - expected).max() <= 1e-4 * mx.abs(expected).max() + 1e-6
+    assert_alike(ours, plain, IDS)
     classes = [type(m) for m in ours.modules()]
     norm_and_rotate(ours)  # again
     assert [type(m) for m in ours.modules()] == classes
 
 
 def test_what_computes_something_else_is_left(tmp_path: Path) -> None:
-    ours, _ = opened(tmp_path, "llama")
-    _, plain = opened(tmp_path, "llama")
+    ours, _ = opened(tmp_path, "llama", norm_and_rotate)
+    _, plain = opened(tmp_path, "llama", norm_and_rotate)
     block = plain.layers[0]
 
     class DoubledRMSNorm(nn.RMSNorm):
@@ -84,7 +62,7 @@ def test_what_computes_something_else_is_left(tmp_path: Path) -> None:
 
 
 def test_a_norm_with_a_gate_runs_as_it_is(tmp_path: Path) -> None:
-    _, plain = opened(tmp_path, "llama")
+    _, plain = opened(tmp_path, "llama", norm_and_rotate)
 
     class GatedRMSNorm(nn.RMSNorm):
         def __call__(self, x: mx.array, gate: mx.array | None = None) -> Any:
@@ -102,7 +80,7 @@ def test_a_norm_with_a_gate_runs_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_rotation_with_more_arguments_runs_as_it_is(tmp_path: Path) -> None:
-    _, plain = opened(tmp_path, "llama")
+    _, plain = opened(tmp_path, "llama", norm_and_rotate)
 
     class RoPE(nn.RoPE):
         def __call__(self, x: mx.array, offset: int = 0, scale: float = 1.0) -> Any:
@@ -117,7 +95,7 @@ def test_a_rotation_with_more_arguments_runs_as_it_is(tmp_path: Path) -> None:
 
 
 def test_positions_may_begin_anywhere_and_be_arrays(tmp_path: Path) -> None:
-    ours, plain = opened(tmp_path, "llama")
+    ours, plain = opened(tmp_path, "llama", norm_and_rotate)
     x = mx.random.normal((1, 2, 5, 16), key=mx.random.key(1))
     for offset in (0, 7, mx.array(7)):
         turned, expected = (m.layers[0].self_attn.rope(x, offset=offset) for m in (ours, plain))

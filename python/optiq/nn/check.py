@@ -1,4 +1,4 @@
-"""Whether fused blocks compute what the originals do, tried on random input."""
+"""Whether blocks and modules compute what the originals do, tried on random input."""
 
 from __future__ import annotations
 
@@ -32,6 +32,15 @@ def disagreement(original: nn.Module, fused: nn.Module, width: int, dtype: mx.Dt
     except Exception as error:  # whatever a foreign block raises
         return f"compared with its fused form, it raises {type(error).__name__}"
     return ""
+
+
+def agree(original: nn.Module, swap: nn.Module, x: mx.array) -> bool:
+    """Whether two modules that take one array give the same of `x`."""
+    try:
+        expected, got = original(x), swap(x)
+        return not error_of(got, expected, expected)
+    except Exception:  # whatever a foreign module raises
+        return False
 
 
 def _run(block: nn.Module, x: mx.array, prompt: int, make: Any) -> mx.array:

@@ -13,12 +13,10 @@ from ..models.blocks import Mlp, Unknown, describe
 from ..models.places import place_at
 from ..models.roles import blocks as blocks_of
 from ..ops import native
-from ..ops.contest import error_of
+from .check import agree
 from .layers import Adopting, Linear
 
 WIDTH, INNER = 16, 32  # of the layers with which two MLPs are compared
-
-_gated_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 class Gated(Adopting):
@@ -41,7 +39,7 @@ def gate(model: nn.Module) -> None:
     """
     if not native.active():
         return
-    agree: dict[tuple[type, str], bool] = {}
+    agreed: dict[tuple[type, str], bool] = {}
     for path, block in blocks_of(model).items():
         anatomy = None
         with suppress(Unknown):
@@ -53,17 +51,14 @@ def gate(model: nn.Module) -> None:
         if isinstance(original, Gated):
             continue
         gated, kind = _gated(original, anatomy), (type(original), anatomy.activation)
-        if kind not in agree:
-            agree[kind] = _agree(original, gated, anatomy)
-        if agree[kind]:
+        if kind not in agreed:
+            agreed[kind] = _agree(original, gated, anatomy)
+        if agreed[kind]:
             place.set(gated)
 
 
 def _gated(mlp: nn.Module, anatomy: Mlp) -> nn.Module:
-    cls = type(mlp)
-    if cls not in _gated_classes:
-        _gated_classes[cls] = type(f"Gated{cls.__name__}", (Gated, cls), {})
-    made: nn.Module = _gated_classes[cls].adopt(mlp)  # type: ignore[attr-defined]
+    made = Gated.mixed_into(mlp)
     made.__dict__["_anatomy"] = anatomy
     return made
 
@@ -77,11 +72,7 @@ def _agree(original: nn.Module, gated: nn.Module, anatomy: Mlp) -> bool:
         for i, shape in enumerate(((1, 3, WIDTH), *shapes.values()))
     )
     small = dict(zip(shapes, map(_linear, weights), strict=True))
-    try:
-        expected, got = (_with(module, small)(x) for module in (original, gated))
-        return not error_of(got, expected, expected)
-    except Exception:  # whatever a foreign layer raises
-        return False
+    return agree(_with(original, small), _with(gated, small), x)
 
 
 def _linear(weight: mx.array) -> nn.Module:

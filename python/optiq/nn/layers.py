@@ -19,6 +19,9 @@ M = TypeVar("M", bound="Adopting")
 NVFP4_ROWS = 16
 
 
+_mixed: dict[tuple[type, type], Any] = {}
+
+
 class Adopting(nn.Module):
     """Mixed into a module class that takes the place of another with the same parameters.
 
@@ -40,6 +43,15 @@ class Adopting(nn.Module):
         layer.__dict__.update(module.__dict__)
         dict.update(layer, module)
         return layer
+
+    @classmethod
+    def mixed_into(cls: type[M], module: nn.Module) -> M:
+        """`module` as one of this class and of its own, under the name of that: others go by it."""
+        own = type(module)
+        if (cls, own) not in _mixed:
+            _mixed[cls, own] = type(own.__name__, (cls, own), {"__module__": own.__module__})
+        made: M = _mixed[cls, own].adopt(module)
+        return made
 
 
 def _activation(x: mx.array) -> mx.array:

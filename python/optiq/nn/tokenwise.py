@@ -3,7 +3,7 @@ native op with a gradient. Stock MLX computes them from a dozen, in one thread."
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -12,11 +12,9 @@ import mlx.nn as nn
 from .. import ops
 from ..models.places import place_at
 from ..ops import native
-from ..ops.contest import error_of
 from ..sources.rotation import Rotation, of_module
+from .check import agree
 from .layers import Adopting
-
-_classes: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
 class Norm(Adopting):
@@ -73,7 +71,7 @@ def norm_and_rotate(model: nn.Module) -> None:
             continue
         for kind, swap, x in _swaps(module):
             if kind not in agreed:
-                agreed[kind] = _agree(module, swap, x)
+                agreed[kind] = agree(module, swap, x)
             if agreed[kind]:
                 place_at(model, path).set(swap)
                 break
@@ -86,28 +84,9 @@ def _swaps(module: Any) -> Iterator[tuple[Any, nn.Module, mx.array]]:
     if "RMSNorm" in type(module).__name__ and set(module) == {"weight"}:
         shape = 2, 3, module["weight"].size
         for mixin in (Norm, NormPlusOne):
-            yield (mixin, type(module)), _mixed(mixin, module), mx.random.normal(shape, key=key)
+            yield (mixin, type(module)), mixin.mixed_into(module), mx.random.normal(shape, key=key)
     elif turn := of_module(module):
-        swap = _mixed(Rotated, module)
+        swap = Rotated.mixed_into(module)
         swap.__dict__["_turn"] = turn
         shape = 1, 2, 3, turn.dims
         yield (turn, type(module)), swap, mx.random.normal(shape, key=key)
-
-
-def _mixed(mixin: Any, module: nn.Module) -> nn.Module:
-    """`module` as one of `mixin` and of its own class, under the name of that: others go by it."""
-    cls = type(module)
-    if (mixin, cls) not in _classes:
-        _classes[mixin, cls] = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
-    made: nn.Module = _classes[mixin, cls].adopt(module)  # type: ignore[attr-defined]
-    return made
-
-
-def _agree(
-    original: Callable[[mx.array], mx.array], swap: Callable[[mx.array], mx.array], x: mx.array
-) -> bool:
-    try:
-        expected = original(x)
-        return not error_of(swap(x), expected, expected)
-    except Exception:  # whatever a foreign module raises
-        return False
